@@ -1,0 +1,210 @@
+"""Index algebra: views as maps between index expressions, and proofs about their ranges.
+
+Index expressions are sympy polynomials over loop indices, sizes and opaque integers, with floor divisions and remainders
+where a view splits what is no multiple. Everything here holds for all sizes; what cannot be proved is answered by "no".
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import sympy
+from torch.utils._sympy.functions import FloorDiv, Mod, PythonMod
+
+Index = sympy.Expr
+Shape = Sequence[Index]
+_DIVISIONS = (FloorDiv, Mod, PythonMod)
+
+
+def variable(name: str) -> sympy.Symbol:
+    """A loop index, or an integer read from a tensor."""
+    return sympy.Symbol(name, integer=True)
+
+
+def size_symbol(name: str) -> sympy.Symbol:
+    return sympy.Symbol(name, integer=True, positive=True)
+
+
+@dataclass
+class Space:
+    """The loop indices in scope: each variable x runs over 0 <= x < size."""
+
+    sizes: dict[sympy.Symbol, Index] = field(default_factory=dict)
+    _nonnegative: dict[Index, bool] = field(default_factory=dict)
+
+    def add(self, name: str, size: Index) -> sympy.Symbol:
+        x = variable(name)
+        self.sizes[x] = sympy.sympify(size)
+        self._nonnegative.clear()
+        return x
+
+    def nonnegative(self, e: Index) -> bool:
+        """Is e >= 0 for all indices in range and all sizes >= 1? False means not proved."""
+        e = sympy.expand(e)
+        if e not in self._nonnegative:
+            self._nonnegative[e] = self._prove_nonnegative(e)
+        return self._nonnegative[e]
+
+    def _prove_nonnegative(self, e: Index) -> bool:
+        e, sizes = self._divisions_as_variables(e)
+        for x in sorted(e.free_symbols & sizes.keys(), key=str):
+            if not e.has(x):
+                continue
+            slope = sympy.expand(e.diff(x))
+            if slope.has(x):
+                return False
+            if _sizes_nonnegative(slope, sizes):
+                e = sympy.expand(e.subs(x, 0))
+            elif _sizes_nonnegative(-slope, sizes):
+                e = sympy.expand(e.subs(x, sizes[x] - 1))
+            else:
+                return False
+        return _sizes_nonnegative(e, sizes)
+
+    def _divisions_as_variables(self, e: Index) -> tuple[Index, dict[sympy.Symbol, Index]]:
+        """Each floor division or remainder by a positive n becomes a variable with the range that it can have."""
+        sizes = dict(self.sizes)
+        while divisions := [d for d in e.atoms(*_DIVISIONS) if not any(a.has(*_DIVISIONS) for a in d.args)]:
+            d = divisions[0]
+            x = sympy.Dummy(integer=True)
+            inner, n = d.args
+            if not n.is_positive:
+                return sympy.Symbol("unknown", integer=True), sizes
+            if isinstance(d, FloorDiv):
+                upper = self.upper(inner)
+                if upper is None or not (upper.is_Integer and n.is_Integer) or not self.nonnegative(inner):
+                    return sympy.Symbol("unknown", integer=True), sizes
+                sizes[x] = sympy.Integer(int(upper) // int(n) + 1)
+            else:
+                sizes[x] = n
+            e = e.subs(d, x)
+        return e, sizes
+
+    def upper(self, e: Index) -> Index | None:
+        """The largest value of e where it is linear with constant slopes, else None."""
+        e = sympy.expand(e)
+        for x in sorted(e.free_symbols & self.sizes.keys(), key=str):
+            slope = sympy.expand(e.diff(x))
+            if not slope.is_Integer:
+                return None
+            e = sympy.expand(e.subs(x, self.sizes[x] - 1 if slope > 0 else 0))
+        return None if e.has(*_DIVISIONS) else e
+
+    def floordiv(self, e: Index, n: Index) -> Index:
+        """e // n with what divides taken out, and nothing left where the rest is proved to lie in [0, n)."""
+        whole, rest = self._divide(e, n)
+        if rest == 0 or (self.nonnegative(rest) and self.nonnegative(n - 1 - rest)):
+            return whole
+        return whole + FloorDiv(rest, n)
+
+    def mod(self, e: Index, n: Index) -> Index:
+        _, rest = self._divide(e, n)
+        if rest == 0 or (self.nonnegative(rest) and self.nonnegative(n - 1 - rest)):
+            return rest
+        return PythonMod(rest, n)
+
+    def _divide(self, e: Index, n: Index) -> tuple[Index, Index]:
+        whole, rest = sympy.Integer(0), sympy.Integer(0)
+        for term in sympy.Add.make_args(sympy.expand(e)):
+            quotient = sympy.cancel(term / n) if not term.has(*_DIVISIONS) else _divide_division(term, n)
+            if quotient is not None and quotient.is_polynomial() and _integer_coefficients(quotient):
+                whole += quotient
+            elif term.is_Integer and n.is_Integer:
+                whole += int(term) // int(n)
+                rest += int(term) % int(n)
+            else:
+                rest += term
+        return whole, rest
+
+    def reshape(self, coords: Sequence[Index], shape: Shape, source: Shape) -> tuple[Index, ...]:
+        """Coordinates in ``source`` of the element that a row-major reshape to ``shape`` puts at ``coords``.
+
+        Dimensions are grouped where the products of sizes meet, so that untouched dimensions keep their index.
+        """
+        out: list[Index] = []
+        i = j = 0
+        while i < len(shape) or j < len(source):
+            i0, j0 = i, j
+            a: Index = sympy.Integer(1)
+            b: Index = sympy.Integer(1)
+            while True:
+                if i < len(shape) and (i == i0 or a != b):
+                    a = sympy.expand(a * shape[i])
+                    i += 1
+                elif j < len(source) and (j == j0 or a != b):
+                    b = sympy.expand(b * source[j])
+                    j += 1
+                else:
+                    break
+                while a != b and i > i0 and j < len(source) and _may_grow(b, a):
+                    b = sympy.expand(b * source[j])
+                    j += 1
+            i, j = _take_ones(shape, i, i0, source, j, j0)
+            flat = self.flatten(coords[i0:i], shape[i0:i])
+            out += self.unflatten(flat, source[j0:j])
+        return tuple(out)
+
+    def flatten(self, coords: Sequence[Index], shape: Shape) -> Index:
+        flat: Index = sympy.Integer(0)
+        for c, n in zip(coords, shape, strict=True):
+            flat = flat * n + c
+        return sympy.expand(flat)
+
+    def unflatten(self, flat: Index, shape: Shape) -> list[Index]:
+        coords: list[Index] = []
+        for n in reversed(shape[1:]):
+            coords.append(self.mod(flat, n) if n != 1 else sympy.Integer(0))
+            flat = self.floordiv(flat, n) if n != 1 else flat
+        return [flat, *reversed(coords)] if shape else []
+
+
+def _may_grow(b: Index, a: Index) -> bool:
+    """Does b still lie below a, so that taking one more dimension can make them meet?"""
+    return bool(sympy.cancel(a / b).is_polynomial() and a != b)
+
+
+def _take_ones(shape: Shape, i: int, i0: int, source: Shape, j: int, j0: int) -> tuple[int, int]:
+    """At the end of either side, what is left of the other can only be dimensions of size one."""
+    if j == len(source):
+        while i < len(shape) and shape[i] == 1:
+            i += 1
+    if i == len(shape):
+        while j < len(source) and source[j] == 1:
+            j += 1
+    return i, j
+
+
+def _divide_division(term: Index, n: Index) -> Index | None:
+    """A constant multiple of a division, c * (x // m), by n where n divides c."""
+    coefficient, rest = term.as_coeff_Mul()
+    if n.is_Integer and coefficient % n == 0:
+        return coefficient / n * rest
+    return None
+
+
+def _integer_coefficients(e: Index) -> bool:
+    return all(term.as_coeff_Mul()[0].is_Integer for term in sympy.Add.make_args(e))
+
+
+def _sizes_nonnegative(e: Index, sizes: dict[sympy.Symbol, Index]) -> bool:
+    """Is a polynomial of sizes alone (each at least one) nonnegative? Shifted by one, it has only such coefficients."""
+    if e.is_Integer:
+        return bool(e >= 0)
+    free = e.free_symbols
+    if any(s in sizes or not s.is_positive for s in free) or not e.is_polynomial(*free):
+        return False
+    shifted = sympy.expand(e.subs({s: s + 1 for s in free}, simultaneous=True))
+    return all(term.as_coeff_Mul()[0] >= 0 for term in sympy.Add.make_args(shifted))
+
+
+def linear(e: Index, x: sympy.Symbol) -> tuple[Index, Index] | None:
+    """(slope, rest) with e == slope * x + rest and both free of x, or None."""
+    e = sympy.expand(e)
+    if not e.has(x):
+        return sympy.Integer(0), e
+    if any(d.has(x) for d in e.atoms(*_DIVISIONS)):
+        return None
+    slope = sympy.expand(e.diff(x))
+    rest = sympy.expand(e - slope * x)
+    return None if slope.has(x) or rest.has(x) else (slope, rest)

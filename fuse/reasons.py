@@ -1,0 +1,117 @@
+"""Why a site was left as it is: one class each; ``str`` says what blocked it, ``unblock`` what would change that."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+
+@dataclass(frozen=True)
+class Reason:
+    """``detail`` names the thing in the user's model; ``where`` is "file.py:line" of the blocking operation, or ""."""
+
+    detail: str = ""
+    where: str = ""
+    message: ClassVar[str] = ""
+    unblock: ClassVar[str] = ""
+
+    @property
+    def name(self) -> str:
+        return type(self).__name__
+
+    def __str__(self) -> str:
+        text = self.message.format(detail=self.detail)
+        return f"{text} ({self.where})" if self.where else text
+
+
+class Declined(Exception):
+    """Raised by a pass that cannot prove what it would need; ends the work on one site."""
+
+    def __init__(self, reason: Reason) -> None:
+        super().__init__(str(reason))
+        self.reason = reason
+
+
+class GradientsNeeded(Reason):
+    message = "gradients are needed through {detail}, and fused sites have no backward yet"
+    unblock = "run inference under torch.no_grad() or torch.inference_mode()"
+
+
+class DropoutActive(Reason):
+    message = "dropout with p={detail} acts on the probabilities"
+    unblock = "call model.eval(), or set the attention dropout to 0"
+
+
+class ProbabilitiesUsed(Reason):
+    message = "the probabilities are also used by {detail}"
+    unblock = "do not ask for attention weights (output_attentions=False, need_weights=False)"
+
+
+class ScoresUsed(Reason):
+    message = "the score program needs all scores of a row at once, in {detail}"
+    unblock = "nothing yet: a selection or reduction over the scores has to see them all"
+
+
+class NotSoftmax(Reason):
+    message = "the normalisation is no softmax over the keys: {detail}"
+    unblock = "write it as softmax over the key dimension"
+
+
+class WrongDimension(Reason):
+    message = "the softmax runs over another dimension than the product with the values: {detail}"
+    unblock = "nothing: this is no attention over keys"
+
+
+class WeightNotLinear(Reason):
+    message = "what follows the softmax is not linear in the probabilities: {detail}"
+    unblock = "move the operation behind the product with the values, or into the scores"
+
+
+class NoScoreProduct(Reason):
+    message = "no product of query and key was found behind the softmax: {detail}"
+    unblock = "nothing: the scores come from elsewhere"
+
+
+class NotLinear(Reason):
+    message = "{detail} cannot be read with fixed strides"
+    unblock = "bring it into a (batch, position, feature) layout"
+
+
+class UnsupportedShape(Reason):
+    message = "{detail}"
+    unblock = "give the head dimensions fixed sizes"
+
+
+class UnsupportedType(Reason):
+    message = "dtype or layout not supported: {detail}"
+    unblock = "use dense float32, bfloat16, float16 or float64 tensors"
+
+
+class UnsupportedOperation(Reason):
+    message = "{detail} between the two products cannot be expressed per element"
+    unblock = "use elementwise operations, views and gathers on the scores"
+
+
+class Mutated(Reason):
+    message = "{detail} is written in place between its use in the attention and the end of it"
+    unblock = "use an out-of-place operation"
+
+
+class StateChanges(Reason):
+    message = "the attention spans {detail}"
+    unblock = "keep scores, softmax and values under one grad mode and outside of vmap"
+
+
+class NotTraceable(Reason):
+    message = "the region could not be traced: {detail}"
+    unblock = "report it, with the model"
+
+
+class DoesNotPay(Reason):
+    message = "too small for a kernel of its own: {detail}"
+    unblock = "nothing: the rest of the graph runs it faster"
+
+
+class InternalError(Reason):
+    message = "a pass of fuse failed: {detail}"
+    unblock = "report it, with the model; the site runs as it did"

@@ -1,0 +1,34 @@
+"""One attention site of a user's model, and what became of it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from fuse.reasons import Reason
+from fuse.spec import AttentionSpec
+
+
+@dataclass(frozen=True)
+class Site:
+    """What the passes found at one place of the model.
+
+    fused     a generated kernel computes it
+    reason    why it was left as it is; None where it is fused
+    where     "file.py:line" of the user's source
+    module    path of the module in the model, "model.layers.0.self_attn", or ""
+    formula   the score in words of the spec
+    mask      the predicate that was recovered: "k <= q"; "" where there is none
+    names     operand number → what the graph calls the tensor
+    kernels   target → generated source, filled in when kernels are built
+    """
+
+    fused: bool
+    reason: Reason | None
+    where: str
+    module: str
+    formula: str = ""
+    mask: str = ""
+    spec: AttentionSpec | None = None
+    names: dict[int, str] = field(default_factory=dict)
+    kernels: dict[str, Path] = field(default_factory=dict)
