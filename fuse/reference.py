@@ -157,7 +157,7 @@ class _Frame:
         if not coords:
             return self._scalar(tensor)
         if tensor.numel() == 0:
-            return tensor.new_zeros(torch.broadcast_tensors(*coords)[0].shape)
+            return torch.zeros_like(math.prod(coords, start=coords[0]), dtype=tensor.dtype)
         return tensor[tuple(c.clamp(0, size - 1) for c, size in zip(coords, tensor.shape, strict=True))]
 
 
