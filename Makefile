@@ -1,0 +1,42 @@
+# Everything runs in .venv, which `make venv` creates and keeps as long as pyproject.toml and constraints.txt stay the same.
+PYTHON ?= python3
+BIN := .venv/bin
+STAMP := .venv/.installed
+
+.DEFAULT_GOAL := help
+.PHONY: help venv demo test lint types bench clean
+
+help:
+	@echo "make demo | test | lint | bench | venv | clean"
+
+venv: $(STAMP)
+
+# torch comes first and alone: asked for by another package, pip may take a CUDA build of several gigabytes.
+$(STAMP): pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check $(shell grep '^torch==' constraints.txt)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	touch $@
+
+demo: venv
+	$(BIN)/python examples/quickstart.py
+
+test: venv
+	$(BIN)/python -m pytest
+
+lint: venv types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+# mypy looks modules up by folder: links show it fuse as it is installed, with passes/ and templates/ inside.
+types: venv
+	rm -rf build/types && mkdir -p build/types/fuse
+	ln -s $(CURDIR)/fuse/* $(CURDIR)/passes $(CURDIR)/templates build/types/fuse/
+	cd build/types && ../../$(BIN)/mypy --config-file ../../pyproject.toml --cache-dir ../../.mypy_cache -p fuse
+
+bench: venv
+	$(BIN)/python benchmarks/cpu_forward.py
+	$(BIN)/python benchmarks/compile_time.py
+
+clean:
+	rm -rf build dist .venv *.egg-info

@@ -1,0 +1,59 @@
+"""The backend of ``torch.compile(model, backend="fuse")``: options, then passes, then the inner compiler."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch._dynamo import lookup_backend
+from torch._subclasses import FakeTensor
+from torch.fx import GraphModule
+
+from fuse import op, passes, runtime, verify  # noqa: F401  (op registers torch.ops.fuse.attention)
+from fuse.options import Options, resolve
+from fuse.site import Site
+
+log = logging.getLogger("fuse")
+compiled_sites: list[Site] = []
+"""Of every graph that was compiled in this process, in order; a recompile counts anew."""
+
+# Other subclasses (DTensor, nested tensors, a user's own) have a say in what each op does, so that no reading is a proof.
+PLAIN = (torch.Tensor, torch.nn.Parameter, torch.nn.Buffer, FakeTensor)
+
+
+def fuse(
+    gm: GraphModule, example_inputs: Sequence[Any], *, mode: str | None = None, options: Mapping[str, Any] | None = None
+) -> Callable[..., Any]:
+    """Fuses the attention in ``gm`` and hands all of it to the inner compiler.
+
+    Dynamo calls a backend again where an inner compiler asked for a graph break, so sites are recorded only when that is done.
+    """
+    chosen = resolve(mode, options)
+    original = verify.keep(gm) if chosen.verify else None
+    sites = rewrite(gm, example_inputs, chosen)
+    if specs := [site.spec for site in sites if site.fused and site.spec is not None]:
+        runtime.prepare(specs, chosen.target)  # builds run beside the inner compiler
+    compiled = _inner(chosen)(gm, example_inputs)
+    compiled_sites.extend(sites)
+    return compiled if original is None else verify.against(original, compiled, sites)
+
+
+def rewrite(gm: GraphModule, example_inputs: Sequence[Any], chosen: Options) -> list[Site]:
+    """Rewrites ``gm`` in place. A defect of a pass must not cost the user more than its fusions."""
+    if chosen.disable or any(isinstance(x, torch.Tensor) and type(x) not in PLAIN for x in example_inputs):
+        return []
+    try:
+        return passes.run(gm, chosen)
+    except Exception:
+        log.warning("a pass failed; attention in this graph may run unfused. Please report this.", exc_info=True)
+        return []
+
+
+def _inner(chosen: Options) -> Callable[..., Any]:
+    if chosen.inner == "eager":
+        return lambda gm, example_inputs: gm.forward
+    if chosen.inner == "aot_eager":
+        return lookup_backend("aot_eager")
+    return torch._TorchCompileInductorWrapper(chosen.mode, dict(chosen.inductor), dynamic=None)

@@ -1,0 +1,59 @@
+"""What a user can get wrong: one class each, the message says what is allowed and what to do."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class FuseError(Exception):
+    """Base of every mistake that fuse reports to its user."""
+
+    message = ""
+
+    def __init__(self, **facts: object) -> None:
+        super().__init__(self.message.format(**facts))
+
+
+class UnknownOption(FuseError):
+    message = "there is no option {name!r}.{hint} fuse has {allowed}; any option of torch._inductor.config is passed on to it."
+
+
+class InvalidOption(FuseError):
+    message = "option {name!r} cannot be {value!r}; allowed: {allowed}.{hint}"
+
+
+class InductorOnly(FuseError):
+    message = (
+        "{what} belongs to Inductor, but the inner compiler is {inner!r}: "
+        'drop it, or use options={{"inner": "inductor"}} (the default).'
+    )
+
+
+class UnknownVariable(FuseError):
+    message = "fuse reads no environment variable {name!r}.{hint} It reads {allowed}; correct or unset it."
+
+
+class InvalidVariable(FuseError):
+    message = "environment variable {name}={value!r} is not valid; allowed: {allowed}.{hint}"
+
+
+class VerificationFailed(FuseError):
+    message = (
+        "FUSE_VERIFY: output {index} of a fused graph differs from eager: relative error {error:.3g}, allowed {allowed:.3g}. "
+        "Its sites: {sites}. FUSE_DISABLE=1 runs the model without fuse; please report this."
+    )
+
+
+class UnknownModel(FuseError):
+    message = "{name!r} names no model: {problem}. Give module:callable, file.py:callable, or a transformers model type.{hint}"
+
+
+class UnusableModel(FuseError):
+    message = "{name} returned {got}; it should return (model, args), (model, kwargs) or (model, args, kwargs)."
+
+
+def did_you_mean(name: str, known: Iterable[str], cutoff: float = 0.6) -> str:
+    """A sentence that begins with a blank, or nothing where no known name is close."""
+    close = difflib.get_close_matches(name, list(known), n=1, cutoff=cutoff)
+    return f" Did you mean {close[0]!r}?" if close else ""

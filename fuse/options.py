@@ -1,0 +1,131 @@
+"""What a user can choose: options of one torch.compile call, and settings of the process from FUSE_* variables.
+
+An option that is not given comes from the variable of its name (FUSE_TARGET for ``target``), then from its default.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from fuse.errors import InductorOnly, InvalidOption, InvalidVariable, UnknownOption, UnknownVariable, did_you_mean
+
+TARGETS = ("auto", "cpp", "reference")
+INNER = ("inductor", "aot_eager", "eager")
+SWITCH = {"1": True, "true": True, "on": True, "0": False, "false": False, "off": False, "": False}
+
+
+@dataclass(frozen=True)
+class Options:
+    """
+    target    where kernels run: "auto" takes what the tensors' device and this machine offer
+    inner     the compiler of everything that is not attention
+    disable   find and rewrite nothing
+    verify    run every graph a second time as eager does and compare; slow, for finding out who is wrong
+    mode      Inductor's mode, as torch.compile got it
+    inductor  Inductor's own options
+    """
+
+    target: str = "auto"
+    inner: str = "inductor"
+    disable: bool = False
+    verify: bool = False
+    mode: str | None = None
+    inductor: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for name, allowed in CHOICES.items():
+            value = getattr(self, name)
+            if (type(value), value) not in [(type(a), a) for a in allowed]:  # 1 == True
+                hint = did_you_mean(str(value), _names(allowed))
+                raise InvalidOption(name=name, value=value, allowed=_listed(allowed), hint=hint)
+        if self.inner != "inductor" and (self.mode or self.inductor):
+            what = f"mode={self.mode!r}" if self.mode else f"option {next(iter(self.inductor))!r}"
+            raise InductorOnly(what=what, inner=self.inner)
+
+
+CHOICES: dict[str, tuple[str | bool, ...]] = {
+    "target": TARGETS, "inner": INNER, "disable": (False, True), "verify": (False, True),
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What holds for the whole process, because kernels are shared by all that was compiled in it.
+
+    cache_dir  where rendered sources and built kernels are kept
+    dump       folder that receives every kernel as a file that runs alone; an edited file there is used in its place
+    """
+
+    cache_dir: Path
+    dump: Path | None
+
+
+def resolve(mode: str | None, given: Mapping[str, Any] | None) -> Options:
+    """Options from what torch.compile passes on; raises a FuseError for a name or a value that is not allowed."""
+    _reject_unknown_variables()
+    own = {**_from_environment(), **{k: v for k, v in (given or {}).items() if k in CHOICES}}
+    inductor = {k: v for k, v in (given or {}).items() if k not in CHOICES}
+    if inductor:
+        _reject_unknown_options(inductor)
+    return Options(**own, mode=None if mode == "default" else mode, inductor=inductor)
+
+
+def settings() -> Settings:
+    default = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")) / "fuse"
+    cache = os.environ.get("FUSE_CACHE_DIR") or default
+    dump = os.environ.get("FUSE_DUMP")
+    return Settings(_folder("FUSE_CACHE_DIR", Path(cache)), _folder("FUSE_DUMP", Path(dump)) if dump else None)
+
+
+VARIABLES = (*(f"FUSE_{name.upper()}" for name in CHOICES), *(f"FUSE_{f.name.upper()}" for f in fields(Settings)))
+
+
+def _folder(variable: str, path: Path) -> Path:
+    path = path.expanduser().absolute()
+    if path.exists() and not path.is_dir():
+        raise InvalidVariable(name=variable, value=str(path), allowed="a folder, which may not exist yet", hint="")
+    return path
+
+
+def _from_environment() -> dict[str, str | bool]:
+    found: dict[str, str | bool] = {}
+    for name, allowed in CHOICES.items():
+        variable = f"FUSE_{name.upper()}"
+        text = os.environ.get(variable)
+        if text is None:
+            continue
+        parse: Mapping[str, str | bool] = SWITCH if True in allowed else {str(a): a for a in allowed}
+        if text.lower() not in parse:
+            choices = ("1", "0") if True in allowed else allowed
+            raise InvalidVariable(name=variable, value=text, allowed=_listed(choices), hint=did_you_mean(text, _names(allowed)))
+        found[name] = parse[text.lower()]
+    return found
+
+
+def _reject_unknown_variables() -> None:
+    """Only what looks like a slip: FUSE_ is also the prefix of the file system in user space."""
+    for name in os.environ:
+        if name.startswith("FUSE_") and name not in VARIABLES and (hint := did_you_mean(name, VARIABLES, cutoff=0.8)):
+            raise UnknownVariable(name=name, hint=hint, allowed=_listed(VARIABLES))
+
+
+def _reject_unknown_options(given: Mapping[str, Any]) -> None:
+    from torch._inductor import config
+
+    known = {name.replace("-", "_") for name in config.get_config_copy()}
+    for name in given:
+        if name.replace("-", "_") not in known:
+            hint = did_you_mean(name, CHOICES) or did_you_mean(name, known)
+            raise UnknownOption(name=name, hint=hint, allowed=_listed(tuple(CHOICES)))
+
+
+def _names(allowed: tuple[str | bool, ...]) -> list[str]:
+    return [a for a in allowed if isinstance(a, str)]
+
+
+def _listed(values: tuple[str | bool, ...]) -> str:
+    return ", ".join(map(repr, values))

@@ -1,0 +1,43 @@
+"""Tiers: what a test needs beyond torch. ``pytest -m "not compiler and not models"`` is the tier that needs nothing."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+import fuse
+
+CXX = shutil.which("g++") or shutil.which("clang++")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "compiler: needs a C++ compiler")
+    config.addinivalue_line("markers", "models: needs transformers, and minutes")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if CXX is None:
+        for item in items:
+            if item.get_closest_marker("compiler"):
+                item.add_marker(pytest.mark.skip(reason="no C++ compiler"))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def private_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """Kernels of a test run never come from, or go to, the cache of the user who runs it."""
+    with pytest.MonkeyPatch.context() as patch:
+        folder = tmp_path_factory.mktemp("cache")
+        patch.setenv("FUSE_CACHE_DIR", str(folder))
+        yield folder
+
+
+@pytest.fixture(autouse=True)
+def fresh() -> None:
+    """No test sees what another compiled, or its random numbers."""
+    torch.manual_seed(0)
+    torch._dynamo.reset()
+    fuse.reset()

@@ -1,0 +1,101 @@
+"""Options and variables: what is allowed is taken, everything else is refused with what to do."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fuse import errors
+from fuse.options import Options, resolve, settings
+
+
+@pytest.fixture(autouse=True)
+def no_variables(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("FUSE_TARGET", "FUSE_INNER", "FUSE_DISABLE", "FUSE_VERIFY", "FUSE_DUMP", "FUSE_CACHE_DIR"):
+        monkeypatch.delenv(name, raising=False)
+
+
+def test_defaults_are_inductor_and_what_the_machine_offers() -> None:
+    assert resolve(None, None) == Options(target="auto", inner="inductor", disable=False, verify=False)
+
+
+def test_an_option_wins_over_its_variable_and_the_variable_over_the_default(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FUSE_INNER", "eager")
+    assert resolve(None, None).inner == "eager"
+    assert resolve(None, {"inner": "aot_eager"}).inner == "aot_eager"
+
+
+@pytest.mark.parametrize(("text", "value"), [("1", True), ("true", True), ("0", False), ("", False), ("OFF", False)])
+def test_switches_are_read_as_people_write_them(monkeypatch: pytest.MonkeyPatch, text: str, value: bool) -> None:
+    monkeypatch.setenv("FUSE_DISABLE", text)
+    assert resolve(None, None).disable is value
+
+
+def test_inductor_options_and_mode_are_passed_through() -> None:
+    chosen = resolve("reduce-overhead", {"max_autotune": True, "triton.cudagraphs": False})
+    assert chosen.mode == "reduce-overhead"
+    assert chosen.inductor == {"max_autotune": True, "triton.cudagraphs": False}
+
+
+def test_an_unknown_option_is_refused_with_the_closest_name() -> None:
+    with pytest.raises(errors.UnknownOption, match=r"'tagret'.*Did you mean 'target'\?.*'inner'"):
+        resolve(None, {"tagret": "cpp"})
+
+
+def test_a_misspelt_inductor_option_is_refused_with_the_closest_name() -> None:
+    with pytest.raises(errors.UnknownOption, match=r"Did you mean 'max_autotune'"):
+        resolve(None, {"max_autotunee": True})
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "says"),
+    [
+        ("target", "cp", r"'cp'.*'auto', 'cpp', 'reference'.*Did you mean 'cpp'"),
+        ("inner", "onnx", r"'onnx'.*'inductor', 'aot_eager', 'eager'"),
+        ("disable", 1, r"1; allowed: False, True"),
+        ("verify", "yes", r"'yes'; allowed: False, True"),
+        ("target", ["cpp"], r"\['cpp'\]"),
+    ],
+)
+def test_a_wrong_value_is_refused_with_what_is_allowed(option: str, value: Any, says: str) -> None:
+    with pytest.raises(errors.InvalidOption, match=says):
+        resolve(None, {option: value})
+
+
+def test_a_wrong_variable_is_refused_by_its_own_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FUSE_TARGET", "gpu")
+    with pytest.raises(errors.InvalidVariable, match=r"FUSE_TARGET='gpu'.*'auto', 'cpp'"):
+        resolve(None, None)
+
+
+def test_a_misspelt_variable_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FUSE_DISABEL", "1")
+    with pytest.raises(errors.UnknownVariable, match=r"Did you mean 'FUSE_DISABLE'"):
+        resolve(None, None)
+
+
+def test_variables_of_other_software_are_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FUSE_LIBRARY_PATH", "/usr/lib/libfuse.so")  # fusepy
+    assert resolve(None, None) == Options()
+
+
+@pytest.mark.parametrize(("mode", "given"), [("max-autotune", {}), (None, {"max_autotune": True})])
+def test_what_only_inductor_understands_needs_inductor(mode: str | None, given: dict[str, Any]) -> None:
+    with pytest.raises(errors.InductorOnly, match="drop it"):
+        resolve(mode, {"inner": "eager", **given})
+
+
+def test_cache_and_dump_folders_come_from_the_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    assert settings().dump is None
+    monkeypatch.setenv("FUSE_CACHE_DIR", str(tmp_path / "cache"))
+    monkeypatch.setenv("FUSE_DUMP", str(tmp_path / "dump"))
+    assert (settings().cache_dir, settings().dump) == (tmp_path / "cache", tmp_path / "dump")
+
+
+def test_a_dump_folder_that_is_a_file_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("FUSE_DUMP", str(tmp_path / "file"))
+    with pytest.raises(errors.InvalidVariable, match=r"FUSE_DUMP=.*a folder"):
+        settings()
