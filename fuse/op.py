@@ -20,7 +20,7 @@ Kernel = Callable[[Sequence[Tensor], Sequence[int]], Tensor]
 
 SCHEMA = "attention(Tensor[] operands, SymInt[] sizes, str spec, str target) -> Tensor"
 
-# Strides in the spec are those of the operands as traced; Inductor must not lay them out anew.
+# Kernels take any strides: a copy into another layout would cost and gain nothing.
 _TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.needs_fixed_stride_order)
 
 _library: Any = torch.library.Library("fuse", "DEF")  # type: ignore[no-untyped-call]
