@@ -23,7 +23,7 @@ SCHEMA = "attention(Tensor[] operands, SymInt[] sizes, str spec, str target) -> 
 # Kernels take any strides: a copy into another layout would cost and gain nothing.
 _TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.needs_fixed_stride_order)
 
-_library: Any = torch.library.Library("fuse", "DEF")  # type: ignore[no-untyped-call]
+_library: Any = torch.library.Library("fuse", "DEF")
 _library.define(SCHEMA, tags=_TAGS)
 
 

@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.nn.functional as F
-from specs import CASES, B0, K, Q, Problem, load, op, problem
+from specs import B0, CASES, K, Problem, Q, load, op, problem
 from torch import Tensor
 
 from fuse import reference
