@@ -118,15 +118,26 @@ class Group:
 
 
 def merge_paths(paths: Sequence[str]) -> str:
-    """("h.0.attn", "h.1.attn", "h.2.attn") as "h.{0..2}.attn"; other differences as a list."""
+    """("h.0.attn", "h.1.attn", "h.2.attn") as "h.{0..2}.attn": no path is lost, none is invented."""
     patterns: dict[str, list[tuple[int, ...]]] = {}
     for path in dict.fromkeys(paths):
         patterns.setdefault(re.sub(r"\d+", "#", path), []).append(tuple(map(int, re.findall(r"\d+", path))))
-    return ", ".join(_fill(pattern, numbers) for pattern, numbers in patterns.items())
+    return ", ".join(_fill(pattern, box) for pattern, numbers in patterns.items() for box in _boxes(numbers))
 
 
-def _fill(pattern: str, numbers: Sequence[tuple[int, ...]]) -> str:
-    columns = iter([_ranges(sorted(set(column))) for column in zip(*numbers, strict=True)])
+def _boxes(numbers: Sequence[tuple[int, ...]]) -> list[tuple[tuple[int, ...], ...]]:
+    """Rows of numbers as products of columns, where rows that differ in one column only become one."""
+    boxes = [tuple((n,) for n in row) for row in numbers]
+    for column in reversed(range(len(numbers[0]))):
+        alike: dict[Any, list[int]] = {}
+        for box in boxes:
+            alike.setdefault((box[:column], box[column + 1 :]), []).extend(box[column])
+        boxes = [(*before, tuple(sorted(merged)), *after) for (before, after), merged in alike.items()]
+    return boxes
+
+
+def _fill(pattern: str, box: tuple[tuple[int, ...], ...]) -> str:
+    columns = map(_ranges, box)
     return re.sub("#", lambda _: next(columns), pattern)
 
 

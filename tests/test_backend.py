@@ -1,0 +1,144 @@
+"""The backend between Dynamo and the inner compiler. The passes are stand-ins here: tests/test_passes.py has the real ones."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.fx import GraphModule
+
+import fuse
+from fuse import backend, errors, passes
+from fuse.options import Options
+from fuse.site import Site
+
+SITE = Site(fused=True, reason=None, where="model.py:7", module="h.0.attn")
+Run = Callable[[GraphModule, Options], list[Site]]
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch) -> Callable[[Run], None]:
+    """Sets what the passes do."""
+    return lambda body: monkeypatch.setattr(passes, "run", body, raising=False)
+
+
+def double(x: Tensor) -> Tensor:
+    return torch.relu(x) * 2
+
+
+def compiled(f: Callable[..., Any] = double, **options: Any) -> Callable[..., Any]:
+    return torch.compile(f, backend="fuse", options={"inner": "eager", **options})
+
+
+def triple_instead(gm: GraphModule, _: Options) -> list[Site]:
+    """A wrong rewrite."""
+    for node in gm.graph.nodes:
+        if node.op == "call_function" and "mul" in node.name:
+            node.args = (node.args[0], 3)
+    gm.recompile()
+    return [SITE]
+
+
+@pytest.mark.parametrize("inner", ["eager", "aot_eager", pytest.param("inductor", marks=pytest.mark.compiler)])
+def test_every_inner_compiler_gives_values_and_gradients(run: Callable[[Run], None], inner: str) -> None:
+    run(lambda gm, _: [])
+    x = torch.randn(5, requires_grad=True)
+    y = compiled(inner=inner)(x)
+    y.sum().backward()
+    torch.testing.assert_close(y, double(x))
+    torch.testing.assert_close(x.grad, 2.0 * (x > 0))
+
+
+def test_sites_of_compiled_graphs_are_reported_until_reset(run: Callable[[Run], None]) -> None:
+    run(lambda gm, _: [SITE])
+    compiled()(torch.randn(3))
+    compiled(lambda x: x + 1)(torch.randn(3))
+    assert fuse.report().sites == (SITE, SITE)
+    fuse.reset()
+    assert fuse.report().sites == ()
+
+
+def test_a_failing_pass_costs_its_fusions_only(run: Callable[[Run], None], caplog: pytest.LogCaptureFixture) -> None:
+    def fail(gm: GraphModule, _: Options) -> list[Site]:
+        raise AssertionError("a defect")
+
+    run(fail)
+    x = torch.randn(3)
+    with caplog.at_level(logging.WARNING, "fuse"):
+        torch.testing.assert_close(compiled()(x), double(x))
+    assert "a pass failed" in caplog.text and "a defect" in caplog.text
+
+
+def test_an_error_of_the_inner_compiler_is_not_swallowed(run: Callable[[Run], None], monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(gm: GraphModule, example_inputs: Any) -> Any:
+        raise ValueError("inner says no")
+
+    run(lambda gm, _: [SITE])
+    monkeypatch.setattr(backend, "_inner", lambda _: broken)
+    with pytest.raises(torch._dynamo.exc.BackendCompilerFailed, match="inner says no"):
+        compiled()(torch.randn(3))
+    assert fuse.report().sites == ()  # a graph that was never compiled has no sites
+
+
+@pytest.mark.parametrize(("variable", "options"), [("1", {}), ("0", {"disable": True})])
+def test_disable_runs_no_pass(
+    run: Callable[[Run], None], monkeypatch: pytest.MonkeyPatch, variable: str, options: dict[str, Any]
+) -> None:
+    monkeypatch.setenv("FUSE_DISABLE", variable)
+    run(triple_instead)
+    x = torch.randn(3)
+    torch.testing.assert_close(compiled(**options)(x), double(x))
+
+
+class Tagged(Tensor):
+    """A subclass that may give any op another meaning."""
+
+
+def test_graphs_on_tensor_subclasses_are_left_alone(run: Callable[[Run], None]) -> None:
+    run(triple_instead)
+    gm = torch.fx.symbolic_trace(double)
+    assert backend.rewrite(gm, [torch.randn(3).as_subclass(Tagged)], Options()) == []
+    assert backend.rewrite(gm, [torch.nn.Parameter(torch.randn(3)), 7], Options()) == [SITE]
+
+
+def test_mode_and_options_reach_inductor() -> None:
+    inner = backend._inner(Options(mode="max-autotune-no-cudagraphs", inductor={"epilogue_fusion": False}))
+    assert getattr(inner, "config") == {"max_autotune": True, "coordinate_descent_tuning": True, "epilogue_fusion": False}  # noqa: B009
+
+
+def test_a_wrong_option_is_refused_when_compiling() -> None:
+    with pytest.raises(torch._dynamo.exc.BackendCompilerFailed, match="Did you mean 'inner'") as failure:
+        compiled(iner="eager")(torch.randn(3))
+    assert isinstance(failure.value.inner_exception, errors.UnknownOption)
+
+
+def test_verify_finds_a_wrong_rewrite_and_names_its_sites(run: Callable[[Run], None]) -> None:
+    run(triple_instead)
+    with pytest.raises(errors.VerificationFailed, match=r"relative error 0\.5.*model\.py:7"):
+        compiled(verify=True)(torch.ones(3))
+
+
+def test_verify_lets_right_graphs_through_once_only(run: Callable[[Run], None]) -> None:
+    def counting(x: Tensor, count: Tensor) -> Tensor:
+        count.add_(1)
+        return torch.softmax(x * count, -1)
+
+    run(lambda gm, _: [SITE])
+    x, count = torch.randn(3), torch.zeros(1)
+    torch.testing.assert_close(compiled(counting, verify=True)(x, count), torch.softmax(x, -1))
+    assert count.item() == 1
+
+
+def test_verify_does_not_judge_random_graphs(run: Callable[[Run], None]) -> None:
+    run(triple_instead)
+    compiled(lambda x: torch.nn.functional.dropout(x, 0.5) * 2, verify=True)(torch.ones(64))
+
+
+def test_a_bool_output_and_nan_are_compared_as_they_are(run: Callable[[Run], None]) -> None:
+    run(lambda gm, _: [SITE])
+    y, positive = compiled(lambda x: (torch.log(x), x > 0), verify=True)(torch.tensor([-1.0, 0.0, 2.0]))
+    assert y.isnan().tolist() == [True, False, False] and positive.tolist() == [False, False, True]

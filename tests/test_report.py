@@ -1,0 +1,131 @@
+"""Reports: what explain() does to a model (nothing), and what people and programs read."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import fuse
+from fuse import passes
+from fuse.reasons import DropoutActive
+from fuse.report import Report, merge_paths
+from fuse.site import Site
+
+
+def fused(layer: int, **more: Any) -> Site:
+    return Site(True, None, "modeling_gpt2.py:91", f"h.{layer}.attn", "score * 0.125", "k <= q", **more)
+
+
+DECLINED = Site(False, DropoutActive("0.1"), "model.py:7", "decoder <b>")
+
+
+@pytest.fixture
+def one_site_per_graph(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(passes, "run", lambda gm, _: [fused(0)], raising=False)
+
+
+class Counting(nn.Module):
+    """A buffer that a run would change, and a break between two graphs."""
+
+    def __init__(self, after: Callable[[Tensor], object] = lambda x: None) -> None:
+        super().__init__()
+        self.after = after
+        self.linear = nn.Linear(4, 4)
+        self.register_buffer("calls", torch.zeros(()))
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        y: Tensor = self.linear(x)
+        torch._dynamo.graph_break()
+        self.after(y)
+        return y.softmax(-1)
+
+
+def test_explain_reads_every_graph_and_runs_none(one_site_per_graph: None) -> None:
+    model = Counting()
+    report = fuse.explain(model, torch.randn(2, 4))
+    assert report.fused == 2 and not report.note
+    assert model.get_buffer("calls").item() == 0
+    assert fuse.report().sites == ()  # explained is not compiled
+
+
+def test_explain_can_be_repeated_and_leaves_compiled_models_alone(one_site_per_graph: None) -> None:
+    model, x = Counting(), torch.randn(2, 4)
+    compiled = torch.compile(model, backend="fuse", options={"inner": "eager"})
+    expected = compiled(x)
+    for _ in range(12):  # more often than Dynamo recompiles one function
+        assert fuse.explain(compiled, x).fused == 2
+    with torch.compiler.set_stance("fail_on_recompile"):
+        torch.testing.assert_close(compiled(x), expected)
+
+
+def test_explain_says_where_it_could_not_go_on(one_site_per_graph: None) -> None:
+    def needs_data(y: Tensor) -> None:
+        if not y.any():
+            raise ValueError("all zeros")
+
+    report = fuse.explain(Counting(torch._dynamo.disable(needs_data)), torch.randn(2, 4))
+    assert report.fused == 1 and "all zeros" in report.note
+
+
+def test_a_call_that_is_wrong_itself_raises_as_the_model_does() -> None:
+    with pytest.raises(TypeError, match="missing 1 required positional argument"):
+        fuse.explain(nn.Linear(4, 4))
+
+
+def test_results_of_an_unfinished_model_have_their_shapes_and_gradients(one_site_per_graph: None) -> None:
+    seen: list[Tensor] = []
+    fuse.explain(Counting(torch._dynamo.disable(seen.append)), torch.randn(2, 4))
+    assert seen[0].shape == (2, 4) and seen[0].requires_grad and not seen[0].any()
+
+
+def test_layers_of_one_model_share_a_line() -> None:
+    text = str(Report((*(fused(i) for i in range(12)), DECLINED)))
+    assert text.splitlines()[0] == "13 attention sites, 12 fused"
+    assert "12  yes    modeling_gpt2.py:91  k <= q  h.{0..11}.attn" in text
+    assert "score       score * 0.125" in text
+
+
+def test_a_declined_site_says_why_and_what_would_help() -> None:
+    text = str(Report((DECLINED,)))
+    assert "1  no     model.py:7  -     decoder" in text
+    assert "DropoutActive: dropout with p=0.1 acts on the probabilities" in text
+    assert "call model.eval()" in text
+
+
+def test_an_empty_report_is_one_line() -> None:
+    assert str(Report(())) == "0 attention sites, 0 fused"
+
+
+@pytest.mark.parametrize(
+    ("paths", "merged"),
+    [
+        (["h.0.attn"], "h.0.attn"),
+        (["h.0.attn", "h.1.attn", "h.2.attn", "h.5.attn"], "h.{0..2,5}.attn"),
+        (["enc.0.a", "enc.1.a", "dec.0.a"], "enc.{0..1}.a, dec.0.a"),
+        (["s.0.b.0", "s.0.b.1", "s.1.b.0", "s.1.b.1"], "s.{0..1}.b.{0..1}"),
+        (["s.0.b.0", "s.1.b.0", "s.1.b.1"], "s.0.b.0, s.1.b.{0..1}"),
+        ([""], ""),
+    ],
+)
+def test_module_paths_are_merged_without_inventing_any(paths: list[str], merged: str) -> None:
+    assert merge_paths(paths) == merged
+
+
+def test_json_is_for_programs() -> None:
+    data = json.loads(Report((fused(3, kernels={"cpp": Path("/k.cpp")}), DECLINED)).to_json())
+    first, second = data["sites"]
+    assert (first["fused"], first["mask"], first["kernels"]) == (True, "k <= q", {"cpp": "/k.cpp"})
+    assert second["reason"]["name"] == "DropoutActive" and "eval" in second["reason"]["unblock"]
+
+
+def test_html_is_one_page_with_names_escaped(tmp_path: Path) -> None:
+    page = Report((fused(0), DECLINED)).to_html(tmp_path / "report.html").read_text()
+    assert "decoder &lt;b&gt;" in page and "k &lt;= q" in page and "DropoutActive" in page
+    assert "http" not in page  # self-contained
