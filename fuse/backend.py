@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -36,7 +37,7 @@ def fuse(
     if specs := [site.spec for site in sites if site.fused and site.spec is not None]:
         runtime.prepare(specs, chosen.target)  # builds run beside the inner compiler
     compiled = _inner(chosen)(gm, example_inputs)
-    compiled_sites.extend(sites)
+    compiled_sites.extend(_with_kernel(site, chosen.target) for site in sites)
     return compiled if original is None else verify.against(original, compiled, sites)
 
 
@@ -49,6 +50,13 @@ def rewrite(gm: GraphModule, example_inputs: Sequence[Any], chosen: Options) -> 
     except Exception:
         log.warning("a pass failed; attention in this graph may run unfused. Please report this.", exc_info=True)
         return []
+
+
+def _with_kernel(site: Site, target: str) -> Site:
+    if not site.fused or site.spec is None:
+        return site
+    source = runtime.kernel(site.spec, target).source
+    return replace(site, kernels={} if source is None else {"cpp" if target == "auto" else target: source})
 
 
 def _inner(chosen: Options) -> Callable[..., Any]:

@@ -127,7 +127,7 @@ def merge_paths(paths: Sequence[str]) -> str:
 
 def _boxes(numbers: Sequence[tuple[int, ...]]) -> list[tuple[tuple[int, ...], ...]]:
     """Rows of numbers as products of columns, where rows that differ in one column only become one."""
-    boxes = [tuple((n,) for n in row) for row in numbers]
+    boxes: list[tuple[tuple[int, ...], ...]] = [tuple((n,) for n in row) for row in numbers]
     for column in reversed(range(len(numbers[0]))):
         alike: dict[Any, list[int]] = {}
         for box in boxes:

@@ -1,0 +1,96 @@
+"""python -m fuse: what fuse would do with a model, the kernels it has built, and where they are kept."""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import torch
+
+from fuse import models
+from fuse.errors import FuseError
+from fuse.options import TARGETS, settings
+from fuse.report import explain
+
+SOURCES = (".cpp", ".py", ".cu")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    args = _parser().parse_args(arguments)
+    try:
+        return int(args.run(args))
+    except FuseError as error:
+        print(f"{type(error).__name__}: {error}", file=sys.stderr)
+        return 2
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m fuse", description=__doc__)
+    commands = parser.add_subparsers(required=True, metavar="explain | kernels | cache")
+
+    sub = commands.add_parser("explain", help="find the attention of a model, and say what is fused and why the rest is not")
+    sub.add_argument("model", help="module:callable or file.py:callable, which returns (model, args), or a transformers type")
+    sub.add_argument("--layers", type=int, help="of a transformers type; its configuration's own number if not given")
+    sub.add_argument("--attention", choices=("eager", "sdpa"), default="eager", help="of a transformers type")
+    sub.add_argument("--train", action="store_true", help="as in training: with gradients and dropout")
+    sub.add_argument("--json", action="store_true", help="print JSON")
+    sub.add_argument("--html", type=Path, metavar="FILE", help="write a page instead")
+    sub.set_defaults(run=_explain)
+
+    sub = commands.add_parser("kernels", help="list the generated sources in the cache")
+    sub.set_defaults(run=_kernels)
+
+    sub = commands.add_parser("cache", help="say where kernels are kept and how much they take")
+    sub.add_argument("--clear", action="store_true", help="delete them; they are built again when they are needed")
+    sub.set_defaults(run=_cache)
+    return parser
+
+
+def _explain(args: argparse.Namespace) -> int:
+    model, inputs, named = models.load(args.model, layers=args.layers, attention=args.attention)
+    if isinstance(model, torch.nn.Module):
+        model.train(args.train)
+    with torch.set_grad_enabled(args.train):
+        report = explain(model, *inputs, **named)
+    if args.html:
+        print(report.to_html(args.html))
+    else:
+        print(report.to_json() if args.json else report)
+    return 0
+
+
+def _kernels(args: argparse.Namespace) -> int:
+    """Newest first, each with the comment it begins with."""
+    for source in sorted(_cached(SOURCES), key=lambda path: path.stat().st_mtime, reverse=True):
+        print(source)
+        for line in source.read_text().splitlines():
+            if not line.startswith(("//", "#")) or line.startswith("#include"):
+                break
+            print("   ", line.lstrip("/# "))
+    return 0
+
+
+def _cache(args: argparse.Namespace) -> int:
+    folder = settings().cache_dir
+    files = list(_cached())
+    size = sum(path.stat().st_size for path in files) / 2**20
+    kernels = sum(path.suffix in SOURCES for path in files)
+    print(f"{folder}: {kernels} kernel{'s' * (kernels != 1)}, {size:.1f} MB{', deleted' if args.clear else ''}")
+    if args.clear:
+        for target in TARGETS:  # never the folder itself, which may hold files of others
+            shutil.rmtree(folder / target, ignore_errors=True)
+    return 0
+
+
+def _cached(suffixes: Sequence[str] | None = None) -> Iterator[Path]:
+    for target in TARGETS:
+        for path in (settings().cache_dir / target).rglob("*"):
+            if path.is_file() and (suffixes is None or path.suffix in suffixes):
+                yield path
+
+
+if __name__ == "__main__":
+    sys.exit(main())
