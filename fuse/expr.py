@@ -50,6 +50,10 @@ class Expr(metaclass=_Interned):
     def args(self) -> tuple[Expr, ...]:
         return ()
 
+    def with_args(self, args: tuple[Expr, ...]) -> Expr:
+        """This node with other operands."""
+        return self
+
     def __str__(self) -> str:
         return to_text(self)
 
@@ -96,6 +100,9 @@ class Load(Expr):
     def args(self) -> tuple[Expr, ...]:
         return self.coords
 
+    def with_args(self, args: tuple[Expr, ...]) -> Expr:
+        return Load(self.dtype, self.operand, args)
+
 
 @dataclass(frozen=True, eq=False)
 class Apply(Expr):
@@ -107,6 +114,9 @@ class Apply(Expr):
     @property
     def args(self) -> tuple[Expr, ...]:
         return self.operands
+
+    def with_args(self, args: tuple[Expr, ...]) -> Expr:
+        return apply(self.op, *args, dtype=self.dtype)
 
 
 # ---------------------------------------------------------------------------------------------------- construction
@@ -146,6 +156,8 @@ def apply(op: str, *args: Expr, dtype: str) -> Expr:
                 return other if bool(this.value) == neutral else this
         if args[0] is args[1]:
             return args[0]
+    if op in ("add", "sub") and dtype in INTS and isinstance(args[1], Const) and args[1].value == 0:
+        return args[0]
     if op == "not" and dtype == "bool" and isinstance(args[0], Apply) and args[0].op == "not":
         return args[0].operands[0]
     if all(isinstance(a, Const) for a in args):
@@ -201,20 +213,11 @@ def walk(*roots: Expr) -> Iterator[Expr]:
             stack.extend((arg, False) for arg in reversed(node.args))
 
 
-def rebuild(node: Expr, args: tuple[Expr, ...]) -> Expr:
-    """``node`` with other operands."""
-    if isinstance(node, Load):
-        return Load(node.dtype, node.operand, args)
-    if isinstance(node, Apply):
-        return apply(node.op, *args, dtype=node.dtype)
-    return node
-
-
 def rewrite(root: Expr, rule: Callable[[Expr], Expr | None]) -> Expr:
     """Bottom up: each node is rebuilt from its rewritten operands, then ``rule`` may replace it (None keeps it)."""
     new: dict[Expr, Expr] = {}
     for node in walk(root):
-        built = rebuild(node, tuple(new[a] for a in node.args))
+        built = node.with_args(tuple(new[a] for a in node.args)) if node.args else node
         new[node] = rule(built) or built
     return new[root]
 

@@ -125,24 +125,9 @@ class Space:
         out: list[Index] = []
         i = j = 0
         while i < len(shape) or j < len(source):
-            i0, j0 = i, j
-            a: Index = sympy.Integer(1)
-            b: Index = sympy.Integer(1)
-            while True:
-                if i < len(shape) and (i == i0 or a != b):
-                    a = sympy.expand(a * shape[i])
-                    i += 1
-                elif j < len(source) and (j == j0 or a != b):
-                    b = sympy.expand(b * source[j])
-                    j += 1
-                else:
-                    break
-                while a != b and i > i0 and j < len(source) and _may_grow(b, a):
-                    b = sympy.expand(b * source[j])
-                    j += 1
-            i, j = _take_ones(shape, i, i0, source, j, j0)
-            flat = self.flatten(coords[i0:i], shape[i0:i])
-            out += self.unflatten(flat, source[j0:j])
+            i1, j1 = _next_group(shape, i, source, j)
+            out += self.unflatten(self.flatten(coords[i:i1], shape[i:i1]), source[j:j1])
+            i, j = i1, j1
         return tuple(out)
 
     def flatten(self, coords: Sequence[Index], shape: Shape) -> Index:
@@ -159,20 +144,13 @@ class Space:
         return [flat, *reversed(coords)] if shape else []
 
 
-def _may_grow(b: Index, a: Index) -> bool:
-    """Does b still lie below a, so that taking one more dimension can make them meet?"""
-    return bool(sympy.cancel(a / b).is_polynomial() and a != b)
-
-
-def _take_ones(shape: Shape, i: int, i0: int, source: Shape, j: int, j0: int) -> tuple[int, int]:
-    """At the end of either side, what is left of the other can only be dimensions of size one."""
-    if j == len(source):
-        while i < len(shape) and shape[i] == 1:
-            i += 1
-    if i == len(shape):
-        while j < len(source) and source[j] == 1:
-            j += 1
-    return i, j
+def _next_group(shape: Shape, i: int, source: Shape, j: int) -> tuple[int, int]:
+    """The shortest runs shape[i:i1] and source[j:j1] of the same number of elements; all that is left, if there are none."""
+    ends = [(i1, j1) for i1 in range(i, len(shape) + 1) for j1 in range(j, len(source) + 1) if (i1, j1) != (i, j)]
+    for i1, j1 in sorted(ends, key=sum):
+        if sympy.expand(sympy.prod(shape[i:i1]) - sympy.prod(source[j:j1])) == 0:
+            return i1, j1
+    return len(shape), len(source)
 
 
 def _divide_division(term: Index, n: Index) -> Index | None:

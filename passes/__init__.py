@@ -1,0 +1,181 @@
+"""The passes, in order. Each reads what the one before found; the graph changes in the last step only.
+
+states      what surrounds each node: autocast, grad mode, functorch level
+find        candidates: a normalisation, the contraction behind it, the slice of the graph around them
+trace       the slices as functional ATen, for reading
+lift        one element of the result as mathematics: an AttentionSpec, or a reason why not
+masks       the predicate is separated from the score and bounded in closed form
+layout      the order of the result in memory, from its consumer
+replace     one fuse::attention in the place of each root; what nothing uses any more is removed
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+import torch
+from fuse.passes.find import Candidate, find
+from fuse.passes.graph import State, location, module_path, operator_name, states, tensor_of
+from fuse.passes.lift import Lifted, lift
+from fuse.passes.masks import recover_mask
+from fuse.passes.replace import Replacement, insert, live_nodes, remove
+from fuse.passes.trace import Trace, trace
+from torch.fx import Graph, GraphModule, Node
+
+import fuse.op  # noqa: F401  registers fuse::attention
+from fuse.expr import to_text
+from fuse.options import Options
+from fuse.reasons import (
+    Declined,
+    GradientsNeeded,
+    InternalError,
+    NoScoreProduct,
+    NotSoftmax,
+    ProbabilitiesUsed,
+    Reason,
+    StateChanges,
+)  # fmt: skip
+from fuse.site import Site
+
+# Higher-order operations whose bodies are ordinary code that runs as written.
+_BODIES = ("checkpoint", "invoke_subgraph", "wrap", "cond")
+
+
+@dataclass(frozen=True)
+class _Found:
+    candidate: Candidate
+    lifted: Lifted
+    replacement: Replacement
+    scores: Node | None
+
+
+def run(gm: GraphModule, options: Options) -> list[Site]:
+    """Rewrites ``gm`` and the bodies inside it; one Site for every attention that was found, fused or not. Never raises."""
+    sites: list[Site] = []
+    for graph in _graphs(gm):
+        try:
+            sites += _run_graph(graph, options.target)
+        except Exception as e:  # a defect of a pass must not cost the user the model
+            sites.append(Site(False, InternalError(f"{type(e).__name__}: {e}"), "", ""))
+    for module in gm.modules():
+        if isinstance(module, GraphModule):
+            module.recompile()
+    return sites
+
+
+def _graphs(gm: GraphModule) -> Iterator[Graph]:
+    yield gm.graph
+    for node in gm.graph.nodes:
+        if isinstance(node.target, torch._ops.HigherOrderOperator) and any(b in operator_name(node) for b in _BODIES):
+            for arg in node.all_input_nodes:
+                body = getattr(gm, str(arg.target), None) if arg.op == "get_attr" else None
+                if isinstance(body, GraphModule):
+                    yield from _graphs(body)
+
+
+def _run_graph(graph: Graph, target: str) -> list[Site]:
+    state_of = states(graph)
+    candidates = find(graph, state_of)
+    if not candidates:
+        return []
+    sites: list[Site] = []
+    found: list[_Found] = []
+    for candidate, traced in _traces(graph, candidates, state_of):
+        try:
+            if isinstance(traced, Declined):
+                raise traced
+            found.append(_lift_candidate(graph, candidate, traced, state_of, target))
+        except Declined as d:
+            if not isinstance(d.reason, (NotSoftmax, NoScoreProduct)):
+                sites.append(_declined(candidate, d.reason))
+        except Exception as e:
+            sites.append(_declined(candidate, InternalError(f"{type(e).__name__}: {e}")))
+    return sites + _apply(graph, candidates, found)
+
+
+def _traces(
+    graph: Graph, candidates: list[Candidate], state_of: Mapping[Node, State]
+) -> Iterator[tuple[Candidate, Trace | Declined]]:
+    """One trace for all slices, so that a mask built once is read once; one each where that fails."""
+    together = _trace_slices(graph, candidates, state_of)
+    for c in candidates:
+        yield c, together if isinstance(together, Trace) else _trace_slices(graph, [c], state_of)
+
+
+def _trace_slices(graph: Graph, candidates: list[Candidate], state_of: Mapping[Node, State]) -> Trace | Declined:
+    nodes = frozenset().union(*(c.nodes for c in candidates))
+    inputs = frozenset().union(*(c.inputs for c in candidates)) - nodes
+    autocast = {n: state_of[n].autocast for n in nodes}
+    try:
+        return trace([n for n in graph.nodes if n in nodes], [n for n in graph.nodes if n in inputs], autocast)
+    except Declined as d:
+        return d
+
+
+def _lift_candidate(graph: Graph, candidate: Candidate, traced: Trace, state_of: Mapping[Node, State], target: str) -> _Found:
+    declined: Declined | None = None
+    for root in candidate.roots:
+        try:
+            lifted = lift(root, traced)
+        except Declined as d:
+            declined = declined or d
+            continue
+        _check_state(candidate, root, state_of)
+        lifted = dataclasses.replace(lifted, spec=recover_mask(lifted.spec))
+        return _Found(candidate, lifted, insert(graph, root, lifted, traced, target), lifted.scores.origin)
+    assert declined is not None
+    raise declined
+
+
+def _check_state(candidate: Candidate, root: Node, state_of: Mapping[Node, State]) -> None:
+    value = tensor_of(root)
+    if state_of[root].grad and value is not None and value.requires_grad:
+        raise Declined(GradientsNeeded(root.name))
+    if state_of[candidate.anchor].level != state_of[root].level:
+        raise Declined(StateChanges("the border of a functorch transform"))
+
+
+def _apply(graph: Graph, candidates: list[Candidate], found: list[_Found]) -> list[Site]:
+    """Accepts the sites whose scores nothing else needs; takes the others back."""
+    slices = set().union(*(c.nodes for c in candidates))
+    accepted = list(found)
+    while True:
+        replaced = {f.replacement.root: f.replacement.result for f in accepted}
+        refused_calls = {f.replacement.call for f in found if f not in accepted}
+        live = live_nodes(graph, slices | refused_calls, replaced)
+        kept = [f for f in accepted if f.scores is None or f.scores is f.replacement.root or f.scores not in live]
+        if len(kept) == len(accepted):
+            break
+        accepted = kept
+    sites = []
+    for f in found:
+        if f in accepted:
+            f.replacement.root.replace_all_uses_with(f.replacement.result)
+            sites.append(_fused(f))
+        else:
+            sites.append(_declined(f.candidate, ProbabilitiesUsed(_user_of(f, live))))
+    dead = [n for n in graph.nodes if n in slices and n not in live]
+    unused = [n for f in found if f not in accepted for n in {f.replacement.result, f.replacement.call}]
+    remove(graph, [*dead, *unused])
+    graph.lint()
+    return sites
+
+
+def _user_of(found: _Found, live: set[Node]) -> str:
+    """What else reads the probabilities or scores."""
+    users = [u for u in found.candidate.anchor.users if u in live and u is not found.replacement.root]
+    return users[0].name if users else "the result"
+
+
+def _fused(f: _Found) -> Site:
+    spec, root = f.replacement.spec, f.replacement.root
+    names = {i: n.name for i, n in enumerate(f.replacement.leaves)}
+    mask = to_text(spec.mask.predicate, names) if spec.mask else ""
+    return Site(True, None, location(root), module_path(root), to_text(spec.score, names), mask, spec, names)
+
+
+def _declined(candidate: Candidate, reason: Reason) -> Site:
+    root = candidate.roots[0]
+    return Site(False, reason, location(root), module_path(root))

@@ -1,0 +1,265 @@
+"""One element of a traced tensor as an expression of its coordinates.
+
+``Reader.element(value, coords)`` pulls backwards through views, pointwise operations and factories until it meets tensors
+that have to be loaded, or reductions and products, which stay as Opaque nodes for ``lift`` to recognise.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import sympy
+import torch
+from fuse.passes.trace import Value
+
+from fuse import expr
+from fuse.expr import Expr, Load, apply, const
+from fuse.index import Index, Space, linear
+from fuse.reasons import Declined, DropoutActive, UnsupportedShape
+
+PRODUCTS = {"bmm", "mm", "baddbmm", "addmm"}
+REDUCTIONS = {"sum", "amax", "max", "logsumexp", "_softmax", "_log_softmax", "_safe_softmax"}
+VIEWS = {
+    "view", "_unsafe_view", "reshape", "expand", "permute", "transpose", "t", "unsqueeze", "squeeze", "slice", "select",
+    "unbind", "split", "split_with_sizes", "repeat", "clone", "alias", "detach", "contiguous", "lift_fresh_copy",
+}  # fmt: skip
+TRANSCENDENTAL = {
+    "exp",
+    "exp2",
+    "log",
+    "log2",
+    "log1p",
+    "expm1",
+    "tanh",
+    "sigmoid",
+    "sqrt",
+    "rsqrt",
+    "erf",
+    "sin",
+    "cos",
+    "pow",
+}
+
+
+@dataclass(frozen=True, eq=False)
+class Opaque(Expr):
+    """Element ``coords`` of a product or reduction that has not been looked into."""
+
+    value: Value
+    coords: tuple[Expr, ...]
+
+    @property
+    def args(self) -> tuple[Expr, ...]:
+        return self.coords
+
+    def with_args(self, args: tuple[Expr, ...]) -> Expr:
+        return Opaque(self.dtype, self.value, args)
+
+    @property
+    def name(self) -> str:
+        return op_name(self.value)
+
+
+Handler = Callable[["Reader", Value, tuple[Index, ...]], Expr]
+HANDLERS: dict[str, Handler] = {}
+
+
+def handles(*names: str) -> Callable[[Handler], Handler]:
+    """Registers how an element of these ATen operations is read."""
+
+    def register(handler: Handler) -> Handler:
+        HANDLERS.update(dict.fromkeys(names, handler))
+        return handler
+
+    return register
+
+
+def op_name(value: Value) -> str:
+    return "" if value.op is None else value.op._schema.name.removeprefix("aten::")
+
+
+def dims(value: Value) -> tuple[Index, ...]:
+    return tuple(as_index(n) for n in value.shape)
+
+
+def as_index(n: Any) -> Index:
+    """An int or SymInt as sympy."""
+    return n.node.expr if isinstance(n, torch.SymInt) else sympy.Integer(int(n))
+
+
+def arguments(value: Value) -> dict[str, Any]:
+    """The arguments of the call by name, defaults filled in."""
+    assert value.op is not None
+    schema = value.op._schema.arguments
+    given = dict(zip((a.name for a in schema), value.args, strict=False)) | dict(value.kwargs)
+    return {a.name: given.get(a.name, a.default_value) for a in schema}
+
+
+@dataclass
+class Reader:
+    """Shared by all that is read for one site: loop indices in scope, leaves found, and what was read before.
+
+    leaves    the tensors that are loaded; Load.operand counts them
+    inner     the loop indices of the kernel's inner loops, once they are known: q, k, d, e
+    """
+
+    space: Space = field(default_factory=Space)
+    leaves: list[Value] = field(default_factory=list)
+    inner: set[sympy.Symbol] = field(default_factory=set)
+    views_only: bool = False
+    _atoms: dict[Expr, sympy.Symbol] = field(default_factory=dict)
+    _known: dict[tuple[Value, tuple[Index, ...], bool], Expr] = field(default_factory=dict)
+
+    def element(self, value: Value, coords: Sequence[Index]) -> Expr:
+        key = (value, tuple(coords), self.views_only)
+        if key not in self._known:
+            self._known[key] = self._element(value, key[1])
+        return self._known[key]
+
+    def through_views(self, value: Value, coords: Sequence[Index]) -> Expr:
+        """The load of the tensor behind views alone: nothing is computed, no value changes."""
+        self.views_only = True
+        try:
+            return self.element(value, coords)
+        finally:
+            self.views_only = False
+
+    def _element(self, value: Value, coords: tuple[Index, ...]) -> Expr:
+        if value.literal is not None:
+            return const(value.literal, value.dtype)
+        if value.op is None or (self.views_only and not _is_view(value)):
+            return self.load(value, coords)
+        if torch.Tag.nondeterministic_seeded in value.op.tags:
+            raise Declined(DropoutActive(_drop_rate(value)))
+        name = op_name(value)
+        if name in PRODUCTS or name in REDUCTIONS:
+            return Opaque(value.dtype, value, tuple(self.expression(c) for c in coords))
+        handler = HANDLERS.get(name)
+        if handler is None or not _plain(value):
+            return self.load(value, coords)
+        return handler(self, value, coords)
+
+    def load(self, value: Value, coords: Sequence[Index]) -> Expr:
+        if value not in self.leaves:
+            self.leaves.append(value)
+        coords = [sympy.Integer(0) if n == 1 else c for c, n in zip(coords, dims(value), strict=True)]
+        return Load(value.dtype, self.leaves.index(value), tuple(self.expression(c) for c in coords))
+
+    # ------------------------------------------------------------------------------------ between sympy and Expr
+
+    def atom(self, e: Expr) -> sympy.Symbol:
+        """A sympy stand-in for an integer that is no polynomial of indices, such as one read from a tensor."""
+        if e not in self._atoms:
+            self._atoms[e] = sympy.Symbol(f"atom{len(self._atoms)}", integer=True)
+        return self._atoms[e]
+
+    def expression(self, e: Index) -> Expr:
+        """sympy → Expr."""
+        return index_to_expr(e, {s: x for x, s in self._atoms.items()}, self.space)
+
+    def index(self, e: Expr) -> Index:
+        """Expr of an integer → sympy."""
+        if isinstance(e, expr.Const):
+            return sympy.Integer(int(e.value))
+        if isinstance(e, expr.Index):
+            return sympy.Symbol(e.axis, integer=True)
+        if isinstance(e, expr.Symbol):
+            return sympy.Symbol(e.name, integer=True, positive=True)
+        if isinstance(e, expr.Apply) and e.dtype == "int64" and all(a.dtype == "int64" for a in e.operands):
+            args = [self.index(a) for a in e.operands]
+            if e.op in ("add", "sub", "mul", "neg"):
+                return sympy.expand({"add": lambda a, b: a + b, "sub": lambda a, b: a - b, "mul": lambda a, b: a * b,
+                                     "neg": lambda a: -a}[e.op](*args))  # fmt: skip
+            if e.op == "floordiv" and args[1].is_positive:
+                return self.space.floordiv(*args)
+            if e.op == "mod" and args[1].is_positive:
+                return self.space.mod(*args)
+        if isinstance(e, expr.Apply) and e.op == "cast" and e.operands[0].dtype in expr.INTS:
+            return self.index(e.operands[0])
+        return self.atom(e)
+
+    def gathered(self, index_value: Value, coords: Sequence[Index], size: Index, wraps: bool) -> Index:
+        """A coordinate that is read from a tensor. Costly position formulas are loaded rather than computed per entry."""
+        found = self.element(index_value, coords)
+        if any(isinstance(n, expr.Apply) and n.op in TRANSCENDENTAL for n in expr.walk(found)):
+            found = self.load(index_value, coords)
+        e = self.index(found)
+        if not wraps or self.space.nonnegative(e):
+            return e
+        x = self.expression(e)
+        wrapped = apply("add", x, self.expression(size), dtype="int64")
+        return self.atom(apply("where", apply("lt", x, const(0), dtype="bool"), wrapped, x, dtype="int64"))
+
+    def clamped(self, e: Index, size: Index) -> Index:
+        """e forced into [0, size), for a read that a condition around it discards when e lies outside."""
+        if self.space.nonnegative(e) and self.space.nonnegative(size - 1 - e):
+            return e
+        x = apply("maximum", self.expression(e), const(0), dtype="int64")
+        return self.atom(apply("minimum", x, self.expression(size - 1), dtype="int64"))
+
+    def at_most(self, a: Index, b: Index) -> Expr:
+        """a <= b, decided where it can be."""
+        if self.space.nonnegative(b - a):
+            return const(True, "bool")
+        if self.space.nonnegative(a - b - 1):
+            return const(False, "bool")
+        return apply("le", self.expression(a), self.expression(b), dtype="bool")
+
+    def reads_fixed_strides(self, coords: Sequence[Index]) -> bool:
+        """Can these coordinates be walked along every inner loop index with constant steps?"""
+        return all(linear(c, x) is not None for c in coords for x in self.inner)
+
+
+def index_to_expr(e: Index, atoms: dict[sympy.Symbol, Expr], space: Space) -> Expr:
+    def convert(e: Index) -> Expr:
+        if e.is_Integer:
+            return const(int(e))
+        if e.is_Symbol:
+            if e in atoms:
+                return atoms[e]
+            return expr.index(e.name) if e in space.sizes else expr.symbol(e.name)
+        if e.is_Add:
+            return _sum([convert(a) for a in e.args], [a.as_coeff_Mul() for a in e.args], convert)
+        if e.is_Mul or e.is_Pow:
+            factors = e.args if e.is_Mul else [e.base] * int(e.exp)
+            out = convert(factors[0])
+            for f in factors[1:]:
+                out = apply("mul", out, convert(f), dtype="int64")
+            return out
+        name = {"FloorDiv": "floordiv", "CleanDiv": "floordiv", "PythonMod": "mod", "Mod": "mod"}.get(type(e).__name__)
+        if name is None:
+            raise Declined(UnsupportedShape(f"a size of the form {e}"))
+        return apply(name, convert(e.args[0]), convert(e.args[1]), dtype="int64")
+
+    return convert(sympy.expand(e) if not e.is_Symbol else e)
+
+
+def _sum(terms: list[Expr], parts: list[tuple[Any, Index]], convert: Callable[[Index], Expr]) -> Expr:
+    """Positive terms first, so that k - q prints as such."""
+    positive = [t for t, (c, _) in zip(terms, parts, strict=True) if c > 0]
+    negative = [convert(-c * rest) for c, rest in parts if c < 0]
+    out = positive[0] if positive else apply("neg", negative.pop(0), dtype="int64")
+    for t in positive[1:]:
+        out = apply("add", out, t, dtype="int64")
+    for t in negative:
+        out = apply("sub", out, t, dtype="int64")
+    return out
+
+
+def _plain(value: Value) -> bool:
+    """Dense tensors of dtypes that expressions know."""
+    return value.dtype in expr.DTYPES and value.meta.layout == torch.strided
+
+
+def _is_view(value: Value) -> bool:
+    if op_name(value) == "_to_copy":  # a product of widened operands may read the narrow ones: the same numbers
+        widened = {"bfloat16": ("float32", "float64"), "float16": ("float32", "float64"), "float32": ("float64",)}
+        return value.dtype in (*widened.get(value.args[0].dtype, ()), value.args[0].dtype)
+    return op_name(value) in VIEWS
+
+
+def _drop_rate(value: Value) -> str:
+    rates = [a for a in value.args if isinstance(a, float)]
+    return f"{rates[0]:g}" if rates else "?"

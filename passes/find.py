@@ -1,0 +1,180 @@
+"""Candidates: a normalisation, the contraction that it feeds, and the slice of the graph that may belong to them.
+
+A slice reaches back from the contraction through everything that can be read per element, and stops at what makes
+activations (linear, convolution, embedding, …). Operands of a contraction are followed through views only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+import torch
+from fuse.passes.graph import State, operator_name, storage_of, tensor_of, writes
+from torch.fx import Graph, Node
+
+NORMALISATIONS = {"softmax", "_softmax", "log_softmax", "_log_softmax", "_safe_softmax", "exp", "exp_"}
+ATTENTION = "scaled_dot_product_attention"
+CONTRACTIONS = {"matmul", "__matmul__", "bmm", "mm", "baddbmm", "einsum", "sum", "tensordot", "mv", "matvec", "inner"}
+PRODUCERS = {
+    "linear", "embedding", "embedding_bag", "layer_norm", "group_norm", "batch_norm", "instance_norm", "rms_norm",
+    "native_layer_norm", "lstm", "gru", "rnn_tanh", "interpolate", "grid_sample", "bilinear", "cdist", "addmm",
+    "multi_head_attention_forward", "_transformer_encoder_layer_fwd", ATTENTION, "fft", "rfft", "item", "tolist",
+    "glu", "gelu", "silu", "pad_sequence", "index_copy_", "index_copy",
+}  # fmt: skip
+VIEWS = {
+    "view", "reshape", "transpose", "permute", "expand", "unsqueeze", "squeeze", "getitem", "contiguous", "clone",
+    "flatten", "unflatten", "split", "chunk", "unbind", "movedim", "moveaxis", "swapaxes", "swapdims", "t", "narrow",
+    "select", "repeat_interleave", "repeat", "expand_as", "view_as", "reshape_as", "detach", "getattr", "tile",
+    "broadcast_to", "split_with_sizes", "tensor_split", "alias", "slice",
+}  # fmt: skip
+_FORWARD_LIMIT = 64  # nodes between a normalisation and its contraction
+_SLICE_LIMIT = 600  # nodes of one slice
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """``roots``: nodes whose value may be the attention's result, most likely first; ``anchor``: the normalisation."""
+
+    anchor: Node
+    roots: tuple[Node, ...]
+    nodes: frozenset[Node]
+    inputs: frozenset[Node]
+
+
+def find(graph: Graph, states: Mapping[Node, State]) -> list[Candidate]:
+    """All candidates of a graph, in order."""
+    order = {n: i for i, n in enumerate(graph.nodes)}
+    mutations = _mutations(graph)
+    found: dict[Node, Candidate] = {}
+    for node in graph.nodes:
+        if node.op not in ("call_function", "call_method") or tensor_of(node) is None:
+            continue
+        name = operator_name(node)
+        if name == ATTENTION:
+            found[node] = _slice(node, (node,), {node}, states, mutations, order)
+        elif name in NORMALISATIONS:
+            for contraction, passed in _contractions_after(node):
+                roots = (contraction, *_divisions_after(contraction))
+                if contraction not in found:
+                    found[contraction] = _slice(node, roots, passed, states, mutations, order)
+    return list(found.values())
+
+
+def is_contraction(node: Node) -> bool:
+    return node.op in ("call_function", "call_method") and operator_name(node) in CONTRACTIONS
+
+
+def _contractions_after(anchor: Node) -> list[tuple[Node, set[Node]]]:
+    """The contractions that the anchor's value reaches through other operations, with the nodes it passed."""
+    seen, queue, ends = {anchor}, [anchor], []
+    while queue and len(seen) < _FORWARD_LIMIT:
+        for user in queue.pop(0).users:
+            if user in seen or user.op not in ("call_function", "call_method"):
+                continue
+            seen.add(user)
+            if is_contraction(user) and not _is_row_sum(user):
+                ends.append(user)
+            elif operator_name(user) not in PRODUCERS:
+                queue.append(user)
+    return [(end, seen) for end in ends]
+
+
+def _is_row_sum(node: Node) -> bool:
+    """The sum over exp, not the sum that ends a product."""
+    source = node.args[0] if node.args else None
+    return operator_name(node) == "sum" and isinstance(source, Node) and operator_name(source) not in ("mul", "multiply")
+
+
+def _divisions_after(contraction: Node) -> tuple[Node, ...]:
+    """Late normalisation: (exp(s) @ v) / sum."""
+    return tuple(u for u in contraction.users if operator_name(u) in ("div", "truediv", "mul", "div_", "mul_", "itruediv"))
+
+
+def _mutations(graph: Graph) -> dict[int, list[Node]]:
+    """Storage → the nodes that write it."""
+    found: dict[int, list[Node]] = {}
+    for node in graph.nodes:
+        for written in writes(node):
+            storage = storage_of(written)
+            if storage is not None:
+                found.setdefault(storage, []).append(node)
+    return found
+
+
+def _slice(
+    anchor: Node,
+    roots: tuple[Node, ...],
+    passed: set[Node],
+    states: Mapping[Node, State],
+    mutations: Mapping[int, list[Node]],
+    order: Mapping[Node, int],
+) -> Candidate:
+    nodes: set[Node] = set()
+    inputs: set[Node] = set()
+    visited: set[tuple[Node, bool]] = set()
+    stack = [(root, False) for root in roots]
+    last = max(order[r] for r in roots)
+    while stack:
+        node, views_only = stack.pop()
+        if (node, views_only) in visited:
+            continue
+        visited.add((node, views_only))
+        stop = node not in roots and (_is_input(node, states) or len(nodes) > _SLICE_LIMIT)
+        if stop or (views_only and not _is_view(node)):
+            inputs.add(node)
+            continue
+        nodes.add(node)
+        contraction = is_contraction(node) and not _is_elementwise_sum(node)
+        for arg in node.all_input_nodes:
+            only = views_only or ((contraction or node is anchor and operator_name(node) == ATTENTION) and arg not in passed)
+            stack.append((arg, only and not _is_mask_argument(node, arg)))
+        for writer in _writers(node, mutations, order, last):
+            stack.append((writer, False))
+    return Candidate(anchor, roots, frozenset(nodes), frozenset(inputs - nodes))
+
+
+def _is_elementwise_sum(node: Node) -> bool:
+    return operator_name(node) == "sum"
+
+
+def _is_mask_argument(node: Node, arg: Node) -> bool:
+    """The mask of scaled_dot_product_attention and the addend of baddbmm are part of the scores, not of a product."""
+    name = operator_name(node)
+    if name == ATTENTION:
+        return node.kwargs.get("attn_mask") is arg or (len(node.args) > 3 and node.args[3] is arg)
+    return name == "baddbmm" and node.args[0] is arg
+
+
+def _writers(node: Node, mutations: Mapping[int, list[Node]], order: Mapping[Node, int], last: int) -> Iterable[Node]:
+    storage = storage_of(node)
+    return [] if storage is None else [w for w in mutations.get(storage, []) if order[w] <= last]
+
+
+def _is_input(node: Node, states: Mapping[Node, State]) -> bool:
+    if node.op not in ("call_function", "call_method") or states[node].level > 0:
+        return True
+    if isinstance(node.target, torch._ops.HigherOrderOperator) or operator_name(node) in PRODUCERS:
+        return True
+    name = operator_name(node)
+    if name.startswith(("conv", "_vmap", "_add_batch", "_remove_batch", "_functorch")):
+        return True
+    value = node.meta.get("example_value")
+    if value is None:
+        return not writes(node)
+    if not isinstance(value, (torch.Tensor, tuple, list)) or isinstance(value, torch.Size):
+        return True
+    source = node.args[0] if node.args else None
+    return name == "getitem" and isinstance(source, Node) and not _tensors(source) and _is_input(source, states)
+
+
+def _tensors(node: Node) -> bool:
+    return tensor_of(node) is not None
+
+
+def _is_view(node: Node) -> bool:
+    if operator_name(node) not in VIEWS:
+        return False
+    if operator_name(node) == "getitem":  # indexing by tensors is a gather
+        return len(node.all_input_nodes) == 1 or all(not _tensors(a) for a in node.all_input_nodes[1:])
+    return True

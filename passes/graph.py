@@ -1,0 +1,140 @@
+"""Facts about the nodes of a Dynamo graph: what they call, under which state, from which line, writing what."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.fx import Graph, Node
+
+# Functions whose bare name would hide that they are in place, or that look in place and are not.
+_PURE_DUNDERS = {"and_", "or_", "xor_", "not_", "is_", "truth"}
+_OPERATOR_WRITES = {
+    "setitem",
+    "delitem",
+    "iadd",
+    "isub",
+    "imul",
+    "itruediv",
+    "ifloordiv",
+    "imod",
+    "ipow",
+    "iand",
+    "ior",
+    "ixor",
+}
+_FRAME = re.compile(r'File "(.*)", line (\d+), in (\S+)')
+
+
+@dataclass(frozen=True)
+class Autocast:
+    device: str
+    dtype: torch.dtype
+    enabled: bool
+
+
+@dataclass(frozen=True)
+class State:
+    """What surrounds a node: grad mode, depth of functorch transforms, autocast contexts entered in the graph."""
+
+    grad: bool
+    level: int
+    autocast: tuple[Autocast, ...]
+
+
+def operator_name(node: Node) -> str:
+    """The bare name of what a node calls: "matmul" for torch.matmul, Tensor.matmul and operator.matmul alike."""
+    target = node.target
+    if isinstance(target, str):
+        return target.rsplit(".", 1)[-1]
+    if isinstance(target, torch._ops.OpOverload):
+        return str(target._schema.name).split("::")[-1]
+    return str(getattr(target, "__name__", target))
+
+
+def tensor_of(node: Node) -> torch.Tensor | None:
+    value = node.meta.get("example_value")
+    return value if isinstance(value, torch.Tensor) else None
+
+
+def states(graph: Graph) -> dict[Node, State]:
+    """The state under which each node runs, by one scan in order."""
+    grad, level = torch.is_grad_enabled(), 0
+    entered: dict[Node, Autocast] = {}
+    ambient = tuple(_ambient_autocast(device) for device in ("cpu", "cuda") if torch.is_autocast_enabled(device))
+    found: dict[Node, State] = {}
+    for node in graph.nodes:
+        name = operator_name(node) if node.op == "call_function" else ""
+        if name == "_set_grad_enabled":
+            grad = bool(node.args[0])
+        elif name == "_enter_autocast":
+            device, dtype, enabled, _ = (*node.args, None, None, None, None)[:4]
+            entered[node] = Autocast(str(device), _autocast_dtype(device, dtype), bool(enabled))
+        elif name == "_exit_autocast":
+            entered.pop(node.args[0], None)  # type: ignore[arg-type]
+        elif name.endswith("_increment_nesting"):
+            level += 1
+        elif name.endswith("_decrement_nesting"):
+            level -= 1
+        found[node] = State(grad, level, (*ambient, *entered.values()))
+    return found
+
+
+def _ambient_autocast(device: str) -> Autocast:
+    return Autocast(device, torch.get_autocast_dtype(device), True)
+
+
+def _autocast_dtype(device: Any, dtype: Any) -> torch.dtype:
+    return dtype if isinstance(dtype, torch.dtype) else torch.get_autocast_dtype(str(device))
+
+
+def writes(node: Node) -> tuple[Node, ...]:
+    """The nodes whose storage ``node`` writes."""
+    if node.op not in ("call_function", "call_method"):
+        return ()
+    name = operator_name(node)
+    nodes = [a for a in node.args if isinstance(a, Node)]
+    out = node.kwargs.get("out")
+    written = [out] if isinstance(out, Node) else []
+    schema = getattr(node.target, "_schema", None)
+    if schema is not None:
+        args = [a for a, s in zip(node.args, schema.arguments, strict=False) if s.alias_info and s.alias_info.is_write]
+        return tuple(a for a in args if isinstance(a, Node))
+    method = node.op == "call_method" and name.endswith("_") and not name.endswith("__")
+    function = node.op == "call_function" and (
+        name in _OPERATOR_WRITES or (name.endswith("_") and name not in _PURE_DUNDERS and not name.startswith("_"))
+    )
+    if nodes and (method or function or node.kwargs.get("inplace") is True):
+        written.append(nodes[0])
+    return tuple(written)
+
+
+def storage_of(node: Node) -> int | None:
+    """Nodes with the same number share memory."""
+    tensor = tensor_of(node)
+    if tensor is None:
+        return None
+    try:
+        return int(tensor.untyped_storage()._cdata)
+    except (NotImplementedError, RuntimeError):
+        return None
+
+
+def location(node: Node) -> str:
+    """ "file.py:line" of the innermost user frame, or "" where Dynamo kept none."""
+    frames = _FRAME.findall(node.meta.get("stack_trace") or node.stack_trace or "")
+    return f"{Path(frames[-1][0]).name}:{frames[-1][1]}" if frames else ""
+
+
+def module_path(node: Node) -> str:
+    """Path of the innermost module that ran the node: "model.layers.0.self_attn", or ""."""
+    stack: Mapping[str, Any] = node.meta.get("nn_module_stack") or {}
+    if not stack:
+        return ""
+    path = str(list(stack.values())[-1][0])
+    path = re.sub(r"L\['self'\]\.?|_modules\['?([^'\]]+)'?\]|\._modules", lambda m: m.group(1) or "", path)
+    return re.sub(r"\[['\"]?(\w+)['\"]?\]", r".\1", path).strip(".").replace("..", ".")

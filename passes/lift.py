@@ -1,0 +1,334 @@
+"""From a traced slice to an AttentionSpec: reads the result's element backwards and recognises
+
+    sum over k of weight(softmax over k of score(sum over d of q * k)) * v
+
+by its mathematics. Everything else that the element depends on becomes an operand.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import sympy
+from fuse.passes import pointwise, views  # noqa: F401  the readers register themselves
+from fuse.passes.elements import PRODUCTS, Opaque, Reader, dims, op_name
+from fuse.passes.softmax import Softmax, recognise
+from fuse.passes.trace import Trace, Value
+from torch.fx import Node
+
+from fuse import expr
+from fuse.expr import Apply, Expr, Load, Score, apply, const
+from fuse.index import Index, linear
+from fuse.reasons import (
+    Declined,
+    NoScoreProduct,
+    NotLinear,
+    NotSoftmax,
+    ScoresUsed,
+    UnsupportedShape,
+    UnsupportedType,
+)  # fmt: skip
+from fuse.spec import AttentionSpec, Operand
+
+SUPPORTED = ("float32", "bfloat16", "float16", "float64")
+
+
+@dataclass(frozen=True)
+class Product:
+    """sum over t of left[..., t] * right[..., t] as the two operands' values and coordinates."""
+
+    value: Value
+    sides: tuple[tuple[Value, tuple[Index, ...]], tuple[Value, tuple[Index, ...]]]
+    over: sympy.Symbol
+
+
+@dataclass(frozen=True)
+class Lifted:
+    """What ``replace`` needs to put the op into the graph.
+
+    leaves     the tensors behind spec.operands
+    sizes      the values of spec.symbols
+    out_dims   root dimension → dimension of the op's result
+    scores     the product of query and key, which must not be used elsewhere
+    """
+
+    spec: AttentionSpec
+    leaves: tuple[Value, ...]
+    sizes: tuple[Index, ...]
+    out_dims: tuple[int, ...]
+    scores: Value
+
+
+def lift(root: Node, trace: Trace) -> Lifted:
+    """The spec of what ``root`` computes. Raises Declined with the reason that blocked it."""
+    out = trace.value_of[root]
+    if out.dtype not in SUPPORTED:
+        raise Declined(UnsupportedType(f"the result is {out.dtype}"))
+    return _Lift(Reader(), out).run()
+
+
+class _Lift:
+    def __init__(self, reader: Reader, out: Value) -> None:
+        self.r = reader
+        self.out = out
+        self.shape = dims(out)
+        self.axes = [reader.space.add(f"x{i}", n) for i, n in enumerate(self.shape)]
+
+    def run(self) -> Lifted:
+        if any(n == 0 for n in self.shape):
+            raise Declined(UnsupportedShape("an empty result"))
+        product, divisor = self._result()
+        k = product.over
+        probs, values = self._probabilities_and_values(product)
+        q, e = self._row_and_feature(probs, values, k)
+        self.r.inner = {q, k, e}
+        weights = self.r.element(*probs)
+        softmax = recognise(self.r, weights, divisor, k, self.axes)
+        score, scores, query, key, d = self._score(softmax, q, k)
+        value = self._operand(*values)
+        return self._assemble(softmax, score, scores, (query, key, value), (q, k, d, e))
+
+    # ------------------------------------------------------------------------------------------ the two products
+
+    def _result(self) -> tuple[Product, Expr | None]:
+        """The product with the values, and what divides it where the normalisation comes late."""
+        found = _uncast(self.r.element(self.out, self.axes))
+        if isinstance(found, Opaque) and (product := self.product(found, "k")):
+            return product, None
+        if isinstance(found, Apply) and found.op in ("div", "mul"):
+            left, right = map(_uncast, found.operands)
+            if found.op == "mul" and isinstance(right, Apply) and right.op == "reciprocal":
+                right = _uncast(right.operands[0])
+            elif found.op == "mul":
+                raise Declined(NoScoreProduct(op_name(self.out)))
+            if isinstance(left, Opaque) and (product := self.product(left, "k")):
+                return product, right
+        raise Declined(NoScoreProduct(f"the result is {type(found).__name__.lower()} {getattr(found, 'op', '')}".strip()))
+
+    def product(self, found: Opaque, over: str) -> Product | None:
+        """The two sides of a matrix product or of a sum of products."""
+        coords = tuple(self.r.index(c) for c in found.coords)
+        name, v = found.name, found.value
+        if name in PRODUCTS:
+            left, right = v.args[1:3] if name in ("baddbmm", "addmm") else v.args[:2]
+            t = self.r.space.add(over, dims(left)[-1])
+            batch, (i, j) = coords[:-2], coords[-2:]
+            return Product(v, ((left, (*batch, i, t)), (right, (*batch, t, j))), t)
+        if name == "sum" and op_name(v.args[0]) == "mul" and (at := self._summed(v, coords, over)):
+            factors = [x for x in v.args[0].args if isinstance(x, Value)]
+            if len(factors) == 2:
+                a, b = ((x, pointwise.broadcast(at[0], x)) for x in factors)
+                return Product(v, (a, b), at[1])
+        return None
+
+    def _summed(self, v: Value, coords: tuple[Index, ...], over: str) -> tuple[tuple[Index, ...], sympy.Symbol] | None:
+        source = dims(v.args[0])
+        axes = v.args[1] if len(v.args) > 1 else []
+        if not isinstance(axes, (list, tuple)) or len(axes) != 1:
+            return None
+        axis, keepdim = axes[0] % len(source), len(coords) == len(source)
+        t = self.r.space.add(over, source[axis])
+        return (*coords[:axis], t, *coords[axis + keepdim :]), t
+
+    def _probabilities_and_values(
+        self, product: Product
+    ) -> tuple[tuple[Value, tuple[Index, ...]], tuple[Value, tuple[Index, ...]]]:
+        """Which side holds the normalised scores: the one whose coordinates reach a softmax or an exp."""
+        for side, other in (product.sides, product.sides[::-1]):
+            if _normalised(self.r.element(*side)):
+                return side, other
+        raise Declined(NotSoftmax("neither factor is normalised"))
+
+    def _row_and_feature(
+        self, probs: tuple[Value, tuple[Index, ...]], values: tuple[Value, tuple[Index, ...]], k: sympy.Symbol
+    ) -> tuple[sympy.Symbol, sympy.Symbol]:
+        """The query index is read by the probabilities alone, the value feature by the values alone."""
+        p_axes, v_axes = _free(probs[1]), _free(values[1])
+        rows = [x for x in self.axes if x in p_axes - v_axes]
+        features = [x for x in self.axes if x in v_axes - p_axes]
+        if not features and self.shape[-1] == 1:
+            features = [x for x in self.axes[-1:] if x not in rows]
+        if len(features) != 1 or not self.r.space.sizes[features[0]].is_Integer:
+            raise Declined(UnsupportedShape("the values have no single feature dimension of fixed size"))
+        if not rows:
+            rows = [x for x in reversed(self.axes) if self.r.space.sizes[x] == 1 and x != features[0]][:1]
+        if not rows:
+            raise Declined(UnsupportedShape("there is no query dimension"))
+        return rows[-1], features[0]
+
+    # ------------------------------------------------------------------------------------------------- the score
+
+    def _score(self, softmax: Softmax, q: sympy.Symbol, k: sympy.Symbol) -> tuple[Expr, Value, Load, Load, sympy.Symbol]:
+        opaque = [n for n in expr.walk(softmax.score) if isinstance(n, Opaque)]
+        for candidate in opaque:
+            product = self.product(candidate, "d")
+            sides = product and self._query_and_key(product, q, k)
+            if product is None or sides is None:
+                continue
+            self.r.inner.add(product.over)
+            query, key = (self._operand(*side) for side in sides)
+            score = expr.substitute(softmax.score, {candidate: Score(candidate.dtype)})
+            score = self._loaded(self._with_addend(score, candidate))
+            if any(_depends_on(leaf, product.value) for leaf in self._used(score, softmax)):
+                raise Declined(ScoresUsed(self._culprit(score, softmax, product.value)))
+            return score, product.value, query, key, product.over
+        raise Declined(NoScoreProduct(", ".join(sorted({o.name for o in opaque})) or "the scores are loaded"))
+
+    def _with_addend(self, score: Expr, candidate: Opaque) -> Expr:
+        """baddbmm(input, a, b, beta, alpha) is beta * input + alpha * (a @ b)."""
+        v = candidate.value
+        if candidate.name not in ("baddbmm", "addmm"):
+            return score
+        coords = tuple(self.r.index(c) for c in candidate.coords)
+        alpha, beta = v.kwargs.get("alpha", 1), v.kwargs.get("beta", 1)
+        out: Expr = Score(v.dtype)
+        if alpha != 1:
+            out = apply("mul", out, const(alpha, v.dtype), dtype=v.dtype)
+        if beta != 0:
+            addend = pointwise.read(self.r, v.args[0], coords, v.dtype)
+            addend = addend if beta == 1 else apply("mul", const(beta, v.dtype), addend, dtype=v.dtype)
+            out = apply("add", addend, out, dtype=v.dtype)
+        return expr.substitute(score, {Score(v.dtype): out})
+
+    def _query_and_key(
+        self, product: Product, q: sympy.Symbol, k: sympy.Symbol
+    ) -> tuple[tuple[Value, tuple[Index, ...]], tuple[Value, tuple[Index, ...]]] | None:
+        """The sides in the order query, key if one is read at row q and the other at key k, and nowhere else."""
+        one_row = self.r.space.sizes[q] == 1
+        for a, b in (product.sides, product.sides[::-1]):
+            if k not in _free(a[1]) and q not in _free(b[1]) and k in _free(b[1]) and (q in _free(a[1]) or one_row):
+                return a, b
+        return None
+
+    def _operand(self, value: Value, coords: tuple[Index, ...]) -> Load:
+        """The tensor behind views: an operand of a product is loaded, never computed again for each tile."""
+        for found in (_uncast(self.r.through_views(value, coords)), self.r.load(value, coords)):
+            if isinstance(found, Load) and self._linear(found):
+                return found
+        raise Declined(NotLinear(f"an operand of shape {tuple(value.shape)}"))
+
+    def _linear(self, load: Load) -> bool:
+        at = [self.r.index(c) for c in load.coords]
+        return not any(isinstance(n, (Load, Opaque)) for c in load.coords for n in expr.walk(c)) and all(
+            (parts := linear(c, x)) is not None and parts[0].is_Integer for c in at for x in self.r.inner
+        )
+
+    def _loaded(self, score: Expr) -> Expr:
+        """Every product and reduction that is not the score itself is computed by the graph, and loaded."""
+
+        def rule(n: Expr) -> Expr | None:
+            return self.r.load(n.value, tuple(self.r.index(c) for c in n.coords)) if isinstance(n, Opaque) else None
+
+        return expr.rewrite(score, rule)
+
+    def _used(self, score: Expr, softmax: Softmax) -> list[Value]:
+        roots = (score, softmax.weight, *softmax.extra_logits)
+        return [self.r.leaves[i] for i in expr.operands(*roots)]
+
+    def _culprit(self, score: Expr, softmax: Softmax, scores: Value) -> str:
+        return next(op_name(leaf) for leaf in self._used(score, softmax) if _depends_on(leaf, scores))
+
+    # -------------------------------------------------------------------------------------------------- assembly
+
+    def _assemble(
+        self,
+        softmax: Softmax,
+        score: Expr,
+        scores: Value,
+        loads: Sequence[Load],
+        axes: tuple[sympy.Symbol, sympy.Symbol, sympy.Symbol, sympy.Symbol],
+    ) -> Lifted:
+        q, k, d, e = axes
+        space = self.r.space
+        batch = [x for x in self.axes if x not in (q, e)]
+        names = {x.name: f"b{i}" for i, x in enumerate(batch)} | {q.name: "q", k.name: "k", d.name: "d", e.name: "e"}
+        sizes = [space.sizes[x] for x in (*batch, q, k)]
+        if not space.sizes[d].is_Integer:
+            raise Declined(UnsupportedShape(f"the feature dimension of the query is {space.sizes[d]}"))
+        extra_logits = tuple(self._loaded(x) for x in softmax.extra_logits)
+        roots = [*loads, score, self._loaded(softmax.weight), *extra_logits]
+        used = expr.operands(*roots)
+        symbols = _named_sizes(sizes, len(batch))
+        rename = _Renaming(names, {old: new for new, old in enumerate(used)}, symbols)
+        query, key, value, score, weight, *extra_logits = map(rename.apply, roots)
+        leaves = tuple(self.r.leaves[i] for i in used)
+        extra = tuple(s for s in expr.symbols(query, key, value, score, weight, *extra_logits) if s not in symbols.values())
+        for load in (query, key, value):
+            if load.dtype not in SUPPORTED:
+                raise Declined(UnsupportedType(f"an operand is {load.dtype}"))
+        spec = AttentionSpec(
+            batch=len(batch), qk_dim=int(space.sizes[d]), v_dim=int(space.sizes[e]),
+            operands=tuple(Operand(len(v.shape), v.dtype) for v in leaves),
+            query=query, key=key, value=value, score=_as_float(score), mask=None, extra_logits=tuple(extra_logits),
+            weight=weight, empty_row="zero" if softmax.safe else "nan", out_dtype=self.out.dtype,
+            out_order=(), extra=extra,
+        )  # fmt: skip
+        order = [*batch, q, e]
+        out_dims = tuple(order.index(x) for x in self.axes)
+        all_sizes = (*sizes, *(sympy.Symbol(s, integer=True, positive=True) for s in extra))
+        return Lifted(spec, leaves, all_sizes, out_dims, scores)
+
+
+@dataclass(frozen=True)
+class _Renaming:
+    """Loop indices, operand numbers and sizes under the names that specs use."""
+
+    axes: Mapping[str, str]
+    operands: Mapping[int, int]
+    symbols: Mapping[str, str]
+
+    def apply(self, root: Expr) -> Expr:
+        def rule(n: Expr) -> Expr | None:
+            if isinstance(n, expr.Index):
+                return expr.index(self.axes[n.axis])
+            if isinstance(n, Load):
+                return Load(n.dtype, self.operands[n.operand], n.coords)
+            if isinstance(n, expr.Symbol) and n.name in self.symbols:
+                return expr.symbol(self.symbols[n.name])
+            return None
+
+        return expr.rewrite(root, rule)
+
+
+def _named_sizes(sizes: Sequence[Index], batch: int) -> dict[str, str]:
+    """torch's size symbols that are exactly one of the spec's own: "s0" → "q_len"."""
+    names = [*(f"B{i}" for i in range(batch)), "q_len", "kv_len"]
+    found: dict[str, str] = {}
+    for n, name in zip(sizes, names, strict=True):
+        if n.is_Symbol:
+            found.setdefault(n.name, name)
+    return found
+
+
+def _as_float(score: Expr) -> Expr:
+    return score if score.dtype in expr.FLOATS else apply("cast", score, dtype="float32")
+
+
+def _uncast(e: Expr) -> Expr:
+    while isinstance(e, Apply) and e.op == "cast" and e.dtype in expr.FLOATS:
+        e = e.operands[0]
+    return e
+
+
+def _normalised(e: Expr) -> bool:
+    return any(
+        (isinstance(n, Opaque) and "softmax" in n.name) or (isinstance(n, Apply) and n.op == "exp") for n in expr.walk(e)
+    )
+
+
+def _free(coords: Sequence[Index]) -> set[sympy.Symbol]:
+    return set().union(*(c.free_symbols for c in coords)) if coords else set()
+
+
+def _depends_on(value: Value, source: Value) -> bool:
+    seen: set[Value] = set()
+    stack = [value]
+    while stack:
+        v = stack.pop()
+        if v is source:
+            return True
+        if v not in seen:
+            seen.add(v)
+            stack.extend(v.inputs())
+    return False

@@ -1,0 +1,252 @@
+"""Which entries of the scores are masked: the predicate is separated from the rest, and bounded in closed form.
+
+A mask may be written as where or masked_fill with a large negative number, or as an addend that takes such a value. The
+predicate's comparisons of positions become loop bounds, lower(q) <= k < upper(q); what is left is checked per entry.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import sympy
+from fuse.passes.elements import Reader
+
+from fuse import expr
+from fuse.expr import Apply, Const, Expr, Score, apply, const
+from fuse.index import Index, Space, linear, size_symbol
+from fuse.spec import AttentionSpec, Mask
+
+# A replaced score of this size vanishes beside any score above it by 256; an addend has to dwarf every finite score.
+REPLACED, ADDED = -1e3, -1e30
+_NEGATED = {"le": "gt", "gt": "le", "lt": "ge", "ge": "lt", "eq": "ne", "ne": "eq"}
+
+
+@dataclass(frozen=True)
+class Split:
+    """The score is ``visible`` where ``predicate`` holds and at most ``fill`` elsewhere."""
+
+    predicate: Expr
+    visible: Expr
+    fill: float
+
+
+def recover_mask(spec: AttentionSpec) -> AttentionSpec:
+    """The spec with what can be proved about its masked entries; unchanged where there are none."""
+    split = _split(spec.score)
+    if split is None or split.fill > REPLACED:
+        return spec
+    reader = _reader(spec)
+    lowers, uppers, rest = [], [], []
+    for clause in _conjuncts(_pushed(split.predicate)):
+        bound = _bound(reader, clause)
+        (rest if bound is None else lowers if bound[0] == "lower" else uppers).append(clause if bound is None else bound[1])
+    mask = Mask(
+        predicate=split.predicate,
+        visible=split.visible,
+        lower=_joined("maximum", lowers),
+        upper=_joined("minimum", uppers),
+        residual=_joined("and", rest, "bool"),
+        fill=split.fill,
+    )
+    return dataclasses.replace(spec, mask=mask)
+
+
+def _joined(op: str, terms: list[Expr], dtype: str = "int64") -> Expr | None:
+    out: Expr | None = None
+    for term in terms:
+        out = term if out is None else apply(op, out, term, dtype=dtype)
+    return out
+
+
+# ------------------------------------------------------------------------------------------------------ the predicate
+
+
+def _split(e: Expr) -> Split | None:
+    """Separates the outermost masks from a score; None where nothing is masked."""
+    if not isinstance(e, Apply):
+        return None
+    if e.op == "where":
+        return _split_where(e)
+    if e.op in ("add", "sub"):
+        return _split_sum(e)
+    if e.op == "cast" and e.dtype in expr.FLOATS:
+        return _through(_split(e.operands[0]), lambda x: apply("cast", x, dtype=e.dtype))
+    if e.op in ("mul", "div") and isinstance(e.operands[1], Const) and e.operands[1].value > 0:
+        factor = e.operands[1]
+        return _through(_split(e.operands[0]), lambda x: apply(e.op, x, factor, dtype=e.dtype))
+    if e.op == "maximum" and isinstance(e.operands[1], Const):  # max(s, finfo.min), which keeps -inf out of the softmax
+        floor = e.operands[1]
+        inner = _split(e.operands[0])
+        return inner and Split(
+            inner.predicate, apply("maximum", inner.visible, floor, dtype=e.dtype), max(inner.fill, floor.value)
+        )
+    return None
+
+
+def _split_where(e: Apply) -> Split | None:
+    condition, x, y = e.operands
+    for predicate, kept, masked in ((condition, x, y), (_not(condition), y, x)):
+        fill = _number(masked)
+        if fill is not None and fill <= REPLACED:
+            inner = _split(kept) or Split(const(True, "bool"), kept, -math.inf)
+            return Split(_and(inner.predicate, predicate), inner.visible, max(inner.fill, fill))
+    return None
+
+
+def _split_sum(e: Apply) -> Split | None:
+    """score + mask, where the mask is a large negative number at some entries; several such addends."""
+    left, right = e.operands
+    if e.op == "add" and not expr.contains(left, Score):
+        left, right = right, left
+    inner = _split(left) if expr.contains(left, Score) else None
+    addend = None if e.op == "sub" else _split_addend(right)
+    if addend is None and inner is None:
+        return None
+    inner = inner or Split(const(True, "bool"), left, -math.inf)
+    if addend is None:
+        if expr.contains(right, Score) or inner.fill > ADDED:
+            return None
+        return Split(inner.predicate, _plus(e.op, inner.visible, right, e.dtype), inner.fill / 2)
+    fill = max(inner.fill / 2, addend.fill / 2)
+    return Split(_and(inner.predicate, addend.predicate), _plus("add", inner.visible, addend.visible, e.dtype), fill)
+
+
+def _split_addend(e: Expr) -> Split | None:
+    """A mask that is added, taken apart by the truth values that it is made of."""
+    if expr.contains(e, Score):
+        return None
+    if isinstance(e, Apply) and e.op == "cast":
+        return _through(_split_addend(e.operands[0]), lambda x: apply("cast", x, dtype=e.dtype))
+    if isinstance(e, Apply) and e.op == "add":
+        parts = [_split_addend(x) for x in e.operands]
+        if any(parts):
+            a, b = (p or Split(const(True, "bool"), x, -math.inf) for p, x in zip(parts, e.operands, strict=True))
+            return Split(_and(a.predicate, b.predicate), _plus("add", a.visible, b.visible, e.dtype), max(a.fill, b.fill) / 2)
+    split = _split_where(e) if isinstance(e, Apply) and e.op == "where" else _split_product(e)
+    return split if split is not None and split.fill <= ADDED else None
+
+
+def _split_product(e: Expr) -> Split | None:
+    """(1 - b) * fill and its like: a formula of one truth value, by its two values."""
+    conditions = {
+        n for n in expr.walk(e) if n.dtype == "bool" and not any(n in m.args for m in expr.walk(e) if m.dtype == "bool")
+    }
+    if len(conditions) != 1 or e.dtype == "bool":
+        return None
+    condition = next(iter(conditions))
+    yes, no = (_evaluated(expr.substitute(e, {condition: const(v, "bool")})) for v in (True, False))
+    if yes is None or no is None:
+        return None
+    return _split_where(Apply(e.dtype, "where", (condition, const(yes, e.dtype), const(no, e.dtype))))
+
+
+def _evaluated(e: Expr) -> float | None:
+    """The value of a formula of constants, each step rounded as its dtype says."""
+    known: dict[Expr, float] = {}
+    arithmetic: dict[str, Callable[..., float]] = {
+        "add": lambda a, b: a + b, "sub": lambda a, b: a - b, "mul": lambda a, b: a * b, "neg": lambda a: -a,
+        "cast": lambda a: a, "where": lambda c, a, b: a if c else b,
+    }  # fmt: skip
+    for n in expr.walk(e):
+        if isinstance(n, Const):
+            known[n] = n.value
+        elif isinstance(n, Apply) and n.op in arithmetic:
+            value = arithmetic[n.op](*(known[a] for a in n.operands))
+            rounded = apply("cast", const(value, "float64"), dtype=n.dtype) if n.dtype in expr.FLOATS else const(value, n.dtype)
+            known[n] = rounded.value if isinstance(rounded, Const) else value
+        else:
+            return None
+    return known[e]
+
+
+def _number(e: Expr) -> float | None:
+    """The value of a constant, seen through casts; integers and infinities included."""
+    while isinstance(e, Apply) and e.op == "cast":
+        e = e.operands[0]
+    return float(e.value) if isinstance(e, Const) else None
+
+
+def _through(split: Split | None, f: Callable[[Expr], Expr]) -> Split | None:
+    """A split carried through a function that keeps the order of large negative numbers."""
+    if split is None:
+        return None
+    dtype = split.visible.dtype
+    fill = _evaluated(f(const(split.fill, dtype)))
+    return None if fill is None else Split(split.predicate, f(split.visible), fill)
+
+
+def _plus(op: str, a: Expr, b: Expr, dtype: str) -> Expr:
+    return a if _number(b) == 0.0 and a.dtype == dtype else apply(op, a, b, dtype=dtype)
+
+
+def _and(a: Expr, b: Expr) -> Expr:
+    return apply("and", a, b, dtype="bool")
+
+
+def _not(e: Expr) -> Expr:
+    return apply("not", e, dtype="bool")
+
+
+def _pushed(e: Expr) -> Expr:
+    """Negations moved down to comparisons and loads."""
+    if not (isinstance(e, Apply) and e.dtype == "bool"):
+        return e
+    if e.op in ("and", "or"):
+        return apply(e.op, *map(_pushed, e.operands), dtype="bool")
+    if e.op != "not" or not isinstance(e.operands[0], Apply):
+        return e
+    inner = e.operands[0]
+    if inner.op in ("and", "or"):
+        flipped = "or" if inner.op == "and" else "and"
+        return apply(flipped, *(_pushed(_not(x)) for x in inner.operands), dtype="bool")
+    if inner.op in _NEGATED and inner.operands[0].dtype not in expr.FLOATS:  # comparisons with NaN are not negated so
+        return apply(_NEGATED[inner.op], *inner.operands, dtype="bool")
+    return e
+
+
+def _conjuncts(e: Expr) -> list[Expr]:
+    if isinstance(e, Apply) and e.op == "and":
+        return list(dict.fromkeys(c for x in e.operands for c in _conjuncts(x)))
+    return [] if isinstance(e, Const) and e.value else [e]
+
+
+# --------------------------------------------------------------------------------------------------------- loop bounds
+
+
+def _reader(spec: AttentionSpec) -> Reader:
+    space = Space()
+    for i in range(spec.batch):
+        space.add(f"b{i}", size_symbol(f"B{i}"))
+    space.add("q", size_symbol("q_len"))
+    space.add("k", size_symbol("kv_len"))
+    return Reader(space)
+
+
+def _bound(r: Reader, clause: Expr) -> tuple[str, Expr] | None:
+    """("lower", f(q)) if the clause says k >= f(q), ("upper", f(q)) if it says k < f(q), f never decreasing with q."""
+    difference = _nonnegative_form(r, clause)
+    k, q = sympy.Symbol("k", integer=True), sympy.Symbol("q", integer=True)
+    parts = None if difference is None else linear(difference, k)
+    if parts is None or parts[0] not in (1, -1):
+        return None
+    side, limit = ("lower", -parts[1]) if parts[0] == 1 else ("upper", parts[1] + 1)
+    along_q = linear(limit, q)
+    if along_q is None or not r.space.nonnegative(along_q[0]):
+        return None
+    found = r.expression(sympy.expand(limit))
+    free = expr.axes(found)
+    data = any(isinstance(n, expr.Load) and expr.axes(n) & {"q", "k"} for n in expr.walk(found))
+    return None if "k" in free or data else (side, found)
+
+
+def _nonnegative_form(r: Reader, clause: Expr) -> Index | None:
+    """The difference that an integer comparison says is >= 0."""
+    if not (isinstance(clause, Apply) and clause.op in ("le", "lt", "ge", "gt")):
+        return None
+    if any(x.dtype not in expr.INTS for x in clause.operands):
+        return None
+    a, b = (r.index(x) for x in clause.operands)
+    return {"le": b - a, "lt": b - a - 1, "ge": a - b, "gt": a - b - 1}[clause.op]

@@ -1,0 +1,170 @@
+"""Puts fuse::attention into the graph in the place of a site's root, and removes what only the site had used."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import sympy
+import torch
+from fuse.passes.elements import as_index
+from fuse.passes.graph import storage_of, tensor_of, writes
+from fuse.passes.layout import memory_order
+from fuse.passes.lift import Lifted
+from fuse.passes.trace import Trace, Value
+from torch.fx import Graph, Node
+
+from fuse.index import Index
+from fuse.reasons import Declined, Mutated, NotTraceable, UnsupportedShape
+from fuse.spec import AttentionSpec, verify
+
+
+@dataclass(frozen=True)
+class Replacement:
+    """A root and the node that now stands for it, with the site's spec as it was emitted."""
+
+    root: Node
+    call: Node
+    result: Node
+    spec: AttentionSpec
+    leaves: tuple[Node, ...]
+
+
+def insert(graph: Graph, root: Node, lifted: Lifted, trace: Trace, target: str) -> Replacement:
+    """Emits the op before ``root``; nothing uses it yet. Raises Declined, and leaves the graph as it was, if it cannot."""
+    spec = replace(lifted.spec, out_order=tuple(lifted.out_dims[d] for d in memory_order(root)))
+    verify(spec)
+    emitter = _Emitter(graph, root, trace)
+    with graph.inserting_before(root):
+        try:
+            leaves = tuple(emitter.tensor(v) for v in lifted.leaves)
+            sizes = [emitter.size(n) for n in lifted.sizes]
+        except Declined:
+            emitter.undo()
+            raise
+        call = graph.call_function(torch.ops.fuse.attention.default, (list(leaves), sizes, spec.to_json(), target))
+        result = call
+        if lifted.out_dims != tuple(range(len(lifted.out_dims))):
+            result = graph.call_function(torch.permute, (call, list(lifted.out_dims)))
+    for node in (call, result):
+        node.meta.update({k: v for k, v in root.meta.items() if k in ("stack_trace", "nn_module_stack", "source_fn_stack")})
+    result.meta["example_value"] = root.meta.get("example_value")
+    return Replacement(root, call, result, spec, leaves)
+
+
+class _Emitter:
+    """Values of the trace as nodes before the root: existing ones where they hold the value, new ATen calls else."""
+
+    def __init__(self, graph: Graph, root: Node, trace: Trace) -> None:
+        self.graph = graph
+        self.root = root
+        self.trace = trace
+        self.order = {n: i for i, n in enumerate(graph.nodes)}
+        self.made: dict[Value, Node] = {}
+        self.new: list[Node] = []
+
+    def tensor(self, value: Value) -> Node:
+        if value not in self.made:
+            node = self.trace.node_of.get(value)
+            usable = node is not None and node is not self.root and self.order[node] < self.order[self.root]
+            self.made[value] = self._unwritten(node) if node is not None and usable else self._again(value)
+        return self.made[value]
+
+    def _unwritten(self, node: Node) -> Node:
+        """The node, unless its memory is written after it was made and before the root is reached."""
+        storage = storage_of(node)
+        for other in self.order:
+            if self.order[node] < self.order[other] < self.order[self.root]:
+                for written in writes(other):
+                    if storage_of(written) == storage and storage is not None:
+                        raise Declined(Mutated(node.name))
+        return node
+
+    def _again(self, value: Value) -> Node:
+        if value.literal is not None:
+            return self._call(torch.full, ((), value.literal), {"dtype": value.meta.dtype, "device": value.meta.device})
+        if value.op is None:
+            raise Declined(NotTraceable("a tensor that the graph does not hold"))
+        args, kwargs = self._arguments(value.args), self._arguments(dict(value.kwargs))
+        node = self._call(value.op, args, kwargs)
+        if len(value.op._schema.returns) > 1 or "[]" in str(value.op._schema.returns[0].type):
+            node = self._call(operator.getitem, (node, value.output), {})
+        return node
+
+    def _arguments(self, x: Any) -> Any:
+        if isinstance(x, Value):
+            return self.tensor(x)
+        if isinstance(x, torch.SymInt):
+            return self.size(as_index(x))
+        if isinstance(x, (tuple, list)):
+            return type(x)(self._arguments(y) for y in x)
+        if isinstance(x, dict):
+            return {k: self._arguments(v) for k, v in x.items()}
+        return x
+
+    def size(self, n: Index) -> int | Node:
+        """An integer of the graph with the value n."""
+        if n.is_Integer:
+            return int(n)
+        if (found := self._symbol(n)) is not None:
+            return found
+        if n.is_Add or n.is_Mul:
+            function = operator.add if n.is_Add else operator.mul
+            out = self.size(n.args[0])
+            for term in n.args[1:]:
+                out = self._call(function, (out, self.size(term)), {})
+            return out
+        raise Declined(UnsupportedShape(f"the size {n} is not to be had from the graph"))
+
+    def _symbol(self, n: Index) -> Node | None:
+        for node, at in self.order.items():
+            if at >= self.order[self.root]:
+                break
+            value = node.meta.get("example_value")
+            if isinstance(value, torch.SymInt) and sympy.expand(as_index(value) - n) == 0:
+                return node
+            tensor = tensor_of(node)
+            if tensor is not None and node.op == "placeholder":
+                for dim, size in enumerate(tensor.shape):
+                    if isinstance(size, torch.SymInt) and sympy.expand(as_index(size) - n) == 0:
+                        return self._call(torch.ops.aten.sym_size.int, (node, dim), {})
+        return None
+
+    def _call(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Node:
+        node = self.graph.call_function(target, args, kwargs)
+        self.new.append(node)
+        return node
+
+    def undo(self) -> None:
+        for node in reversed(self.new):
+            self.graph.erase_node(node)
+
+
+def live_nodes(graph: Graph, slices: Iterable[Node], replaced: Mapping[Node, Node]) -> set[Node]:
+    """The nodes that still matter once each root in ``replaced`` is read from its replacement.
+
+    Whatever lies outside of the slices matters; nodes of slices do if something that matters reads them, or the memory
+    that they write.
+    """
+    inside = set(slices)
+    live: set[Node] = set()
+    stack = [n for n in graph.nodes if n not in inside]
+    while True:
+        while stack:
+            node = stack.pop()
+            if node not in live:
+                live.add(node)
+                stack.extend(replaced.get(x, x) for x in node.all_input_nodes)
+        memory = {storage_of(n) for n in live} - {None}
+        stack = [n for n in inside - live if any(storage_of(w) in memory for w in writes(n))]
+        if not stack:
+            return live
+
+
+def remove(graph: Graph, nodes: Iterable[Node]) -> None:
+    """Erases ``nodes``, users first."""
+    order = {n: i for i, n in enumerate(graph.nodes)}
+    for node in sorted(nodes, key=lambda n: -order[n]):
+        graph.erase_node(node)
