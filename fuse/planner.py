@@ -1,0 +1,47 @@
+"""Which kernel serves a spec on this machine, and with what tile sizes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from fuse.expr import walk
+from fuse.spec import AttentionSpec
+
+# Lanes of 32 bits, and accumulators (rows x vectors) that leave registers for the operands: 32 registers or 16.
+_SHAPES = {"avx512": (16, 8, 3), "avx2": (8, 4, 3), "neon": (4, 8, 3), "sse": (4, 4, 2)}
+ISAS = tuple(_SHAPES)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Choices that one kernel source is rendered with.
+
+    core         template ``forward_<core>.cpp.jinja``
+    isa          instruction set, one of ISAS
+    real         C type of scores and sums
+    width        lanes of a vector
+    vectors      vectors of queries in a block
+    rows         rows of the microkernel
+    block_k      keys in a tile
+    wave_bytes   packed keys and values that are held at a time
+    thread_work  multiply-adds that are worth a thread
+    """
+
+    core: str
+    isa: str
+    real: str
+    width: int
+    vectors: int
+    rows: int
+    block_k: int
+    wave_bytes: int = 8 * 2**20
+    thread_work: int = 2**18
+
+
+def plan(spec: AttentionSpec, isa: str) -> Plan:
+    """The plan for ``spec`` on ``isa``; ValueError for an unknown one."""
+    if isa not in _SHAPES:
+        raise ValueError(f"instruction set {isa!r} is none of {ISAS}")
+    width, rows, vectors = _SHAPES[isa]
+    double = any(node.dtype == "float64" for root in spec.roots().values() for node in walk(root))
+    return Plan("lanes", isa, "double" if double else "float", width // 2 if double else width, vectors, rows, block_k=64)
