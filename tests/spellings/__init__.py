@@ -1,0 +1,140 @@
+"""Small PyTorch programs that contain an attention, or something that only looks like one, in every spelling we know.
+
+Each is a plain function of tensors, registered with what fuse must make of it. ``check`` compiles it and compares.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves, tree_map_only
+
+import fuse
+
+Make = Callable[[], tuple[Any, ...]]
+TOLERANCE = {torch.float64: 1e-9, torch.float32: 2e-5, torch.float16: 1e-2, torch.bfloat16: 6e-2}
+
+
+@dataclass(frozen=True)
+class Spelling:
+    """``program(*inputs())`` and what is expected: sites fused (None: either, if right), reason of a site left alone."""
+
+    program: Callable[..., Any]
+    inputs: Make
+    fused: int | None
+    reason: str
+    grad: bool
+
+
+SPELLINGS: dict[str, Spelling] = {}
+
+
+def qkv(
+    shape: tuple[int, ...] = (2, 3, 9, 16), kv: int | None = None, dtype: torch.dtype = torch.float32
+) -> tuple[Tensor, ...]:
+    """Query of ``shape``; key and value with ``kv`` positions instead of shape[-2]."""
+    other = shape if kv is None else (*shape[:-2], kv, shape[-1])
+    return rand(*shape, dtype=dtype), rand(*other, dtype=dtype, seed=1), rand(*other, dtype=dtype, seed=2)
+
+
+def rand(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+def spelling(
+    fused: int | None = 1,
+    *,
+    shape: tuple[int, ...] = (2, 3, 9, 16),
+    kv: int | None = None,
+    dtype: torch.dtype = torch.float32,
+    extra: Make = tuple,
+    inputs: Make | None = None,
+    reason: str = "",
+    grad: bool = False,
+) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Registers a program of q, k, v and ``extra``, or of ``inputs`` where they are given; modules may be inputs."""
+
+    def register(program: Callable[..., Any]) -> Callable[..., Any]:
+        make = inputs or (lambda: (*qkv(shape, kv, dtype), *extra()))
+        topic = program.__module__.rpartition(".")[2]
+        name = f"{topic}.{program.__name__}"
+        assert name not in SPELLINGS, name
+        SPELLINGS[name] = Spelling(program, make, fused, reason, grad)
+        return program
+
+    return register
+
+
+def named(program: Callable[..., Any], name: str) -> Callable[..., Any]:
+    """For families of programs made in a loop."""
+    program.__name__ = name
+    return program
+
+
+# --------------------------------------------------------------------------------------------------------- the harness
+
+
+def check(name: str, inner: str = "eager") -> None:
+    """Fails unless the compiled program fuses what it should and gives eager's results, side effects included."""
+    case = SPELLINGS[name]
+    inputs = case.inputs()
+    wide, eager = run(case, case.program, widened(inputs)), run(case, case.program, copied(inputs))
+    torch._dynamo.reset()
+    fuse.reset()
+    compiled = torch.compile(case.program, backend="fuse", options={"inner": inner, "target": "reference"})
+    got = run(case, compiled, copied(inputs))
+    sites = fuse.report().sites
+    found = [f"{s.where} " + ("fused" if s.fused else f"{s.reason and s.reason.name}: {s.reason}") for s in sites]
+    for result, expected, exact in zip(got, eager, wide, strict=True):
+        compare(result, expected, exact)
+    if case.fused is not None:
+        assert sum(s.fused for s in sites) == case.fused, f"expected {case.fused} fused; sites: {found}"
+    if case.reason:
+        assert case.reason in {s.reason.name for s in sites if s.reason}, found
+
+
+def run(case: Spelling, program: Callable[..., Any], inputs: tuple[Any, ...]) -> list[Any]:
+    """Results, and the inputs as the program left them."""
+    torch.manual_seed(0)
+    with torch.set_grad_enabled(case.grad):
+        results = program(*inputs)
+    return [x for x in tree_leaves((results, inputs)) if not isinstance(x, nn.Module)]
+
+
+def copied(inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+    return copy.deepcopy(inputs)
+
+
+def widened(inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+    """The inputs in float64."""
+    tensors = tree_map_only(Tensor, lambda t: t.double() if t.is_floating_point() else t, copy.deepcopy(inputs))
+    result: tuple[Any, ...] = tree_map_only(nn.Module, lambda m: m.double(), tensors)
+    return result
+
+
+def compare(result: Any, eager: Any, exact: Any) -> None:
+    """``result`` is what eager gives, and no farther from ``exact`` than eager is, up to the last few bits."""
+    if not isinstance(eager, Tensor) or not eager.is_floating_point():
+        assert torch.equal(result, eager) if isinstance(eager, Tensor) else result == eager
+        return
+    assert (result.shape, result.dtype) == (eager.shape, eager.dtype)
+    assert torch.equal(result.isnan(), eager.isnan()), "NaN where eager has none, or none where eager has NaN"
+    if result.numel() == 0:
+        return
+    result, eager, exact, dtype = (
+        result.double().nan_to_num(),
+        eager.double().nan_to_num(),
+        exact.double().nan_to_num(),
+        eager.dtype,
+    )
+    size = 1 + eager.abs().amax()
+    assert (result - eager).abs().amax() <= TOLERANCE[dtype] * size, (
+        f"differs from eager by {(result - eager).abs().amax():.3g}"
+    )
+    allowed = 2 * (eager - exact).abs().amax() + 8 * torch.finfo(dtype).eps * size
+    assert (result - exact).abs().amax() <= allowed, f"error {(result - exact).abs().amax():.3g}, allowed {allowed:.3g}"

@@ -1,0 +1,345 @@
+"""What looks like attention and is another function: fused or declined, the result is eager's."""
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from spellings import rand, spelling
+
+
+def scores(q: Tensor, k: Tensor) -> Tensor:
+    return q @ k.mT / 4
+
+
+# ----------------------------------------------------------------------------------------------------- the normalisation
+
+
+@spelling(None)
+def softmax_over_queries(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return scores(q, k).softmax(-2) @ v
+
+
+@spelling(None)
+def softmax_over_heads(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return scores(q, k).softmax(1) @ v
+
+
+@spelling(None)
+def softmax_over_batch(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return scores(q, k).softmax(0) @ v
+
+
+@spelling(None)
+def softmax_over_queries_and_keys(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return scores(q, k).flatten(2).softmax(-1).view(2, 3, 9, 9) @ v
+
+
+@spelling(None)
+def softmax_twice(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return scores(q, k).softmax(-1).softmax(-1) @ v
+
+
+@spelling(None)
+def sum_over_another_dimension(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    e = scores(q, k).exp()
+    return e / e.sum(-2, keepdim=True) @ v
+
+
+@spelling(None)
+def sum_broadcast_the_wrong_way(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Without keepdim the sums of the rows divide the columns."""
+    e = scores(q, k).exp()
+    return e / e.sum(-1)[:, :, None] @ v
+
+
+@spelling(None)
+def max_of_another_dimension(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    s = scores(q, k)
+    e = (s - s.amax(-2, keepdim=True)).exp()
+    return e / e.sum(-1, keepdim=True) @ v
+
+
+@spelling(None)
+def sum_of_other_scores(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return scores(q, k).exp() / scores(k, q).exp().sum(-1, keepdim=True) @ v
+
+
+@spelling(None)
+def sum_before_the_mask(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    e = scores(q, k).exp()
+    return e.tril() / e.sum(-1, keepdim=True) @ v
+
+
+@spelling(None)
+def base_other_than_e(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    e = torch.exp2(scores(q, k))
+    return e / e.sum(-1, keepdim=True) @ v
+
+
+@spelling(None)
+def base_ten(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    e = 10 ** scores(q, k)
+    return e / e.sum(-1, keepdim=True) @ v
+
+
+@spelling(None)
+def absolute_normalisation(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    s = scores(q, k)
+    return s / s.abs().sum(-1, keepdim=True) @ v
+
+
+@spelling(None)
+def squared_relu(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    s = scores(q, k).relu().square()
+    return s / (s.sum(-1, keepdim=True) + 1e-6) @ v
+
+
+@spelling(None)
+def sigmoid_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return scores(q, k).sigmoid() @ v
+
+
+@spelling(None)
+def linear_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    q, k = F.elu(q) + 1, F.elu(k) + 1
+    return q @ (k.mT @ v) / (q @ k.sum(-2, keepdim=True).mT)
+
+
+@spelling(None)
+def efficient_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Softmax on query and key apart."""
+    return q.softmax(-1) @ (k.softmax(-2).mT @ v)
+
+
+@spelling(None)
+def log_probabilities(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return scores(q, k).log_softmax(-1) @ v
+
+
+@spelling(None)
+def top_k_of_the_scores(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    s = scores(q, k)
+    least = s.topk(3, dim=-1).values[..., -1:]
+    return s.masked_fill(s < least, -math.inf).softmax(-1) @ v
+
+
+@spelling(None)
+def scores_masked_by_themselves(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    s = scores(q, k)
+    return s.masked_fill(s < 0, -math.inf).softmax(-1).nan_to_num() @ v
+
+
+@spelling(None)
+def gumbel_noise(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return F.gumbel_softmax(scores(q, k), dim=-1) @ v
+
+
+@spelling(None)
+def talking_heads(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Heads are mixed before the softmax."""
+    mix = torch.eye(3, dtype=q.dtype).roll(1, 0) + 0.1
+    return torch.einsum("bhqk,hg->bgqk", scores(q, k), mix).softmax(-1) @ v
+
+
+@spelling(None)
+def heads_mixed_after_softmax(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    mix = torch.eye(3, dtype=q.dtype).roll(1, 0) + 0.1
+    return torch.einsum("bhqk,hg->bgqk", scores(q, k).softmax(-1), mix) @ v
+
+
+@spelling(None)
+def standardised_scores(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    s = scores(q, k)
+    return ((s - s.mean(-1, keepdim=True)) / s.std(-1, keepdim=True)).softmax(-1) @ v
+
+
+@spelling(None)
+def sink_not_removed(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    s = torch.cat((scores(q, k), torch.zeros(2, 3, 9, 1)), -1)
+    return s.softmax(-1)[..., 1:] @ v
+
+
+@spelling(None)
+def probabilities_shifted(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return scores(q, k).softmax(-1).roll(1, -1) @ v
+
+
+@spelling(None)
+def probabilities_reversed(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return scores(q, k).softmax(-1).flip(-1) @ v
+
+
+@spelling(None)
+def probabilities_sharpened(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    p = scores(q, k).softmax(-1) ** 2
+    return p @ v
+
+
+@spelling(None)
+def probabilities_transposed(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return scores(q, k).softmax(-1).mT @ v
+
+
+@spelling(None)
+def probabilities_plus_identity(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return (scores(q, k).softmax(-1) + torch.eye(9)) @ v
+
+
+@spelling(None)
+def probabilities_thresholded(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    p = scores(q, k).softmax(-1)
+    return torch.where(p > 0.1, p, 0.0) @ v
+
+
+# ----------------------------------------------------------------------------------------------------------- the operands
+
+
+@spelling(None, shape=(2, 9, 9, 9))
+def key_permuted_wrongly(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return (q @ k.permute(0, 3, 2, 1)).softmax(-1) @ v
+
+
+@spelling(None, shape=(2, 3, 9, 9))
+def key_not_transposed(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return (q @ k).softmax(-1) @ v
+
+
+@spelling(None, shape=(2, 2, 9, 16))
+def heads_and_batch_swapped_in_values(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return scores(q, k).softmax(-1) @ v.transpose(0, 1)
+
+
+@spelling(None, shape=(2, 9, 9, 16))
+def heads_and_positions_not_swapped(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Attention over the heads of each position: right or a slip, it is what was asked for."""
+    return (q @ k.transpose(-2, -1)).softmax(-1) @ v
+
+
+@spelling(None)
+def keys_shifted(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return scores(q, k.roll(1, -2)).softmax(-1) @ v
+
+
+@spelling(None)
+def keys_reversed(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return scores(q, k.flip(-2)).softmax(-1) @ v
+
+
+@spelling(None)
+def key_scaled_per_position(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return (q @ (k * torch.arange(9.0)[:, None]).mT).softmax(-1) @ v
+
+
+@spelling(None)
+def distances_not_products(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return (-torch.cdist(q, k)).softmax(-1) @ v
+
+
+@spelling(None)
+def additive_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Bahdanau: tanh of a sum instead of a product."""
+    return torch.tanh(q[:, :, :, None] + k[:, :, None]).sum(-1).softmax(-1) @ v
+
+
+@spelling(None)
+def synthesizer(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Scores that are parameters."""
+    return rand(9, 9, seed=5, dtype=v.dtype).softmax(-1) @ v
+
+
+@spelling(None, extra=lambda: (rand(16, 9, seed=5),))
+def dense_synthesizer(q: Tensor, k: Tensor, v: Tensor, weight: Tensor) -> Tensor:
+    return (q @ weight).softmax(-1) @ v
+
+
+@spelling(None)
+def product_minus_its_mean(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    s = scores(q, k)
+    return (s - s.mean()).softmax(-1) @ v
+
+
+# ------------------------------------------------------------------------------------------------- softmax elsewhere
+
+
+@spelling(0, inputs=lambda: (rand(4, 16), rand(16, 10, seed=1)))
+def classifier(x: Tensor, weight: Tensor) -> Tensor:
+    return (x @ weight).softmax(-1)
+
+
+@spelling(0, inputs=lambda: (rand(6, 16), rand(16, 4, seed=1), rand(4, 16, 20, seed=2)))
+def router(x: Tensor, gate: Tensor, experts: Tensor) -> Tensor:
+    weight, chosen = (x @ gate).softmax(-1).topk(2)
+    return torch.einsum("nc,nd,ncde->ne", weight, x, experts[chosen])
+
+
+@spelling(None, inputs=lambda: (rand(6, 16), rand(16, 4, seed=1), rand(4, 16, 20, seed=2)))
+def soft_mixture_of_experts(x: Tensor, gate: Tensor, experts: Tensor) -> Tensor:
+    return torch.einsum("ne,neo->no", (x @ gate).softmax(-1), torch.einsum("nd,edo->neo", x, experts))
+
+
+@spelling(None, inputs=lambda: (nn.Linear(16, 9), rand(6, 16), rand(9, 20, seed=2)))
+def distribution_over_prototypes(layer: nn.Module, x: Tensor, prototypes: Tensor) -> Any:
+    """A linear layer and a product: attention to parameters, or a classifier's expected value."""
+    return layer(x).softmax(-1) @ prototypes
+
+
+@spelling(0, inputs=lambda: (rand(6, 9),))
+def softmax_alone(x: Tensor) -> Tensor:
+    return x.softmax(-1)
+
+
+@spelling(0, inputs=lambda: (rand(2, 9, 16), nn.Conv1d(9, 5, 1)))
+def softmax_into_convolution(x: Tensor, convolution: nn.Module) -> Any:
+    return convolution((x @ x.mT).softmax(-1))
+
+
+@spelling(0, inputs=lambda: (rand(6, 10), torch.arange(6)))
+def cross_entropy(x: Tensor, target: Tensor) -> Tensor:
+    return F.cross_entropy(x @ x.mT @ x, target)
+
+
+@spelling(None)
+def products_without_softmax(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return q @ k.mT @ v
+
+
+@spelling(None, shape=(2, 3, 0, 16))
+def no_positions(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return scores(q, k).softmax(-1) @ v
+
+
+@spelling(None, shape=(0, 3, 9, 16))
+def no_batch(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return scores(q, k).softmax(-1) @ v
+
+
+@spelling(None, kv=0)
+def no_keys(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return scores(q, k).softmax(-1) @ v
+
+
+@spelling(None)
+def infinite_and_nan_inputs(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    q[0, 0, 0, 0], k[0, 1, 2, 3], v[1, 0, 0, 0] = math.inf, math.nan, math.inf
+    return scores(q, k).softmax(-1) @ v
+
+
+@spelling(None)
+def large_scores(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """exp alone would overflow."""
+    return (q @ k.mT * 100).softmax(-1) @ v
+
+
+@spelling(None)
+def large_scores_without_max(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """exp overflows, and eager gives NaN."""
+    e = (q @ k.mT * 100).exp()
+    return e / e.sum(-1, keepdim=True) @ v
+
+
+@spelling(None, dtype=torch.float16)
+def float16_scores_that_overflow(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return ((q * 300) @ (k * 300).mT / 90000).softmax(-1) @ v

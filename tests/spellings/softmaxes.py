@@ -1,0 +1,287 @@
+"""The normalisation: every way to write softmax over the keys."""
+
+import math
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from spellings import rand, spelling
+
+
+def scores(q: Tensor, k: Tensor) -> Tensor:
+    return q @ k.mT / 4
+
+
+@spelling()
+def functional(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return F.softmax(scores(q, k), dim=-1) @ v
+
+
+@spelling()
+def torch_function(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return torch.softmax(scores(q, k), 3) @ v
+
+
+@spelling()
+def method(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return scores(q, k).softmax(-1) @ v
+
+
+@spelling()
+def special(q: Tensor, k: Tensor, v: Tensor) -> Any:
+    return torch.special.softmax(scores(q, k), dim=-1) @ v
+
+
+@spelling()
+def module(q: Tensor, k: Tensor, v: Tensor) -> Any:
+    return nn.Softmax(dim=-1)(scores(q, k)) @ v
+
+
+@spelling(shape=(9, 16))
+def without_batch(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return scores(q, k).softmax(1) @ v
+
+
+@spelling(dtype=torch.bfloat16)
+def in_float32(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return F.softmax(scores(q, k), dim=-1, dtype=torch.float32).to(q.dtype) @ v
+
+
+@spelling(dtype=torch.float16)
+def scores_cast_to_float32(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return scores(q, k).float().softmax(-1).type_as(v) @ v
+
+
+@spelling(dtype=torch.bfloat16)
+def everything_in_float32(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return (scores(q.float(), k.float()).softmax(-1) @ v.float()).to(q.dtype)
+
+
+@spelling()
+def exp_over_sum(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    e = scores(q, k).exp()
+    return e / e.sum(-1, keepdim=True) @ v
+
+
+@spelling()
+def exp_times_reciprocal_sum(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    e = torch.exp(scores(q, k))
+    return e * (1 / e.sum(dim=-1, keepdim=True)) @ v
+
+
+@spelling()
+def exp_over_unsqueezed_sum(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    e = torch.exp(scores(q, k))
+    return torch.div(e, torch.sum(e, -1).unsqueeze(-1)) @ v
+
+
+@spelling()
+def exp_minus_max(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    s = scores(q, k)
+    e = (s - s.max(dim=-1, keepdim=True).values).exp()
+    return e / e.sum(-1, keepdim=True) @ v
+
+
+@spelling()
+def exp_minus_amax(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    s = scores(q, k)
+    e = torch.exp(s - s.amax(-1, keepdim=True))
+    return e / torch.sum(e, dim=-1, keepdim=True) @ v
+
+
+@spelling()
+def exp_minus_detached_max(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    s = scores(q, k)
+    e = torch.exp(s - torch.max(s, dim=-1, keepdim=True)[0].detach())
+    return e / e.sum(-1, True) @ v
+
+
+@spelling(None)
+def exp_minus_global_max(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Any number that is the same for a whole row cancels."""
+    s = scores(q, k)
+    e = torch.exp(s - s.max())
+    return e / e.sum(-1, keepdim=True) @ v
+
+
+@spelling()
+def inplace(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    s = scores(q, k)
+    s -= s.amax(-1, keepdim=True)
+    s.exp_()
+    s /= s.sum(-1, keepdim=True)
+    return s @ v
+
+
+@spelling()
+def late_normalisation(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    e = scores(q, k).exp()
+    return e @ v / e.sum(-1, keepdim=True)
+
+
+@spelling()
+def late_normalisation_minus_max(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    s = scores(q, k)
+    e = (s - s.amax(-1, keepdim=True)).exp()
+    return (e @ v) / e.sum(-1, keepdim=True)
+
+
+@spelling()
+def late_normalisation_by_reciprocal(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    e = scores(q, k).exp()
+    return torch.matmul(e, v) * e.sum(-1, keepdim=True).reciprocal()
+
+
+@spelling(None)
+def late_normalisation_by_ones_column(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """The sum is taken by the product itself: two products, one softmax."""
+    e = scores(q, k).exp()
+    return (e @ v) / (e @ torch.ones_like(v[..., :1]))
+
+
+@spelling()
+def log_softmax_exp(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return F.log_softmax(scores(q, k), -1).exp() @ v
+
+
+@spelling()
+def log_softmax_method_exp(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return torch.exp(scores(q, k).log_softmax(dim=-1)) @ v
+
+
+@spelling()
+def logsumexp(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    s = scores(q, k)
+    return torch.exp(s - torch.logsumexp(s, dim=-1, keepdim=True)) @ v
+
+
+@spelling(None)
+def log_of_sum_of_exp(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    s = scores(q, k)
+    return (s - s.exp().sum(-1, keepdim=True).log()).exp() @ v
+
+
+@spelling()
+def base_two(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    e = torch.exp2(scores(q, k) * math.log2(math.e))
+    return e / e.sum(-1, keepdim=True) @ v
+
+
+@spelling()
+def softmin_of_negated(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return F.softmin(-scores(q, k), dim=-1) @ v
+
+
+@spelling()
+def transposed_scores(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return (k @ q.mT / 4).softmax(-2).mT @ v
+
+
+@spelling()
+def transposed_scores_and_product(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return (v.mT @ (k @ q.mT / 4).softmax(dim=2)).mT
+
+
+@spelling()
+def plus_one(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    e = scores(q, k).exp()
+    return e / (1 + e.sum(-1, keepdim=True)) @ v
+
+
+@spelling(None)
+def plus_one_minus_max(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    s = scores(q, k)
+    m = s.amax(-1, keepdim=True).clamp(min=0)
+    e = (s - m).exp()
+    return e / (e.sum(-1, keepdim=True) + (-m).exp()) @ v
+
+
+@spelling()
+def plus_one_by_padding(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return F.pad(scores(q, k), (0, 1)).softmax(-1)[..., :-1] @ v
+
+
+@spelling(None)
+def plus_one_by_zero_key(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """nn.MultiheadAttention's add_zero_attn: a key and a value of zeros."""
+    zero = torch.zeros_like(k[:, :, :1])
+    return scores(q, torch.cat((k, zero), 2)).softmax(-1) @ torch.cat((v, zero), 2)
+
+
+def sinks() -> tuple[Tensor]:
+    return (rand(3, seed=7),)
+
+
+@spelling(extra=sinks)
+def sink_per_head(q: Tensor, k: Tensor, v: Tensor, sink: Tensor) -> Tensor:
+    """GPT-OSS."""
+    logits = torch.cat((scores(q, k), sink.reshape(1, -1, 1, 1).expand(q.shape[0], -1, q.shape[2], -1)), dim=-1)
+    logits = logits - logits.max(dim=-1, keepdim=True).values
+    return F.softmax(logits, dim=-1, dtype=logits.dtype)[..., :-1] @ v
+
+
+@spelling(extra=sinks)
+def sink_in_front(q: Tensor, k: Tensor, v: Tensor, sink: Tensor) -> Tensor:
+    logits = torch.cat((sink.view(1, 3, 1, 1).expand(2, 3, 9, 1), scores(q, k)), -1)
+    return logits.softmax(-1)[..., 1:] @ v
+
+
+@spelling(extra=sinks)
+def sink_by_denominator(q: Tensor, k: Tensor, v: Tensor, sink: Tensor) -> Tensor:
+    e = scores(q, k).exp()
+    return e / (e.sum(-1, keepdim=True) + sink.exp()[:, None, None]) @ v
+
+
+@spelling(None, extra=sinks)
+def sink_by_logsumexp_gate(q: Tensor, k: Tensor, v: Tensor, sink: Tensor) -> Tensor:
+    """The sink as a gate behind an ordinary softmax."""
+    s = scores(q, k)
+    gate = torch.sigmoid(s.logsumexp(-1, keepdim=True) - sink[:, None, None])
+    return s.softmax(-1) @ v * gate
+
+
+@spelling()
+def clamped_scores(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return scores(q, k).clamp(-1, 1).softmax(-1) @ v
+
+
+@spelling()
+def soft_cap(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return (torch.tanh(scores(q, k) / 5.0) * 5.0).softmax(-1) @ v
+
+
+@spelling()
+def temperature(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return F.softmax(scores(q, k) / 0.7, -1) @ v
+
+
+@spelling()
+def added_row_constant(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return (scores(q, k) + q.sum(-1, keepdim=True)).softmax(-1) @ v
+
+
+@spelling(None)
+def epsilon_in_denominator(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    e = scores(q, k).exp()
+    return e / (e.sum(-1, keepdim=True) + 1e-6) @ v
+
+
+@spelling(None)
+def clamped_denominator(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    e = scores(q, k).exp()
+    return e / e.sum(-1, keepdim=True).clamp(min=40.0) @ v
+
+
+@spelling(None)
+def normalised_by_f_normalize(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return F.normalize(scores(q, k).exp(), p=1, dim=-1) @ v
+
+
+@spelling(None)
+def plus_one_after_the_max(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """A known slip: one is added after the largest score was taken off, so it weighs differently in each row."""
+    s = scores(q, k)
+    e = (s - s.amax(-1, keepdim=True)).exp()
+    return e / (1 + e.sum(-1, keepdim=True)) @ v
