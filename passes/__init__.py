@@ -155,7 +155,7 @@ def _apply(graph: Graph, candidates: list[Candidate], found: list[_Found]) -> li
             f.replacement.root.replace_all_uses_with(f.replacement.result)
             sites.append(_fused(f))
         else:
-            sites.append(_declined(f.candidate, ProbabilitiesUsed(_user_of(f, live))))
+            sites.append(_declined(f.candidate, ProbabilitiesUsed(_user_of(f, live, slices))))
     dead = [n for n in graph.nodes if n in slices and n not in live]
     unused = [n for f in found if f not in accepted for n in {f.replacement.result, f.replacement.call}]
     remove(graph, [*dead, *unused])
@@ -163,10 +163,17 @@ def _apply(graph: Graph, candidates: list[Candidate], found: list[_Found]) -> li
     return sites
 
 
-def _user_of(found: _Found, live: set[Node]) -> str:
-    """What else reads the probabilities or scores."""
-    users = [u for u in found.candidate.anchor.users if u in live and u is not found.replacement.root]
-    return users[0].name if users else "the result"
+def _user_of(found: _Found, live: set[Node], slices: set[Node]) -> str:
+    """What else reads the scores or what was made of them: the first such node outside of the slices."""
+    seen: set[Node] = set()
+    queue = [] if found.scores is None else [found.scores]
+    while queue:
+        node = queue.pop(0)
+        if node in live and node not in slices:
+            return "the graph's output" if node.op == "output" else node.name
+        queue += [u for u in node.users if u not in seen and u is not found.replacement.root]
+        seen.update(node.users)
+    return "another computation"
 
 
 def _fused(f: _Found) -> Site:

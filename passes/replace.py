@@ -10,7 +10,7 @@ from typing import Any
 import sympy
 import torch
 from fuse.passes.elements import as_index
-from fuse.passes.graph import storage_of, tensor_of, writes
+from fuse.passes.graph import location, storage_of, tensor_of, writes
 from fuse.passes.layout import memory_order
 from fuse.passes.lift import Lifted
 from fuse.passes.trace import Trace, Value
@@ -36,7 +36,7 @@ def insert(graph: Graph, root: Node, lifted: Lifted, trace: Trace, target: str) 
     """Emits the op before ``root``; nothing uses it yet. Raises Declined, and leaves the graph as it was, if it cannot."""
     spec = replace(lifted.spec, out_order=tuple(lifted.out_dims[d] for d in memory_order(root)))
     verify(spec)
-    emitter = _Emitter(graph, root, trace)
+    emitter = _Emitter(graph, root, trace, lifted.scores.origin)
     with graph.inserting_before(root):
         try:
             leaves = tuple(emitter.tensor(v) for v in lifted.leaves)
@@ -57,10 +57,12 @@ def insert(graph: Graph, root: Node, lifted: Lifted, trace: Trace, target: str) 
 class _Emitter:
     """Values of the trace as nodes before the root: existing ones where they hold the value, new ATen calls else."""
 
-    def __init__(self, graph: Graph, root: Node, trace: Trace) -> None:
+    def __init__(self, graph: Graph, root: Node, trace: Trace, scores: Node | None) -> None:
         self.graph = graph
         self.root = root
         self.trace = trace
+        # What is computed from the scores, if only from their shape, would keep them alive
+        self.of_scores = _reached_from(scores)
         self.order = {n: i for i, n in enumerate(graph.nodes)}
         self.made: dict[Value, Node] = {}
         self.new: list[Node] = []
@@ -68,18 +70,21 @@ class _Emitter:
     def tensor(self, value: Value) -> Node:
         if value not in self.made:
             node = self.trace.node_of.get(value)
-            usable = node is not None and node is not self.root and self.order[node] < self.order[self.root]
+            usable = node is not None and self.order[node] < self.order[self.root] and node not in self.of_scores
             self.made[value] = self._unwritten(node) if node is not None and usable else self._again(value)
         return self.made[value]
 
     def _unwritten(self, node: Node) -> Node:
-        """The node, unless its memory is written after it was made and before the root is reached."""
+        """The node, if at the root its memory holds what the trace says that it holds at the end."""
         storage = storage_of(node)
-        for other in self.order:
-            if self.order[node] < self.order[other] < self.order[self.root]:
-                for written in writes(other):
-                    if storage_of(written) == storage and storage is not None:
-                        raise Declined(Mutated(node.name))
+        shared = [n for n in self.order if storage is not None and storage_of(n) == storage]
+        readers = [self.order[u] for n in shared for u in n.users if u in self.trace.ran]
+        for writer in (w for n in shared for w in n.users if any(storage_of(x) == storage for x in writes(w))):
+            at = self.order[writer]
+            traced = writer in self.trace.ran
+            late = at > self.order[self.root] if traced else min(readers, default=at) < at < self.order[self.root]
+            if late:
+                raise Declined(Mutated(node.name, location(writer)))
         return node
 
     def _again(self, value: Value) -> Node:
@@ -140,6 +145,17 @@ class _Emitter:
     def undo(self) -> None:
         for node in reversed(self.new):
             self.graph.erase_node(node)
+
+
+def _reached_from(node: Node | None) -> set[Node]:
+    seen: set[Node] = set()
+    stack = [] if node is None else [node]
+    while stack:
+        n = stack.pop()
+        if n not in seen:
+            seen.add(n)
+            stack.extend(n.users)
+    return seen
 
 
 def live_nodes(graph: Graph, slices: Iterable[Node], replaced: Mapping[Node, Node]) -> set[Node]:

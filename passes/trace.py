@@ -55,8 +55,9 @@ class Value:
 
 @dataclass(frozen=True)
 class Trace:
-    """``value_of``: what each node holds when the slice has run. ``node_of``: the node to take a value from."""
+    """``ran``: the nodes that were run. ``value_of``: what each node holds when all have. ``node_of``: where to take a value."""
 
+    ran: frozenset[Node]
     value_of: Mapping[Node, Value]
     node_of: Mapping[Value, Node]
 
@@ -123,10 +124,10 @@ def trace(nodes: Sequence[Node], inputs: Sequence[Node], autocast_of: Mapping[No
         except Exception as e:
             raise Declined(NotTraceable(f"{type(e).__name__}: {str(e).splitlines()[0] if str(e) else ''}")) from e
     held |= {n: r for n, r in zip(nodes, results, strict=True) if r is not None}
-    return _as_trace(held, recorder)
+    return _as_trace(frozenset(nodes), held, recorder)
 
 
-def _as_trace(held: Mapping[Node, torch.Tensor], recorder: _Recorder) -> Trace:
+def _as_trace(ran: frozenset[Node], held: Mapping[Node, torch.Tensor], recorder: _Recorder) -> Trace:
     value_of: dict[Node, Value] = {}
     node_of: dict[Value, Node] = {}
     for node, tensor in held.items():
@@ -137,7 +138,7 @@ def _as_trace(held: Mapping[Node, torch.Tensor], recorder: _Recorder) -> Trace:
             raise Declined(NotTraceable(detail, location(node)))
         value_of[node] = value
         node_of.setdefault(value, node)
-    return Trace(value_of, node_of)
+    return Trace(ran, value_of, node_of)
 
 
 def _literal(x: torch.Tensor) -> float | int | bool | None:
