@@ -16,6 +16,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
+from fuse.passes.expand import expand
 from fuse.passes.find import Candidate, find
 from fuse.passes.graph import State, location, module_path, operator_name, states, tensor_of
 from fuse.passes.lift import Lifted, lift
@@ -76,6 +77,21 @@ def _graphs(gm: GraphModule) -> Iterator[Graph]:
 
 
 def _run_graph(graph: Graph, target: str) -> list[Site]:
+    """The passes on one graph; a composite call in which nothing is fused stays as it was."""
+    expansions = expand(graph)
+    before = set(graph.nodes)
+    sites = _fuse_sites(graph, target)
+    made = {n for n in graph.nodes if n not in before}
+    left = set(graph.nodes)
+    for e in expansions:
+        if all(n in left for n in e.nodes) and not any(u in made for n in e.nodes for u in n.users):
+            e.undo(graph)
+        else:
+            remove(graph, [n for n, _ in e.moved if n in left and not n.users and n is not e.call] + [e.call])
+    return sites
+
+
+def _fuse_sites(graph: Graph, target: str) -> list[Site]:
     state_of = states(graph)
     candidates = find(graph, state_of)
     if not candidates:

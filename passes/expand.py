@@ -1,0 +1,157 @@
+"""Attention that PyTorch offers as one call, written out so that the other passes can see into it.
+
+nn.MultiheadAttention and nn.TransformerEncoderLayer reach a backend as single nodes. Each is traced once, above autograd,
+and its nodes are put behind it; where none of them is fused in the end, the call is kept and they are removed again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.fx import Graph, Node
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils import _pytree as pytree
+
+from fuse.passes.graph import operator_name, tensor_of
+from fuse.passes.replace import remove
+
+
+@dataclass(frozen=True)
+class Expansion:
+    """A call, the nodes that do the same, and those that take the place of its users' reads."""
+
+    call: Node
+    nodes: tuple[Node, ...]
+    moved: tuple[tuple[Node, Node], ...]
+
+    def undo(self, graph: Graph) -> None:
+        for old, new in self.moved:
+            new.replace_all_uses_with(old)
+        remove(graph, self.nodes)
+
+
+def expand(graph: Graph) -> list[Expansion]:
+    """Writes out every composite call of a graph that can be."""
+    expansions = []
+    for node in list(graph.nodes):
+        function = _written_out(node)
+        if function is not None and (found := _expand(graph, node, function)) is not None:
+            expansions.append(found)
+    return expansions
+
+
+def _written_out(node: Node) -> Callable[..., Any] | None:
+    if node.op != "call_function":
+        return None
+    return {
+        "multi_head_attention_forward": F.multi_head_attention_forward,
+        "_transformer_encoder_layer_fwd": encoder_layer,
+        "_native_multi_head_attention": native_attention,
+    }.get(operator_name(node))
+
+
+def _expand(graph: Graph, node: Node, function: Callable[..., Any]) -> Expansion | None:
+    leaves, structure = pytree.tree_flatten((node.args, node.kwargs))
+    inputs = [x for x in leaves if isinstance(x, Node)]
+    fakes = [tensor_of(x) for x in inputs]
+    if any(f is None for f in fakes):
+        return None
+
+    def call(*tensors: Tensor) -> list[Any]:
+        given = dict(zip(inputs, tensors, strict=True))
+        args, kwargs = pytree.tree_unflatten([given[x] if isinstance(x, Node) else x for x in leaves], structure)
+        result = function(*args, **kwargs)
+        return list(result) if isinstance(result, (tuple, list)) else [result]
+
+    try:
+        traced = make_fx(call, tracing_mode="symbolic", pre_dispatch=True)(*fakes)
+    except Exception:  # what cannot be traced stays one call
+        return None
+    return _splice(graph, node, traced.graph, inputs)
+
+
+def _splice(graph: Graph, node: Node, body: Graph, inputs: list[Node]) -> Expansion:
+    env = dict(zip((n for n in body.nodes if n.op == "placeholder"), inputs, strict=True))
+    made: list[Node] = []
+    following = node.next
+    with graph.inserting_before(following):
+        for n in body.nodes:
+            if n.op != "call_function":
+                continue
+            copy = graph.node_copy(n, lambda x: env[x])
+            copy.meta = {k: v for k, v in node.meta.items() if k != "example_value"} | {"example_value": n.meta.get("val")}
+            env[n] = copy
+            made.append(copy)
+    results = next(n for n in body.nodes if n.op == "output").args[0]
+    return Expansion(node, tuple(made), tuple(_redirect(node, results, env)))
+
+
+def _redirect(node: Node, results: Any, env: dict[Node, Node]) -> list[tuple[Node, Node]]:
+    """Points the users of the call, or of its items, to the written-out results."""
+    if tensor_of(node) is not None:
+        pairs = [(node, results[0])]
+    else:
+        pairs = [(user, results[user.args[1]]) for user in node.users if operator_name(user) == "getitem"]
+    moved = []
+    for old, new in pairs:
+        if isinstance(new, Node):
+            old.replace_all_uses_with(env[new])
+            moved.append((old, env[new]))
+    return moved
+
+
+def encoder_layer(
+    src: Tensor, embed_dim: int, num_heads: int, qkv_weight: Tensor, qkv_bias: Tensor, proj_weight: Tensor,
+    proj_bias: Tensor, use_gelu: bool, norm_first: bool, eps: float, norm_weight_1: Tensor, norm_bias_1: Tensor,
+    norm_weight_2: Tensor, norm_bias_2: Tensor, ffn_weight_1: Tensor, ffn_bias_1: Tensor, ffn_weight_2: Tensor,
+    ffn_bias_2: Tensor, mask: Tensor | None = None, mask_type: int | None = None,
+) -> Tensor:  # fmt: skip
+    """torch._transformer_encoder_layer_fwd, src (B, S, E) → (B, S, E): nn.TransformerEncoderLayer.forward in evaluation."""
+
+    def attend(x: Tensor) -> Tensor:
+        return native_attention(x, x, x, embed_dim, num_heads, qkv_weight, qkv_bias, proj_weight, proj_bias, mask, False, True,
+                                mask_type)[0]  # fmt: skip
+
+    def feed_forward(x: Tensor) -> Tensor:
+        hidden = F.linear(x, ffn_weight_1, ffn_bias_1)
+        return F.linear(F.gelu(hidden) if use_gelu else F.relu(hidden), ffn_weight_2, ffn_bias_2)
+
+    def norm(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        return F.layer_norm(x, (embed_dim,), weight, bias, eps)
+
+    if norm_first:
+        x = src + attend(norm(src, norm_weight_1, norm_bias_1))
+        return x + feed_forward(norm(x, norm_weight_2, norm_bias_2))
+    x = norm(src + attend(src), norm_weight_1, norm_bias_1)
+    return norm(x + feed_forward(x), norm_weight_2, norm_bias_2)
+
+
+def native_attention(
+    query: Tensor, key: Tensor, value: Tensor, embed_dim: int, num_head: int, qkv_weight: Tensor, qkv_bias: Tensor,
+    proj_weight: Tensor, proj_bias: Tensor, mask: Tensor | None = None, need_weights: bool = True,
+    average_attn_weights: bool = True, mask_type: int | None = None,
+) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+    """torch._native_multi_head_attention on dense (B, S, E) inputs, without weights returned.
+
+    mask_type 0 is a mask (L, L) of scores, 1 one of keys (B, L), 2 one of (B, heads, L, L); true means masked.
+    """
+    if need_weights or query.is_nested:
+        raise NotImplementedError
+    batch, length, _ = query.shape
+    weights, biases = qkv_weight.chunk(3), qkv_bias.chunk(3)
+    q, k, v = (
+        F.linear(x, w, b).view(batch, x.shape[1], num_head, -1).transpose(1, 2)
+        for x, w, b in zip((query, key, value), weights, biases, strict=True)
+    )
+    score = (q * (embed_dim // num_head) ** -0.5) @ k.transpose(-2, -1)
+    if mask is not None:
+        if mask_type == 1:
+            mask = mask[:, None, None, :]
+        score = score.masked_fill(mask, float("-inf")) if mask.dtype == torch.bool else score + mask
+    out = torch.softmax(score, -1) @ v
+    return F.linear(out.transpose(1, 2).reshape(batch, length, embed_dim), proj_weight, proj_bias), None
