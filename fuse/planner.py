@@ -9,7 +9,9 @@ from fuse.spec import AttentionSpec
 
 # Lanes of 32 bits, and accumulators (rows x vectors) that leave registers for the operands: 32 registers or 16.
 _SHAPES = {"avx512": (16, 8, 3), "avx2": (8, 4, 3), "neon": (4, 8, 3), "sse": (4, 4, 2)}
-ISAS = tuple(_SHAPES)
+# Units that multiply bfloat16 pairs, beside AVX-512. The emulated one gives AMX's results where there is none.
+_MATRIX_SHAPES = {"avx512_bf16": (16, 6, 3), "amx": (16, 32, 2), "amx_emulated": (16, 32, 2)}
+ISAS = (*_SHAPES, *_MATRIX_SHAPES)
 
 
 @dataclass(frozen=True)
@@ -40,8 +42,19 @@ class Plan:
 
 def plan(spec: AttentionSpec, isa: str) -> Plan:
     """The plan for ``spec`` on ``isa``; ValueError for an unknown one."""
-    if isa not in _SHAPES:
+    if isa not in ISAS:
         raise ValueError(f"instruction set {isa!r} is none of {ISAS}")
+    if isa in _MATRIX_SHAPES:
+        if _is_bfloat16(spec):
+            width, rows, vectors = _MATRIX_SHAPES[isa]
+            return Plan("matrix", isa, "float", width, vectors, rows, block_k=64)
+        isa = "avx512"
     width, rows, vectors = _SHAPES[isa]
     double = any(node.dtype == "float64" for root in spec.roots().values() for node in walk(root))
     return Plan("lanes", isa, "double" if double else "float", width // 2 if double else width, vectors, rows, block_k=64)
+
+
+def _is_bfloat16(spec: AttentionSpec) -> bool:
+    """Whether both products take bfloat16, and nothing asks for more than float around them."""
+    factors = all(load.dtype == "bfloat16" for load in (spec.query, spec.key, spec.value))
+    return factors and not any(node.dtype == "float64" for root in spec.roots().values() for node in walk(root))

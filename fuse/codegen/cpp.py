@@ -105,7 +105,7 @@ class Writer:
         if node in self.leaves:
             return self.leaves[node]
         if isinstance(node, Const):
-            return Value(_literal(node), _kind(node, False), False)
+            return Value(_literal(node), kind_of(node, False), False)
         if isinstance(node, Symbol):
             return Value(f"c.{node.name}", "long", False)
         body = self.place(_axes(node))
@@ -113,7 +113,7 @@ class Writer:
             return Value(_index(node, body), "int" if body.lanes else "long", body.lanes)
         key = (node, self.exact and _rounds(node))
         if key not in body.known:
-            kind = _kind(node, body.lanes)
+            kind = kind_of(node, body.lanes)
             text = self._load(node, body) if isinstance(node, Load) else self._apply(node, body)
             if key[1] and node.dtype in HALVES and isinstance(node, Apply):
                 text = f"{HALVES[node.dtype]}({text})"
@@ -128,7 +128,7 @@ class Writer:
 
     def _load(self, node: Load, body: Body) -> str:
         ctype = C_TYPES[node.dtype]
-        kind = _kind(node, body.lanes)
+        kind = kind_of(node, body.lanes)
         if {"q", "k"} <= _axes(node) and all(is_affine(c) for c in node.coords):
             name = f"tile{self._name()[1:]}"
             offset, inside = (scalar_function(f, self.count) for f in (lambda w: w.offset(node), lambda w: w.inside(node)))
@@ -175,7 +175,7 @@ class Writer:
     def _lanes(self, node: Apply, args: list[Value]) -> str:
         if node.op == "cast":
             return _cast_lanes(node, args[0])
-        kind = _kind(node, True)
+        kind = kind_of(node, True)
         if node.op == "where":
             return f"select({args[0].spread('bool')}, {args[1].spread(kind)}, {args[2].spread(kind)})"
         source = node.operands[0]
@@ -238,7 +238,7 @@ def _cast_lanes(node: Apply, arg: Value) -> str:
         return f"-to_real({arg.text})" if source == "bool" else f"to_real({arg.text})"
     if target == "bool":
         return f"narrow({arg.text} != 0)" if arg.kind == "long" else f"{arg.text} != 0"
-    kind = _kind(node, True)
+    kind = kind_of(node, True)
     if source in FLOATS:
         return f"__builtin_convertvector({arg.text}, {'VL' if kind == 'long' else 'VI'})"
     text = f"-{arg.text}" if source == "bool" else arg.text
@@ -261,17 +261,16 @@ def _rounds(node: Expr) -> bool:
     return any(n.dtype in HALVES for n in walk(node))
 
 
-def is_affine(node: Expr) -> bool:
-    """Whether an integer expression is linear in q and in k, with coefficients that do not depend on either."""
-    fixed = not axes(node) & {"q", "k"}
-    if fixed or isinstance(node, Index):
+def is_affine(node: Expr, over: frozenset[str] = frozenset({"q", "k"})) -> bool:
+    """Whether an integer expression is linear in the indices ``over``, with coefficients that do not depend on them."""
+    if not axes(node) & over or isinstance(node, Index):
         return True
     if not isinstance(node, Apply):
         return False
+    parts = all(is_affine(a, over) for a in node.operands)
     if node.op == "mul":
-        return all(map(is_affine, node.operands)) and any(not axes(a) & {"q", "k"} for a in node.operands)
-    integers = all(a.dtype == "int64" for a in node.operands)
-    return node.op in ("add", "sub", "neg", "cast") and integers and all(map(is_affine, node.operands))
+        return parts and any(not axes(a) & over for a in node.operands)
+    return node.op in ("add", "sub", "neg", "cast") and parts and all(a.dtype == "int64" for a in node.operands)
 
 
 def interval(node: Expr) -> Interval:
@@ -308,7 +307,7 @@ def _interval_of_operation(node: Apply) -> Interval:
     return table[node.op]() if node.op in table else None
 
 
-def _kind(node: Expr, lanes: bool) -> str:
+def kind_of(node: Expr, lanes: bool) -> str:
     if node.dtype in FLOATS:
         return "real"
     if node.dtype == "bool":

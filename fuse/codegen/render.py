@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from functools import cache
+from functools import cache, partial
 from importlib import metadata
 from pathlib import Path
 
@@ -14,6 +14,7 @@ import torch
 
 import fuse.templates
 from fuse import expr
+from fuse.codegen import keys
 from fuse.codegen.cpp import C_TYPES, HALVES, MAX_LENGTH, Body, Stage, Value, Writer, scalar_function
 from fuse.expr import Apply, Const, Expr, Load, Prob, Score
 from fuse.planner import Plan
@@ -25,6 +26,8 @@ ENTRY = "fuse_attention"
 _FILL_MARGIN = 256.0
 # Below this, 16-bit roundings in eager swallow part of a score, so such rows are computed with the same roundings.
 _ROUNDING_LIMIT = -1000.0
+# Additive masks hold -1e4 or less: a score below this does not tell how large the visible ones of its row will be.
+_MASKED_SCORE = -9000.0
 
 
 @dataclass
@@ -185,7 +188,27 @@ def render(spec: AttentionSpec, plan: Plan) -> str:
         "threshold": repr(threshold), "factor": repr(factor), "empty_row": spec.empty_row,
         "stage_count": max(len(p.stages) for p in [*programs, weight]), "site": source.site, "rows": source.rows,
     }  # fmt: skip
+    if plan.core == "matrix":
+        context |= _matrix_context(source, visible, residual, threshold)
     return _environment().get_template(f"cpp/forward_{plan.core}.cpp.jinja").render(context)
+
+
+def _matrix_context(source: Source, visible: Expr, residual: Expr | None, threshold: float | None) -> dict[str, object]:
+    """What ``forward_matrix.cpp.jinja`` needs besides; the lanes core stays in it, for rows that need more than bfloat16."""
+    spec = source.spec
+    program = partial(keys.key_program, source.site, source.count)
+    programs = [program("ScoreFull", "Every entry is visible.", visible)]
+    if spec.mask is not None:
+        names = tuple(bound.name for bound in _bound_functions(source))
+        programs.append(program("ScorePartial", "Some entries are masked.", visible, names, residual))
+    weighted = not isinstance(peel(spec.weight)[0], Prob) or peel(spec.weight)[1] != 1.0
+    if weighted:
+        programs.append(program("Weight", "What the product with the values takes in place of the probability.", spec.weight))
+    return {
+        "key_programs": programs, "masked": spec.mask is not None, "weighted": weighted,
+        "masked_below": repr(max(_MASKED_SCORE, threshold if spec.mask is not None and threshold is not None else -math.inf)),
+        "extra_functions": [source.function(node) for node in spec.extra_logits],
+    }  # fmt: skip
 
 
 def _bound_functions(source: Source) -> list[Bound]:

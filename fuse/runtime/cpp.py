@@ -18,6 +18,7 @@ from torch import Tensor
 from fuse import planner
 from fuse.codegen import render
 from fuse.options import settings
+from fuse.runtime import cpu
 from fuse.runtime.cache import Entry, entry, write_atomically
 from fuse.spec import AttentionSpec
 
@@ -27,8 +28,9 @@ GET_COMPILER = (
 )
 _BUILD_SECONDS = 300
 _FLAGS = ("-std=c++17", "-O3", "-fno-math-errno", "-fno-trapping-math", "-fPIC", "-shared", "-fvisibility=hidden", "-w")
+_AVX512_FLAGS = ("-march=native", "-mprefer-vector-width=512")
 _ISA_FLAGS = {
-    "avx512": ("-march=native", "-mprefer-vector-width=512"),
+    **dict.fromkeys(("avx512", "avx512_bf16", "amx", "amx_emulated"), _AVX512_FLAGS),
     "avx2": ("-march=native", "-mno-avx512f"),
     "neon": ("-mcpu=native",),
     "sse": (),
@@ -54,16 +56,15 @@ def instruction_set() -> str:
     if platform.machine().lower() in ("aarch64", "arm64"):
         return "neon"
     capability = torch.backends.cpu.get_cpu_capability().lower()
-    return next((isa for isa in ("avx512", "avx2") if capability.startswith(isa)), "sse")
+    if capability.startswith("avx512"):
+        return cpu.matrix_unit() or "avx512"
+    return "avx2" if capability.startswith("avx2") else "sse"
 
 
 @cache
 def _cpu() -> str:
     """What -march=native depends on."""
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    flags = next((line for line in lines if line.startswith(("flags", "Features"))), "")
-    return f"{platform.machine()} {platform.processor()} {flags}"
+    return f"{platform.machine()} {platform.processor()} {' '.join(cpu.flags())}"
 
 
 @cache

@@ -1,0 +1,73 @@
+"""Score programs whose lanes are keys, one query at a time: what the matrix core runs between its two products."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from fuse.codegen.cpp import C_TYPES, Body, Value, Writer, is_affine, kind_of, scalar_function
+from fuse.expr import Expr, Load, Prob, Score, index, walk
+
+_Q, _K = index("q"), index("k")
+
+
+@dataclass
+class KeyProgram:
+    """A functor of ``keys.h.jinja``: ``row`` runs once per query and tile of keys, ``entry`` once per vector of keys."""
+
+    name: str
+    comment: str
+    argument: str
+    result: str = ""
+    row: Body = field(default_factory=lambda: Body(prefix="r."))
+    entry: Body = field(default_factory=lambda: Body(lanes=True))
+
+
+class KeyWriter(Writer):
+    """Loads that are linear in the key are read along the keys; others are gathered, lane by lane."""
+
+    def __init__(self, site: Body, program: KeyProgram, count: list[int]) -> None:
+        def place(found: frozenset[str]) -> Body:
+            return program.entry if "k" in found else program.row if "q" in found else site
+
+        leaves: dict[Expr, Value] = {_Q: Value("q", "long", False), _K: Value("k", "int", True)}
+        super().__init__(place, leaves=leaves, count=count)
+        self._row = program.row
+
+    def _load(self, node: Load, body: Body) -> str:
+        if not body.lanes or not all(is_affine(c, frozenset("k")) for c in node.coords):
+            return super()._load(node, body)
+        name = f"along{self._name()[1:]}"
+        ctype = C_TYPES[node.dtype]
+        offset, inside = (scalar_function(f, self.count) for f in (lambda w: w.offset(node), lambda w: w.inside(node)))
+        self._row.members.append((f"Along<{ctype}>", name))
+        parts = ", ".join(f"[&](int64_t k) {{ {' '.join(body.splitlines())} }}" for body in (offset, inside))
+        self._row.lines.append(f"r.{name}.read(c.data[{node.operand}], k0, nk, {parts});")
+        return f"along_{kind_of(node, True)}(r.{name}, n)"
+
+
+def key_program(
+    site: Body,
+    count: list[int],
+    name: str,
+    comment: str,
+    node: Expr,
+    bounds: tuple[str, ...] = (),
+    predicate: Expr | None = None,
+) -> KeyProgram:
+    """The score or weight ``node`` of every entry; -inf outside the mask's ``bounds`` and where ``predicate`` is false."""
+    argument = "prob" if name == "Weight" else "score"
+    program = KeyProgram(name, comment, argument)
+    writer = KeyWriter(site, program, count)
+    writer.leaves |= {leaf: Value(argument, "real", True) for leaf in walk(node) if isinstance(leaf, (Score, Prob))}
+    program.result = writer.value(node).spread("real")
+    allowed = [_bound(program, bound) for bound in bounds]
+    if predicate is not None:
+        allowed.append(f"({writer.value(predicate).spread('bool')})")
+    if allowed:
+        program.result = f"select({' & '.join(allowed)}, {program.result}, vr(-R(INFINITY)))"
+    return program
+
+
+def _bound(program: KeyProgram, name: str) -> str:
+    program.row.define("int64_t", f"clamp64({name}_key(c, s, q), 0, c.kv_len)", name)
+    return f"(k {'>=' if name == 'lower' else '<'} vi(r.{name}))"
