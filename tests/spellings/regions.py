@@ -11,7 +11,7 @@ from spellings import qkv, rand, spelling
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    return (q @ k.mT / 4).softmax(-1) @ v
+    return (q @ k.transpose(-1, -2) / 4).softmax(-1) @ v
 
 
 # ------------------------------------------------------------------------------------------------------------ autocast
