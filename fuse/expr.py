@@ -156,7 +156,12 @@ def apply(op: str, *args: Expr, dtype: str) -> Expr:
                 return other if bool(this.value) == neutral else this
         if args[0] is args[1]:
             return args[0]
-    if op in ("add", "sub") and dtype in INTS and isinstance(args[1], Const) and args[1].value == 0:
+    if op in ("add", "mul") and dtype != "bool":
+        neutral_value = 0 if op == "add" else 1
+        for this, other in (args, args[::-1]):
+            if isinstance(this, Const) and this.value == neutral_value:
+                return other
+    if op == "sub" and isinstance(args[1], Const) and args[1].value == 0:
         return args[0]
     if op == "not" and dtype == "bool" and isinstance(args[0], Apply) and args[0].op == "not":
         return args[0].operands[0]

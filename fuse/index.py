@@ -8,11 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any, TypeAlias
 
 import sympy
 from torch.utils._sympy.functions import FloorDiv, Mod, PythonMod
 
-Index = sympy.Expr
+Index: TypeAlias = Any  # a sympy.Expr; sympy has no types
 Shape = Sequence[Index]
 _DIVISIONS = (FloorDiv, Mod, PythonMod)
 

@@ -43,6 +43,11 @@ TRANSCENDENTAL = {
 }
 
 
+_POLYNOMIAL: dict[str, Callable[..., Index]] = {
+    "add": lambda a, b: a + b, "sub": lambda a, b: a - b, "mul": lambda a, b: a * b, "neg": lambda a: -a,
+}  # fmt: skip
+
+
 @dataclass(frozen=True, eq=False)
 class Opaque(Expr):
     """Element ``coords`` of a product or reduction that has not been looked into."""
@@ -169,9 +174,8 @@ class Reader:
             return sympy.Symbol(e.name, integer=True, positive=True)
         if isinstance(e, expr.Apply) and e.dtype == "int64" and all(a.dtype == "int64" for a in e.operands):
             args = [self.index(a) for a in e.operands]
-            if e.op in ("add", "sub", "mul", "neg"):
-                return sympy.expand({"add": lambda a, b: a + b, "sub": lambda a, b: a - b, "mul": lambda a, b: a * b,
-                                     "neg": lambda a: -a}[e.op](*args))  # fmt: skip
+            if e.op in _POLYNOMIAL:
+                return sympy.expand(_POLYNOMIAL[e.op](*args))
             if e.op == "floordiv" and args[1].is_positive:
                 return self.space.floordiv(*args)
             if e.op == "mod" and args[1].is_positive:

@@ -12,13 +12,12 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from fuse.passes.graph import operator_name, tensor_of
+from fuse.passes.replace import remove
 from torch import Tensor
 from torch.fx import Graph, Node
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils import _pytree as pytree
-
-from fuse.passes.graph import operator_name, tensor_of
-from fuse.passes.replace import remove
 
 
 @dataclass(frozen=True)
@@ -48,11 +47,12 @@ def expand(graph: Graph) -> list[Expansion]:
 def _written_out(node: Node) -> Callable[..., Any] | None:
     if node.op != "call_function":
         return None
-    return {
+    functions: dict[str, Callable[..., Any]] = {
         "multi_head_attention_forward": F.multi_head_attention_forward,
         "_transformer_encoder_layer_fwd": encoder_layer,
         "_native_multi_head_attention": native_attention,
-    }.get(operator_name(node))
+    }
+    return functions.get(operator_name(node))
 
 
 def _expand(graph: Graph, node: Node, function: Callable[..., Any]) -> Expansion | None:

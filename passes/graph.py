@@ -75,7 +75,7 @@ def states(graph: Graph) -> dict[Node, State]:
             device, dtype, enabled, _ = (*node.args, None, None, None, None)[:4]
             entered[node] = Autocast(str(device), _autocast_dtype(device, dtype), bool(enabled))
         elif name == "_exit_autocast":
-            entered.pop(node.args[0], None)  # type: ignore[arg-type]
+            entered.pop(node.args[0], None)
         elif name.endswith("_increment_nesting"):
             level += 1
         elif name.endswith("_decrement_nesting"):

@@ -30,13 +30,15 @@ def memory_order(root: Node) -> tuple[int, ...]:
 def _permutation(node: Node, rank: int) -> Sequence[int] | None:
     name = operator_name(node)
     args = node.args[1:]
-    if name in ("transpose", "swapaxes", "swapdims") and len(args) == 2 and all(isinstance(a, int) for a in args):
-        order = list(range(rank))
-        a, b = (int(x) % rank for x in args)  # type: ignore[call-overload]
-        order[a], order[b] = order[b], order[a]
-        return order
+    if name in ("transpose", "swapaxes", "swapdims") and len(args) == 2:
+        a, b = args
+        if isinstance(a, int) and isinstance(b, int):
+            order = list(range(rank))
+            order[a], order[b] = order[b], order[a]
+            return order
     if name == "permute":
         given = args[0] if len(args) == 1 and isinstance(args[0], (tuple, list)) else args
-        if len(given) == rank and all(isinstance(a, int) for a in given):
-            return [int(a) % rank for a in given]
+        found = [a % rank for a in given if isinstance(a, int)]
+        if len(found) == len(given) == rank:
+            return found
     return None

@@ -163,8 +163,7 @@ class _Lift:
         opaque = [n for n in expr.walk(softmax.score) if isinstance(n, Opaque)]
         for candidate in opaque:
             product = self.product(candidate, "d")
-            sides = product and self._query_and_key(product, q, k)
-            if product is None or sides is None:
+            if product is None or (sides := self._query_and_key(product, q, k)) is None:
                 continue
             self.r.inner.add(product.over)
             query, key = (self._operand(*side) for side in sides)
@@ -195,9 +194,10 @@ class _Lift:
         self, product: Product, q: sympy.Symbol, k: sympy.Symbol
     ) -> tuple[tuple[Value, tuple[Index, ...]], tuple[Value, tuple[Index, ...]]] | None:
         """The sides in the order query, key if one is read at row q and the other at key k, and nowhere else."""
-        one_row = self.r.space.sizes[q] == 1
+        one_row, one_key = (self.r.space.sizes[x] == 1 for x in (q, k))
         for a, b in (product.sides, product.sides[::-1]):
-            if k not in _free(a[1]) and q not in _free(b[1]) and k in _free(b[1]) and (q in _free(a[1]) or one_row):
+            rows, keys = _free(a[1]), _free(b[1])
+            if k not in rows and q not in keys and (k in keys or one_key) and (q in rows or one_row):
                 return a, b
         return None
 
@@ -246,17 +246,15 @@ class _Lift:
         sizes = [space.sizes[x] for x in (*batch, q, k)]
         if not space.sizes[d].is_Integer:
             raise Declined(UnsupportedShape(f"the feature dimension of the query is {space.sizes[d]}"))
-        extra_logits = tuple(self._loaded(x) for x in softmax.extra_logits)
-        roots = [*loads, score, self._loaded(softmax.weight), *extra_logits]
+        roots = [*loads, score, self._loaded(softmax.weight), *map(self._loaded, softmax.extra_logits)]
         used = expr.operands(*roots)
         symbols = _named_sizes(sizes, len(batch))
         rename = _Renaming(names, {old: new for new, old in enumerate(used)}, symbols)
-        query, key, value, score, weight, *extra_logits = map(rename.apply, roots)
+        renamed = [rename.apply(root) for root in roots]
+        query, key, value = (_supported(x) for x in renamed[:3])
+        score, weight, *extra_logits = renamed[3:]
         leaves = tuple(self.r.leaves[i] for i in used)
-        extra = tuple(s for s in expr.symbols(query, key, value, score, weight, *extra_logits) if s not in symbols.values())
-        for load in (query, key, value):
-            if load.dtype not in SUPPORTED:
-                raise Declined(UnsupportedType(f"an operand is {load.dtype}"))
+        extra = tuple(s for s in expr.symbols(*renamed) if s not in symbols.values())
         spec = AttentionSpec(
             batch=len(batch), qk_dim=int(space.sizes[d]), v_dim=int(space.sizes[e]),
             operands=tuple(Operand(len(v.shape), v.dtype) for v in leaves),
@@ -299,6 +297,12 @@ def _named_sizes(sizes: Sequence[Index], batch: int) -> dict[str, str]:
         if n.is_Symbol:
             found.setdefault(n.name, name)
     return found
+
+
+def _supported(operand: Expr) -> Load:
+    if not isinstance(operand, Load) or operand.dtype not in SUPPORTED:
+        raise Declined(UnsupportedType(f"an operand is {operand.dtype}"))
+    return operand
 
 
 def _as_float(score: Expr) -> Expr:

@@ -39,10 +39,8 @@ def recover_mask(spec: AttentionSpec) -> AttentionSpec:
     if split is None or split.fill > REPLACED:
         return spec
     reader = _reader(spec)
-    lowers, uppers, rest = [], [], []
-    for clause in _conjuncts(_pushed(split.predicate)):
-        bound = _bound(reader, clause)
-        (rest if bound is None else lowers if bound[0] == "lower" else uppers).append(clause if bound is None else bound[1])
+    clauses = [(*(_bound(reader, c) or ("residual", c)),) for c in _conjuncts(_pushed(split.predicate))]
+    lowers, uppers, rest = ([e for kind, e in clauses if kind == wanted] for wanted in ("lower", "upper", "residual"))
     mask = Mask(
         predicate=split.predicate,
         visible=split.visible,

@@ -81,13 +81,8 @@ def _add(r: Reader, v: Value, coords: Coords) -> Expr:
     a = arguments(v)
     x, y = a["self"], a["other"]
     left, right = read(r, x, coords, v.dtype), read(r, y, coords, v.dtype)
-    scaled, alpha = (left, right) if op_name(v) == "rsub" else (right, left), a.get("alpha", 1)
-    if op_name(v) == "rsub":
-        scaled, kept = left, right
-    else:
-        scaled, kept = right, left
-    if alpha != 1:
-        scaled = apply("mul", const(alpha, v.dtype), scaled, dtype=v.dtype)
+    kept, scaled = (right, left) if op_name(v) == "rsub" else (left, right)
+    scaled = apply("mul", const(a.get("alpha", 1), v.dtype), scaled, dtype=v.dtype)
     if v.dtype == "bool":
         return apply("or", kept, scaled, dtype="bool")
     return apply("add" if op_name(v) == "add" else "sub", kept, scaled, dtype=v.dtype)
@@ -116,7 +111,22 @@ def _compare(r: Reader, v: Value, coords: Coords) -> Expr:
         return {"eq": same, "ne": apply("not", same, dtype="bool")}.get(op_name(v)) or r.load(v, coords)
     if dtype in expr.INTS:
         a, b = cast(a, "int64"), cast(b, "int64")
+        if (decided := _decided(r, op_name(v), r.index(a), r.index(b))) is not None:
+            return const(decided, "bool")
     return apply(COMPARE[op_name(v)], a, b, dtype="bool")
+
+
+def _decided(r: Reader, name: str, a: Index, b: Index) -> bool | None:
+    """The outcome of a comparison of integers where it is the same at every entry."""
+    low, high = {"le": (b - a, a - b - 1), "lt": (b - a - 1, a - b), "ge": (a - b, b - a - 1), "gt": (a - b - 1, b - a)}.get(
+        name, (None, None)
+    )
+    if low is not None and high is not None:
+        return True if r.space.nonnegative(low) else False if r.space.nonnegative(high) else None
+    if sympy.expand(a - b) == 0:
+        return name == "eq"
+    apart = r.space.nonnegative(a - b - 1) or r.space.nonnegative(b - a - 1)
+    return (name == "ne") if apart else None
 
 
 @handles(*LOGICAL)

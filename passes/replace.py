@@ -129,7 +129,7 @@ class _Emitter:
                 break
             value = node.meta.get("example_value")
             if isinstance(value, torch.SymInt) and sympy.expand(as_index(value) - n) == 0:
-                return node
+                return node  # type: ignore[no-any-return]
             tensor = tensor_of(node)
             if tensor is not None and node.op == "placeholder":
                 for dim, size in enumerate(tensor.shape):

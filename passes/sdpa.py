@@ -37,4 +37,5 @@ def sdpa_as_products(
     weight = torch.ops.aten._safe_softmax.default(score, -1)
     if dropout_p > 0.0:
         weight = torch.dropout(weight, dropout_p, train=True)
-    return weight @ value
+    out: Tensor = weight @ value
+    return out

@@ -62,6 +62,8 @@ def _by_name(r: Reader, weights: Expr, named: list[Opaque], k: sympy.Symbol) -> 
     node = named[0]
     dim = node.value.args[1] % len(node.coords)
     coords = tuple(r.index(c) for c in node.coords)
+    if r.space.sizes[k] == 1 and coords[dim] == 0:
+        coords = (*coords[:dim], k, *coords[dim + 1 :])
     for i, c in enumerate(coords):
         if (k in c.free_symbols) != (i == dim):
             raise Declined(WrongDimension(f"dimension {dim} of {tuple(node.value.shape)}"))

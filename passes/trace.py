@@ -55,7 +55,7 @@ class Value:
 
 @dataclass(frozen=True)
 class Trace:
-    """``ran``: the nodes that were run. ``value_of``: what each node holds when all have. ``node_of``: where to take a value."""
+    """``ran``: the nodes that were run; ``value_of``: what each holds when all have; ``node_of``: where to take a value."""
 
     ran: frozenset[Node]
     value_of: Mapping[Node, Value]
@@ -64,7 +64,7 @@ class Trace:
 
 class _Recorder(TorchDispatchMode):
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.values: dict[int, Value] = {}
         self.alive: list[torch.Tensor] = []  # ids are only unique among the living
         self.running: Node | None = None
@@ -176,6 +176,8 @@ def _autocast(states: tuple[Autocast, ...]) -> Any:
 
 
 def _run_node(node: Node, env: Mapping[Node, Any]) -> Any:
+    args: Any
+    kwargs: Any
     args, kwargs = torch.fx.node.map_arg((node.args, node.kwargs), lambda n: env[n])
     if operator_name(node) == "scaled_dot_product_attention":
         return sdpa_as_products(*args, **kwargs)

@@ -163,7 +163,8 @@ def _stack(r: Reader, v: Value, coords: Coords) -> Expr:
 @handles("constant_pad_nd")
 def _pad(r: Reader, v: Value, coords: Coords) -> Expr:
     a = arguments(v)
-    source, at, inside = dims(v.args[0]), list(coords), TRUE
+    source, at = dims(v.args[0]), list(coords)
+    inside: Expr = TRUE
     for i in range(len(a["pad"]) // 2):
         dim, before = len(coords) - 1 - i, as_index(a["pad"][2 * i])
         c = coords[dim] - before
