@@ -77,7 +77,7 @@ def tokens(config: Any, batch: int, length: int) -> torch.Tensor:
 
 
 Build = Callable[[int], tuple[Any, dict[str, torch.Tensor]]]
-MODELS: dict[str, tuple[Build, int]] = {"gpt2": (gpt2, 12), "llama": (llama, 4), "mistral": (mistral, 4), "bert": (bert, 4)}
+MODELS: dict[str, tuple[Build, int]] = {"gpt2": (gpt2, 12), "llama": (llama, 2), "mistral": (mistral, 2), "bert": (bert, 2)}
 
 
 @dataclass(frozen=True)
@@ -98,9 +98,9 @@ class Case:
 
 @dataclass(frozen=True)
 class Measured:
-    """compile_s: the first call; peak_mb: what one call adds to the process; error: relative, against float64."""
+    """first_s: the first call; peak_mb: what one call adds to the process; error: relative, against float64."""
 
-    compile_s: float
+    first_s: float
     peak_mb: float
     error: float
     sites: int = 0
@@ -109,28 +109,42 @@ class Measured:
     kernels: tuple[str, ...] = ()
 
 
-def worker(pipe: Connection, case: Case, way: str, exact: Path) -> None:
-    """Sends Measured once, then the seconds of one call for every message it receives, until that is None."""
+def worker(pipe: Connection, way: str) -> None:
+    """For each case, with the path of its exact result: Measured, then the seconds of one call for each "call"."""
+    with torch.inference_mode():
+        while (task := pipe.recv()) is not None:
+            case, exact = task
+            run = prepare(case, way, exact)
+            first_s, output = timed(run)
+            error = relative_error(output, torch.load(exact))
+            del output
+            pipe.send(Measured(first_s, peak_of(run), error, **(what_fuse_did() if way == "fuse" else {})))
+            while pipe.recv() == "call":
+                pipe.send(timed(run)[0])
+
+
+def timed(run: Callable[[], torch.Tensor]) -> tuple[float, torch.Tensor]:
+    start = time.perf_counter()
+    output = run()
+    return time.perf_counter() - start, output
+
+
+def prepare(case: Case, way: str, exact: Path) -> Callable[[], torch.Tensor]:
+    if way == "eager":  # the exact result: float64, from the weights as rounded to the case's dtype
+        model, inputs = case.build("float64")
+        torch.save(model(**inputs).last_hidden_state, exact)
     model, inputs = case.build(case.dtype)
     if way != "eager":
+        torch.compiler.reset()
         model = torch.compile(model, backend=way)
-    with torch.inference_mode():
-        start = time.perf_counter()
-        output = model(**inputs).last_hidden_state
-        compile_s = time.perf_counter() - start
-        error = relative_error(output, torch.load(exact))
-        del output
-        pipe.send(Measured(compile_s, peak_of(lambda: model(**inputs)), error, **(what_fuse_did() if way == "fuse" else {})))
-        while pipe.recv() is not None:
-            start = time.perf_counter()
-            model(**inputs)
-            pipe.send(time.perf_counter() - start)
+    return lambda: model(**inputs).last_hidden_state
 
 
 def what_fuse_did() -> dict[str, Any]:
     import fuse
 
     report = fuse.report()
+    fuse.reset()
     masks = dict.fromkeys(site.mask or "none" for site in report.sites if site.fused)
     kernels = dict.fromkeys(str(path) for site in report.sites for path in site.kernels.values())
     return {"sites": len(report.sites), "fused": report.fused, "masks": tuple(masks), "kernels": tuple(kernels)}
@@ -157,13 +171,6 @@ def read_kb(status: Path, name: str) -> int:
     return next(int(line.split()[1]) for line in status.read_text().splitlines() if line.startswith(name))
 
 
-def save_exact(case: Case, path: Path) -> None:
-    """The result in float64, from the weights as rounded to the case's dtype."""
-    model, inputs = case.build("float64")
-    with torch.inference_mode():
-        torch.save(model(**inputs).last_hidden_state, path)
-
-
 # ------------------------------------------------------------------------------------------------- all ways, a table
 
 
@@ -174,34 +181,30 @@ class Row:
     milliseconds: dict[str, float]
 
 
-def measure(case: Case) -> Row:
+def start(way: str) -> Connection:
     context = mp.get_context("spawn")
+    ours, theirs = context.Pipe()
+    context.Process(target=worker, args=(theirs, way), daemon=True).start()
+    theirs.close()  # else the death of the worker would go unnoticed
+    return ours
+
+
+def measure(case: Case, pipes: dict[str, Connection]) -> Row:
     with tempfile.TemporaryDirectory() as folder:
-        exact = Path(folder) / "exact.pt"
-        run_alone(context, save_exact, case, exact)
-        pipes: dict[str, Connection] = {}
-        measured: dict[str, Measured] = {}
+        task = (case, Path(folder) / "exact.pt")
+        pipes["eager"].send(task)
+        measured = {"eager": pipes["eager"].recv()}
+        for way in ("inductor", "fuse"):  # both compile at the same time
+            pipes[way].send(task)
+        measured |= {way: pipes[way].recv() for way in ("inductor", "fuse")}
+    seconds: dict[str, list[float]] = {way: [] for way in WAYS}
+    for _ in range(CALLS):
         for way in WAYS:
-            pipes[way], theirs = context.Pipe()
-            context.Process(target=worker, args=(theirs, case, way, exact), daemon=True).start()
-            theirs.close()  # else the death of the worker would go unnoticed
-            measured[way] = pipes[way].recv()
-        seconds: dict[str, list[float]] = {way: [] for way in WAYS}
-        for _ in range(CALLS):
-            for way, pipe in pipes.items():
-                pipe.send("call")
-                seconds[way].append(pipe.recv())
-        for pipe in pipes.values():
-            pipe.send(None)
+            pipes[way].send("call")
+            seconds[way].append(pipes[way].recv())
+    for pipe in pipes.values():
+        pipe.send("done")
     return Row(case, measured, {way: 1000 * statistics.median(times) for way, times in seconds.items()})
-
-
-def run_alone(context: Any, target: Callable[..., None], *args: object) -> None:
-    process = context.Process(target=target, args=args)
-    process.start()
-    process.join()
-    if process.exitcode:
-        sys.exit(f"{target.__name__} failed")
 
 
 HEADER = ("model", "dtype", "fused/sites", "mask", "ms", "extra peak, MB", "error against float64")
@@ -246,17 +249,20 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
     parser.add_argument("--dtypes", nargs="+", choices=("bfloat16", "float32"), default=["bfloat16", "float32"])
-    parser.add_argument("--layers", type=int, help="of each model, instead of 12 for GPT-2 and 4 for the others")
+    parser.add_argument("--layers", type=int, help="of each model, instead of 12 for GPT-2 and 2 for the others")
     parser.add_argument("--markdown", action="store_true")
     args = parser.parse_args()
+    pipes = {way: start(way) for way in WAYS}
     rows = []
     for name in args.models:
         for dtype in args.dtypes:
             case = Case(name, args.layers or MODELS[name][1], dtype)
             print(f"{name}, {case.layers} layers, {dtype} …", file=sys.stderr, flush=True)
-            rows.append(measure(case))
-            first = ", ".join(f"{way} {rows[-1].measured[way].compile_s:.0f} s" for way in WAYS)
+            rows.append(measure(case, pipes))
+            first = ", ".join(f"{way} {rows[-1].measured[way].first_s:.0f} s" for way in WAYS)
             print(f"   first call: {first}", file=sys.stderr, flush=True)
+    for pipe in pipes.values():
+        pipe.send(None)
     show(rows, args.markdown)
 
 

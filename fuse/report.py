@@ -73,7 +73,7 @@ class Report:
         """Sites that differ in nothing but the module path, which is what the layers of a model are."""
         alike: dict[str, list[Site]] = {}
         for site in self.sites:
-            alike.setdefault(repr(replace(site, module="", spec=None)), []).append(site)
+            alike.setdefault(repr(replace(site, module="", spec=None, names={})), []).append(site)
         return [Group(sites[0], len(sites), merge_paths([site.module for site in sites])) for sites in alike.values()]
 
     def __str__(self) -> str:
