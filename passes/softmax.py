@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import sympy
 from fuse.passes.elements import Opaque, Reader, dims
@@ -30,15 +30,17 @@ class Softmax:
 def recognise(r: Reader, weights: Expr, divisor: Expr | None, k: sympy.Symbol, axes: Sequence[sympy.Symbol]) -> Softmax:
     """``weights`` is what multiplies the values; ``divisor``, where given, divides the product afterwards."""
     if divisor is not None:
-        return _by_exp(r, expr.walk(weights), weights, divisor, k)
+        return _by_exp(r, weights, divisor, k)
     named = [n for n in expr.walk(weights) if isinstance(n, Opaque) and "softmax" in n.name]
     if named:
         return _by_name(r, weights, named, k)
     quotients = [n for n in expr.walk(weights) if isinstance(n, Apply) and n.op in ("div", "mul") and _divides(n)]
     for quotient in quotients:
         numerator, denominator = _divides(quotient) or (quotient, quotient)
-        softmax = _by_exp(r, expr.walk(numerator), numerator, denominator, k)
-        return _finish(softmax.score, softmax.extra_logits, weights, quotient, False)
+        softmax = _by_exp(r, numerator, denominator, k)
+        weight = expr.substitute(weights, {quotient: softmax.weight})
+        _check_linear(weight)
+        return replace(softmax, weight=weight)
     return _by_logsumexp(r, weights, k)
 
 
@@ -145,7 +147,7 @@ def reduced_element(r: Reader, m: Opaque, at: Index) -> Expr | None:
 # ------------------------------------------------------------------------------------- exp, sum and logsumexp by hand
 
 
-def _by_exp(r: Reader, nodes: object, numerator: Expr, denominator: Expr, k: sympy.Symbol) -> Softmax:
+def _by_exp(r: Reader, numerator: Expr, denominator: Expr, k: sympy.Symbol) -> Softmax:
     """exp(s) / (sum of exp(s) + a), s with or without its maximum subtracted; a is the exp of an extra logit."""
     sums = [n for n in expr.walk(denominator) if isinstance(n, Opaque) and n.name == "sum"]
     if len(sums) != 1:
