@@ -32,7 +32,7 @@ lint: venv types
 types: venv
 	rm -rf build/types && mkdir -p build/types/fuse
 	ln -s $(CURDIR)/fuse/* $(CURDIR)/passes $(CURDIR)/templates build/types/fuse/
-	cd build/types && ../../$(BIN)/mypy --config-file ../../pyproject.toml --cache-dir ../../.mypy_cache -p fuse
+	cd build/types && ../../$(BIN)/mypy --config-file ../../pyproject.toml --cache-dir ../.mypy_cache -p fuse
 
 bench: venv
 	$(BIN)/python benchmarks/cpu_forward.py
