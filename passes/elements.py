@@ -6,7 +6,7 @@ that have to be loaded, or reductions and products, which stay as Opaque nodes f
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Container, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -108,11 +108,13 @@ class Reader:
 
     leaves    the tensors that are loaded; Load.operand counts them
     inner     the loop indices of the kernel's inner loops, once they are known: q, k, d, e
+    held      values that the graph has a node for
     """
 
     space: Space = field(default_factory=Space)
     leaves: list[Value] = field(default_factory=list)
     inner: set[sympy.Symbol] = field(default_factory=set)
+    held: Container[Value] = ()
     views_only: bool = False
     _atoms: dict[Expr, sympy.Symbol] = field(default_factory=dict)
     _known: dict[tuple[Value, tuple[Index, ...], bool], Expr] = field(default_factory=dict)
@@ -134,7 +136,7 @@ class Reader:
     def _element(self, value: Value, coords: tuple[Index, ...]) -> Expr:
         if value.literal is not None:
             return const(value.literal, value.dtype)
-        if value.op is None or (self.views_only and not _is_view(value)):
+        if value.op is None or (self.views_only and (not _is_view(value) or self._only_view_held(value))):
             return self.load(value, coords)
         if torch.Tag.nondeterministic_seeded in value.op.tags:
             raise Declined(DropoutActive(_drop_rate(value)))
@@ -145,6 +147,13 @@ class Reader:
         if handler is None or not _plain(value):
             return self.load(value, coords)
         return handler(self, value, coords)
+
+    def _only_view_held(self, value: Value) -> bool:
+        """Would a step further lead to a value that the graph would have to compute a second time?"""
+        base = value
+        while base.op is not None and _is_view(base):
+            base = base.args[0]
+        return value in self.held and base.op is not None and base not in self.held
 
     def load(self, value: Value, coords: Sequence[Index]) -> Expr:
         if value not in self.leaves:

@@ -75,14 +75,17 @@ class _Emitter:
         return self.made[value]
 
     def _unwritten(self, node: Node) -> Node:
-        """The node, if at the root its memory holds what the trace says that it holds at the end."""
+        """The node, if at the root its memory holds what the trace says that it holds."""
         storage = storage_of(node)
         shared = [n for n in self.order if storage is not None and storage_of(n) == storage]
         readers = [self.order[u] for n in shared for u in n.users if u in self.trace.ran]
         for writer in (w for n in shared for w in n.users if any(storage_of(x) == storage for x in writes(w))):
             at = self.order[writer]
             traced = writer in self.trace.ran
-            late = at > self.order[self.root] if traced else min(readers, default=at) < at < self.order[self.root]
+            if traced and node in self.trace.ran:
+                late = at > self.order[self.root]
+            else:  # an input of the trace stands for what it held when it was read
+                late = min(readers, default=at) < at < self.order[self.root]
             if late:
                 raise Declined(Mutated(node.name, location(writer)))
         return node
