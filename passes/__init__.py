@@ -132,7 +132,7 @@ def _trace_slices(graph: Graph, candidates: list[Candidate], state_of: Mapping[N
 
 def _lift_candidate(graph: Graph, candidate: Candidate, traced: Trace, state_of: Mapping[Node, State], target: str) -> _Found:
     declined: Declined | None = None
-    for root in candidate.roots:
+    for root in reversed(candidate.roots):
         try:
             lifted = lift(root, traced)
         except Declined as d:

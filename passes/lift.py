@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import sympy
 from fuse.passes import pointwise, views  # noqa: F401  the readers register themselves
 from fuse.passes.elements import PRODUCTS, Opaque, Reader, dims, op_name
-from fuse.passes.softmax import Softmax, recognise
+from fuse.passes.softmax import Late, Softmax, recognise
 from fuse.passes.trace import Trace, Value
 from torch.fx import Node
 
@@ -65,7 +65,7 @@ def lift(root: Node, trace: Trace) -> Lifted:
     out = trace.value_of[root]
     if out.dtype not in SUPPORTED:
         raise Declined(UnsupportedType(f"the result is {out.dtype}"))
-    return _Lift(Reader(), out).run()
+    return _Lift(Reader(held=trace.node_of), out).run()
 
 
 class _Lift:
@@ -78,32 +78,28 @@ class _Lift:
     def run(self) -> Lifted:
         if any(n == 0 for n in self.shape):
             raise Declined(UnsupportedShape("an empty result"))
-        product, divisor = self._result()
+        product, late = self._result()
         k = product.over
         probs, values = self._probabilities_and_values(product)
         q, e = self._row_and_feature(probs, values, k)
         self.r.inner = {q, k, e}
         weights = self.r.element(*probs)
-        softmax = recognise(self.r, weights, divisor, k, self.axes)
+        softmax = recognise(self.r, weights, late, k)
         score, scores, query, key, d = self._score(softmax, q, k)
         value = self._operand(*values)
         return self._assemble(softmax, score, scores, (query, key, value), (q, k, d, e))
 
     # ------------------------------------------------------------------------------------------ the two products
 
-    def _result(self) -> tuple[Product, Expr | None]:
-        """The product with the values, and what divides it where the normalisation comes late."""
+    def _result(self) -> tuple[Product, Late | None]:
+        """The product with the values, and what it is divided or multiplied by where part of the normalisation comes late."""
         found = _uncast(self.r.element(self.out, self.axes))
         if isinstance(found, Opaque) and (product := self.product(found, "k")):
             return product, None
         if isinstance(found, Apply) and found.op in ("div", "mul"):
             left, right = map(_uncast, found.operands)
-            if found.op == "mul" and isinstance(right, Apply) and right.op == "reciprocal":
-                right = _uncast(right.operands[0])
-            elif found.op == "mul":
-                raise Declined(NoScoreProduct(op_name(self.out)))
             if isinstance(left, Opaque) and (product := self.product(left, "k")):
-                return product, right
+                return product, Late(found.op, right)
         raise Declined(NoScoreProduct(f"the result is {type(found).__name__.lower()} {getattr(found, 'op', '')}".strip()))
 
     def product(self, found: Opaque, over: str) -> Product | None:

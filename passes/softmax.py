@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import sympy
@@ -27,10 +26,37 @@ class Softmax:
     safe: bool
 
 
-def recognise(r: Reader, weights: Expr, divisor: Expr | None, k: sympy.Symbol, axes: Sequence[sympy.Symbol]) -> Softmax:
-    """``weights`` is what multiplies the values; ``divisor``, where given, divides the product afterwards."""
-    if divisor is not None:
-        return _by_exp(r, weights, divisor, k)
+@dataclass(frozen=True)
+class Late:
+    """What the product with the values is multiplied ("mul") or divided ("div") by afterwards."""
+
+    op: str
+    factor: Expr
+
+
+def recognise(r: Reader, weights: Expr, late: Late | None, k: sympy.Symbol) -> Softmax:
+    """``weights`` is what multiplies the values. Raises Declined where that, with ``late``, is no softmax over k."""
+    if late is None:
+        return _recognise(r, weights, k)
+    factor = late.factor
+    if late.op == "div":
+        return _by_exp(r, weights, factor, k)
+    if isinstance(factor, Apply) and factor.op == "reciprocal":
+        return _by_exp(r, weights, _uncast(factor.operands[0]), k)
+    return _with_gate(r, _recognise(r, weights, k), factor, k)
+
+
+def _with_gate(r: Reader, softmax: Softmax, gate: Expr, k: sympy.Symbol) -> Softmax:
+    """sigmoid(logsumexp(s) - z) times softmax(s) is the softmax in which a logit z takes part."""
+    difference = _uncast(gate.operands[0]) if isinstance(gate, Apply) and gate.op == "sigmoid" else None
+    if isinstance(difference, Apply) and difference.op == "sub":
+        total, z = difference.operands
+        if not softmax.extra_logits and _reduces(r, _uncast(total), softmax.score, k, ("logsumexp",)):
+            return replace(softmax, extra_logits=(_cast(z, softmax.score.dtype),))
+    raise Declined(NotSoftmax("the result is scaled by something else"))
+
+
+def _recognise(r: Reader, weights: Expr, k: sympy.Symbol) -> Softmax:
     named = [n for n in expr.walk(weights) if isinstance(n, Opaque) and "softmax" in n.name]
     if named:
         return _by_name(r, weights, named, k)
@@ -105,6 +131,8 @@ def _without_maximum(
     r: Reader, source: Value, found: list[Expr], pieces: list[tuple[Index, ...]], dim: int, k: sympy.Symbol
 ) -> list[Expr]:
     """softmax(x - max(x)) is softmax(x): the maximum that a model subtracts itself, over the same entries, is dropped."""
+    if len(found) == 1:
+        return [_shift_dropped(r, found[0], k)]
     stripped = []
     for e, at in zip(found, pieces, strict=True):
         x = _minus_maximum(r, e, at[dim], k)
@@ -112,6 +140,20 @@ def _without_maximum(
             return found
         stripped.append(x)
     return stripped
+
+
+def _shift_dropped(r: Reader, e: Expr, k: sympy.Symbol) -> Expr:
+    """e without the row maxima that are subtracted inside it, where only sums and factors free of k lie around them."""
+    if not isinstance(e, Apply):
+        return e
+    if (x := _minus_maximum(r, e, k, k)) is not None:
+        return x
+    operands = list(e.operands)
+    if e.op in ("cast", "add", "sub") or (e.op in ("mul", "div") and k.name not in expr.axes(operands[1])):
+        operands[0] = _shift_dropped(r, operands[0], k)
+    if e.op == "add" or (e.op == "mul" and k.name not in expr.axes(operands[0])):
+        operands[1] = _shift_dropped(r, operands[1], k)
+    return e.with_args(tuple(operands))
 
 
 def _minus_maximum(r: Reader, e: Expr, at: Index, k: sympy.Symbol) -> Expr | None:
