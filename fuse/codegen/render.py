@@ -16,6 +16,7 @@ import fuse.templates
 from fuse import expr
 from fuse.codegen import keys
 from fuse.codegen.cpp import C_TYPES, HALVES, MAX_LENGTH, Body, Stage, Value, Writer, scalar_function
+from fuse.codegen.example import example
 from fuse.expr import Apply, Const, Expr, Load, Prob, Score
 from fuse.planner import Plan
 from fuse.spec import AttentionSpec
@@ -40,11 +41,6 @@ class Program:
     key: Body = field(default_factory=Body)
     entry: Body = field(default_factory=lambda: Body(lanes=True))
     stages: list[Stage] = field(default_factory=list)
-
-    @property
-    def uses_key(self) -> bool:
-        text = " ".join([*self.key.lines, *self.entry.lines])
-        return any(f"{a}k{b}" in text for a in "( " for b in ") *;")
 
 
 @dataclass(frozen=True)
@@ -187,6 +183,7 @@ def render(spec: AttentionSpec, plan: Plan) -> str:
         "programs": programs, "weight": weight, "extra_logits": extra_logits, "exact": threshold is not None,
         "threshold": repr(threshold), "factor": repr(factor), "empty_row": spec.empty_row,
         "stage_count": max(len(p.stages) for p in [*programs, weight]), "site": source.site, "rows": source.rows,
+        "example": example(spec),
     }  # fmt: skip
     if plan.core == "matrix":
         context |= _matrix_context(source, visible, residual, threshold)
@@ -228,7 +225,7 @@ def header(spec: AttentionSpec, plan: Plan) -> str:
         f"spec  {spec.to_json()}",
         f"plan  {plan}",
         f"made by torch-fuse {_version()}, torch {torch.__version__}",
-        "alone: c++ -O3 -march=native -fopenmp -DFUSE_STANDALONE kernel.cpp -o kernel && ./kernel",
+        "alone: c++ -std=c++17 -O3 -march=native -w -fopenmp -DFUSE_STANDALONE <this file> -o kernel && ./kernel [threads]",
     ]
     return "\n".join(f"// {line}" for line in lines)
 

@@ -22,7 +22,8 @@ __all__ = ["Kernel", "builds", "kernel", "prepare", "reset"]
 class Kernel(Protocol):
     """Computes one spec. ``source`` is the generated file, None where the reference stands in for a kernel."""
 
-    source: Path | None
+    @property
+    def source(self) -> Path | None: ...
 
     def __call__(self, operands: Sequence[Tensor], sizes: Sequence[int]) -> Tensor: ...
 
@@ -32,8 +33,9 @@ class ReferenceKernel:
 
     source: Path | None = None
 
-    def __init__(self, spec: AttentionSpec) -> None:
+    def __init__(self, spec: AttentionSpec, reason: str = "") -> None:
         self._spec = spec
+        self.reason = reason  # why there is no kernel; empty where none was asked for
 
     def __call__(self, operands: Sequence[Tensor], sizes: Sequence[int]) -> Tensor:
         from fuse import reference
@@ -53,7 +55,10 @@ def kernel(spec: AttentionSpec, target: str) -> Kernel:
 
     target  "cpp" or "auto", or "reference"
     """
-    return _future(spec, target).result()
+    made = _future(spec, target).result()
+    if isinstance(made, ReferenceKernel) and made.reason:
+        _warn(made.reason)
+    return made
 
 
 def prepare(specs: Iterable[AttentionSpec], target: str) -> None:
@@ -85,8 +90,7 @@ def _make(spec: AttentionSpec, target: str) -> Kernel:
     try:
         return CppKernel(spec, build(spec))
     except (BuildFailed, OSError) as error:
-        _warn(str(error))
-        return ReferenceKernel(spec)
+        return ReferenceKernel(spec, str(error))
 
 
 def _warn(reason: str) -> None:
@@ -94,7 +98,7 @@ def _warn(reason: str) -> None:
     with _lock:
         first, _warned = not _warned, True
     if first:
-        warnings.warn(f"fuse runs attention without its kernels, slowly: {reason}", RuntimeWarning, stacklevel=2)
+        warnings.warn(f"fuse runs attention without its kernels, slowly: {reason}", RuntimeWarning, stacklevel=3)
 
 
 # The threads of the pool do not survive a fork, and a lock may be held by one of them.

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import ctypes
+import hashlib
 import os
 import platform
+import shlex
 import shutil
 import struct
 import subprocess
 from collections.abc import Sequence
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 
 import torch
@@ -41,12 +43,12 @@ class BuildFailed(RuntimeError):
     """No kernel could be built here; the message says why, and what to do where that is known."""
 
 
-def compiler() -> str:
-    """Path of the C++ compiler: $CXX, g++, clang++ or c++. Raises BuildFailed where there is none."""
+def compiler() -> tuple[str, ...]:
+    """The C++ compiler as the start of a command: $CXX, g++, clang++ or c++. Raises BuildFailed where there is none."""
     for name in (os.environ.get("CXX"), "g++", "clang++", "c++"):
-        found = shutil.which(name) if name else None
-        if found:
-            return found
+        words = shlex.split(name or "")
+        if words and (found := shutil.which(words[0])):
+            return (found, *words[1:])
     raise BuildFailed(f"no C++ compiler was found. {GET_COMPILER}")
 
 
@@ -67,41 +69,36 @@ def _cpu() -> str:
     return f"{platform.machine()} {platform.processor()} {' '.join(cpu.flags())}"
 
 
-@cache
-def _compiler_version(path: str) -> str:
-    return subprocess.run([path, "--version"], capture_output=True, text=True, check=False).stdout
-
-
-@cache
-def _openmp(path: str) -> tuple[str, ...]:
-    """OpenMP shares torch's threads; without it kernels run on one."""
-    test = [path, "-fopenmp", "-x", "c++", "-", "-shared", "-fPIC", "-o", os.devnull]
-    done = subprocess.run(test, input="#include <omp.h>\n", capture_output=True, text=True, check=False)
-    return ("-fopenmp",) if done.returncode == 0 else ()
-
-
 def build(spec: AttentionSpec, isa: str | None = None) -> Entry:
     """The built kernel of ``spec``, from the cache if it is there. Raises BuildFailed."""
     plan = planner.plan(spec, isa or instruction_set())
-    source = render.render(spec, plan)
-    path = compiler()
-    command = (path, *_FLAGS, *_ISA_FLAGS[plan.isa], *_openmp(path))
-
-    def run(source_path: Path, binary: Path) -> None:
-        _compile((*command, str(source_path), "-o", str(binary), "-lm"))
-
-    depends = "\n".join([*command, _compiler_version(path), _cpu()])
+    command = (*compiler(), *_FLAGS, *_ISA_FLAGS[plan.isa])
     name = f"attention_{spec.out_dtype}_{spec.qk_dim}x{spec.v_dim}_{plan.isa}"
-    return entry("cpp", name, ".cpp", _dumped(name, source), depends, run)
+    source = _dumped(name, render.render(spec, plan))
+    return entry("cpp", name, ".cpp", source, _depends(command), partial(_compile, command))
 
 
-def _compile(command: Sequence[str]) -> None:
+def _depends(command: tuple[str, ...]) -> str:
+    """What a binary depends on beside its source. Asking the compiler for its version would cost each process more."""
+    file = Path(command[0]).resolve()
+    return "\n".join([*command, f"{file} {file.stat().st_mtime_ns} {file.stat().st_size}", _cpu()])
+
+
+def _compile(command: tuple[str, ...], source: Path, binary: Path) -> None:
+    """OpenMP shares torch's threads; where the compiler lacks it, the kernel runs on one."""
+    failed = _run_compiler((*command, "-fopenmp", str(source), "-o", str(binary), "-lm"))
+    failed = failed and _run_compiler((*command, str(source), "-o", str(binary), "-lm"))
+    if failed:
+        raise BuildFailed(failed)
+
+
+def _run_compiler(command: tuple[str, ...]) -> str:
+    """Empty, or what went wrong."""
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=_BUILD_SECONDS, check=False)
     except (OSError, subprocess.TimeoutExpired) as error:
-        raise BuildFailed(f"the C++ compiler did not run: {error}. {GET_COMPILER}") from None
-    if done.returncode != 0:
-        raise BuildFailed(f"{' '.join(command)} failed:\n{done.stderr[-2000:]}")
+        return f"the C++ compiler did not run: {error}. {GET_COMPILER}"
+    return f"{shlex.join(command)} failed:\n{done.stderr[-2000:]}" if done.returncode else ""
 
 
 def _dumped(name: str, source: str) -> str:
@@ -109,8 +106,6 @@ def _dumped(name: str, source: str) -> str:
     folder = settings().dump
     if folder is None:
         return source
-    import hashlib
-
     path = folder / f"{name}-{hashlib.sha256(source.encode()).hexdigest()[:12]}.cpp"
     if not path.exists():
         folder.mkdir(parents=True, exist_ok=True)
@@ -131,7 +126,7 @@ class CppKernel:
         self._pack = struct.Struct(f"{count}q").pack
 
     def __call__(self, operands: Sequence[Tensor], sizes: Sequence[int]) -> Tensor:
-        """``operands`` as the spec numbers them, ``sizes`` the values of ``spec.symbols``; the result has ``spec.out_strides``."""
+        """``operands`` as the spec numbers them, ``sizes`` as ``spec.symbols``; the result has ``spec.out_strides``."""
         shape, strides = self._spec.out_shape(sizes), self._spec.out_strides(sizes)
         out = torch.empty_strided(shape, strides, dtype=self._dtype)
         arguments = [torch.get_num_threads(), out.data_ptr(), *strides, *sizes]
