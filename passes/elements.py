@@ -25,6 +25,7 @@ VIEWS = {
     "view", "_unsafe_view", "reshape", "expand", "permute", "transpose", "t", "unsqueeze", "squeeze", "slice", "select",
     "unbind", "split", "split_with_sizes", "repeat", "clone", "alias", "detach", "contiguous", "lift_fresh_copy",
 }  # fmt: skip
+ENTRY_LIMIT = 48  # nodes of an expression of both positions, above which its tensor is loaded instead
 TRANSCENDENTAL = {
     "exp",
     "exp2",
