@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import cache
 from typing import Any
 
 import torch
@@ -34,8 +35,8 @@ def fuse(
     chosen = resolve(mode, options)
     original = verify.keep(gm) if chosen.verify else None
     sites = rewrite(gm, example_inputs, chosen)
-    if specs := [site.spec for site in sites if site.fused and site.spec is not None]:
-        runtime.prepare(specs, chosen.target)  # builds run beside the inner compiler
+    specs = [site.spec for site in sites if site.fused and site.spec is not None]
+    runtime.prepare(specs, chosen.target)  # builds run beside the inner compiler
     compiled = _inner(chosen)(gm, example_inputs)
     compiled_sites.extend(_with_kernel(site, chosen.target) for site in sites)
     return compiled if original is None else verify.against(original, compiled, sites)
@@ -43,7 +44,11 @@ def fuse(
 
 def rewrite(gm: GraphModule, example_inputs: Sequence[Any], chosen: Options) -> list[Site]:
     """Rewrites ``gm`` in place. A defect of a pass must not cost the user more than its fusions."""
-    if chosen.disable or any(isinstance(x, torch.Tensor) and type(x) not in PLAIN for x in example_inputs):
+    tensors = [x for x in example_inputs if isinstance(x, torch.Tensor)]
+    if chosen.disable or any(type(x) not in PLAIN for x in tensors):
+        return []
+    if chosen.target != "reference" and (elsewhere := {x.device.type for x in tensors} - {"cpu"}):
+        _warn_of_device(", ".join(sorted(elsewhere)))
         return []
     try:
         return passes.run(gm, chosen)
@@ -57,6 +62,11 @@ def _with_kernel(site: Site, target: str) -> Site:
         return site
     source = runtime.kernel(site.spec, target).source
     return replace(site, kernels={} if source is None else {"cpp" if target == "auto" else target: source})
+
+
+@cache
+def _warn_of_device(device: str) -> None:
+    log.warning("kernels are for the CPU as yet: graphs with tensors on %s run without fuse.", device)
 
 
 def _inner(chosen: Options) -> Callable[..., Any]:

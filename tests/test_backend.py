@@ -105,6 +105,17 @@ def test_graphs_on_tensor_subclasses_are_left_alone(run: Callable[[Run], None]) 
     assert backend.rewrite(gm, [torch.nn.Parameter(torch.randn(3)), 7], Options()) == [SITE]
 
 
+def test_graphs_on_other_devices_are_left_alone_with_one_warning(
+    run: Callable[[Run], None], caplog: pytest.LogCaptureFixture
+) -> None:
+    run(triple_instead)
+    gm = torch.fx.symbolic_trace(double)
+    with caplog.at_level(logging.WARNING, "fuse"):
+        for _ in range(2):
+            assert backend.rewrite(gm, [torch.empty(3, device="meta")], Options()) == []
+    assert caplog.text.count("tensors on meta run without fuse") == 1
+
+
 def test_mode_and_options_reach_inductor() -> None:
     inner = backend._inner(Options(mode="max-autotune-no-cudagraphs", inductor={"epilogue_fusion": False}))
     assert getattr(inner, "config") == {"max_autotune": True, "coordinate_descent_tuning": True, "epilogue_fusion": False}  # noqa: B009

@@ -129,3 +129,27 @@ def test_html_is_one_page_with_names_escaped(tmp_path: Path) -> None:
     page = Report((fused(0), DECLINED)).to_html(tmp_path / "report.html").read_text()
     assert "decoder &lt;b&gt;" in page and "k &lt;= q" in page and "DropoutActive" in page
     assert "http" not in page  # self-contained
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    positions = torch.arange(q.shape[-2])
+    scores = (q @ k.mT * 0.25).masked_fill(positions[None, :] > positions[:, None], -1e9)
+    return scores.softmax(-1) @ v  # this line is the site
+
+
+def test_a_site_names_the_line_the_formula_and_the_mask_of_the_user() -> None:
+    x = torch.randn(2, 64, 16)
+    with torch.no_grad():
+        (site,) = fuse.explain(attention, x, x, x).sites
+    lines = Path(__file__).read_text().splitlines()
+    line = next(number for number, text in enumerate(lines, 1) if text.endswith("# this line is the site"))
+    assert site.fused and site.where == f"test_report.py:{line}"
+    assert site.mask == "k <= q" and "score * 0.25" in site.formula
+    assert site.kernels == {}  # explained, not built
+
+
+def test_a_site_that_is_declined_is_in_the_report_with_its_reason() -> None:
+    x = torch.randn(2, 64, 16, requires_grad=True)
+    (site,) = fuse.explain(attention, x, x, x).sites
+    assert not site.fused and site.reason is not None and site.reason.name == "GradientsNeeded"
+    assert "no_grad" in site.reason.unblock
