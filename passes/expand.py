@@ -78,6 +78,7 @@ def _expand(graph: Graph, node: Node, function: Callable[..., Any]) -> Expansion
 def _splice(graph: Graph, node: Node, body: Graph, inputs: list[Node]) -> Expansion:
     env = dict(zip((n for n in body.nodes if n.op == "placeholder"), inputs, strict=True))
     made: list[Node] = []
+    _drop_unread(node, body)
     following = node.next
     with graph.inserting_before(following):
         for n in body.nodes:
@@ -87,8 +88,16 @@ def _splice(graph: Graph, node: Node, body: Graph, inputs: list[Node]) -> Expans
             copy.meta = {k: v for k, v in node.meta.items() if k != "example_value"} | {"example_value": n.meta.get("val")}
             env[n] = copy
             made.append(copy)
-    results = next(n for n in body.nodes if n.op == "output").args[0]
-    return Expansion(node, tuple(made), tuple(_redirect(node, results, env)))
+    return Expansion(node, tuple(made), tuple(_redirect(node, body.output_node().args[0], env)))
+
+
+def _drop_unread(node: Node, body: Graph) -> None:
+    """Averaged attention weights, which nn.MultiheadAttention makes unless told not to, would keep the probabilities alive."""
+    if tensor_of(node) is None:
+        read = {user.args[1] for user in node.users if operator_name(user) == "getitem" and user.users}
+        output = body.output_node()
+        output.args = ([x if i in read else None for i, x in enumerate(output.args[0])],)  # type: ignore[arg-type]
+        body.eliminate_dead_code()
 
 
 def _redirect(node: Node, results: Any, env: dict[Node, Node]) -> list[tuple[Node, Node]]:

@@ -13,7 +13,10 @@ import torch
 from fuse.passes.graph import State, operator_name, storage_of, tensor_of, writes
 from torch.fx import Graph, Node
 
-NORMALISATIONS = {"softmax", "_softmax", "log_softmax", "_log_softmax", "_safe_softmax", "exp", "exp_"}
+NORMALISATIONS = {
+    "softmax", "_softmax", "log_softmax", "_log_softmax", "_safe_softmax", "special_softmax", "special_log_softmax", "softmin",
+    "exp", "exp_",
+}  # fmt: skip
 ATTENTION = "scaled_dot_product_attention"
 CONTRACTIONS = {"matmul", "__matmul__", "bmm", "mm", "baddbmm", "einsum", "sum", "tensordot", "mv", "matvec", "inner"}
 PRODUCERS = {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import sympy
@@ -164,6 +165,19 @@ def _clamp(r: Reader, v: Value, coords: Coords) -> Expr:
         out = apply("maximum", out, read(r, low, coords, v.dtype), dtype=v.dtype)
     if high is not None:
         out = apply("minimum", out, read(r, high, coords, v.dtype), dtype=v.dtype)
+    return out
+
+
+@handles("nan_to_num")
+def _nan_to_num(r: Reader, v: Value, coords: Coords) -> Expr:
+    a, limits = arguments(v), torch.finfo(v.meta.dtype) if v.dtype in expr.FLOATS else None
+    x = read(r, a["self"], coords, v.dtype)
+    if limits is None:
+        return x
+    out = apply("where", apply("isnan", x, dtype="bool"), const(a["nan"] or 0.0, v.dtype), x, dtype=v.dtype)
+    for infinity, given, limit in ((math.inf, a["posinf"], limits.max), (-math.inf, a["neginf"], limits.min)):
+        hit = apply("eq", x, const(infinity, v.dtype), dtype="bool")
+        out = apply("where", hit, const(limit if given is None else given, v.dtype), out, dtype=v.dtype)
     return out
 
 
