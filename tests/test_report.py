@@ -133,7 +133,7 @@ def test_html_is_one_page_with_names_escaped(tmp_path: Path) -> None:
 
 def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     positions = torch.arange(q.shape[-2])
-    scores = (q @ k.mT * 0.25).masked_fill(positions[None, :] > positions[:, None], -1e9)
+    scores = torch.where(positions[None, :] <= positions[:, None], q @ k.mT * 0.25, -1e9)
     return scores.softmax(-1) @ v  # this line is the site
 
 
