@@ -1,0 +1,130 @@
+"""From a spec to a kernel that can be called, and what happens where none can be built."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from specs import CASES, problem
+
+from fuse import reference, runtime
+from fuse.runtime.cpp import CppKernel
+
+
+@pytest.fixture(autouse=True)
+def forget() -> Iterator[None]:
+    runtime.reset()
+    yield
+    runtime.reset()
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("FUSE_CACHE_DIR", str(tmp_path / "cache"))
+    return tmp_path
+
+
+def test_without_compiler_one_warning_says_how_to_get_one_and_the_model_runs(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PATH", str(folder))
+    monkeypatch.delenv("CXX", raising=False)
+    first, second = CASES["causal"]("float32"), CASES["plain"]("float32")
+    with pytest.warns(RuntimeWarning, match="no C.. compiler was found.*apt install g") as caught:
+        out = runtime.kernel(first.spec, "cpp")(first.operands, first.sizes)
+        runtime.kernel(second.spec, "cpp")
+    assert len(caught) == 1
+    assert torch.equal(out, reference.attention(first.spec, first.operands, first.sizes, "eager"))
+
+
+def test_failed_build_warns_with_what_the_compiler_said(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    compiler = folder / "broken"
+    compiler.write_text("#!/bin/sh\necho unsupported >&2\nexit 1\n")
+    compiler.chmod(0o755)
+    monkeypatch.setenv("CXX", str(compiler))
+    with pytest.warns(RuntimeWarning, match="unsupported"):
+        assert runtime.kernel(CASES["plain"]("float32").spec, "cpp").source is None
+
+
+def test_reference_target_builds_nothing(folder: Path) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert runtime.kernel(CASES["plain"]("float32").spec, "reference").source is None
+
+
+@pytest.mark.compiler
+def test_identical_specs_build_once_and_a_warm_cache_builds_nothing(folder: Path) -> None:
+    specs = [CASES[name]("float32").spec for name in ("plain", "plain", "causal")]
+    before = runtime.builds.count
+    runtime.prepare(specs, "cpp")
+    for spec in specs:
+        runtime.kernel(spec, "cpp")
+    assert runtime.builds.count == before + 2
+    runtime.reset()
+    for spec in specs:
+        runtime.kernel(spec, "cpp")
+    assert runtime.builds.count == before + 2
+
+
+@pytest.mark.compiler
+def test_edited_dump_is_used_in_place_of_the_kernel(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FUSE_DUMP", str(folder / "dump"))
+    made = CASES["plain"]("float32")
+    runtime.kernel(made.spec, "cpp")
+    (dumped,) = (folder / "dump").iterdir()
+    dumped.write_text(dumped.read_text().replace("factor[v] = out_scale / sum[v];", "factor[v] = R(2) * out_scale / sum[v];"))
+    runtime.reset()
+    out = runtime.kernel(made.spec, "cpp")(made.operands, made.sizes)
+    torch.testing.assert_close(out, 2 * reference.attention(made.spec, made.operands, made.sizes, "eager"))
+
+
+@pytest.mark.compiler
+@pytest.mark.parametrize("name", ["causal", "padding", "relative_table"])
+def test_source_says_what_it_is_and_runs_alone(name: str, tmp_path: Path) -> None:
+    kernel = runtime.kernel(CASES[name]("float32").spec, "cpp")
+    assert isinstance(kernel, CppKernel)
+    text = kernel.source.read_text()
+    assert text.startswith("// out = sum over k of")
+    assert '"expr"' in text and "torch-fuse" in text
+    command = next(line for line in text.splitlines() if line.startswith("// alone: ")).removeprefix("// alone: ")
+    build = (
+        command.partition(" && ")[0]
+        .replace("<this file>", str(kernel.source))
+        .replace("-o kernel", f"-o {tmp_path / 'kernel'}")
+    )
+    subprocess.run(build.replace("c++ ", "g++ "), shell=True, check=True)
+    printed = subprocess.run([tmp_path / "kernel", "1"], capture_output=True, text=True, check=True).stdout
+    assert " ms, sum of the result " in printed and "nan" not in printed
+
+
+@pytest.mark.compiler
+def test_source_needs_no_torch() -> None:
+    source = runtime.kernel(CASES["plain"]("float32").spec, "cpp").source
+    assert source is not None
+    included = [line for line in source.read_text().splitlines() if line.startswith("#include")]
+    assert included and all("<" in line and "torch" not in line and "ATen" not in line for line in included)
+
+
+@pytest.mark.compiler
+def test_kernel_runs_in_a_forked_child() -> None:
+    made = problem("float32", batch=(2, 4), q_len=300)
+    kernel = runtime.kernel(made.spec, "cpp")
+    expected = kernel(made.operands, made.sizes)
+    child = os.fork()
+    if child == 0:
+        torch.set_num_threads(1)  # as torch's own DataLoader does in its workers
+        os._exit(0 if torch.equal(runtime.kernel(made.spec, "cpp")(made.operands, made.sizes), expected) else 1)
+    assert os.waitpid(child, 0)[1] == 0
+
+
+@pytest.mark.compiler
+def test_length_beyond_the_limit_is_an_error_not_a_wrong_result() -> None:
+    made = problem("float32", batch=(1, 1), q_len=1)
+    kernel = runtime.kernel(made.spec, "cpp")
+    with pytest.raises(RuntimeError, match="longer than"):
+        kernel(made.operands, [1, 1, 1, 2**25])
