@@ -57,7 +57,7 @@ def find(graph: Graph, states: Mapping[Node, State]) -> list[Candidate]:
         if name == ATTENTION:
             found[node] = _slice(node, (node,), {node}, states, mutations, order)
         elif name in NORMALISATIONS:
-            for contraction, passed in _contractions_after(node):
+            for contraction, passed in _contractions_after(node, order):
                 roots = (contraction, *_divisions_after(contraction))
                 if contraction not in found:
                     found[contraction] = _slice(node, roots, passed, states, mutations, order)
@@ -68,11 +68,11 @@ def is_contraction(node: Node) -> bool:
     return node.op in ("call_function", "call_method") and operator_name(node) in CONTRACTIONS
 
 
-def _contractions_after(anchor: Node) -> list[tuple[Node, set[Node]]]:
+def _contractions_after(anchor: Node, order: Mapping[Node, int]) -> list[tuple[Node, set[Node]]]:
     """The contractions that the anchor's value reaches through other operations, with the nodes it passed."""
     seen, queue, ends = {anchor}, [anchor], []
     while queue and len(seen) < _FORWARD_LIMIT:
-        for user in queue.pop(0).users:
+        for user in _readers(queue.pop(0), order):
             if user in seen or user.op not in ("call_function", "call_method"):
                 continue
             seen.add(user)
@@ -81,6 +81,14 @@ def _contractions_after(anchor: Node) -> list[tuple[Node, set[Node]]]:
             elif operator_name(user) not in PRODUCERS:
                 queue.append(user)
     return [(end, seen) for end in ends]
+
+
+def _readers(node: Node, order: Mapping[Node, int]) -> Iterable[Node]:
+    """Who reads a node's value: its users, and after a write in place those of the memory's other names."""
+    if not writes(node):
+        return node.users
+    names = [n for n in order if storage_of(n) == storage_of(node)]
+    return [u for n in names for u in n.users if order[u] > order[node]]
 
 
 def _is_row_sum(node: Node) -> bool:

@@ -156,7 +156,7 @@ class _Lift:
     # ------------------------------------------------------------------------------------------------- the score
 
     def _score(self, softmax: Softmax, q: sympy.Symbol, k: sympy.Symbol) -> tuple[Expr, Value, Load, Load, sympy.Symbol]:
-        opaque = [n for n in expr.walk(softmax.score) if isinstance(n, Opaque)]
+        opaque = _summed_into(softmax.score)
         for candidate in opaque:
             product = self.product(candidate, "d")
             if product is None or (sides := self._query_and_key(product, q, k)) is None:
@@ -299,6 +299,18 @@ def _supported(operand: Expr) -> Load:
     if not isinstance(operand, Load) or operand.dtype not in SUPPORTED:
         raise Declined(UnsupportedType(f"an operand is {operand.dtype}"))
     return operand
+
+
+def _summed_into(score: Expr) -> list[Opaque]:
+    """The products that reach the score as numbers; those that only decide a condition belong to its mask."""
+    seen: dict[Expr, None] = {}
+    stack = [score]
+    while stack:
+        node = stack.pop()
+        if node not in seen and node.dtype != "bool":
+            seen[node] = None
+            stack.extend(node.args)
+    return [n for n in seen if isinstance(n, Opaque)]
 
 
 def _as_float(score: Expr) -> Expr:

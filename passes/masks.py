@@ -86,6 +86,8 @@ def _split(e: Expr) -> Split | None:
 
 def _split_where(e: Apply) -> Split | None:
     condition, x, y = e.operands
+    if expr.contains(condition, Score):
+        return None
     for predicate, kept, masked in ((condition, x, y), (_not(condition), y, x)):
         fill = _number(masked)
         if fill is not None and fill <= REPLACED:
