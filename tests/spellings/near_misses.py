@@ -335,8 +335,8 @@ def large_scores(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 @spelling(None)
 def large_scores_without_max(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """exp overflows, and eager gives NaN."""
-    e = (q @ k.mT * 100).exp()
+    """exp overflows, and eager gives NaN where a kernel need not."""
+    e = (q @ k.mT * 20).exp()
     return e / e.sum(-1, keepdim=True) @ v
 
 

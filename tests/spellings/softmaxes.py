@@ -163,7 +163,7 @@ def log_of_sum_of_exp(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return (s - s.exp().sum(-1, keepdim=True).log()).exp() @ v
 
 
-@spelling()
+@spelling(None)
 def base_two(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     e = torch.exp2(scores(q, k) * math.log2(math.e))
     return e / e.sum(-1, keepdim=True) @ v
