@@ -135,7 +135,7 @@ class Space:
         flat: Index = sympy.Integer(0)
         for c, n in zip(coords, shape, strict=True):
             flat = flat * n + c
-        return sympy.expand(flat)
+        return _rejoined(sympy.expand(flat))
 
     def unflatten(self, flat: Index, shape: Shape) -> list[Index]:
         coords: list[Index] = []
@@ -143,6 +143,16 @@ class Space:
             coords.append(self.mod(flat, n) if n != 1 else sympy.Integer(0))
             flat = self.floordiv(flat, n) if n != 1 else flat
         return [flat, *reversed(coords)] if shape else []
+
+
+def _rejoined(e: Index) -> Index:
+    """What a view split and another one joins again: n * (x // n) + x % n is x."""
+    for remainder in e.atoms(PythonMod):
+        x, n = remainder.args
+        quotient, factor = FloorDiv(x, n), e.coeff(remainder)
+        if factor != 0 and sympy.expand(e.coeff(quotient) - factor * n) == 0:
+            e = sympy.expand(e + factor * (x - remainder - n * quotient))
+    return e
 
 
 def _next_group(shape: Shape, i: int, source: Shape, j: int) -> tuple[int, int]:
