@@ -1,0 +1,117 @@
+"""Memory that one attention takes beside its inputs and its output, S=16384, one head, for masks a model builds in its graph.
+
+    python benchmarks/cpu_memory.py [--length 16384] [--ways fuse sdpa] [--dtype float32]
+
+Peak of the resident set during the second call, less the resident set before it and the output. Each case runs in a process
+of its own (Linux only: the peak is read from, and reset in, /proc). Exit status 1 where fuse takes 64 MB or more.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+BAR_MB = 64
+WIDTH = 64
+WAYS = ("fuse", "sdpa", "inductor", "eager")
+
+
+def visible(kind: str, length: int, kept: Tensor, documents: Tensor) -> Tensor | None:
+    """The mask as models build it: bool, (1, 1, length, length) or what broadcasts to it."""
+    q, k = torch.arange(length)[:, None], torch.arange(length)
+    if kind == "causal":
+        return k <= q
+    if kind == "window":
+        return (k <= q) & (q - k < 1024)
+    if kind == "padding":
+        return kept[:, None, None, :]
+    if kind == "causal and padding":
+        return (k <= q) & kept[:, None, None, :]
+    if kind == "documents":
+        return (documents[:, None, :, None] == documents[:, None, None, :]) & (k <= q)
+    return None
+
+
+KINDS = ("full", "causal", "window", "padding", "causal and padding", "documents", "alibi", "soft-cap")
+
+
+def attention(kind: str, query: Tensor, key: Tensor, value: Tensor, kept: Tensor, documents: Tensor) -> Tensor:
+    length = query.shape[-2]
+    scores = query @ key.transpose(-1, -2) * WIDTH**-0.5
+    if kind == "alibi":
+        scores = scores + 0.25 * (torch.arange(length) - torch.arange(length)[:, None])
+    if kind == "soft-cap":
+        scores = torch.tanh(scores / 50) * 50
+    mask = visible("causal" if kind == "alibi" else kind, length, kept, documents)
+    if mask is not None:
+        scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
+    return F.softmax(scores, -1) @ value
+
+
+def with_sdpa(kind: str, query: Tensor, key: Tensor, value: Tensor, kept: Tensor, documents: Tensor) -> Tensor:
+    mask = visible(kind, query.shape[-2], kept, documents)
+    return F.scaled_dot_product_attention(query, key, value, attn_mask=mask)
+
+
+def status(field: str) -> int:
+    """Bytes, from /proc/self/status."""
+    found = re.search(rf"^{field}:\s+(\d+) kB", Path("/proc/self/status").read_text(), re.MULTILINE)
+    return int(found.group(1)) * 1024 if found else 0
+
+
+def measure(way: str, kind: str, length: int, dtype: str) -> float:
+    """MB beyond inputs and output; NaN where the way has no such case."""
+    if way == "sdpa" and kind in ("alibi", "soft-cap"):
+        return math.nan
+    torch.manual_seed(0)
+    query, key, value = (torch.randn(1, length, 1, WIDTH).to(getattr(torch, dtype)).transpose(1, 2) for _ in range(3))
+    kept = (torch.arange(length) < length * 3 // 4)[None]
+    documents = torch.arange(length)[None] // 3000
+    run = with_sdpa if way == "sdpa" else attention
+    if way in ("fuse", "inductor"):
+        run = torch.compile(run, backend=way, dynamic=False)
+    with torch.inference_mode():
+        run(kind, query, key, value, kept, documents)
+        Path("/proc/self/clear_refs").write_text("5")  # proc(5): resets the peak
+        before = status("VmRSS")
+        out = run(kind, query, key, value, kept, documents)
+    return (status("VmHWM") - before - out.numel() * out.element_size()) / 2**20
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--length", type=int, default=16384)
+    parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float16"])
+    parser.add_argument("--ways", nargs="+", default=["fuse", "sdpa"], choices=WAYS)
+    parser.add_argument("--kinds", nargs="+", default=list(KINDS), choices=KINDS)
+    parser.add_argument("--one", nargs=2, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.one:
+        print(measure(*args.one, args.length, args.dtype))
+        return 0
+    print(f"MB beyond inputs and output, S={args.length}, one head of {WIDTH}, {args.dtype}, torch {torch.__version__}")
+    print(f"{'':20}" + "".join(f"{way:>12}" for way in args.ways))
+    missed = False
+    for kind in args.kinds:
+        found = [in_process(way, kind, args.length, args.dtype) for way in args.ways]
+        missed |= any(way == "fuse" and not mb < BAR_MB for way, mb in zip(args.ways, found, strict=True))
+        print(f"{kind:20}" + "".join(f"{mb:12.1f}" for mb in found), flush=True)
+    return int(missed)
+
+
+def in_process(way: str, kind: str, length: int, dtype: str) -> float:
+    command = [sys.executable, __file__, "--one", way, kind, "--length", str(length), "--dtype", dtype]
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
+    return float(done.stdout.split()[-1]) if done.returncode == 0 else math.nan
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
