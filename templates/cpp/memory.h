@@ -24,6 +24,10 @@ template <class T> INLINE VR load_as(const T* p) {
 template <class T> INLINE void store_as(T* p, VR v) {
     if constexpr (__is_same(T, R)) store(p, v);
 #if AVX512_FLOAT
+    else if constexpr (__is_same(T, Bf16)) {
+        const VI u = bits(v), rounded = v != v ? I(0x7fc0) - VI{} : (u + ((u >> 16 & 1) + 0x7fff)) >> 16;
+        _mm256_storeu_si256((__m256i*)p, _mm512_cvtepi32_epi16(__m512i(rounded)));
+    }
     else if constexpr (__is_same(T, _Float16)) _mm256_storeu_si256((__m256i*)p, _mm512_cvtps_ph(__m512(v), 0));
 #endif
     else for (int i = 0; i < W; i++) p[i] = from_r<T>(v[i]);
