@@ -274,17 +274,21 @@ def to_text(root: Expr, names: Mapping[int, str] | None = None) -> str:
             return _show_apply(n, show)
         return type(n).__name__.lower()
 
-    text = show(root)
-    return text[1:-1] if isinstance(root, Apply) and root.op in _INFIX else text
+    return _bare(root, show(root))
 
 
 def _show_apply(n: Apply, show: Callable[[Expr], str]) -> str:
     if n.op == "cast":
         floats = n.dtype in FLOATS and n.operands[0].dtype in FLOATS
-        return show(n.operands[0]) if floats else f"{n.dtype}({show(n.operands[0])})"
+        return show(n.operands[0]) if floats else f"{n.dtype}({_bare(n.operands[0], show(n.operands[0]))})"
     if n.op in _INFIX:
         return f"({show(n.operands[0])} {_INFIX[n.op]} {show(n.operands[1])})"
-    return f"{n.op}({', '.join(map(show, n.operands))})"
+    return f"{n.op}({', '.join(_bare(a, show(a)) for a in n.operands)})"
+
+
+def _bare(node: Expr, text: str) -> str:
+    """The text of an argument or of a whole expression, which needs no parentheses."""
+    return text[1:-1] if isinstance(node, Apply) and node.op in _INFIX else text
 
 
 # --------------------------------------------------------------------------------------------------------- as JSON

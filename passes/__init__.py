@@ -16,6 +16,11 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
+from torch.fx import Graph, GraphModule, Node
+
+import fuse.op  # noqa: F401  registers fuse::attention
+from fuse.expr import to_text
+from fuse.options import Options
 from fuse.passes.expand import expand
 from fuse.passes.find import Candidate, find
 from fuse.passes.graph import State, location, module_path, operator_name, states, tensor_of
@@ -23,11 +28,6 @@ from fuse.passes.lift import Lifted, lift
 from fuse.passes.masks import recover_mask
 from fuse.passes.replace import Replacement, insert, live_nodes, remove
 from fuse.passes.trace import Trace, trace
-from torch.fx import Graph, GraphModule, Node
-
-import fuse.op  # noqa: F401  registers fuse::attention
-from fuse.expr import to_text
-from fuse.options import Options
 from fuse.reasons import (
     Declined,
     GradientsNeeded,

@@ -12,11 +12,11 @@ from typing import Any
 
 import sympy
 import torch
-from fuse.passes.trace import Value
 
 from fuse import expr
 from fuse.expr import Expr, Load, apply, const
 from fuse.index import Index, Space, linear
+from fuse.passes.trace import Value
 from fuse.reasons import Declined, DropoutActive, UnsupportedShape
 
 PRODUCTS = {"bmm", "mm", "baddbmm", "addmm"}
@@ -276,4 +276,5 @@ def _is_view(value: Value) -> bool:
 
 def _drop_rate(value: Value) -> str:
     rates = [a for a in value.args if isinstance(a, float)]
-    return f"{rates[0]:g}" if rates else "?"
+    kept = op_name(value) == "bernoulli"  # F.dropout draws which entries are kept
+    return f"{1 - rates[0] if kept else rates[0]:g}" if rates else "?"

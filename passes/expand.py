@@ -12,12 +12,13 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from fuse.passes.graph import operator_name, tensor_of
-from fuse.passes.replace import remove
 from torch import Tensor
 from torch.fx import Graph, Node
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils import _pytree as pytree
+
+from fuse.passes.graph import operator_name, tensor_of
+from fuse.passes.replace import remove
 
 
 @dataclass(frozen=True)

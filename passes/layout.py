@@ -8,8 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from fuse.passes.graph import operator_name, tensor_of
 from torch.fx import Node
+
+from fuse.passes.graph import operator_name, tensor_of
 
 # Only what accepts any strides may stand behind the transposition: ``view`` would not.
 _RESTRIDE = {"contiguous", "reshape", "clone", "flatten"}

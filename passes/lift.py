@@ -11,15 +11,15 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import sympy
-from fuse.passes import pointwise, views  # noqa: F401  the readers register themselves
-from fuse.passes.elements import PRODUCTS, Opaque, Reader, dims, op_name
-from fuse.passes.softmax import Late, Softmax, recognise
-from fuse.passes.trace import Trace, Value
 from torch.fx import Node
 
 from fuse import expr
 from fuse.expr import Apply, Expr, Load, Score, apply, const
 from fuse.index import Index, linear
+from fuse.passes import pointwise, views  # noqa: F401  the readers register themselves
+from fuse.passes.elements import PRODUCTS, Opaque, Reader, as_index, dims, op_name
+from fuse.passes.softmax import Late, Softmax, recognise
+from fuse.passes.trace import Trace, Value
 from fuse.reasons import (
     Declined,
     NoScoreProduct,
@@ -65,7 +65,15 @@ def lift(root: Node, trace: Trace) -> Lifted:
     out = trace.value_of[root]
     if out.dtype not in SUPPORTED:
         raise Declined(UnsupportedType(f"the result is {out.dtype}"))
-    return _Lift(Reader(held=trace.node_of), out).run()
+    while True:
+        try:
+            return _Lift(Reader(held=trace.node_of), out).run()
+        except _Specialised:
+            continue  # the sizes of the trace now show the number
+
+
+class _Specialised(Exception):
+    """A size was fixed to its number, with a guard: what was read before still has the symbol."""
 
 
 class _Lift:
@@ -145,8 +153,9 @@ class _Lift:
         features = [x for x in self.axes if x in v_axes - p_axes]
         if not features and self.shape[-1] == 1:
             features = [x for x in self.axes[-1:] if x not in rows]
-        if len(features) != 1 or not self.r.space.sizes[features[0]].is_Integer:
-            raise Declined(UnsupportedShape("the values have no single feature dimension of fixed size"))
+        if len(features) != 1:
+            raise Declined(UnsupportedShape("the values have no single feature dimension"))
+        self._fix(features[0], self.out)
         if not rows:
             rows = [x for x in reversed(self.axes) if self.r.space.sizes[x] == 1 and x != features[0]][:1]
         if not rows:
@@ -161,6 +170,7 @@ class _Lift:
             product = self.product(candidate, "d")
             if product is None or (sides := self._query_and_key(product, q, k)) is None:
                 continue
+            self._fix(product.over, *(value for value, _ in product.sides))
             self.r.inner.add(product.over)
             query, key = (self._operand(*side) for side in sides)
             score = expr.substitute(softmax.score, {candidate: Score(candidate.dtype)})
@@ -185,6 +195,15 @@ class _Lift:
             addend = addend if beta == 1 else apply("mul", const(beta, v.dtype), addend, dtype=v.dtype)
             out = apply("add", addend, out, dtype=v.dtype)
         return expr.substitute(score, {Score(v.dtype): out})
+
+    def _fix(self, x: sympy.Symbol, *values: Value) -> None:
+        """Kernels are made for one head dimension: a symbolic one, as under dynamic=True, is guarded on."""
+        size = self.r.space.sizes[x]
+        for n in (n for v in values for n in v.shape if not size.is_Integer and as_index(n) == size):
+            int(n)
+            raise _Specialised
+        if not size.is_Integer:
+            raise Declined(UnsupportedShape(f"a feature dimension of size {size}"))
 
     def _query_and_key(
         self, product: Product, q: sympy.Symbol, k: sympy.Symbol
@@ -240,8 +259,6 @@ class _Lift:
         batch = [x for x in self.axes if x not in (q, e)]
         names = {x.name: f"b{i}" for i, x in enumerate(batch)} | {q.name: "q", k.name: "k", d.name: "d", e.name: "e"}
         sizes = [space.sizes[x] for x in (*batch, q, k)]
-        if not space.sizes[d].is_Integer:
-            raise Declined(UnsupportedShape(f"the feature dimension of the query is {space.sizes[d]}"))
         roots = [*loads, score, self._loaded(softmax.weight), *map(self._loaded, softmax.extra_logits)]
         used = expr.operands(*roots)
         symbols = _named_sizes(sizes, len(batch))

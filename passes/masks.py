@@ -12,11 +12,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import sympy
-from fuse.passes.elements import Reader
 
 from fuse import expr
 from fuse.expr import Apply, Const, Expr, Score, apply, const
 from fuse.index import Index, Space, linear, size_symbol
+from fuse.passes.elements import Reader
 from fuse.spec import AttentionSpec, Mask
 
 # A replaced score of this size vanishes beside any score above it by 256; an addend has to dwarf every finite score.
@@ -210,6 +210,10 @@ def _pushed(e: Expr) -> Expr:
 def _conjuncts(e: Expr) -> list[Expr]:
     if isinstance(e, Apply) and e.op == "and":
         return list(dict.fromkeys(c for x in e.operands for c in _conjuncts(x)))
+    if isinstance(e, Apply) and e.op in ("lt", "le") and isinstance(e.operands[0], Apply) and e.operands[0].op == "abs":
+        distance, limit = e.operands[0].operands[0], e.operands[1]
+        sides = (distance, apply("neg", distance, dtype=distance.dtype))
+        return [apply(e.op, x, limit, dtype="bool") for x in sides]
     return [] if isinstance(e, Const) and e.value else [e]
 
 

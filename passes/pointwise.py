@@ -7,12 +7,12 @@ from typing import Any
 
 import sympy
 import torch
-from fuse.passes.elements import Reader, arguments, as_index, dims, handles, op_name
-from fuse.passes.trace import Value
 
 from fuse import expr
 from fuse.expr import Expr, apply, const
 from fuse.index import Index
+from fuse.passes.elements import Reader, arguments, as_index, dims, handles, op_name
+from fuse.passes.trace import Value
 
 Coords = tuple[Index, ...]
 

@@ -9,14 +9,14 @@ from typing import Any
 
 import sympy
 import torch
+from torch.fx import Graph, Node
+
+from fuse.index import Index
 from fuse.passes.elements import as_index
 from fuse.passes.graph import location, storage_of, tensor_of, writes
 from fuse.passes.layout import memory_order
 from fuse.passes.lift import Lifted
 from fuse.passes.trace import Trace, Value
-from torch.fx import Graph, Node
-
-from fuse.index import Index
 from fuse.reasons import Declined, Mutated, NotTraceable, UnsupportedShape
 from fuse.spec import AttentionSpec, verify
 

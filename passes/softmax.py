@@ -5,12 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 import sympy
-from fuse.passes.elements import Opaque, Reader, dims
-from fuse.passes.trace import Value
 
 from fuse import expr
 from fuse.expr import Apply, Expr, Prob, apply, const
 from fuse.index import Index
+from fuse.passes.elements import Opaque, Reader, dims
+from fuse.passes.trace import Value
 from fuse.reasons import Declined, NotSoftmax, WeightNotLinear, WrongDimension
 
 _SINK_LIMIT = 8  # extra positions of the softmax that have no key

@@ -12,14 +12,14 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from fuse.passes.graph import Autocast, location, operator_name
-from fuse.passes.sdpa import sdpa_as_products
 from torch._dispatch.python import enable_python_dispatcher
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx import Node
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
+from fuse.passes.graph import Autocast, location, operator_name
+from fuse.passes.sdpa import sdpa_as_products
 from fuse.reasons import Declined, NotTraceable
 
 

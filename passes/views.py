@@ -5,12 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 import sympy
-from fuse.passes.elements import Reader, arguments, as_index, dims, handles, op_name
-from fuse.passes.pointwise import read
-from fuse.passes.trace import Value
 
 from fuse.expr import Expr, apply, const
 from fuse.index import Index
+from fuse.passes.elements import Reader, arguments, as_index, dims, handles, op_name
+from fuse.passes.pointwise import read
+from fuse.passes.trace import Value
 
 Coords = tuple[Index, ...]
 ZERO = sympy.Integer(0)

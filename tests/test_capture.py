@@ -12,7 +12,6 @@ from typing import Any
 
 import pytest
 import torch
-from fuse.passes.graph import location
 from spellings import check, composites, near_misses, qkv, rand, regions  # noqa: F401  (their programs register themselves)
 from torch import Tensor, nn
 from torch.fx import Graph, GraphModule
@@ -21,6 +20,7 @@ from torch.nn import functional as F
 import fuse
 from fuse import passes
 from fuse.options import Options
+from fuse.passes.graph import location
 
 
 def compiled(program: Callable[..., Any], inner: str = "aot_eager", **options: Any) -> Callable[..., Any]:

@@ -119,7 +119,7 @@ def test_rewriting_nothing_changes_nothing(root: Expr) -> None:
 
 def test_text_is_for_people() -> None:
     node = op("where", both(op("le", K, Q), op("lt", op("sub", Q, K), symbol("window"))), Score("float32"), -math.inf)
-    assert str(node) == "where(((k <= q) and ((q - k) < window)), score, -inf)"
+    assert str(node) == "where((k <= q) and ((q - k) < window), score, -inf)"
     assert str(op("mul", cast(Score("bfloat16"), "float32"), 0.5)) == "score * 0.5"
     assert expr.to_text(Load("float32", 1, (Q,)), {1: "bias"}) == "bias[q]"
 

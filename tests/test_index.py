@@ -1,0 +1,89 @@
+"""Index algebra: each rule on symbols, and against the numbers that it stands for."""
+
+from __future__ import annotations
+
+import itertools
+import math
+
+import pytest
+import sympy
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fuse.index import Space, linear, size_symbol
+
+S, B = size_symbol("S"), size_symbol("B")
+
+
+def space() -> tuple[Space, dict[str, sympy.Symbol]]:
+    s = Space()
+    return s, {"b": s.add("b", B), "h": s.add("h", 12), "q": s.add("q", S), "d": s.add("d", 64)}
+
+
+@pytest.mark.parametrize(
+    ("coords", "shape", "source", "expected"),
+    [
+        ("12*b + h, q, d", (12 * B, S, 64), (B, 12, S, 64), "b, h, q, d"),
+        ("b, h, q, d", (B, 12, S, 64), (B * 12, S, 64), "12*b + h, q, d"),
+        ("b, q, 64*h + d", (B, S, 768), (B, S, 12, 64), "b, q, h, d"),
+        ("b, q, h, d", (B, S, 12, 64), (B * S, 768), "S*b + q, 64*h + d"),
+        ("S*b + q, 64*h + d", (B * S, 768), (B, S, 12, 64), "b, q, h, d"),
+        ("0, h, q, d", (1, 12, S, 64), (12, S, 64), "h, q, d"),
+        ("b, h", (B, 12), (B, 1, 1, 12), "b, 0, 0, h"),
+    ],
+)
+def test_reshape_keeps_the_dimensions_that_it_does_not_touch(
+    coords: str, shape: tuple[object, ...], source: tuple[object, ...], expected: str
+) -> None:
+    s, axes = space()
+    names = axes | {"S": S, "B": B}
+    read = lambda text: tuple(sympy.sympify(f"({text},)", locals=names))  # noqa: E731
+    found = s.reshape(read(coords), [sympy.sympify(n) for n in shape], [sympy.sympify(n) for n in source])
+    assert tuple(sympy.expand(x) for x in found) == tuple(sympy.expand(x) for x in read(expected))
+
+
+def test_grouped_heads_become_a_division() -> None:
+    s, a = space()
+    assert str(s.reshape((a["h"],), [sympy.Integer(12)], [sympy.Integer(4), sympy.Integer(3)])[0]) == "(h//3)"
+
+
+@settings(max_examples=60, derandomize=True, deadline=None)
+@given(st.lists(st.sampled_from([1, 2, 3, 4, 6]), min_size=1, max_size=4), st.randoms(use_true_random=False))
+def test_reshape_reads_the_element_that_torch_reads(source: list[int], random: object) -> None:
+    total = math.prod(source)
+    shape = _random_factors(total, random)
+    x = torch.arange(total).reshape(source)
+    y = x.reshape(shape)
+    s = Space()
+    axes = [s.add(f"x{i}", n) for i, n in enumerate(shape)]
+    found = s.reshape(axes, [sympy.Integer(n) for n in shape], [sympy.Integer(n) for n in source])
+    for at in itertools.product(*map(range, shape)):
+        values = dict(zip(axes, at, strict=True))
+        assert x[tuple(int(c.subs(values)) for c in found)] == y[at]
+
+
+def _random_factors(total: int, random: object) -> list[int]:
+    factors = []
+    while total > 1:
+        f = random.choice([n for n in range(2, total + 1) if total % n == 0])  # type: ignore[attr-defined]
+        factors.append(f)
+        total //= f
+    return factors or [1]
+
+
+@pytest.mark.parametrize(
+    ("text", "proved"),
+    [("S - 1 - q", True), ("q", True), ("q - 1", False), ("S*b + q", True), ("11 - h", True), ("10 - h", False),
+     ("B*S - 1 - S*b - q", True), ("S - 2 - q", False), ("S - B", False)],
+)  # fmt: skip
+def test_nonnegative_is_answered_for_all_sizes(text: str, proved: bool) -> None:
+    s, axes = space()
+    assert s.nonnegative(sympy.sympify(text, locals=axes | {"S": S, "B": B})) is proved
+
+
+def test_linear_finds_the_stride_or_declines() -> None:
+    s, a = space()
+    assert linear(64 * a["h"] + a["d"] + 3, a["h"]) == (64, a["d"] + 3)
+    assert linear(s.floordiv(a["h"], sympy.Integer(3)), a["h"]) is None
+    assert linear(a["h"] * a["h"], a["h"]) is None

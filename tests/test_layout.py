@@ -1,0 +1,43 @@
+"""The result is stored in the order in which its consumer reads it, where that is safe."""
+
+from __future__ import annotations
+
+import torch
+from programs import attend, heads, pass_over
+from torch import Tensor
+
+
+def order(program: object) -> tuple[int, ...]:
+    return pass_over(program, *heads()).spec.out_order  # type: ignore[arg-type]
+
+
+def test_heads_behind_positions_when_the_consumer_transposes_and_copies() -> None:
+    assert order(lambda q, k, v: attend(q, k, v).transpose(1, 2).contiguous()) == (0, 2, 1, 3)
+    assert order(lambda q, k, v: attend(q, k, v).permute(0, 2, 1, 3).reshape(2, 9, 48)) == (0, 2, 1, 3)
+
+
+def test_dense_where_the_result_is_used_as_it_is() -> None:
+    assert order(lambda q, k, v: attend(q, k, v) + 1) == (0, 1, 2, 3)
+
+
+def test_dense_where_somebody_else_also_reads_it() -> None:
+    def program(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        out = attend(q, k, v)
+        return out.transpose(1, 2).contiguous(), out.view(6, 9, 16)
+
+    assert order(program) == (0, 1, 2, 3)
+
+
+def test_dense_where_a_view_would_not_accept_other_strides() -> None:
+    assert order(lambda q, k, v: attend(q, k, v).transpose(0, 1).unsqueeze(0)) == (0, 1, 2, 3)
+
+
+def test_the_copy_that_follows_costs_nothing() -> None:
+    passed = pass_over(lambda q, k, v: attend(q, k, v).transpose(1, 2).contiguous(), *heads())
+    assert passed.result.is_contiguous()
+    torch.testing.assert_close(passed.result, attend(*heads_again()).transpose(1, 2).contiguous())
+
+
+def heads_again() -> tuple[Tensor, Tensor, Tensor]:
+    torch.manual_seed(0)
+    return heads()

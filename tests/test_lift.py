@@ -1,0 +1,103 @@
+"""What is read out of a program: operands behind their views, the score as written, the batch as it is."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from programs import attend, heads, pass_over
+from torch import Tensor
+
+from fuse import expr
+from fuse.expr import to_text
+from fuse.reasons import DropoutActive, GradientsNeeded, ProbabilitiesUsed, ScoresUsed, WrongDimension
+
+
+def test_grouped_heads_are_an_index_map_not_a_copy() -> None:
+    def program(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        k, v = (x[:, :, None].expand(2, 2, 3, 9, 16).reshape(2, 6, 9, 16) for x in (k, v))
+        return attend(q, k, v)
+
+    spec = pass_over(program, torch.randn(2, 6, 9, 16), *heads(count=2)[1:]).spec
+    assert to_text(spec.key).endswith("[b0, b1 // 3, k, d]") or to_text(spec.key).endswith("[b0, (b1 // 3), k, d]")
+    assert [o.rank for o in spec.operands] == [4, 4, 4]
+
+
+def test_a_packed_projection_is_one_operand() -> None:
+    def program(x: Tensor) -> Tensor:
+        q, k, v = x.view(2, 9, 3, 4, 16).permute(2, 0, 3, 1, 4).unbind(0)
+        return attend(q, k, v)
+
+    spec = pass_over(program, torch.randn(2, 9, 192)).spec
+    assert spec.query.operand == spec.key.operand == spec.value.operand == 0
+    assert len(spec.operands) == 1
+
+
+def test_a_key_that_is_stored_transposed_is_read_so() -> None:
+    q, k, v = heads()
+    spec = pass_over(lambda q, kt, v: (q @ kt).softmax(-1) @ v, q, k.transpose(-1, -2).contiguous(), v).spec
+    assert to_text(spec.key).endswith("[b0, b1, d, k]")
+
+
+@pytest.mark.parametrize("scale", [0.25, 3.0, -1.0])
+def test_the_scale_is_read(scale: float) -> None:
+    spec = pass_over(lambda q, k, v: ((q @ k.transpose(-1, -2)) * scale).softmax(-1) @ v, *heads()).spec
+    assert [n.value for n in expr.walk(spec.score) if isinstance(n, expr.Const)] == [scale]
+
+
+def test_sizes_are_no_part_of_the_spec() -> None:
+    assert pass_over(attend, *heads(9)).spec.to_json() == pass_over(attend, *heads(11, batch=3, count=5)).spec.to_json()
+
+
+def test_layers_that_are_alike_have_one_spec() -> None:
+    def program(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return attend(attend(q, k, v), k, v)
+
+    first, second = pass_over(program, *heads()).sites
+    assert first.spec is not None and second.spec is not None and first.spec.to_json() == second.spec.to_json()
+
+
+def test_symbolic_lengths_are_arguments() -> None:
+    spec = pass_over(attend, *heads(9, 11), dynamic=True).spec
+    assert spec.extra == () and spec.symbols == ("B0", "B1", "q_len", "kv_len")
+
+
+def wrong_dimension(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return (q @ k.transpose(-1, -2)).softmax(-2) @ v
+
+
+def returns_probabilities(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    p = (q @ k.transpose(-1, -2)).softmax(-1)
+    return p @ v, p
+
+
+def drops(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return torch.dropout((q @ k.transpose(-1, -2)).softmax(-1), 0.25, train=True) @ v
+
+
+def selects(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    score = q @ k.transpose(-1, -2)
+    return score.masked_fill(score < score.topk(3).values[..., -1:], float("-inf")).softmax(-1) @ v
+
+
+@pytest.mark.parametrize(
+    ("program", "reason", "says"),
+    [
+        (wrong_dimension, WrongDimension, "another dimension"),
+        (returns_probabilities, ProbabilitiesUsed, "also used by"),
+        (drops, DropoutActive, "0.25"),
+        (selects, ScoresUsed, "topk"),
+    ],
+)
+def test_what_is_not_proved_is_declined_with_its_reason(program: object, reason: type, says: str) -> None:
+    (site,) = pass_over(program, *heads()).sites  # type: ignore[arg-type]
+    assert not site.fused and isinstance(site.reason, reason) and says in str(site.reason)
+    assert site.where.startswith("test_lift.py:")
+
+
+def test_gradients_are_declined_not_lost() -> None:
+    q, k, v = heads()
+    found = torch.compile(attend, backend="fuse", options={"inner": "eager", "target": "reference"})(q.requires_grad_(), k, v)
+    assert found.requires_grad
+    import fuse
+
+    assert [type(s.reason) for s in fuse.report().sites] == [GradientsNeeded]
