@@ -53,14 +53,14 @@ def llama(layers: int) -> tuple[Any, dict[str, torch.Tensor]]:
 
 
 def mistral(layers: int) -> tuple[Any, dict[str, torch.Tensor]]:
-    """Each token sees the 512 before it."""
+    """Each token sees the 256 before it."""
     from transformers import MistralConfig, MistralModel
 
     config = MistralConfig(
         hidden_size=1024, intermediate_size=2816, num_hidden_layers=layers, num_attention_heads=16, num_key_value_heads=4,
-        head_dim=64, sliding_window=512, attn_implementation="eager",
+        head_dim=64, sliding_window=256, attn_implementation="eager",
     )  # fmt: skip
-    return MistralModel(config), {"input_ids": tokens(config, 1, 2048)}
+    return MistralModel(config), {"input_ids": tokens(config, 1, 1024)}
 
 
 def bert(layers: int) -> tuple[Any, dict[str, torch.Tensor]]:
