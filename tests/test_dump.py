@@ -1,8 +1,7 @@
-"""FUSE_DUMP: kernels as files that people read, run and edit."""
+"""FUSE_DUMP through torch.compile: what is read there is what runs. tests/test_runtime.py runs such files alone."""
 
 from __future__ import annotations
 
-import subprocess
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,7 +11,6 @@ from torch import Tensor
 
 import fuse
 from fuse import runtime
-from tests.conftest import CXX
 
 pytestmark = pytest.mark.compiler
 
@@ -44,13 +42,6 @@ def test_a_dumped_kernel_is_the_one_that_runs(run: Callable[[], Path]) -> None:
     (site,) = fuse.report().sites
     assert site.kernels["cpp"].read_text() == file.read_text()
     assert "score * 0.25" in file.read_text()
-
-
-def test_a_dumped_kernel_runs_alone(run: Callable[[], Path], tmp_path: Path) -> None:
-    assert CXX is not None
-    flags = ("-std=c++17", "-O1", "-march=native", "-fopenmp", "-w", "-DFUSE_STANDALONE")
-    subprocess.run([CXX, *flags, str(run()), "-o", str(tmp_path / "alone"), "-lm"], check=True)
-    assert subprocess.run([tmp_path / "alone"], capture_output=True, text=True, check=True).stdout
 
 
 def test_an_edited_kernel_is_used_in_its_place(run: Callable[[], Path]) -> None:
