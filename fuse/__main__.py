@@ -69,7 +69,7 @@ def _kernels(args: argparse.Namespace) -> int:
         for line in source.read_text().splitlines():
             if not line.startswith(("//", "#")) or line.startswith("#include"):
                 break
-            print("   ", line.lstrip("/# "))
+            print("   ", line.lstrip("/# ")[:120])
     return 0
 
 
