@@ -1,12 +1,20 @@
-"""bfloat16 on the matrix core: every named spec, and what its fixed softmax reference must survive."""
+"""bfloat16 on the matrix core: what its fixed softmax reference must survive. The named specs run in test_cpp.py."""
 
 from __future__ import annotations
 
-import pytest
-from specs import CASES
+import math
 
+import pytest
+import torch
+from specs import B0, B1, CASES, Q_LEN, K, Problem, Q, cast, hide, load, op, problem
+from torch import Tensor
+
+from fuse import planner
+from fuse.codegen.cpp import C_TYPES
+from fuse.expr import Expr, const
 from fuse.runtime import cpu
 from fuse.runtime.cpp import CppKernel, build
+from fuse.spec import Mask
 
 pytestmark = [
     pytest.mark.compiler,
@@ -14,8 +22,102 @@ pytestmark = [
 ]
 
 
-@pytest.mark.parametrize("name", CASES)
-def test_kernel_is_as_close_to_float64_as_eager(name: str) -> None:
-    problem = CASES[name]("bfloat16")
-    kernel = CppKernel(problem.spec, build(problem.spec, "avx512_bf16"))
-    problem.check(kernel(problem.operands, problem.sizes))
+def run(p: Problem) -> Tensor:
+    return CppKernel(p.spec, build(p.spec, "avx512_bf16"))(p.operands, p.sizes)
+
+
+def causal(s: Expr) -> tuple[Expr, Mask]:
+    return hide(s, op("le", K, Q), upper=op("add", Q, 1))
+
+
+@pytest.mark.parametrize("isa", ["avx512_bf16", "amx"])
+def test_plan_takes_the_matrix_core_for_bfloat16_only(isa: str) -> None:
+    cores = {dtype: planner.plan(CASES["plain"](dtype).spec, isa).core for dtype in C_TYPES if "float" in dtype}
+    assert cores == {"bfloat16": "matrix", "float32": "lanes", "float16": "lanes", "float64": "lanes"}
+
+
+def test_scores_that_grow_along_the_keys_are_rescaled() -> None:
+    """ALiBi's steepest head: the first tile's maximum is e**1400 times too small."""
+    slope = torch.tensor([0.7, 0.1])
+    p = problem(
+        "bfloat16", slope, batch=(1, 2), q_len=2048, qk_dim=32,
+        score=lambda s: causal(op("add", cast(s, "float32"), op("mul", load(slope, 3, B1), cast(op("sub", K, Q), "float32")))),
+    )  # fmt: skip
+    p.check(run(p))
+
+
+def test_a_jump_beyond_float_is_computed_again() -> None:
+    """Later scores exceed the first tile's by more than 2**128 can hold."""
+    step = cast(op("ge", K, 128), "float32")
+    p = problem("bfloat16", q_len=300, score=lambda s: op("add", cast(s, "float32"), op("mul", step, 500.0)))
+    p.check(run(p))
+
+
+def test_scores_that_fall_along_the_keys_lose_nothing() -> None:
+    distance = cast(op("sub", const(0), K), "float32")
+    p = problem("bfloat16", q_len=300, score=lambda s: op("add", cast(s, "float32"), op("mul", distance, 2.0)))
+    p.check(run(p))
+
+
+@pytest.mark.parametrize("fill", [-1e4, -1e9, torch.finfo(torch.bfloat16).min, -math.inf])
+def test_left_padding_does_not_set_the_reference(fill: float) -> None:
+    """The mask comes as an additive tensor of unknown content; its first 130 keys are masked."""
+    bias = torch.zeros(2, 1, 1, 200).index_fill(3, torch.arange(130), fill).bfloat16()
+    p = problem("bfloat16", bias, q_len=200, score=lambda s: op("add", s, load(bias, 3, B0, const(0), const(0), K)))
+    p.check(run(p))
+
+
+@pytest.mark.parametrize("q_len", [1, 5, 17, 47, 48, 49, 63, 64, 65, 96, 97])
+@pytest.mark.parametrize("kv_len", [1, 31, 33, 64, 65, 127, 128, 191])
+def test_every_tail(q_len: int, kv_len: int) -> None:
+    p = problem("bfloat16", batch=(2,), q_len=q_len, kv_len=kv_len, qk_dim=40, v_dim=24)
+    p.check(run(p))
+
+
+def test_large_values_do_not_overflow_the_sum() -> None:
+    p = problem("bfloat16", q_len=100)
+    p.operands[2].mul_(2.0**100)
+    out = run(p)
+    expected = torch.softmax((p.operands[0].double() @ p.operands[1].double().mT) / 4, -1) @ p.operands[2].double()
+    assert (out.double() - expected).abs().max() < 0.02 * expected.abs().max()
+
+
+def test_infinite_and_nan_scores_come_out_as_eager_has_them() -> None:
+    p = problem("bfloat16", q_len=70)
+    p.operands[0][0, 0, 3, 0] = math.nan
+    p.operands[0][1, 2, 66, 1] = math.inf
+    out = run(p)
+    eager = torch.softmax((p.operands[0] @ p.operands[1].mT) / 4, -1) @ p.operands[2]
+    assert torch.equal(out.isnan(), eager.isnan())
+
+
+def test_dense_mask_rows_that_end_at_the_tensor_are_not_read_beyond() -> None:
+    """The mask's last row ends its memory: 37 keys, no whole vector."""
+    page = torch.zeros(37 * 37).bfloat16()
+    bias = page.view(37, 37)
+    p = problem("bfloat16", bias, batch=(2, 2), score=lambda s: op("add", s, load(bias, 3, Q, K)))
+    p.check(run(p))
+
+
+def test_reversed_table_is_read_backwards() -> None:
+    """A coordinate that falls with the key: no vector of neighbours."""
+    table = torch.randn(399).bfloat16()
+    place = op("add", op("sub", Q, K), op("sub", Q_LEN, 1))
+    p = problem("bfloat16", table, q_len=200, score=lambda s: op("add", s, load(table, 3, place)))
+    p.check(run(p))
+
+
+@pytest.mark.parametrize("name", ["vit_length", "dense_additive", "causal_long"])
+def test_error_is_near_that_of_sdpa(name: str) -> None:
+    """The mean error is at most a tenth above that of weights relative to the true maximum, whose largest is exactly 1."""
+    p = CASES[name]("bfloat16")
+    q, k, v = p.operands[:3]
+    bias = p.operands[3].expand(-1, 3, -1, -1) if name == "dense_additive" else None
+    sdpa = torch.nn.functional.scaled_dot_product_attention
+
+    def error(out: Tensor) -> float:
+        mask = None if bias is None else bias.double()
+        exact = sdpa(q.double(), k.double(), v.double(), mask, is_causal=name == "causal_long")
+        return float((out.double() - exact).nan_to_num().pow(2).mean().sqrt())
+
+    assert error(run(p)) <= 1.1 * error(sdpa(q, k, v, bias, is_causal=name == "causal_long"))
