@@ -3,18 +3,21 @@
     python benchmarks/compile_time.py [--layers 12] [--repeats 1]
 
 Bars: cold, fuse takes at most 1.3 times what Inductor takes; warm, it builds nothing. Each measurement is the first call in
-a process of its own. Exit status 1 where a bar is missed.
+a process of its own. The result is kept under benchmarks/results/. Exit status 1 where a bar is missed.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import statistics
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
+
+import machine
 
 BAR = 1.3
 
@@ -68,6 +71,10 @@ def main() -> int:
         inductor, fuse = (statistics.median(seconds[way]) for way in ("inductor", "fuse"))
         ratio = fuse / inductor
         print(f"{name:45} {inductor:8.1f} {fuse:7.1f} {ratio:7.2f}")
+    result = {"layers": args.layers, "cold": cold, "warm": warm, "rebuilt": len(rebuilt), "machine": machine.facts()}
+    path = Path(__file__).parent / "results" / f"compile_time-{machine.slug()}.json"
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(json.dumps(result, indent=1) + "\n")
     print(f"cold, at most {BAR}: {'yes' if ratio <= BAR else 'NO'}; files built with a warm cache: {len(rebuilt)}")
     return int(ratio > BAR or bool(rebuilt))
 
