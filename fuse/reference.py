@@ -133,11 +133,12 @@ class _Frame:
         for node in walk(root):
             if node not in values:
                 values[node] = self._node(node, [values[a] for a in node.args])
-        return values[root]
+        value = values[root].to(self.site.dtype(root.dtype))
+        return value if value.dim() else self._scalar(value)
 
     def _node(self, node: Expr, args: list[Tensor]) -> Tensor:
         if isinstance(node, Const):
-            return self._scalar(torch.tensor(node.value, dtype=self.site.dtype(node.dtype), device=self.site.device))
+            return self._constant(node)
         if isinstance(node, Symbol):
             return self._scalar(torch.tensor(self.symbols[node.name], device=self.site.device))
         if isinstance(node, Index):
@@ -146,8 +147,12 @@ class _Frame:
             return self._load(self.site.operands[node.operand], args).to(self.site.dtype(node.dtype))
         if not isinstance(node, Apply):
             raise InvalidSpec(f"{node} is not in scope")
-        value = args[0].to(self.site.dtype(node.dtype)) if node.op == "cast" else _OPS[node.op](*args)
+        value = (args[0] if node.op == "cast" else _OPS[node.op](*args)).to(self.site.dtype(node.dtype))
         return _overflow(value, node.dtype) if self.site.exact and node.dtype in FLOATS else value
+
+    def _constant(self, node: Const) -> Tensor:
+        """Of no dimensions and in float64: like a Python number, it is not rounded to the dtype of what it meets."""
+        return torch.tensor(node.value, dtype=torch.float64 if node.dtype in FLOATS else _torch_dtype(node.dtype))
 
     def _scalar(self, value: Tensor) -> Tensor:
         return value.reshape((1,) * len(self.indices))

@@ -134,6 +134,13 @@ def test_eager_precision_rounds_the_score_to_its_dtype() -> None:
     assert torch.equal(reference.attention(made.spec, made.operands, made.sizes, "eager"), by_hand)
 
 
+def test_eager_precision_takes_constants_as_python_numbers() -> None:
+    made = CASES["head_dim_24"]("bfloat16")
+    q, k, v = made.operands
+    by_hand = (q @ k.mT * 24**-0.5).softmax(-1) @ v
+    assert torch.equal(reference.attention(made.spec, made.operands, made.sizes, "eager"), by_hand)
+
+
 def test_autocast_does_not_reach_inside() -> None:
     made = CASES["plain"]("float32")
     with torch.autocast("cpu"):
