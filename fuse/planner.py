@@ -27,6 +27,7 @@ class Plan:
     block_k      keys in a tile
     wave_bytes   packed keys and values that are held at a time
     thread_work  multiply-adds that are worth a thread
+    few          queries up to which keys and values are read in place, once, instead of packed; 0: never
     """
 
     core: str
@@ -38,6 +39,7 @@ class Plan:
     block_k: int
     wave_bytes: int = 8 * 2**20
     thread_work: int = 2**18
+    few: int = 0
 
 
 def plan(spec: AttentionSpec, isa: str) -> Plan:
@@ -51,7 +53,8 @@ def plan(spec: AttentionSpec, isa: str) -> Plan:
         isa = "avx512"
     width, rows, vectors = _SHAPES[isa]
     double = any(node.dtype == "float64" for root in spec.roots().values() for node in walk(root))
-    return Plan("lanes", isa, "double" if double else "float", width // 2 if double else width, vectors, rows, block_k=64)
+    real, lanes = ("double", width // 2) if double else ("float", width)
+    return Plan("lanes", isa, real, lanes, vectors, rows, block_k=128, few=4)
 
 
 def _is_bfloat16(spec: AttentionSpec) -> bool:

@@ -16,7 +16,7 @@ from fuse.runtime.cpp import CppKernel, build, instruction_set
 
 pytestmark = pytest.mark.compiler
 
-LENGTHS = (1, 2, 7, 8, 9, 15, 16, 17, 31, 33, 47, 48, 49, 63, 64, 65, 96, 97, 127, 129, 145, 200)
+LENGTHS = (1, 3, 5, 15, 16, 17, 33, 47, 49, 65, 97, 127, 129, 145, 257)
 SCORES: dict[str, Callable[[Expr], object]] = {
     "full": lambda s: s,
     "causal": lambda s: hide(s, op("le", K, Q), upper=op("add", Q, 1)),
@@ -36,7 +36,7 @@ def check(made: Problem) -> torch.Tensor:
 @pytest.mark.parametrize("name", SCORES)
 def test_every_length(name: str, dtype: str) -> None:
     for q_len in LENGTHS:
-        for kv_len in {q_len, 3, 64, 70}:
+        for kv_len in {q_len, 70, 128}:
             check(problem(dtype, batch=(1, 1), q_len=q_len, kv_len=kv_len, qk_dim=8, score=SCORES[name]))
 
 

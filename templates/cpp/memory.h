@@ -100,8 +100,12 @@ static void stage(D* dst, int ld, const T* data, Offset offset, Inside inside, i
     const T* base = data + offset(q0, k0);
     const int64_t sq = nq > 1 ? offset(q0 + 1, k0) - offset(q0, k0) : 0, sk = nk > 1 ? offset(q0, k0 + 1) - offset(q0, k0) : 0;
     if constexpr (__is_same(D, R)) {
-        if (sk == 1) copy_transposed(dst, ld, base, sq, sk, nq, nk);
-        else copy_rows(dst, ld, base, sk, sq, nk, nq);
+        if (sk == 1) {
+            // Rows lie far apart: the hardware does not foresee the next tile's.
+            for (int q = 0; q < nq; q++)
+                for (int k = nk; k < 2 * nk; k += 64 / int(sizeof(T))) __builtin_prefetch(base + q * sq + k);
+            copy_transposed(dst, ld, base, sq, sk, nq, nk);
+        } else copy_rows(dst, ld, base, sk, sq, nk, nq);
     } else {
         for (int k = 0; k < nk; k++)
             for (int q = 0; q < nq; q++) dst[k * ld + q] = element<D>(base[q * sq + k * sk]);
