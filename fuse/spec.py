@@ -189,14 +189,20 @@ def verify(spec: AttentionSpec) -> None:
 
 
 def _verify_types(spec: AttentionSpec) -> None:
-    floats = {"score": spec.score, "weight": spec.weight} | {f"extra_logits.{i}": x for i, x in enumerate(spec.extra_logits)}
-    for name, root in floats.items():
-        if root.dtype not in expr.FLOATS:
-            raise InvalidSpec(f"{name} is {root.dtype}, not a float")
+    allowed = {"mask.predicate": ("bool",), "mask.residual": ("bool",), "mask.lower": ("int64",), "mask.upper": ("int64",),
+               "mask.visible": (spec.score.dtype,)}  # fmt: skip
     for name, root in spec.roots().items():
+        types = allowed.get(name, expr.FLOATS)
+        if root.dtype not in types:
+            raise InvalidSpec(f"{name} is {root.dtype}, not {' or '.join(types)}")
         if expr.contains(root, expr.Prob) and name != "weight":
             raise InvalidSpec(f"{name} reads the probability")
         if expr.contains(root, expr.Score) and name not in ("score", "mask.visible"):
             raise InvalidSpec(f"{name} reads the score")
+    for n in expr.walk(*spec.roots().values()):
+        if isinstance(n, Load) and n.dtype != spec.operands[n.operand].dtype:
+            raise InvalidSpec(f"{n} is {n.dtype}, its operand {spec.operands[n.operand].dtype}")
+    if spec.out_dtype not in expr.FLOATS:
+        raise InvalidSpec(f"out_dtype {spec.out_dtype!r} is not a float")
     if spec.mask is not None and not (spec.mask.fill == -math.inf or spec.mask.fill <= -1e3):
         raise InvalidSpec(f"mask.fill {spec.mask.fill} is not large enough to vanish")

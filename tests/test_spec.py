@@ -11,7 +11,7 @@ import pytest
 import torch
 from specs import B1, CASES, D, E, K, Q, op
 
-from fuse.expr import FLOATS, Load, Prob, Score, index, symbol
+from fuse.expr import FLOATS, Load, Prob, Score, const, index, symbol
 from fuse.spec import AttentionSpec, InvalidSpec, Operand, verify
 
 
@@ -74,6 +74,11 @@ BROKEN: dict[str, tuple[dict[str, Any], str]] = {
     "score is an integer": ({"score": Q, "mask": None}, "score is int64"),
     "weight is an integer": ({"weight": Q}, "weight is int64"),
     "extra logit is an integer": ({"extra_logits": (Q,)}, "extra_logits.0 is int64"),
+    "load of another dtype": ({"value": Load("float16", 2, SPEC.value.coords)}, "is float16, its operand float32"),
+    "out_dtype is an integer": ({"out_dtype": "int64"}, "out_dtype 'int64'"),
+    "predicate is an integer": ({"mask": replace(MASK, predicate=Q)}, "mask.predicate is int64"),
+    "bound is a float": ({"mask": replace(MASK, upper=const(1.0, "float32"))}, "mask.upper is float32"),
+    "visible of another dtype": ({"mask": replace(MASK, visible=Score("float64"))}, "mask.visible is float64"),
     "score reads the probability": ({"score": PROB}, "score reads the probability"),
     "weight reads the score": ({"weight": op("mul", PROB, Score("float32"))}, "weight reads the score"),
     "predicate reads the score": (
