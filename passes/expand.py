@@ -59,21 +59,29 @@ def _written_out(node: Node) -> Callable[..., Any] | None:
 def _expand(graph: Graph, node: Node, function: Callable[..., Any]) -> Expansion | None:
     leaves, structure = pytree.tree_flatten((node.args, node.kwargs))
     inputs = [x for x in leaves if isinstance(x, Node)]
-    fakes = [tensor_of(x) for x in inputs]
-    if any(f is None for f in fakes):
+    values = [_value(x) for x in inputs]
+    if any(x is None for x in values):
         return None
 
-    def call(*tensors: Tensor) -> list[Any]:
-        given = dict(zip(inputs, tensors, strict=True))
+    def call(*values: Any) -> list[Any]:
+        given = dict(zip(inputs, values, strict=True))
         args, kwargs = pytree.tree_unflatten([given[x] if isinstance(x, Node) else x for x in leaves], structure)
         result = function(*args, **kwargs)
         return list(result) if isinstance(result, (tuple, list)) else [result]
 
     try:
-        traced = make_fx(call, tracing_mode="symbolic", pre_dispatch=True)(*fakes)
+        traced = make_fx(call, tracing_mode="symbolic", pre_dispatch=True)(*values)
     except Exception:  # what cannot be traced stays one call
         return None
     return _splice(graph, node, traced.graph, inputs)
+
+
+def _value(node: Node) -> Any:
+    """What a node holds while tracing; widths and dropout rates that are symbols are fixed, with a guard."""
+    value = node.meta.get("example_value")
+    if isinstance(value, torch.SymInt):
+        return int(value)
+    return float(value) if isinstance(value, torch.SymFloat) else tensor_of(node)
 
 
 def _splice(graph: Graph, node: Node, body: Graph, inputs: list[Node]) -> Expansion:

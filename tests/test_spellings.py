@@ -24,3 +24,18 @@ TOPICS = (softmaxes, products, scales, masks, biases, layouts, composites, regio
 @pytest.mark.parametrize("name", SPELLINGS)
 def test_spelling(name: str) -> None:
     check(name)
+
+
+SYMBOLIC = (
+    "softmaxes.in_float32", "softmaxes.late_normalisation_minus_max", "softmaxes.sink_per_head", "softmaxes.transposed_scores",
+    "products.einsum_heads_third", "products.einsum_batch_last_in_scores", "products.sum_of_products", "products.bmm",
+    "scales.on_both_by_power", "scales.as_full_tensor", "masks.causal_buffer_slice", "masks.window", "masks.padding_extended",
+    "masks.causal_and_padding_combined", "masks.four_masks", "biases.alibi", "biases.t5", "biases.relative_by_gather",
+    "layouts.packed_split", "layouts.cache_by_cat", "composites.sdpa_causal_more_keys", "composites.mha_both_masks",
+    "composites.encoder_layer", "regions.autocast_inside", "regions.two_in_a_row", "near_miss_masks.empty_rows_lowest",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("name", SYMBOLIC)
+def test_spelling_with_symbolic_sizes(name: str) -> None:
+    check(name, dynamic=True)

@@ -79,14 +79,15 @@ def named(program: Callable[..., Any], name: str) -> Callable[..., Any]:
 # --------------------------------------------------------------------------------------------------------- the harness
 
 
-def check(name: str, inner: str = "eager") -> None:
+def check(name: str, inner: str = "eager", dynamic: bool | None = None) -> None:
     """Fails unless the compiled program fuses what it should and gives eager's results, side effects included."""
     case = SPELLINGS[name]
     inputs = case.inputs()
     wide, eager = run(case, case.program, widened(inputs)), run(case, case.program, copied(inputs))
     torch._dynamo.reset()
     fuse.reset()
-    compiled = torch.compile(case.program, backend="fuse", options={"inner": inner, "target": "reference"})
+    options: dict[str, str | int | bool | Callable[..., Any]] = {"inner": inner, "target": "reference"}
+    compiled = torch.compile(case.program, backend="fuse", dynamic=dynamic, options=options)
     got = run(case, compiled, copied(inputs))
     sites = fuse.report().sites
     found = [f"{s.where} " + ("fused" if s.fused else f"{s.reason and s.reason.name}: {s.reason}") for s in sites]
