@@ -12,9 +12,10 @@ JSON text, which is what the graph carries and what caches are keyed on.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -115,6 +116,17 @@ class AttentionSpec:
             strides[dim] = step
             step = step * shape[dim]
         return tuple(strides)
+
+    def mapped(self, f: Callable[[Expr], Expr]) -> AttentionSpec:
+        """The spec with f applied to every expression."""
+        m = self.mask
+        bound = [x and f(x) for x in (m.lower, m.upper, m.residual)] if m else []
+        mask = Mask(f(m.predicate), f(m.visible), bound[0], bound[1], bound[2], m.fill) if m else None
+        query, key, value = (_as_load(f(x)) for x in (self.query, self.key, self.value))
+        return dataclasses.replace(
+            self, query=query, key=key, value=value, score=f(self.score), mask=mask, weight=f(self.weight),
+            extra_logits=tuple(map(f, self.extra_logits)),
+        )  # fmt: skip
 
     def roots(self) -> dict[str, Expr]:
         """Every expression of the spec by name."""

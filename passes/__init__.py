@@ -24,6 +24,7 @@ from fuse.options import Options
 from fuse.passes.expand import expand
 from fuse.passes.find import Candidate, find
 from fuse.passes.graph import State, location, module_path, operator_name, states, tensor_of
+from fuse.passes.layout import keys_innermost
 from fuse.passes.lift import Lifted, lift
 from fuse.passes.masks import recover_mask
 from fuse.passes.replace import Replacement, insert, live_nodes, remove
@@ -139,7 +140,7 @@ def _lift_candidate(graph: Graph, candidate: Candidate, traced: Trace, state_of:
             declined = declined or d
             continue
         _check_state(candidate, root, state_of)
-        lifted = dataclasses.replace(lifted, spec=recover_mask(lifted.spec))
+        lifted = keys_innermost(dataclasses.replace(lifted, spec=recover_mask(lifted.spec)))
         return _Found(candidate, lifted, insert(graph, root, lifted, traced, target), lifted.scores.origin)
     assert declined is not None
     raise declined

@@ -1,4 +1,4 @@
-"""In which order of dimensions the result lies in memory: the one in which its consumer reads it.
+"""In which order of dimensions tensors lie in memory: the result as its consumer reads it, a bias as the kernel does.
 
 Models write attention as (batch, head, position, feature) and go on in (batch, position, head, feature): stored so from
 the start, ``transpose(1, 2).contiguous()`` costs nothing.
@@ -6,11 +6,18 @@ the start, ``transpose(1, 2).contiguous()`` costs nothing.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 
+import torch
 from torch.fx import Node
 
+from fuse import expr
+from fuse.expr import Expr, Load
 from fuse.passes.graph import operator_name, tensor_of
+from fuse.passes.lift import Lifted
+from fuse.passes.trace import Value
+from fuse.spec import AttentionSpec
 
 # Only what accepts any strides may stand behind the transposition: ``view`` would not.
 _RESTRIDE = {"contiguous", "reshape", "clone", "flatten"}
@@ -43,3 +50,46 @@ def _permutation(node: Node, rank: int) -> Sequence[int] | None:
         if len(found) == len(given) == rank:
             return found
     return None
+
+
+def keys_innermost(lifted: Lifted) -> Lifted:
+    """Operands of both positions are copied once where neighbouring keys lie far apart, as in a bias of shape (q, k, head).
+
+    Every head and layer reads such an operand; in its own order each cache line would be fetched once per head.
+    """
+    spec, leaves = lifted.spec, list(lifted.leaves)
+    for number, leaf in enumerate(leaves):
+        order = _order_with_keys_last(spec, number, leaf)
+        if order is not None:
+            leaves[number] = _copied(leaf, order)
+            spec = _reordered(spec, number, order)
+    return dataclasses.replace(lifted, spec=spec, leaves=tuple(leaves))
+
+
+def _order_with_keys_last(spec: AttentionSpec, number: int, leaf: Value) -> tuple[int, ...] | None:
+    loads = [n for n in expr.walk(*spec.roots().values()) if isinstance(n, Load) and n.operand == number]
+    key = expr.index("k")
+    found = {n.coords.index(key) if key in n.coords else -1 for n in loads}
+    both = all({"q", "k"} <= expr.axes(n) for n in loads)
+    if len(found) != 1 or not both or loads[0] in (spec.query, spec.key, spec.value):
+        return None
+    dim, rank = found.pop(), len(leaf.shape)
+    if dim < 0 or dim == rank - 1 or leaf.meta.stride(dim) == 1:
+        return None
+    return (*(d for d in range(rank) if d != dim), dim)
+
+
+def _copied(leaf: Value, order: tuple[int, ...]) -> Value:
+    permuted = leaf.meta.permute(order)
+    view = Value(torch.ops.aten.permute.default, (leaf, list(order)), {}, permuted)
+    dense = {"memory_format": torch.contiguous_format}
+    return Value(torch.ops.aten.clone.default, (view,), dense, permuted.contiguous())
+
+
+def _reordered(spec: AttentionSpec, number: int, order: tuple[int, ...]) -> AttentionSpec:
+    def rule(n: Expr) -> Expr | None:
+        if isinstance(n, Load) and n.operand == number:
+            return Load(n.dtype, number, tuple(n.coords[d] for d in order))
+        return None
+
+    return spec.mapped(lambda root: expr.rewrite(root, rule))

@@ -6,6 +6,9 @@ import torch
 from programs import attend, heads, pass_over
 from torch import Tensor
 
+from fuse import expr
+from fuse.expr import to_text
+
 
 def order(program: object) -> tuple[int, ...]:
     return pass_over(program, *heads()).spec.out_order  # type: ignore[arg-type]
@@ -41,3 +44,15 @@ def test_the_copy_that_follows_costs_nothing() -> None:
 def heads_again() -> tuple[Tensor, Tensor, Tensor]:
     torch.manual_seed(0)
     return heads()
+
+
+def test_a_bias_with_heads_innermost_is_copied_once_with_keys_innermost() -> None:
+    def program(q: Tensor, k: Tensor, v: Tensor, table: Tensor) -> Tensor:
+        bias = table[torch.arange(9)[None, :] - torch.arange(9)[:, None] + 8].relu().cumsum(-1)
+        return attend(q, k, v, bias.permute(2, 0, 1)[None])
+
+    passed = pass_over(program, *heads(), torch.randn(17, 3))
+    (bias,) = [o for i, o in enumerate(passed.spec.operands) if o.rank == 3]
+    (load,) = [n for n in expr.walk(passed.spec.score) if isinstance(n, expr.Load)]
+    assert bias.rank == 3 and to_text(load).endswith("[q, b1, k]")
+    torch.testing.assert_close(passed.result, program(*heads_again(), torch.randn(17, 3)))
