@@ -145,10 +145,9 @@ def apply(op: str, *args: Expr, dtype: str) -> Expr:
     if op == "cast" and args[0].dtype == dtype:
         return args[0]
     if op == "where":
-        if isinstance(args[0], Const):
-            return args[1] if args[0].value else args[2]
-        if args[1] is args[2]:
-            return args[1]
+        return _where(*args, dtype=dtype)
+    if op in (*COMPARISONS, "cast") and (chosen := _of_choice(op, args, dtype)) is not None:
+        return chosen
     if op in ("and", "or") and dtype == "bool":
         neutral = op == "and"
         for this, other in (args, args[::-1]):
@@ -170,6 +169,29 @@ def apply(op: str, *args: Expr, dtype: str) -> Expr:
         if folded is not None:
             return folded
     return Apply(dtype, op, args)
+
+
+def _where(condition: Expr, a: Expr, b: Expr, dtype: str) -> Expr:
+    if isinstance(condition, Const):
+        return a if condition.value else b
+    if a is b:
+        return a
+    if dtype == "bool" and isinstance(a, Const) and isinstance(b, Const):
+        return condition if a.value else apply("not", condition, dtype="bool")
+    return Apply(dtype, "where", (condition, a, b))
+
+
+def _of_choice(op: str, args: tuple[Expr, ...], dtype: str) -> Expr | None:
+    """A comparison or cast of where(c, 0, -inf) is a choice between its two values: where(c, 0, -inf) < -1 is not c."""
+    choice, *rest = args
+    if not (
+        isinstance(choice, Apply) and choice.op == "where" and all(isinstance(x, Const) for x in (*choice.operands[1:], *rest))
+    ):
+        return None
+    values = [_fold(op, tuple(x.value for x in (v, *rest) if isinstance(x, Const)), dtype) for v in choice.operands[1:]]
+    if values[0] is None or values[1] is None:
+        return None
+    return _where(choice.operands[0], values[0], values[1], dtype)
 
 
 _FOLD: dict[str, Callable[..., Any]] = {

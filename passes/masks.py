@@ -20,7 +20,7 @@ from fuse.passes.elements import Reader
 from fuse.spec import AttentionSpec, Mask
 
 # A replaced score of this size vanishes beside any score above it by 256; an addend has to dwarf every finite score.
-REPLACED, ADDED = -1e3, -1e30
+REPLACED, ADDED = -1e3, -1e29
 _NEGATED = {"le": "gt", "gt": "le", "lt": "ge", "ge": "lt", "eq": "ne", "ne": "eq"}
 
 
@@ -102,14 +102,16 @@ def _split_sum(e: Apply) -> Split | None:
     if e.op == "add" and not expr.contains(left, Score):
         left, right = right, left
     inner = _split(left) if expr.contains(left, Score) else None
-    addend = None if e.op == "sub" else _split_addend(right)
+    if e.op == "sub" and not expr.contains(right, Score):
+        right = apply("neg", right, dtype=e.dtype)
+    addend = _split_addend(right)
     if addend is None and inner is None:
         return None
     inner = inner or Split(const(True, "bool"), left, -math.inf)
     if addend is None:
         if expr.contains(right, Score) or inner.fill > ADDED:
             return None
-        return Split(inner.predicate, _plus(e.op, inner.visible, right, e.dtype), inner.fill / 2)
+        return Split(inner.predicate, _plus("add", inner.visible, right, e.dtype), inner.fill / 2)
     fill = max(inner.fill / 2, addend.fill / 2)
     return Split(_and(inner.predicate, addend.predicate), _plus("add", inner.visible, addend.visible, e.dtype), fill)
 

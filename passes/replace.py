@@ -10,6 +10,7 @@ from typing import Any
 import sympy
 import torch
 from torch.fx import Graph, Node
+from torch.utils._sympy.functions import CleanDiv, FloorDiv
 
 from fuse.index import Index
 from fuse.passes.elements import as_index
@@ -118,11 +119,13 @@ class _Emitter:
             return int(n)
         if (found := self._symbol(n)) is not None:
             return found
-        if n.is_Add or n.is_Mul:
-            function = operator.add if n.is_Add else operator.mul
-            out = self.size(n.args[0])
-            for term in n.args[1:]:
-                out = self._call(function, (out, self.size(term)), {})
+        if isinstance(n, (FloorDiv, CleanDiv)):
+            return self._call(operator.floordiv, tuple(self.size(x) for x in n.args), {})
+        if n.is_Add or n.is_Mul or (n.is_Pow and n.exp.is_Integer and n.exp > 0):
+            first, *terms = [n.base] * int(n.exp) if n.is_Pow else n.args
+            out = self.size(first)
+            for term in terms:
+                out = self._call(operator.add if n.is_Add else operator.mul, (out, self.size(term)), {})
             return out
         raise Declined(UnsupportedShape(f"the size {n} is not to be had from the graph"))
 
