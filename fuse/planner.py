@@ -49,7 +49,7 @@ def plan(spec: AttentionSpec, isa: str) -> Plan:
     if isa in _MATRIX_SHAPES:
         if _is_bfloat16(spec):
             width, rows, vectors = _MATRIX_SHAPES[isa]
-            return Plan("matrix", isa, "float", width, vectors, rows, block_k=64)
+            return Plan("matrix", isa, "float", width, vectors, rows, block_k=64, wave_bytes=2**20, few=4)
         isa = "avx512"
     width, rows, vectors = _SHAPES[isa]
     double = any(node.dtype == "float64" for root in spec.roots().values() for node in walk(root))
