@@ -22,7 +22,7 @@ demo: venv
 	$(BIN)/python examples/quickstart.py
 
 test: venv
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto
 
 lint: venv types
 	$(BIN)/ruff check .
