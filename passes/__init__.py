@@ -23,7 +23,7 @@ from fuse.expr import to_text
 from fuse.options import Options
 from fuse.passes.expand import expand
 from fuse.passes.find import Candidate, find
-from fuse.passes.graph import State, location, module_path, operator_name, states, tensor_of
+from fuse.passes.graph import State, location, module_path, operator_name, states, tensor_of, user_name
 from fuse.passes.layout import keys_innermost
 from fuse.passes.lift import Lifted, lift
 from fuse.passes.masks import recover_mask
@@ -195,7 +195,7 @@ def _user_of(found: _Found, live: set[Node], slices: set[Node]) -> str:
 
 def _fused(f: _Found) -> Site:
     spec, root = f.replacement.spec, f.replacement.root
-    names = {i: n.name for i, n in enumerate(f.replacement.leaves)}
+    names = {i: user_name(n) for i, n in enumerate(f.replacement.leaves)}
     mask = to_text(spec.mask.predicate, names) if spec.mask else ""
     return Site(True, None, location(root), module_path(root), to_text(spec.score, names), mask, spec, names)
 

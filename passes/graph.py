@@ -130,6 +130,15 @@ def location(node: Node) -> str:
     return f"{Path(frames[-1][0]).name}:{frames[-1][1]}" if frames else ""
 
 
+def user_name(node: Node) -> str:
+    """What the user's code calls the tensor: "attention_mask" for L['kwargs']['attention_mask']."""
+    source = getattr(node, "_dynamo_source", None)
+    path = str(getattr(source, "name", "") or "")
+    words = re.findall(r"\w+", path)
+    named = [w for w in words if not w.isdigit() and w not in ("L", "_parameters", "_buffers", "_modules")]
+    return named[-1] if named else node.name
+
+
 def module_path(node: Node) -> str:
     """Path of the innermost module that ran the node: "model.layers.0.self_attn", or ""."""
     stack: Mapping[str, Any] = node.meta.get("nn_module_stack") or {}
