@@ -34,7 +34,8 @@ def causal(s: Expr) -> tuple[Expr, Mask]:
 NAMES = (
     "vit_length", "one_query", "three_batch_dimensions", "packed_qkv", "features_strided", "transposed_output", "prefix",
     "dilated", "padding", "documents", "dense_bool", "t5_bias", "relative_table", "soft_cap_causal", "sinks",
-    "masked_rows_are_zero", "masked_rows_added_fill", "masked_rows_with_sink", "two_lowest_masks_overflow", "integer_mask_product",
+    "masked_rows_are_zero", "masked_rows_added_fill", "masked_rows_with_sink", "two_lowest_masks_overflow",
+    "integer_mask_product",
 )  # fmt: skip
 
 
