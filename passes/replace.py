@@ -121,8 +121,8 @@ class _Emitter:
             return found
         if isinstance(n, (FloorDiv, CleanDiv)):
             return self._call(operator.floordiv, tuple(self.size(x) for x in n.args), {})
-        if n.is_Add or n.is_Mul or (n.is_Pow and n.exp.is_Integer and n.exp > 0):
-            first, *terms = [n.base] * int(n.exp) if n.is_Pow else n.args
+        if n.is_Add or n.is_Mul:
+            first, *terms = n.args
             out = self.size(first)
             for term in terms:
                 out = self._call(operator.add if n.is_Add else operator.mul, (out, self.size(term)), {})
