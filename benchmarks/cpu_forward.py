@@ -182,6 +182,13 @@ def report(case: Case, dtype: str, times: dict[str, Times]) -> dict[str, object]
     return {"case": case.name, "dtype": dtype, "seconds": measured, "ratios": ratios, "bar": bar, "missed": missed}
 
 
+def keep(facts: dict[str, object], results: list[dict[str, object]]) -> None:
+    RESULTS.mkdir(exist_ok=True)
+    path = RESULTS / f"cpu_forward-{machine.slug()}.json"
+    path.write_text(json.dumps({"machine": facts, "results": results}, indent=1) + "\n")
+    print(f"\nkept in {path}")
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
@@ -204,10 +211,8 @@ def main() -> int:
                 with torch.inference_mode():
                     runs = ways(case.kind, Inputs.make(case, getattr(torch, dtype)), args.peers)
                     results.append(report(case, dtype, measure(runs, args.seconds)))
-    RESULTS.mkdir(exist_ok=True)
-    path = RESULTS / f"cpu_forward-{machine.slug()}.json"
-    path.write_text(json.dumps({"machine": facts, "results": results}, indent=1) + "\n")
-    print(f"\nkept in {path}")
+    if not args.only:
+        keep(facts, results)
     return int(any(r["missed"] for r in results))
 
 
