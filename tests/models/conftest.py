@@ -1,0 +1,40 @@
+"""The table at the end of the run: what became of each model."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+
+import pytest
+
+pytest.importorskip("transformers")
+COLUMNS = ("model", "attention", "dtype", "target", "sites", "fused", "eager error", "fuse error", "mask")
+
+
+# Else pytest attaches its handler to this logger, which turns on torch's traces: slow, and shown with every failure.
+logging.getLogger("torch.__trace").propagate = True
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if item.path.parent.name == "models":
+            item.add_marker(pytest.mark.models)
+            item.add_marker(pytest.mark.compiler)
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    rows = [COLUMNS, *_rows(terminalreporter)]
+    if len(rows) == 1:
+        return
+    widths = [max(len(row[i]) for row in rows) for i in range(len(COLUMNS) - 1)]
+    terminalreporter.section("attention sites of real models; errors against float64")
+    for row in rows:
+        cells = [cell.ljust(width) for cell, width in zip(row, widths, strict=False)]
+        terminalreporter.write_line("  ".join([*cells, row[-1]]).rstrip())
+
+
+def _rows(terminalreporter: pytest.TerminalReporter) -> Iterator[tuple[str, ...]]:
+    """What the tests recorded; it travels with their reports, also from the processes of pytest-xdist."""
+    for outcome in ("passed", "failed", "xfailed"):
+        for report in terminalreporter.getreports(outcome):
+            yield from (tuple(value) for name, value in report.user_properties if name == "row" and report.when == "call")

@@ -1,0 +1,111 @@
+"""What fuse makes of a model, and how far eager and fuse are from float64."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+import fuse
+from fuse.site import Site
+from models import Inputs
+from models.weights import redraw
+
+Outputs = list[Tensor]
+
+# Both results carry the rounding errors of the same layers; what differs is their draw. Over some ten thousand elements
+# the root mean squares of two draws agree to a few percent, and the second layer amplifies the difference.
+MARGIN = 1.25
+
+
+@dataclass(frozen=True)
+class Measured:
+    """``eager`` and ``fuse`` are errors against float64, see ``error``."""
+
+    sites: tuple[Site, ...]
+    eager: float
+    fuse: float
+
+    @property
+    def fused(self) -> int:
+        return sum(site.fused for site in self.sites)
+
+    @property
+    def declined(self) -> list[str]:
+        return [f"{s.where}: {type(s.reason).__name__}: {s.reason}" for s in self.sites if not s.fused]
+
+    def assert_no_farther(self) -> None:
+        """Fails unless fuse is as near to float64 as eager; a NaN is near to nothing."""
+        assert self.fuse <= MARGIN * self.eager, f"error {self.fuse:.3g} against float64; eager has {self.eager:.3g}"
+
+
+def prepared(model: nn.Module, inputs: Inputs, dtype: torch.dtype) -> tuple[nn.Module, Inputs]:
+    """For inference in ``dtype``, with weights under which attention matters."""
+    redraw(model)
+    return model.eval().to(dtype), in_dtype(inputs, dtype)
+
+
+def in_dtype(inputs: Inputs, dtype: torch.dtype) -> Inputs:
+    return {name: x.to(dtype) if x.is_floating_point() else x for name, x in inputs.items()}
+
+
+def measure(model: nn.Module, inputs: Inputs, *, dynamic: bool | None = None, **options: str) -> Measured:
+    """Runs ``model`` in eager mode, in float64, and compiled by fuse with ``options``."""
+    compiled = torch.compile(model, backend="fuse", dynamic=dynamic, options=options)
+    result, eager, truth = outputs(compiled, inputs), outputs(model, inputs), exact(model, inputs)
+    return Measured(fuse.report().sites, error(eager, truth), error(result, truth))
+
+
+def outputs(model: Callable[..., Any], inputs: Mapping[str, Any]) -> Outputs:
+    with torch.no_grad():
+        return list(tensors(model(**inputs)))
+
+
+def tensors(output: Mapping[str, Any]) -> Iterator[Tensor]:
+    """The tensors of an output and of outputs in it; caches of keys and values are not results."""
+    for value in output.values():
+        if isinstance(value, Tensor):
+            yield value
+        elif isinstance(value, Mapping):
+            yield from tensors(value)
+
+
+def exact(model: nn.Module, inputs: Inputs) -> Outputs:
+    """The results of the same weights in float64 throughout."""
+    with Wide():
+        return outputs(widened(model), in_dtype(inputs, torch.float64))
+
+
+def widened(model: nn.Module) -> nn.Module:
+    wide = copy.deepcopy(model).double()
+    if getattr(wide, "_can_set_experts_implementation", bool)():
+        wide.set_experts_implementation("batched_mm")  # the default one has no float64
+    return wide
+
+
+class Wide(TorchFunctionMode):
+    """Where a model asks for float32, it gets float64: softmax(scores, dtype=float32) would round, or overflow."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        func = Tensor.double if func is Tensor.float else func
+        wide = {name: _wide(value) for name, value in (kwargs or {}).items()}
+        return func(*map(_wide, args), **wide)
+
+
+def _wide(value: Any) -> Any:
+    return torch.float64 if value is torch.float32 else value
+
+
+def error(results: Outputs, truth: Outputs) -> float:
+    """Root mean square over all elements, each in units of the root mean square of the output that it is in."""
+    assert [x.shape for x in results] == [x.shape for x in truth]
+    squares = sum(
+        float(((x.double() - y) / y.square().mean().sqrt()).square().sum()) for x, y in zip(results, truth, strict=True)
+    )
+    return math.sqrt(squares / sum(x.numel() for x in truth))
