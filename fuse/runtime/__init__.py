@@ -91,6 +91,8 @@ def _make(spec: AttentionSpec, target: str) -> Kernel:
         return CppKernel(spec, build(spec))
     except (BuildFailed, OSError) as error:
         return ReferenceKernel(spec, str(error))
+    except Exception as error:  # a defect of code generation must not cost the user the model
+        return ReferenceKernel(spec, f"rendering failed, please report it: {type(error).__name__}: {error}")
 
 
 def _warn(reason: str) -> None:
