@@ -145,7 +145,7 @@ def apply(op: str, *args: Expr, dtype: str) -> Expr:
     if op == "cast" and args[0].dtype == dtype:
         return args[0]
     if op == "where":
-        return _where(*args, dtype=dtype)
+        return _where(args[0], args[1], args[2], dtype)
     if op in (*COMPARISONS, "cast") and (chosen := _of_choice(op, args, dtype)) is not None:
         return chosen
     if op in ("and", "or") and dtype == "bool":

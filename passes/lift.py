@@ -31,6 +31,7 @@ from fuse.reasons import (
 )  # fmt: skip
 from fuse.spec import AttentionSpec, Operand
 
+_SPECIALISATIONS = 4  # feature dimensions of query and value, with something to spare
 SUPPORTED = ("float32", "bfloat16", "float16", "float64")
 
 
@@ -65,11 +66,12 @@ def lift(root: Node, trace: Trace) -> Lifted:
     out = trace.value_of[root]
     if out.dtype not in SUPPORTED:
         raise Declined(UnsupportedType(f"the result is {out.dtype}"))
-    while True:
+    for _ in range(_SPECIALISATIONS):
         try:
             return _Lift(Reader(held=trace.node_of), out).run()
         except _Specialised:
-            continue  # the sizes of the trace now show the number
+            continue  # as a rule the sizes of the trace now show the number
+    raise Declined(UnsupportedShape("a feature dimension is a formula of several sizes"))
 
 
 class _Specialised(Exception):
