@@ -7,6 +7,8 @@ from collections.abc import Iterator
 
 import pytest
 
+from models import MODELS
+
 pytest.importorskip("transformers")
 COLUMNS = ("model", "attention", "dtype", "target", "sites", "fused", "eager error", "fuse error", "mask")
 
@@ -23,7 +25,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    rows = [COLUMNS, *_rows(terminalreporter)]
+    rows = [COLUMNS, *sorted(_rows(terminalreporter), key=lambda row: list(MODELS).index(row[0]))]
     if len(rows) == 1:
         return
     widths = [max(len(row[i]) for row in rows) for i in range(len(COLUMNS) - 1)]
