@@ -7,8 +7,6 @@ from collections.abc import Iterator
 
 import pytest
 
-from models import MODELS
-
 pytest.importorskip("transformers")
 COLUMNS = ("model", "attention", "dtype", "target", "sites", "fused", "eager error", "fuse error", "mask")
 
@@ -25,7 +23,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    rows = [COLUMNS, *sorted(_rows(terminalreporter), key=lambda row: list(MODELS).index(row[0]))]
+    found = list(_rows(terminalreporter))
+    names = [row[0] for row in found]
+    rows = [COLUMNS, *sorted(found, key=lambda row: names.index(row[0]))]  # run in parallel, they come in any order
     if len(rows) == 1:
         return
     widths = [max(len(row[i]) for row in rows) for i in range(len(COLUMNS) - 1)]
