@@ -44,6 +44,9 @@ TRANSCENDENTAL = {
 }
 
 
+_INTEGER_FUNCTIONS = {
+    "FloorDiv": "floordiv", "CleanDiv": "floordiv", "PythonMod": "mod", "Mod": "mod", "Max": "maximum", "Min": "minimum",
+}  # fmt: skip
 _POLYNOMIAL: dict[str, Callable[..., Index]] = {
     "add": lambda a, b: a + b, "sub": lambda a, b: a - b, "mul": lambda a, b: a * b, "neg": lambda a: -a,
 }  # fmt: skip
@@ -108,12 +111,14 @@ class Reader:
     """Shared by all that is read for one site: loop indices in scope, leaves found, and what was read before.
 
     leaves    the tensors that are loaded; Load.operand counts them
+    symbols   sizes by name, with what is known of their sign
     inner     the loop indices of the kernel's inner loops, once they are known: q, k, d, e
     held      values that the graph has a node for
     """
 
     space: Space = field(default_factory=Space)
     leaves: list[Value] = field(default_factory=list)
+    symbols: dict[str, sympy.Symbol] = field(default_factory=dict)
     inner: set[sympy.Symbol] = field(default_factory=set)
     held: Container[Value] = ()
     views_only: bool = False
@@ -172,6 +177,7 @@ class Reader:
 
     def expression(self, e: Index) -> Expr:
         """sympy → Expr."""
+        self.symbols.update({s.name: s for s in e.free_symbols if s not in self.space.sizes})
         return index_to_expr(e, {s: x for x, s in self._atoms.items()}, self.space)
 
     def index(self, e: Expr) -> Index:
@@ -181,7 +187,7 @@ class Reader:
         if isinstance(e, expr.Index):
             return sympy.Symbol(e.axis, integer=True)
         if isinstance(e, expr.Symbol):
-            return sympy.Symbol(e.name, integer=True, positive=True)
+            return self.symbols.setdefault(e.name, sympy.Symbol(e.name, integer=True))
         if isinstance(e, expr.Apply) and e.dtype == "int64" and all(a.dtype == "int64" for a in e.operands):
             args = [self.index(a) for a in e.operands]
             if e.op in _POLYNOMIAL:
@@ -242,10 +248,12 @@ def index_to_expr(e: Index, atoms: dict[sympy.Symbol, Expr], space: Space) -> Ex
             for f in factors[1:]:
                 out = apply("mul", out, convert(f), dtype="int64")
             return out
-        name = {"FloorDiv": "floordiv", "CleanDiv": "floordiv", "PythonMod": "mod", "Mod": "mod"}.get(type(e).__name__)
-        if name is None:
+        if (name := _INTEGER_FUNCTIONS.get(type(e).__name__)) is None:
             raise Declined(UnsupportedShape(f"a size of the form {e}"))
-        return apply(name, convert(e.args[0]), convert(e.args[1]), dtype="int64")
+        out = convert(e.args[0])
+        for x in e.args[1:]:
+            out = apply(name, out, convert(x), dtype="int64")
+        return out
 
     return convert(sympy.expand(e) if not e.is_Symbol else e)
 

@@ -51,6 +51,7 @@ def find(graph: Graph, states: Mapping[Node, State]) -> list[Candidate]:
     order = {n: i for i, n in enumerate(graph.nodes)}
     mutations = _mutations(graph)
     found: dict[Node, Candidate] = {}
+    reached: dict[Node, tuple[Node, set[Node]]] = {}
     for node in graph.nodes:
         if node.op not in ("call_function", "call_method") or tensor_of(node) is None:
             continue
@@ -59,10 +60,12 @@ def find(graph: Graph, states: Mapping[Node, State]) -> list[Candidate]:
             found[node] = _slice(node, (node,), {node}, states, mutations, order)
         elif name in NORMALISATIONS:
             for contraction, passed in _contractions_after(node, order):
-                roots = (contraction, *_divisions_after(contraction))
-                if contraction not in found:
-                    found[contraction] = _slice(node, roots, passed, states, mutations, order)
-    return list(found.values())
+                # The nearest normalisation counts; one further up, such as a router's, may also end here
+                reached[contraction] = (node, passed | reached.get(contraction, (node, set()))[1])
+    for contraction, (anchor, passed) in reached.items():
+        roots = (contraction, *_divisions_after(contraction))
+        found[contraction] = _slice(anchor, roots, passed, states, mutations, order)
+    return sorted(found.values(), key=lambda c: order[c.roots[0]])
 
 
 def is_contraction(node: Node) -> bool:

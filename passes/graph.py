@@ -132,6 +132,8 @@ def location(node: Node) -> str:
 
 def user_name(node: Node) -> str:
     """What the user's code calls the tensor: "attention_mask" for L['kwargs']['attention_mask']."""
+    while operator_name(node) == "clone" and isinstance(node.args[0], Node):
+        node = node.args[0]
     source = getattr(node, "_dynamo_source", None)
     path = str(getattr(source, "name", "") or "")
     words = re.findall(r"\w+", path)

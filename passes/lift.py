@@ -264,12 +264,14 @@ class _Lift:
         roots = [*loads, score, self._loaded(softmax.weight), *map(self._loaded, softmax.extra_logits)]
         used = expr.operands(*roots)
         symbols = _named_sizes(sizes, len(batch))
+        others = [s for s in expr.symbols(*roots) if s not in symbols]
+        symbols |= {s: f"n{i}" for i, s in enumerate(others)}  # torch numbers its symbols anew with each recompile
         rename = _Renaming(names, {old: new for new, old in enumerate(used)}, symbols)
         renamed = [rename.apply(root) for root in roots]
         query, key, value = (_supported(x) for x in renamed[:3])
         score, weight, *extra_logits = renamed[3:]
         leaves = tuple(self.r.leaves[i] for i in used)
-        extra = tuple(s for s in expr.symbols(*renamed) if s not in symbols.values())
+        extra = tuple(symbols[s] for s in others)
         spec = AttentionSpec(
             batch=len(batch), qk_dim=int(space.sizes[d]), v_dim=int(space.sizes[e]),
             operands=tuple(Operand(len(v.shape), v.dtype) for v in leaves),
@@ -279,7 +281,7 @@ class _Lift:
         )  # fmt: skip
         order = [*batch, q, e]
         out_dims = tuple(order.index(x) for x in self.axes)
-        all_sizes = (*sizes, *(sympy.Symbol(s, integer=True, positive=True) for s in extra))
+        all_sizes = (*sizes, *(self.r.symbols[s] for s in others))
         return Lifted(spec, leaves, all_sizes, out_dims, scores)
 
 

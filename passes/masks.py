@@ -228,7 +228,7 @@ def _reader(spec: AttentionSpec) -> Reader:
         space.add(f"b{i}", size_symbol(f"B{i}"))
     space.add("q", size_symbol("q_len"))
     space.add("k", size_symbol("kv_len"))
-    return Reader(space)
+    return Reader(space, symbols={s.name: s for n in space.sizes.values() for s in n.free_symbols})
 
 
 def _bound(r: Reader, clause: Expr) -> tuple[str, Expr] | None:

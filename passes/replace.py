@@ -76,19 +76,21 @@ class _Emitter:
         return self.made[value]
 
     def _unwritten(self, node: Node) -> Node:
-        """The node, if at the root its memory holds what the trace says that it holds."""
+        """The node if at the root its memory holds what the trace read there, else a copy from before it was written."""
         storage = storage_of(node)
         shared = [n for n in self.order if storage is not None and storage_of(n) == storage]
+        writers = [w for n in shared for w in n.users if any(storage_of(x) == storage for x in writes(w))]
         readers = [self.order[u] for n in shared for u in n.users if u in self.trace.ran]
-        for writer in (w for n in shared for w in n.users if any(storage_of(x) == storage for x in writes(w))):
-            at = self.order[writer]
-            traced = writer in self.trace.ran
-            if traced and node in self.trace.ran:
-                late = at > self.order[self.root]
-            else:  # an input of the trace stands for what it held when it was read
-                late = min(readers, default=at) < at < self.order[self.root]
-            if late:
-                raise Declined(Mutated(node.name, location(writer)))
+        for writer in sorted(writers, key=self.order.__getitem__):
+            at, root = self.order[writer], self.order[self.root]
+            if writer in self.trace.ran and node in self.trace.ran:
+                if at > root:
+                    raise Declined(Mutated(node.name, location(writer)))
+            elif readers and min(readers) < at < root:  # an input of the trace stands for what it held when it was read
+                if max(r for r in readers if r < root) > at:
+                    raise Declined(Mutated(node.name, location(writer)))
+                with self.graph.inserting_before(writer):
+                    return self._call(torch.clone, (node,), {})
         return node
 
     def _again(self, value: Value) -> Node:
@@ -121,27 +123,30 @@ class _Emitter:
             return found
         if isinstance(n, (FloorDiv, CleanDiv)):
             return self._call(operator.floordiv, tuple(self.size(x) for x in n.args), {})
-        if n.is_Add or n.is_Mul:
+        functions = {"Add": operator.add, "Mul": operator.mul, "Max": torch.sym_max, "Min": torch.sym_min}
+        if (function := functions.get(type(n).__name__)) is not None:
             first, *terms = n.args
             out = self.size(first)
             for term in terms:
-                out = self._call(operator.add if n.is_Add else operator.mul, (out, self.size(term)), {})
+                out = self._call(function, (out, self.size(term)), {})
             return out
         raise Declined(UnsupportedShape(f"the size {n} is not to be had from the graph"))
 
     def _symbol(self, n: Index) -> Node | None:
+        """A size that the graph holds, or one that differs from it by a number: s from a tensor of s + 1 positions."""
         for node, at in self.order.items():
             if at >= self.order[self.root]:
                 break
-            value = node.meta.get("example_value")
-            if isinstance(value, torch.SymInt) and sympy.expand(as_index(value) - n) == 0:
-                return node  # type: ignore[no-any-return]
-            tensor = tensor_of(node)
-            if tensor is not None and node.op == "placeholder":
-                for dim, size in enumerate(tensor.shape):
-                    if isinstance(size, torch.SymInt) and sympy.expand(as_index(size) - n) == 0:
-                        return self._call(torch.ops.aten.sym_size.int, (node, dim), {})
+            value, tensor = node.meta.get("example_value"), tensor_of(node)
+            if isinstance(value, torch.SymInt) and (off := _difference(value, n)) is not None:
+                return self._less(node, off)
+            for dim, size in enumerate(() if tensor is None or node.op != "placeholder" else tensor.shape):
+                if isinstance(size, torch.SymInt) and (off := _difference(size, n)) is not None:
+                    return self._less(self._call(torch.ops.aten.sym_size.int, (node, dim), {}), off)
         return None
+
+    def _less(self, node: Node, off: int) -> Node:
+        return node if off == 0 else self._call(operator.sub, (node, off), {})
 
     def _call(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Node:
         node = self.graph.call_function(target, args, kwargs)
@@ -151,6 +156,12 @@ class _Emitter:
     def undo(self) -> None:
         for node in reversed(self.new):
             self.graph.erase_node(node)
+
+
+def _difference(a: torch.SymInt, b: Index) -> int | None:
+    """a - b where that is a number."""
+    off = sympy.expand(as_index(a) - b)
+    return int(off) if off.is_Integer else None
 
 
 def _reached_from(node: Node | None) -> set[Node]:
