@@ -12,6 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import sympy
+from torch.utils._sympy.functions import FloorDiv
 
 from fuse import expr
 from fuse.expr import Apply, Const, Expr, Score, apply, const
@@ -133,9 +134,7 @@ def _split_addend(e: Expr) -> Split | None:
 
 def _split_product(e: Expr) -> Split | None:
     """(1 - b) * fill and its like: a formula of one truth value, by its two values."""
-    conditions = {
-        n for n in expr.walk(e) if n.dtype == "bool" and not any(n in m.args for m in expr.walk(e) if m.dtype == "bool")
-    }
+    conditions = _outermost_conditions(e)
     if len(conditions) != 1 or e.dtype == "bool":
         return None
     condition = next(iter(conditions))
@@ -143,6 +142,10 @@ def _split_product(e: Expr) -> Split | None:
     if yes is None or no is None:
         return None
     return _split_where(Apply(e.dtype, "where", (condition, const(yes, e.dtype), const(no, e.dtype))))
+
+
+def _outermost_conditions(e: Expr) -> set[Expr]:
+    return {e} if e.dtype == "bool" else set().union(*map(_outermost_conditions, e.args))
 
 
 def _evaluated(e: Expr) -> float | None:
@@ -216,7 +219,20 @@ def _conjuncts(e: Expr) -> list[Expr]:
         distance, limit = e.operands[0].operands[0], e.operands[1]
         sides = (distance, apply("neg", distance, dtype=distance.dtype))
         return [apply(e.op, x, limit, dtype="bool") for x in sides]
+    if isinstance(e, Apply) and e.op == "eq" and all(x.dtype == "int64" for x in e.operands):
+        return _chunk(*e.operands) or _chunk(*e.operands[::-1]) or [e]
     return [] if isinstance(e, Const) and e.value else [e]
+
+
+def _chunk(block: Expr, other: Expr) -> list[Expr]:
+    """k // n == x is n * x <= k < n * x + n."""
+    if not (isinstance(block, Apply) and block.op == "floordiv" and expr.axes(block) == {"k"}):
+        return []
+    k, n = block.operands
+    if not (isinstance(n, Const) and n.value > 0):
+        return []
+    begin = apply("mul", other, n, dtype="int64")
+    return [apply("ge", k, begin, dtype="bool"), apply("lt", k, apply("add", begin, n, dtype="int64"), dtype="bool")]
 
 
 # --------------------------------------------------------------------------------------------------------- loop bounds
@@ -239,13 +255,23 @@ def _bound(r: Reader, clause: Expr) -> tuple[str, Expr] | None:
     if parts is None or parts[0] not in (1, -1):
         return None
     side, limit = ("lower", -parts[1]) if parts[0] == 1 else ("upper", parts[1] + 1)
-    along_q = linear(limit, q)
-    if along_q is None or not r.space.nonnegative(along_q[0]):
-        return None
     found = r.expression(sympy.expand(limit))
-    free = expr.axes(found)
-    data = any(isinstance(n, expr.Load) and expr.axes(n) & {"q", "k"} for n in expr.walk(found))
-    return None if "k" in free or data else (side, found)
+    return (side, found) if "k" not in expr.axes(found) and _never_decreases(r, limit, q) else None
+
+
+def _never_decreases(r: Reader, e: Index, q: sympy.Symbol) -> bool:
+    """Sums of nonnegative multiples of q and of floor divisions of such sums; what is read from tensors is not of q."""
+    for term in sympy.Add.make_args(sympy.expand(e)):
+        coefficient, rest = term.as_coeff_Mul()
+        if not term.has(q):
+            if q.name in expr.axes(r.expression(term)):
+                return False
+        elif isinstance(rest, FloorDiv):
+            if coefficient < 0 or rest.args[1].has(q) or not _never_decreases(r, rest.args[0], q):
+                return False
+        elif (parts := linear(term, q)) is None or not r.space.nonnegative(parts[0]):
+            return False
+    return True
 
 
 def _nonnegative_form(r: Reader, clause: Expr) -> Index | None:

@@ -45,7 +45,10 @@ def bounds(spec: AttentionSpec) -> tuple[str, str, str]:
         (lambda q, k: (q - k).abs() < 3, ("q - 2", "3 + q", "")),
         (lambda q, k: (k <= q) & (k % 2 == 0), ("", "1 + q", "(k % 2) == 0")),
         (lambda q, k: (k <= q) | (k < 2), ("", "", "(k <= q) or (k < 2)")),
-        (lambda q, k: k // 4 == q // 4, ("", "", "(k // 4) == (q // 4)")),
+        (lambda q, k: k // 4 == q // 4, ("4 * (q // 4)", "4 + (4 * (q // 4))", "")),
+        (lambda q, k: (q // 4 == k // 4) & (k <= q), ("4 * (q // 4)", "minimum(4 + (4 * (q // 4)), 1 + q)", "")),
+        (lambda q, k: k < torch.where(q < 3, 9, 2), ("", "", "k < where(q < 3, 9, 2)")),
+        (lambda q, k: k < 9 - q, ("", "", "k < (9 - q)")),
     ],
 )
 @pytest.mark.parametrize(
