@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,6 +11,9 @@ import pytest
 import torch
 
 import fuse
+
+# Else pytest attaches its handler to this logger, which turns on torch's traces: slow, and shown with every failure.
+logging.getLogger("torch.__trace").propagate = True
 
 CXX = shutil.which("g++") or shutil.which("clang++")
 

@@ -2,17 +2,12 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterator
 
 import pytest
 
 pytest.importorskip("transformers")
 COLUMNS = ("model", "attention", "dtype", "target", "sites", "fused", "eager error", "fuse error", "mask")
-
-
-# Else pytest attaches its handler to this logger, which turns on torch's traces: slow, and shown with every failure.
-logging.getLogger("torch.__trace").propagate = True
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
