@@ -27,7 +27,7 @@ from fuse.passes.graph import State, location, module_path, operator_name, state
 from fuse.passes.layout import keys_innermost
 from fuse.passes.lift import Lifted, lift
 from fuse.passes.masks import recover_mask
-from fuse.passes.replace import Replacement, insert, live_nodes, remove
+from fuse.passes.replace import Replacement, insert, live_nodes, remove, unread_nodes
 from fuse.passes.trace import Trace, trace
 from fuse.reasons import (
     Declined,
@@ -81,7 +81,7 @@ def _run_graph(graph: Graph, target: str) -> list[Site]:
     """The passes on one graph; a composite call in which nothing is fused stays as it was."""
     expansions = expand(graph)
     before = set(graph.nodes)
-    sites = _fuse_sites(graph, target)
+    sites = _fuse_sites(graph, target, {n for e in expansions for n in (e.call, *(old for old, _ in e.moved))})
     made = {n for n in graph.nodes if n not in before}
     left = set(graph.nodes)
     for e in expansions:
@@ -92,7 +92,8 @@ def _run_graph(graph: Graph, target: str) -> list[Site]:
     return sites
 
 
-def _fuse_sites(graph: Graph, target: str) -> list[Site]:
+def _fuse_sites(graph: Graph, target: str, kept: set[Node]) -> list[Site]:
+    """Fuses what can be; of the nodes that nobody reads any more, ``kept`` stay."""
     state_of = states(graph)
     candidates = find(graph, state_of)
     if not candidates:
@@ -109,7 +110,7 @@ def _fuse_sites(graph: Graph, target: str) -> list[Site]:
                 sites.append(_declined(candidate, d.reason))
         except Exception as e:
             sites.append(_declined(candidate, InternalError(f"{type(e).__name__}: {e}")))
-    return sites + _apply(graph, candidates, found)
+    return sites + _apply(graph, candidates, found, kept)
 
 
 def _traces(
@@ -154,9 +155,11 @@ def _check_state(candidate: Candidate, root: Node, state_of: Mapping[Node, State
         raise Declined(StateChanges("the border of a functorch transform"))
 
 
-def _apply(graph: Graph, candidates: list[Candidate], found: list[_Found]) -> list[Site]:
+def _apply(graph: Graph, candidates: list[Candidate], found: list[_Found], kept_nodes: set[Node]) -> list[Site]:
     """Accepts the sites whose scores nothing else needs; takes the others back."""
+    emitted = {n for f in found for n in (f.replacement.call, f.replacement.result)}
     slices = set().union(*(c.nodes for c in candidates))
+    slices |= unread_nodes(graph, slices) - emitted - kept_nodes
     accepted = list(found)
     while True:
         replaced = {f.replacement.root: f.replacement.result for f in accepted}

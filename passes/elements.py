@@ -270,6 +270,10 @@ def _sum(terms: list[Expr], parts: list[tuple[Any, Index]], convert: Callable[[I
     return out
 
 
+def has_opaque(e: Expr) -> bool:
+    return any(isinstance(n, Opaque) for n in expr.walk(e))
+
+
 def _plain(value: Value) -> bool:
     """Dense tensors of dtypes that expressions know."""
     return value.dtype in expr.DTYPES and value.meta.layout == torch.strided

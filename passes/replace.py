@@ -14,12 +14,14 @@ from torch.utils._sympy.functions import CleanDiv, FloorDiv
 
 from fuse.index import Index
 from fuse.passes.elements import as_index
-from fuse.passes.graph import location, storage_of, tensor_of, writes
+from fuse.passes.graph import location, operator_name, storage_of, tensor_of, writes
 from fuse.passes.layout import memory_order
 from fuse.passes.lift import Lifted
 from fuse.passes.trace import Trace, Value
 from fuse.reasons import Declined, Mutated, NotTraceable, UnsupportedShape
 from fuse.spec import AttentionSpec, verify
+
+_RANDOM = ("rand", "dropout", "bernoulli", "normal", "multinomial", "uniform", "exponential")
 
 
 @dataclass(frozen=True)
@@ -194,6 +196,23 @@ def live_nodes(graph: Graph, slices: Iterable[Node], replaced: Mapping[Node, Nod
         stack = [n for n in inside - live if any(storage_of(w) in memory for w in writes(n))]
         if not stack:
             return live
+
+
+def unread_nodes(graph: Graph, slices: set[Node]) -> set[Node]:
+    """What is computed from slices, without an effect, for nobody: weights that a layer returns and its model drops."""
+    behind: set[Node] = set()
+    for node in graph.nodes:
+        if any(n in slices or n in behind for n in node.all_input_nodes):
+            behind.add(node)
+    found: set[Node] = set()
+    for node in (n for n in reversed(graph.nodes) if n in behind):
+        module = str(getattr(node.target, "__module__", ""))
+        pure = node.op == "call_method" or module == "_operator" or (module.startswith("torch") and "ops." not in module)
+        drawn = any(word in operator_name(node) for word in _RANDOM)
+        idle = node.op in ("call_function", "call_method") and pure and not drawn and not writes(node)
+        if idle and tensor_of(node) is not None and all(u in found for u in node.users):
+            found.add(node)
+    return found
 
 
 def remove(graph: Graph, nodes: Iterable[Node]) -> None:

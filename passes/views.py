@@ -8,7 +8,7 @@ import sympy
 
 from fuse.expr import Expr, apply, const
 from fuse.index import Index
-from fuse.passes.elements import Reader, arguments, as_index, dims, handles, op_name
+from fuse.passes.elements import Reader, arguments, as_index, dims, handles, has_opaque, op_name
 from fuse.passes.pointwise import read
 from fuse.passes.trace import Value
 
@@ -21,9 +21,9 @@ TRUE = const(True, "bool")
 def _view(r: Reader, v: Value, coords: Coords) -> Expr:
     source = r.space.reshape(coords, dims(v), dims(v.args[0]))
     # Splitting a position by division would cost more per entry than reading the tensor in its new shape
-    if r.reads_fixed_strides(coords) and not r.reads_fixed_strides(source):
-        return r.load(v, coords)
-    return r.element(v.args[0], source)
+    found = r.element(v.args[0], source)
+    splits = r.reads_fixed_strides(coords) and not r.reads_fixed_strides(source)
+    return r.load(v, coords) if splits and not has_opaque(found) else found
 
 
 @handles("expand")

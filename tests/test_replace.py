@@ -51,3 +51,12 @@ def test_two_products_with_the_same_probabilities_are_fused_together() -> None:
 def test_the_call_says_where_it_comes_from() -> None:
     node = next(n for n in pass_over(attend, *heads()).graph.graph.nodes if operator_name(n) == "attention")
     assert "softmax(-1) @ v" in (node.meta.get("stack_trace") or "")
+
+
+def test_weights_that_nobody_reads_do_not_keep_the_scores() -> None:
+    def program(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        p = (q @ k.transpose(-1, -2)).softmax(-1)
+        p.mean(1).view(2, 9, 9)
+        return p @ v
+
+    assert calls(pass_over(program, *heads())) == ["attention"]
