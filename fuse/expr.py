@@ -28,8 +28,10 @@ BINARY = (
     "eq", "ne", "lt", "le", "gt", "ge", "and", "or", "xor",
 )  # fmt: skip
 TERNARY = ("where",)
+# uniform(seed, plane, row, column) is the float32 in [0, 1) that fuse.philox gives for these int64.
+QUATERNARY = ("uniform",)
 COMPARISONS = ("eq", "ne", "lt", "le", "gt", "ge")
-ARITY = {**dict.fromkeys(UNARY, 1), **dict.fromkeys(BINARY, 2), **dict.fromkeys(TERNARY, 3)}
+ARITY = {**dict.fromkeys(UNARY, 1), **dict.fromkeys(BINARY, 2), **dict.fromkeys(TERNARY, 3), **dict.fromkeys(QUATERNARY, 4)}
 
 _table: dict[tuple[Any, ...], Expr] = {}
 
@@ -106,7 +108,7 @@ class Load(Expr):
 
 @dataclass(frozen=True, eq=False)
 class Apply(Expr):
-    """``op`` of UNARY, BINARY or TERNARY; "cast" converts to ``dtype``."""
+    """``op`` of ARITY; "cast" converts to ``dtype``."""
 
     op: str
     operands: tuple[Expr, ...]
@@ -396,6 +398,8 @@ def _verify_apply(n: Apply) -> None:
         ok = types[0] == types[1] and n.dtype == "bool"
     elif n.op in ("isnan", "isinf"):
         ok = n.dtype == "bool"
+    elif n.op == "uniform":
+        ok = n.dtype == "float32" and all(t == "int64" for t in types)
     elif n.op in ("and", "or", "xor", "not"):
         ok = n.dtype not in FLOATS and all(t == n.dtype for t in types)
     else:

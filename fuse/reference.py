@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from fuse import philox
 from fuse.expr import FLOATS, Apply, Const, Expr, Index, Load, Prob, Score, Symbol, walk
 from fuse.spec import AttentionSpec, InvalidSpec
 
@@ -187,7 +188,7 @@ _OPS: dict[str, Callable[..., Tensor]] = {
     "isinf": torch.isinf, "minimum": torch.minimum, "maximum": torch.maximum, "floordiv": torch.floor_divide,
     "mod": torch.remainder, "eq": torch.eq, "ne": torch.ne, "lt": torch.lt, "le": torch.le, "gt": torch.gt,
     "ge": torch.ge, "not": torch.bitwise_not, "and": torch.bitwise_and, "or": torch.bitwise_or, "xor": torch.bitwise_xor,
-    "where": torch.where,
+    "where": torch.where, "uniform": philox.uniform,
 }  # fmt: skip
 
 

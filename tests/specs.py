@@ -529,3 +529,41 @@ def weight_masked_after_softmax(dtype: str) -> Problem:
     """Rows that no longer sum to one."""
     weight = op("where", op("le", K, Q), Prob(dtype), const(0.0, dtype))
     return problem(dtype, weight=weight)
+
+
+# --------------------------------------------------------------------------------------------------------------- dropout
+
+RANDOM_CASES: dict[str, Case] = {}
+
+
+def _dropped(prob: Expr, rate: float, seed: Tensor, plane: Expr, row: Expr = Q, column: Expr = K) -> Expr:
+    """What F.dropout makes of the probabilities; operand 3 holds the seed."""
+    number = expr.apply("uniform", load(seed, 3, const(0)), plane, row, column, dtype="float32")
+    kept = op("lt", number, torch.tensor(1 - rate).item())
+    return op("where", kept, op("div", prob, 1 - rate), const(0.0, prob.dtype))
+
+
+def random_case(make: Case) -> Case:
+    RANDOM_CASES[make.__name__] = make
+    return make
+
+
+SEED = torch.tensor([0x123456789ABCDEF])
+
+
+@random_case
+def dropout(dtype: str) -> Problem:
+    plane = op("add", op("mul", B0, 3), B1)
+    return problem(dtype, SEED, weight=cast(_dropped(Prob(dtype), 0.2, SEED, plane), dtype))
+
+
+@random_case
+def dropout_causal_two_tiles(dtype: str) -> Problem:
+    plane = op("add", op("mul", B0, symbol("B1")), B1)
+    weight = _dropped(Prob(dtype), 0.5, SEED, plane)
+    return problem(dtype, SEED, batch=(1, 2), q_len=197, score=_causal, weight=cast(weight, dtype))
+
+
+@random_case
+def dropout_of_transposed_probabilities(dtype: str) -> Problem:
+    return problem(dtype, SEED, weight=cast(_dropped(Prob(dtype), 0.1, SEED, B0, K, Q), dtype))

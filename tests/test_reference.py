@@ -8,10 +8,10 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.nn.functional as F
-from specs import B0, CASES, K, Problem, Q, load, op, problem
+from specs import B0, CASES, RANDOM_CASES, K, Problem, Q, load, op, problem
 from torch import Tensor
 
-from fuse import reference
+from fuse import philox, reference
 from fuse.expr import FLOATS, const
 from fuse.spec import InvalidSpec, Mask
 
@@ -174,3 +174,19 @@ def test_a_false_mask_is_found(what: str) -> None:
 def test_weight_reads_the_probability_of_its_own_entry() -> None:
     out, (q, k, v, gate) = exact("weight_factor")
     torch.testing.assert_close(out, (q @ k.mT / 4).softmax(-1) * gate[:, None, None] @ v)
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("name", RANDOM_CASES)
+def test_eager_precision_draws_what_exact_draws(name: str, dtype: str) -> None:
+    made = RANDOM_CASES[name](dtype)
+    made.check(reference.attention(made.spec, made.operands, made.sizes, "eager"))
+
+
+def test_dropout_by_hand() -> None:
+    made = RANDOM_CASES["dropout"]("float32")
+    q, k, v = (t.double() for t in made.operands[:3])
+    i = torch.arange(37)
+    numbers = philox.uniform(made.operands[3], torch.arange(6).view(2, 3, 1, 1), i[:, None], i)
+    p = (q @ k.mT / 4).softmax(-1) * (numbers < 0.8) / 0.8
+    torch.testing.assert_close(oracle(made), p @ v)
