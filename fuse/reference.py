@@ -7,7 +7,7 @@ sequences; ``mask`` is not used, since ``score`` alone is always right.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -15,6 +15,7 @@ from torch import Tensor
 
 from fuse import philox
 from fuse.expr import FLOATS, Apply, Const, Expr, Index, Load, Prob, Score, Symbol, walk
+from fuse.gradient import Gradient, gradient
 from fuse.spec import AttentionSpec, InvalidSpec
 
 # Scores computed at a time: 32 MB in float64, whatever the sequence length.
@@ -32,19 +33,67 @@ def attention(spec: AttentionSpec, operands: Sequence[Tensor], sizes: Sequence[i
     precision "exact": float64 throughout and as result; dtypes matter only for what overflows them to infinity.
     precision "eager": each node in its own dtype, as eager PyTorch computes it; the result in ``spec.out_dtype``.
     """
-    if precision not in ("exact", "eager"):
-        raise ValueError(f"precision {precision!r} is neither 'exact' nor 'eager'")
-    site = _Site(spec, operands, sizes, precision == "exact")
-    out = torch.empty_strided(
-        spec.out_shape(sizes), spec.out_strides(sizes), dtype=site.dtype(spec.out_dtype), device=site.device
-    )
-    rows = max(1, BLOCK_ELEMENTS // max(1, math.prod(site.batch_shape) * site.kv_len))
+    return attention_with_lse(spec, operands, sizes, precision)[0]
+
+
+def attention_with_lse(
+    spec: AttentionSpec, operands: Sequence[Tensor], sizes: Sequence[int], precision: str = "exact"
+) -> tuple[Tensor, Tensor]:
+    """The result as ``attention`` gives it, and the log-sum-exp of each row as ``fuse.gradient`` defines it.
+
+    lse  dense, of shape ``spec.lse_shape(sizes)``; in ``spec.lse_dtype``, or in float64 where precision is "exact"
+    """
+    site = _site(spec, operands, sizes, precision)
+    shape, strides = spec.out_shape(sizes), spec.out_strides(sizes)
+    out = torch.empty_strided(shape, strides, dtype=site.dtype(spec.out_dtype), device=site.device)
+    lse = torch.empty(spec.lse_shape(sizes), dtype=site.dtype(spec.lse_dtype), device=site.device)
     with torch.no_grad(), torch.autocast(site.device.type, enabled=False):
         key, value = site.key(), site.value()
-        for start in range(0, site.q_len, rows):
-            stop = min(start + rows, site.q_len)
-            out[..., start:stop, :] = site.rows((start, stop), key, value).to(out.dtype)
-    return out
+        for rows in site.blocks():
+            softmax = site.softmax(rows, key)
+            weight = site.entries(spec.weight, rows, {Prob: softmax.prob})
+            out[..., slice(*rows), :] = _product(weight, value).to(out.dtype)
+            lse[..., slice(*rows)] = softmax.lse
+    return out, lse
+
+
+def attention_backward(
+    spec: AttentionSpec,
+    grad_out: Tensor,
+    operands: Sequence[Tensor],
+    sizes: Sequence[int],
+    wanted: Sequence[bool],
+    precision: str = "exact",
+) -> list[Tensor]:
+    """The gradients of the ``wanted`` operands, in their order, shaped as these and in their dtype (exact: float64).
+
+    The softmax is computed again, so that neither the result nor its log-sum-exp is needed.
+    """
+    backward = _Backward(_site(spec, operands, sizes, precision), gradient(spec, tuple(wanted)))
+    with torch.no_grad(), torch.autocast(grad_out.device.type, enabled=False):
+        return backward.run(grad_out)
+
+
+def _site(spec: AttentionSpec, operands: Sequence[Tensor], sizes: Sequence[int], precision: str) -> _Site:
+    if precision not in ("exact", "eager"):
+        raise ValueError(f"precision {precision!r} is neither 'exact' nor 'eager'")
+    return _Site(spec, operands, sizes, precision == "exact")
+
+
+def _product(a: Tensor, b: Tensor) -> Tensor:
+    """The matrix product in the wider of both dtypes."""
+    common = torch.promote_types(a.dtype, b.dtype)
+    return a.to(common) @ b.to(common)
+
+
+@dataclass(frozen=True)
+class _Softmax:
+    """Rows of the raw score, of the probabilities of the keys, of those of the extra logits, and their log-sum-exp."""
+
+    raw: Tensor
+    prob: Tensor
+    extra: tuple[Tensor, ...]
+    lse: Tensor
 
 
 @dataclass(frozen=True)
@@ -104,17 +153,84 @@ class _Site:
         value = self.frame(q=rows, k=(0, self.kv_len)).evaluate(root, given)
         return value.expand(*self.batch_shape, rows[1] - rows[0], value.shape[-1])
 
-    def rows(self, rows: Range, key: Tensor, value: Tensor) -> Tensor:
-        """The query rows ``rows`` of the result: scores, softmax, weights, product with the values."""
-        score = self.entries(self.spec.score, rows, {Score: self.query(rows) @ key.mT})
+    def blocks(self) -> Iterator[Range]:
+        """Ranges of rows whose entries fit BLOCK_ELEMENTS."""
+        rows = max(1, BLOCK_ELEMENTS // max(1, math.prod(self.batch_shape) * self.kv_len))
+        for start in range(0, self.q_len, rows):
+            yield start, min(start + rows, self.q_len)
+
+    def softmax(self, rows: Range, key: Tensor) -> _Softmax:
+        raw = self.query(rows) @ key.mT
+        score = self.entries(self.spec.score, rows, {Score: raw})
         score = score.expand(*score.shape[:-1], self.kv_len)
         extra = [self.entries(x, rows, {}).to(score.dtype) for x in self.spec.extra_logits]
-        prob = torch.cat((score, *extra), -1).softmax(-1)[..., : self.kv_len]
+        logits = torch.cat((score, *extra), -1)
+        prob, lse = logits.softmax(-1), logits.to(self.dtype(self.spec.lse_dtype)).logsumexp(-1)
         if self.spec.empty_row == "zero":
-            prob = prob.masked_fill((score == -math.inf).all(-1, keepdim=True), 0.0)
-        weight = self.entries(self.spec.weight, rows, {Prob: prob})
-        common = torch.promote_types(weight.dtype, value.dtype)
-        return weight.to(common) @ value.to(common)
+            empty = (score == -math.inf).all(-1, keepdim=True)
+            prob, lse = prob.masked_fill(empty, 0.0), lse.masked_fill(empty[..., 0], math.inf)
+        keys, *rest = prob.split([self.kv_len] + [1] * len(extra), -1)
+        return _Softmax(raw, keys, tuple(rest), lse)
+
+
+# -------------------------------------------------------------------------------------------------------- backward
+
+
+@dataclass(frozen=True)
+class _Backward:
+    """One backward pass; the names are those of ``fuse.gradient``."""
+
+    site: _Site
+    gradient: Gradient
+
+    def run(self, grad_out: Tensor) -> list[Tensor]:
+        sums = [torch.zeros(t.shape, dtype=self._dtype(t), device=t.device) for t in self._wanted()]
+        numbers = [i for i, wanted in enumerate(self.gradient.wanted) if wanted]
+        totals = dict(zip(numbers, sums, strict=True))
+        key, value = self.site.key(), self.site.value()
+        for rows in self.site.blocks():
+            self._rows(rows, grad_out[..., slice(*rows), :], key, value, totals)
+        return [x if self.site.exact else x.to(t.dtype) for x, t in zip(sums, self._wanted(), strict=True)]
+
+    def _wanted(self) -> list[Tensor]:
+        return [t for t, wanted in zip(self.site.operands, self.gradient.wanted, strict=True) if wanted]
+
+    def _dtype(self, operand: Tensor) -> torch.dtype:
+        return torch.float64 if self.site.exact else torch.promote_types(operand.dtype, torch.float32)
+
+    def _rows(self, rows: Range, grad_out: Tensor, key: Tensor, value: Tensor, totals: dict[int, Tensor]) -> None:
+        """Adds to ``totals``, operand → gradient, what these rows contribute."""
+        site, spec, of = self.site, self.site.spec, self.gradient
+        softmax = site.softmax(rows, key)
+        leaves: dict[type[Expr], Tensor] = {Score: softmax.raw, Prob: softmax.prob}
+        weight = site.entries(spec.weight, rows, leaves)
+        d_weight = _product(grad_out, value.mT).to(weight.dtype)
+        d_prob = (d_weight * site.entries(of.weight, rows, leaves)).to(softmax.prob.dtype)
+        delta = (softmax.prob * d_prob).sum(-1, keepdim=True)
+        d_score = softmax.prob * (d_prob - delta)
+        d_raw = (d_score * site.entries(of.score, rows, leaves)).to(softmax.raw.dtype)
+        keys, d, e = (0, site.kv_len), (0, spec.qk_dim), (0, spec.v_dim)
+        if of.query:
+            self._scatter(spec.query, _product(d_raw, key), totals, q=rows, d=d)
+        if of.key:
+            self._scatter(spec.key, _product(d_raw.mT, site.query(rows)), totals, k=keys, d=d)
+        if of.value:
+            self._scatter(spec.value, _product(weight.mT, grad_out), totals, k=keys, e=e)
+        of_root = {"score": d_score, "weight": d_weight}
+        of_root |= {f"extra_logits.{i}": -p * delta for i, p in enumerate(softmax.extra)}
+        for term in of.terms:
+            grad = of_root[term.root] * site.entries(term.factor, rows, leaves)
+            self._scatter(term.load, grad, totals, q=rows, k=(0, grad.shape[-1]))
+
+    def _scatter(self, load: Load, grad: Tensor, totals: Mapping[int, Tensor], **ranges: Range) -> None:
+        """Adds ``grad``, over the batch and ``ranges``, to the operand's total at the coordinates of ``load``."""
+        total, frame = totals[load.operand], self.site.frame(**ranges)
+        coords = [frame.evaluate(c, {}).clamp(0, n - 1) for c, n in zip(load.coords, total.shape, strict=True)]
+        grad = grad.sum_to_size(torch.broadcast_shapes([1] * grad.dim(), *(c.shape for c in coords))).to(total.dtype)
+        if not coords:
+            total.add_(grad.reshape(()))
+        elif total.numel():
+            total.index_put_(tuple(coords), grad, accumulate=True)
 
 
 # ----------------------------------------------------------------------------------------------------- expressions

@@ -117,6 +117,15 @@ class AttentionSpec:
             step = step * shape[dim]
         return tuple(strides)
 
+    def lse_shape(self, sizes: Sequence[IntLike]) -> tuple[IntLike, ...]:
+        """(B0, …, q_len): the shape of the rows' log-sum-exp, which is dense."""
+        return tuple(sizes[: self.batch + 1])
+
+    @property
+    def lse_dtype(self) -> str:
+        """float64 where the scores are computed in it."""
+        return "float64" if any(n.dtype == "float64" for n in expr.walk(*self.roots().values())) else "float32"
+
     def mapped(self, f: Callable[[Expr], Expr]) -> AttentionSpec:
         """The spec with f applied to every expression."""
         m = self.mask

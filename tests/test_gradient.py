@@ -8,7 +8,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from specs import B0, B1, CASES, K, Q, cast, op, problem
+from specs import B0, B1, CASES, RANDOM_CASES, K, Problem, Q, cast, op, problem
 from torch import Tensor
 
 from fuse import expr, reference
@@ -37,6 +37,7 @@ def check(root: Expr, leaf: Expr, points: dict[Expr, list[float]]) -> None:
     torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-12, equal_nan=True)
 
 
+ALL_CASES = {**CASES, **RANDOM_CASES}
 POINTS = {S: [-2.5, -1.0, -0.0, 0.25, 0.75, 2.0], X: [0.75, -1.0, 0.5, 0.25, 3.0, 2.0]}
 POSITIVE = {S: [0.125, 0.5, 1.0, 1.75, 3.0], X: [2.0, 0.5, 0.25, 1.0, 3.0]}
 FLOAT_UNARY = tuple(o for o in expr.UNARY if o not in ("isnan", "isinf", "not", "cast"))
@@ -147,3 +148,70 @@ def test_the_mask_is_out_of_the_derivative_where_everything_is_visible() -> None
 def test_the_weight_of_a_mask_after_the_softmax_is_that_mask() -> None:
     assert str(of("weight_masked_after_softmax").weight) == "where(k <= q, 1, 0)"
     assert of("plain").weight is const(1.0, "float32") and B0 is not K
+
+
+# ------------------------------------------------------------------------------------------ the reference's backward
+
+
+def attend(made: Problem, operands: list[Tensor]) -> Tensor:
+    """The spec by PyTorch's own autograd: the forward pass of the reference, differentiable."""
+    site = reference._Site(made.spec, operands, made.sizes, exact=True)
+    softmax = site.softmax((0, site.q_len), site.key())
+    return site.entries(made.spec.weight, (0, site.q_len), {Prob: softmax.prob}) @ site.value()
+
+
+def backward(name: str, precision: str = "exact") -> tuple[list[Tensor], list[Tensor]]:
+    """Gradients of all float operands of a case: the reference's, and autograd's."""
+    made = ALL_CASES[name]("float64")
+    wanted = [t.is_floating_point() for t in made.operands]
+    operands = [t.clone().requires_grad_(w) for t, w in zip(made.operands, wanted, strict=True)]
+    grad_out = torch.randn(made.spec.out_shape(made.sizes), dtype=torch.float64)
+    leaves = [t for t in operands if t.requires_grad]
+    expected = torch.autograd.grad(attend(made, operands), leaves, grad_out)
+    return reference.attention_backward(made.spec, grad_out, made.operands, made.sizes, wanted, precision), list(expected)
+
+
+@pytest.mark.parametrize("name", [n for n in ALL_CASES if n not in ("masked_rows_infinite_fill", "empty_batch")])
+def test_the_backward_of_every_case_is_autograd_s(name: str) -> None:
+    found, expected = backward(name)
+    torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-10, equal_nan=True)
+
+
+def test_blocks_of_rows_add_up_to_the_whole_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(reference, "BLOCK_ELEMENTS", 1)
+    found, expected = backward("relative_table")
+    torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-10)
+
+
+@pytest.mark.parametrize("name", ["plain", "soft_cap_causal", "sinks", "weight_factor", "dropout"])
+def test_the_backward_is_the_slope_of_the_forward(name: str) -> None:
+    """By finite differences along one direction, with no derivative of PyTorch's."""
+    made = ALL_CASES[name]("float64")
+    wanted = [t.is_floating_point() for t in made.operands]
+    way = [torch.randn_like(t) if w else None for t, w in zip(made.operands, wanted, strict=True)]
+    grad_out = torch.randn(made.spec.out_shape(made.sizes), dtype=torch.float64)
+
+    def along(h: float) -> float:
+        moved = [t if w is None else t + h * w for t, w in zip(made.operands, way, strict=True)]
+        return float((reference.attention(made.spec, moved, made.sizes) * grad_out).sum())
+
+    grads = reference.attention_backward(made.spec, grad_out, made.operands, made.sizes, wanted)
+    slope = sum(float((g * w).sum()) for g, w in zip(grads, (w for w in way if w is not None), strict=True))
+    assert (along(1e-5) - along(-1e-5)) / 2e-5 == pytest.approx(slope, rel=1e-6)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_only_what_is_wanted_is_given_in_the_operand_s_dtype(dtype: str) -> None:
+    made = CASES["dense_additive"](dtype)
+    grad_out = torch.ones(made.spec.out_shape(made.sizes), dtype=getattr(torch, dtype))
+    wanted = [False, True, False, True]
+    found = reference.attention_backward(made.spec, grad_out, made.operands, made.sizes, wanted, "eager")
+    assert [(g.shape, g.dtype) for g in found] == [(t.shape, t.dtype) for t, w in zip(made.operands, wanted, strict=True) if w]
+
+
+def test_the_log_sum_exp_of_rows_without_a_key() -> None:
+    for name, value in (("masked_rows_are_zero", math.inf), ("masked_rows_infinite_fill", -math.inf)):
+        made = CASES[name]("float32")
+        _, lse = reference.attention_with_lse(made.spec, made.operands, made.sizes, "eager")
+        assert lse.dtype == torch.float32 and lse.shape == (2, 3, 37)
+        assert (lse == value).nonzero()[:, 2].unique().tolist() == [3] and lse[:, :, 4:].isfinite().all()
