@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from fuse.expr import walk
 from fuse.spec import AttentionSpec
 
 # Lanes of 32 bits, and accumulators (rows x vectors) that leave registers for the operands: 32 registers or 16.
@@ -52,12 +51,11 @@ def plan(spec: AttentionSpec, isa: str) -> Plan:
             return Plan("matrix", isa, "float", width, vectors, rows, block_k=64, wave_bytes=2**20, few=4)
         isa = "avx512"
     width, rows, vectors = _SHAPES[isa]
-    double = any(node.dtype == "float64" for root in spec.roots().values() for node in walk(root))
-    real, lanes = ("double", width // 2) if double else ("float", width)
+    real, lanes = ("double", width // 2) if spec.lse_dtype == "float64" else ("float", width)
     return Plan("lanes", isa, real, lanes, vectors, rows, block_k=128, few=4)
 
 
 def _is_bfloat16(spec: AttentionSpec) -> bool:
     """Whether both products take bfloat16, and nothing asks for more than float around them."""
     factors = all(load.dtype == "bfloat16" for load in (spec.query, spec.key, spec.value))
-    return factors and not any(node.dtype == "float64" for root in spec.roots().values() for node in walk(root))
+    return factors and spec.lse_dtype != "float64"

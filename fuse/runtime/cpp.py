@@ -120,16 +120,25 @@ class CppKernel:
         self.source = built.source
         self._spec = spec
         self._dtype: torch.dtype = getattr(torch, spec.out_dtype)
+        self._lse_dtype: torch.dtype = getattr(torch, spec.lse_dtype)
         self._run = getattr(ctypes.CDLL(str(built.binary)), render.ENTRY)
         self._run.argtypes, self._run.restype = (ctypes.c_char_p,), ctypes.c_int
-        count = 2 + spec.batch + 2 + len(spec.symbols) + sum(1 + 2 * o.rank for o in spec.operands)
+        count = 3 + spec.batch + 2 + len(spec.symbols) + sum(1 + 2 * o.rank for o in spec.operands)
         self._pack = struct.Struct(f"{count}q").pack
 
     def __call__(self, operands: Sequence[Tensor], sizes: Sequence[int]) -> Tensor:
         """``operands`` as the spec numbers them, ``sizes`` as ``spec.symbols``; the result has ``spec.out_strides``."""
+        return self._attend(operands, sizes, None)
+
+    def forward(self, operands: Sequence[Tensor], sizes: Sequence[int]) -> tuple[Tensor, Tensor]:
+        """The result, and the log-sum-exp of its rows, which the backward kernel reads: see fuse.gradient."""
+        lse = torch.empty(self._spec.lse_shape(sizes), dtype=self._lse_dtype)
+        return self._attend(operands, sizes, lse), lse
+
+    def _attend(self, operands: Sequence[Tensor], sizes: Sequence[int], lse: Tensor | None) -> Tensor:
         shape, strides = self._spec.out_shape(sizes), self._spec.out_strides(sizes)
         out = torch.empty_strided(shape, strides, dtype=self._dtype)
-        arguments = [torch.get_num_threads(), out.data_ptr(), *strides, *sizes]
+        arguments = [torch.get_num_threads(), out.data_ptr(), 0 if lse is None else lse.data_ptr(), *strides, *sizes]
         for tensor in operands:
             arguments.append(tensor.data_ptr())
             arguments += tensor.shape
