@@ -5,18 +5,19 @@ from __future__ import annotations
 import os
 import threading
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Protocol
 
 from torch import Tensor
 
+from fuse import reference
 from fuse.runtime.cache import builds
 from fuse.runtime.cpp import BuildFailed, CppKernel, build
 from fuse.spec import AttentionSpec
 
-__all__ = ["Kernel", "builds", "kernel", "prepare", "reset"]
+__all__ = ["Kernel", "backward_kernel", "builds", "forward_kernel", "kernel", "prepare", "reset"]
 
 
 class Kernel(Protocol):
@@ -26,6 +27,10 @@ class Kernel(Protocol):
     def source(self) -> Path | None: ...
 
     def __call__(self, operands: Sequence[Tensor], sizes: Sequence[int]) -> Tensor: ...
+
+    def forward(self, operands: Sequence[Tensor], sizes: Sequence[int]) -> tuple[Tensor, Tensor]:
+        """The result and the log-sum-exp of its rows, as fuse.gradient defines it."""
+        ...
 
 
 class ReferenceKernel:
@@ -38,9 +43,10 @@ class ReferenceKernel:
         self.reason = reason  # why there is no kernel; empty where none was asked for
 
     def __call__(self, operands: Sequence[Tensor], sizes: Sequence[int]) -> Tensor:
-        from fuse import reference
-
         return reference.attention(self._spec, operands, sizes, "eager")
+
+    def forward(self, operands: Sequence[Tensor], sizes: Sequence[int]) -> tuple[Tensor, Tensor]:
+        return reference.attention_with_lse(self._spec, operands, sizes, "eager")
 
 
 _Key = tuple[AttentionSpec, str]
@@ -59,6 +65,25 @@ def kernel(spec: AttentionSpec, target: str) -> Kernel:
     if isinstance(made, ReferenceKernel) and made.reason:
         _warn(made.reason)
     return made
+
+
+Forward = Callable[[Sequence[Tensor], Sequence[int]], tuple[Tensor, Tensor]]
+# (grad_out, operands, sizes, out, lse) → one gradient for each wanted operand, shaped as it and in its dtype
+Backward = Callable[[Tensor, Sequence[Tensor], Sequence[int], Tensor, Tensor], list[Tensor]]
+
+
+def forward_kernel(spec: AttentionSpec, target: str) -> Forward:
+    """``kernel`` for training: gives the rows' log-sum-exp beside the result."""
+    return kernel(spec, target).forward
+
+
+def backward_kernel(spec: AttentionSpec, target: str, wanted: tuple[bool, ...]) -> Backward:
+    """The kernel of the gradients of the ``wanted`` operands; never fails, as ``kernel``."""
+
+    def run(grad_out: Tensor, operands: Sequence[Tensor], sizes: Sequence[int], out: Tensor, lse: Tensor) -> list[Tensor]:
+        return reference.attention_backward(spec, grad_out, operands, sizes, wanted, "eager")
+
+    return run
 
 
 def prepare(specs: Iterable[AttentionSpec], target: str) -> None:

@@ -128,14 +128,17 @@ class CppKernel:
 
     def __call__(self, operands: Sequence[Tensor], sizes: Sequence[int]) -> Tensor:
         """``operands`` as the spec numbers them, ``sizes`` as ``spec.symbols``; the result has ``spec.out_strides``."""
-        return self._attend(operands, sizes, None)
+        out = self._attend(operands, sizes, None)
+        return reference.attention(self._spec, operands, sizes, "eager") if out is None else out
 
     def forward(self, operands: Sequence[Tensor], sizes: Sequence[int]) -> tuple[Tensor, Tensor]:
         """The result, and the log-sum-exp of its rows, which the backward kernel reads: see fuse.gradient."""
         lse = torch.empty(self._spec.lse_shape(sizes), dtype=self._lse_dtype)
-        return self._attend(operands, sizes, lse), lse
+        out = self._attend(operands, sizes, lse)
+        return reference.attention_with_lse(self._spec, operands, sizes, "eager") if out is None else (out, lse)
 
-    def _attend(self, operands: Sequence[Tensor], sizes: Sequence[int], lse: Tensor | None) -> Tensor:
+    def _attend(self, operands: Sequence[Tensor], sizes: Sequence[int], lse: Tensor | None) -> Tensor | None:
+        """The result; None where a length exceeds the kernel's 32-bit positions, MAX_LENGTH."""
         shape, strides = self._spec.out_shape(sizes), self._spec.out_strides(sizes)
         out = torch.empty_strided(shape, strides, dtype=self._dtype)
         arguments = [torch.get_num_threads(), out.data_ptr(), 0 if lse is None else lse.data_ptr(), *strides, *sizes]
@@ -144,8 +147,6 @@ class CppKernel:
             arguments += tensor.shape
             arguments += tensor.stride()
         code = self._run(self._pack(*arguments))
-        if code == 1:  # longer than the kernel's 32-bit positions allow: MAX_LENGTH
-            return reference.attention(self._spec, operands, sizes, "eager")
-        if code:
+        if code > 1:
             raise RuntimeError({2: "out of memory"}.get(code, f"kernel error {code}"))
-        return out
+        return None if code else out
