@@ -7,14 +7,14 @@ sequences; ``mask`` is not used, since ``score`` alone is always right.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from fuse import philox
-from fuse.expr import FLOATS, Apply, Const, Expr, Index, Load, Prob, Score, Symbol, walk
+from fuse.expr import Expr, Load, Prob, Score, walk
+from fuse.frame import Frame, Range, dtype_of
 from fuse.gradient import Gradient, gradient
 from fuse.spec import AttentionSpec, InvalidSpec
 
@@ -23,8 +23,6 @@ BLOCK_ELEMENTS = 2**22
 
 # An additive mask of -1e9 leaves -1e9 + s. Mask promises that 256 above ``fill`` suffices; half of it may be used up.
 FILL_SLACK = 128.0
-
-Range = tuple[int, int]
 
 
 def attention(spec: AttentionSpec, operands: Sequence[Tensor], sizes: Sequence[int], precision: str = "exact") -> Tensor:
@@ -122,7 +120,7 @@ class _Site:
         return self.sizes[self.spec.batch + 1]
 
     def dtype(self, name: str) -> torch.dtype:
-        return torch.float64 if self.exact and name in FLOATS else _torch_dtype(name)
+        return dtype_of(name, self.exact)
 
     def query(self, rows: Range) -> Tensor:
         return self._matrix(self.spec.query, q=rows, d=(0, self.spec.qk_dim))
@@ -138,14 +136,11 @@ class _Site:
         matrix = self.frame(**ranges).evaluate(load, {})
         return matrix.expand(*matrix.shape[:-2], *(stop - start for start, stop in ranges.values()))
 
-    def frame(self, **ranges: Range) -> _Frame:
+    def frame(self, **ranges: Range) -> Frame:
         """The grid of the batch indices and of ``ranges``, in this order."""
         extents = {f"b{i}": (0, size) for i, size in enumerate(self.batch_shape)} | ranges
-        indices = {
-            axis: torch.arange(*extent, device=self.device).reshape([-1 if i == dim else 1 for i in range(len(extents))])
-            for dim, (axis, extent) in enumerate(extents.items())
-        }
-        return _Frame(self, indices, dict(zip(self.spec.symbols, self.sizes, strict=True)))
+        symbols = dict(zip(self.spec.symbols, self.sizes, strict=True))
+        return Frame.over(extents, symbols, self.operands, self.exact)
 
     def entries(self, root: Expr, rows: Range, leaves: Mapping[type[Expr], Tensor]) -> Tensor:
         """``root`` over batch, q, k, where ``leaves`` gives the value of Score or Prob."""
@@ -231,81 +226,6 @@ class _Backward:
             total.add_(grad.reshape(()))
         elif total.numel():
             total.index_put_(tuple(coords), grad, accumulate=True)
-
-
-# ----------------------------------------------------------------------------------------------------- expressions
-
-
-@dataclass(frozen=True)
-class _Frame:
-    """A grid of indices, one dimension each, on which expressions are evaluated."""
-
-    site: _Site
-    indices: Mapping[str, Tensor]
-    symbols: Mapping[str, int]
-
-    def evaluate(self, root: Expr, given: Mapping[Expr, Tensor]) -> Tensor:
-        """The value of ``root``, of size 1 along the dimensions that it does not depend on."""
-        values = dict(given)
-        for node in walk(root):
-            if node not in values:
-                values[node] = self._node(node, [values[a] for a in node.args])
-        value = values[root].to(self.site.dtype(root.dtype))
-        return value if value.dim() else self._scalar(value)
-
-    def _node(self, node: Expr, args: list[Tensor]) -> Tensor:
-        if isinstance(node, Const):
-            return self._constant(node)
-        if isinstance(node, Symbol):
-            return self._scalar(torch.tensor(self.symbols[node.name], device=self.site.device))
-        if isinstance(node, Index):
-            return self.indices[node.axis]
-        if isinstance(node, Load):
-            return self._load(self.site.operands[node.operand], args).to(self.site.dtype(node.dtype))
-        if not isinstance(node, Apply):
-            raise InvalidSpec(f"{node} is not in scope")
-        value = (args[0] if node.op == "cast" else _OPS[node.op](*args)).to(self.site.dtype(node.dtype))
-        return _overflow(value, node.dtype) if self.site.exact and node.dtype in FLOATS else value
-
-    def _constant(self, node: Const) -> Tensor:
-        """Of no dimensions and in float64: like a Python number, it is not rounded to the dtype of what it meets."""
-        return torch.tensor(node.value, dtype=torch.float64 if node.dtype in FLOATS else _torch_dtype(node.dtype))
-
-    def _scalar(self, value: Tensor) -> Tensor:
-        return value.reshape((1,) * len(self.indices))
-
-    def _load(self, tensor: Tensor, coords: list[Tensor]) -> Tensor:
-        """Coordinates are clamped: what lies outside is read only for entries that a ``where`` does not choose."""
-        if not coords:
-            return self._scalar(tensor)
-        if tensor.numel() == 0:
-            return torch.zeros_like(math.prod(coords, start=coords[0]), dtype=tensor.dtype)
-        return tensor[tuple(c.clamp(0, size - 1) for c, size in zip(coords, tensor.shape, strict=True))]
-
-
-def _torch_dtype(name: str) -> torch.dtype:
-    dtype: torch.dtype = getattr(torch, name)
-    return dtype
-
-
-def _overflow(value: Tensor, name: str) -> Tensor:
-    """float64 values, infinite where rounding to dtype ``name`` makes them so."""
-    limits = torch.finfo(_torch_dtype(name))
-    largest = limits.max * (1 + limits.eps / 4)  # halfway to the number that would follow
-    return value.masked_fill(value > largest, math.inf).masked_fill(value < -largest, -math.inf)
-
-
-_OPS: dict[str, Callable[..., Tensor]] = {
-    "add": torch.add, "sub": torch.sub, "mul": torch.mul, "div": torch.div, "pow": torch.pow, "neg": torch.neg,
-    "abs": torch.abs, "exp": torch.exp, "exp2": torch.exp2, "log": torch.log, "log2": torch.log2, "log1p": torch.log1p,
-    "expm1": torch.expm1, "tanh": torch.tanh, "sigmoid": torch.sigmoid, "sqrt": torch.sqrt, "rsqrt": torch.rsqrt,
-    "reciprocal": torch.reciprocal, "erf": torch.erf, "sin": torch.sin, "cos": torch.cos, "floor": torch.floor,
-    "ceil": torch.ceil, "trunc": torch.trunc, "round": torch.round, "sign": torch.sign, "isnan": torch.isnan,
-    "isinf": torch.isinf, "minimum": torch.minimum, "maximum": torch.maximum, "floordiv": torch.floor_divide,
-    "mod": torch.remainder, "eq": torch.eq, "ne": torch.ne, "lt": torch.lt, "le": torch.le, "gt": torch.gt,
-    "ge": torch.ge, "not": torch.bitwise_not, "and": torch.bitwise_and, "or": torch.bitwise_or, "xor": torch.bitwise_xor,
-    "where": torch.where, "uniform": philox.uniform,
-}  # fmt: skip
 
 
 # ----------------------------------------------------------------------------------------------------------- masks

@@ -5,6 +5,7 @@ find        candidates: a normalisation, the contraction behind it, the slice of
 trace       the slices as functional ATen, for reading
 lift        one element of the result as mathematics: an AttentionSpec, or a reason why not
 masks       the predicate is separated from the score and bounded in closed form
+tables      functions of the distance between query and key are computed once for each distance
 layout      the order of the result in memory, from its consumer
 replace     one fuse::attention in the place of each root; what nothing uses any more is removed
 """
@@ -28,6 +29,7 @@ from fuse.passes.layout import keys_innermost
 from fuse.passes.lift import Lifted, lift
 from fuse.passes.masks import recover_mask
 from fuse.passes.replace import Replacement, insert, live_nodes, remove, unread_nodes
+from fuse.passes.tables import tabulated
 from fuse.passes.trace import Trace, trace
 from fuse.reasons import (
     Declined,
@@ -141,7 +143,7 @@ def _lift_candidate(graph: Graph, candidate: Candidate, traced: Trace, state_of:
             declined = declined or d
             continue
         _check_state(candidate, root, state_of)
-        lifted = keys_innermost(dataclasses.replace(lifted, spec=recover_mask(lifted.spec)))
+        lifted = keys_innermost(tabulated(dataclasses.replace(lifted, spec=recover_mask(lifted.spec))))
         return _Found(candidate, lifted, insert(graph, root, lifted, traced, target), lifted.scores.origin)
     assert declined is not None
     raise declined

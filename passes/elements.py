@@ -15,9 +15,10 @@ import torch
 
 from fuse import expr
 from fuse.expr import Expr, Load, apply, const
-from fuse.index import Index, Space, linear
+from fuse.index import Index, Space, linear, size_symbol
 from fuse.passes.trace import Value
 from fuse.reasons import Declined, DropoutActive, UnsupportedShape
+from fuse.spec import AttentionSpec
 
 PRODUCTS = {"bmm", "mm", "baddbmm", "addmm"}
 REDUCTIONS = {"sum", "amax", "max", "logsumexp", "_softmax", "_log_softmax", "_safe_softmax"}
@@ -25,24 +26,6 @@ VIEWS = {
     "view", "_unsafe_view", "reshape", "expand", "permute", "transpose", "t", "unsqueeze", "squeeze", "slice", "select",
     "unbind", "split", "split_with_sizes", "repeat", "clone", "alias", "detach", "contiguous", "lift_fresh_copy",
 }  # fmt: skip
-ENTRY_LIMIT = 48  # nodes of an expression of both positions, above which its tensor is loaded instead
-TRANSCENDENTAL = {
-    "exp",
-    "exp2",
-    "log",
-    "log2",
-    "log1p",
-    "expm1",
-    "tanh",
-    "sigmoid",
-    "sqrt",
-    "rsqrt",
-    "erf",
-    "sin",
-    "cos",
-    "pow",
-}
-
 
 _INTEGER_FUNCTIONS = {
     "FloorDiv": "floordiv", "CleanDiv": "floordiv", "PythonMod": "mod", "Mod": "mod", "Max": "maximum", "Min": "minimum",
@@ -201,11 +184,8 @@ class Reader:
         return self.atom(e)
 
     def gathered(self, index_value: Value, coords: Sequence[Index], size: Index, wraps: bool) -> Index:
-        """A coordinate that is read from a tensor. Costly position formulas are loaded rather than computed per entry."""
-        found = self.element(index_value, coords)
-        if any(isinstance(n, expr.Apply) and n.op in TRANSCENDENTAL for n in expr.walk(found)):
-            found = self.load(index_value, coords)
-        e = self.index(found)
+        """A coordinate that is read from a tensor; ``wraps``: negative ones count from the end."""
+        e = self.index(self.element(index_value, coords))
         if not wraps or self.space.nonnegative(e):
             return e
         x = self.expression(e)
@@ -230,6 +210,14 @@ class Reader:
     def reads_fixed_strides(self, coords: Sequence[Index]) -> bool:
         """Can these coordinates be walked along every inner loop index with constant steps?"""
         return all(linear(c, x) is not None for c in coords for x in self.inner)
+
+
+def spec_reader(spec: AttentionSpec) -> Reader:
+    """For index algebra on the expressions of a spec: its batch indices, q and k, and their sizes."""
+    space = Space()
+    for axis, name in [(f"b{i}", f"B{i}") for i in range(spec.batch)] + [("q", "q_len"), ("k", "kv_len")]:
+        space.add(axis, size_symbol(name))
+    return Reader(space, symbols={s.name: s for n in space.sizes.values() for s in n.free_symbols})
 
 
 def index_to_expr(e: Index, atoms: dict[sympy.Symbol, Expr], space: Space) -> Expr:

@@ -1,7 +1,7 @@
 """Candidates: a normalisation, the contraction that it feeds, and the slice of the graph that may belong to them.
 
 A slice reaches back from the contraction through everything that can be read per element, and stops at what makes
-activations (linear, convolution, embedding, …). Operands of a contraction are followed through views only.
+activations (linear, convolution, normalisation, …). Operands of a contraction are followed through views only.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ NORMALISATIONS = {
 ATTENTION = "scaled_dot_product_attention"
 CONTRACTIONS = {"matmul", "__matmul__", "bmm", "mm", "baddbmm", "einsum", "sum", "tensordot", "mv", "matvec", "inner"}
 PRODUCERS = {
-    "linear", "embedding", "embedding_bag", "layer_norm", "group_norm", "batch_norm", "instance_norm", "rms_norm",
+    "linear", "embedding_bag", "layer_norm", "group_norm", "batch_norm", "instance_norm", "rms_norm",
     "native_layer_norm", "lstm", "gru", "rnn_tanh", "interpolate", "grid_sample", "bilinear", "cdist", "addmm",
     "multi_head_attention_forward", "_transformer_encoder_layer_fwd", ATTENTION, "fft", "rfft", "item", "tolist",
     "glu", "gelu", "silu", "pad_sequence", "index_copy_", "index_copy",
@@ -172,6 +172,8 @@ def _is_input(node: Node, states: Mapping[Node, State]) -> bool:
     if isinstance(node.target, torch._ops.HigherOrderOperator) or operator_name(node) in PRODUCERS:
         return True
     name = operator_name(node)
+    if name == "embedding" and (node.kwargs.get("max_norm") or len(node.args) > 3 and node.args[3]):
+        return True  # it scales the table in place
     if name.startswith(("conv", "_vmap", "_add_batch", "_remove_batch", "_functorch")):
         return True
     value = node.meta.get("example_value")

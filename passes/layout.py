@@ -9,14 +9,13 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 
-import torch
 from torch.fx import Node
 
 from fuse import expr
 from fuse.expr import Expr, Load
 from fuse.passes.graph import operator_name, tensor_of
 from fuse.passes.lift import Lifted
-from fuse.passes.trace import Value
+from fuse.passes.trace import Value, computed
 from fuse.spec import AttentionSpec
 
 # Only what accepts any strides may stand behind the transposition: ``view`` would not.
@@ -61,7 +60,7 @@ def keys_innermost(lifted: Lifted) -> Lifted:
     for number, leaf in enumerate(leaves):
         order = _order_with_keys_last(spec, number, leaf)
         if order is not None:
-            leaves[number] = _copied(leaf, order)
+            leaves[number] = computed([leaf], lambda x, order=order: x.permute(order).contiguous())
             spec = _reordered(spec, number, order)
     return dataclasses.replace(lifted, spec=spec, leaves=tuple(leaves))
 
@@ -77,13 +76,6 @@ def _order_with_keys_last(spec: AttentionSpec, number: int, leaf: Value) -> tupl
     if dim < 0 or dim == rank - 1 or leaf.meta.stride(dim) == 1:
         return None
     return (*(d for d in range(rank) if d != dim), dim)
-
-
-def _copied(leaf: Value, order: tuple[int, ...]) -> Value:
-    permuted = leaf.meta.permute(order)
-    view = Value(torch.ops.aten.permute.default, (leaf, list(order)), {}, permuted)
-    dense = {"memory_format": torch.contiguous_format}
-    return Value(torch.ops.aten.clone.default, (view,), dense, permuted.contiguous())
 
 
 def _reordered(spec: AttentionSpec, number: int, order: tuple[int, ...]) -> AttentionSpec:

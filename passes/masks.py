@@ -16,8 +16,8 @@ from torch.utils._sympy.functions import FloorDiv
 
 from fuse import expr
 from fuse.expr import Apply, Const, Expr, Score, apply, const
-from fuse.index import Index, Space, linear, size_symbol
-from fuse.passes.elements import Reader
+from fuse.index import Index, linear
+from fuse.passes.elements import Reader, spec_reader
 from fuse.spec import AttentionSpec, Mask
 
 # A replaced score of this size vanishes beside any score above it by 256; an addend has to dwarf every finite score.
@@ -39,7 +39,7 @@ def recover_mask(spec: AttentionSpec) -> AttentionSpec:
     split = _split(spec.score)
     if split is None or split.fill > REPLACED:
         return spec
-    reader = _reader(spec)
+    reader = spec_reader(spec)
     clauses = [(*(_bound(reader, c) or ("residual", c)),) for c in _conjuncts(_pushed(split.predicate))]
     lowers, uppers, rest = ([e for kind, e in clauses if kind == wanted] for wanted in ("lower", "upper", "residual"))
     mask = Mask(
@@ -236,15 +236,6 @@ def _chunk(block: Expr, other: Expr) -> list[Expr]:
 
 
 # --------------------------------------------------------------------------------------------------------- loop bounds
-
-
-def _reader(spec: AttentionSpec) -> Reader:
-    space = Space()
-    for i in range(spec.batch):
-        space.add(f"b{i}", size_symbol(f"B{i}"))
-    space.add("q", size_symbol("q_len"))
-    space.add("k", size_symbol("kv_len"))
-    return Reader(space, symbols={s.name: s for n in space.sizes.values() for s in n.free_symbols})
 
 
 def _bound(r: Reader, clause: Expr) -> tuple[str, Expr] | None:

@@ -21,6 +21,7 @@ from fuse.passes.trace import Trace, Value
 from fuse.reasons import Declined, Mutated, NotTraceable, UnsupportedShape
 from fuse.spec import AttentionSpec, verify
 
+_SHARED = "shared by fuse"  # marks nodes that further sites may read
 _RANDOM = ("rand", "dropout", "bernoulli", "normal", "multinomial", "uniform", "exponential")
 
 
@@ -92,7 +93,7 @@ class _Emitter:
                 if max(r for r in readers if r < root) > at:
                     raise Declined(Mutated(node.name, location(writer)))
                 with self.graph.inserting_before(writer):
-                    return self._call(torch.clone, (node,), {})
+                    return self._new(torch.clone, (node,), {})
         return node
 
     def _again(self, value: Value) -> Node:
@@ -151,6 +152,17 @@ class _Emitter:
         return node if off == 0 else self._call(operator.sub, (node, off), {})
 
     def _call(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Node:
+        """The call, or the same one before: sites that read the same table share it, and nobody writes what is made here."""
+        alike: Iterable[Node] = self.graph.find_nodes(op="call_function", target=target, sort=False)
+        for node in alike:
+            same = node.meta.get(_SHARED) and node.args == args and node.kwargs == kwargs
+            if same and self.order.get(node, -1) < self.order[self.root]:
+                return node
+        node = self._new(target, args, kwargs)
+        node.meta[_SHARED] = True
+        return node
+
+    def _new(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Node:
         node = self.graph.call_function(target, args, kwargs)
         self.new.append(node)
         return node

@@ -11,6 +11,7 @@ from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
+import sympy
 import torch
 from torch._dispatch.python import enable_python_dispatcher
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
@@ -21,6 +22,7 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 from fuse.passes.graph import Autocast, location, operator_name
 from fuse.passes.sdpa import sdpa_as_products
 from fuse.reasons import Declined, NotTraceable
+from fuse.spec import IntLike
 
 
 @dataclass(frozen=True, eq=False)
@@ -125,6 +127,27 @@ def trace(nodes: Sequence[Node], inputs: Sequence[Node], autocast_of: Mapping[No
             raise Declined(NotTraceable(f"{type(e).__name__}: {str(e).splitlines()[0] if str(e) else ''}")) from e
     held |= {n: r for n, r in zip(nodes, results, strict=True) if r is not None}
     return _as_trace(frozenset(nodes), held, recorder)
+
+
+def computed(inputs: Sequence[Value], compute: Callable[..., torch.Tensor]) -> Value:
+    """What ``compute`` makes of the tensors of ``inputs`` (there is at least one), as further calls; nothing is run."""
+    recorder = _Recorder()
+    for value in inputs:
+        recorder.put(value.meta, value)
+    with _mode_of(inputs[0]), enable_python_dispatcher(), torch.no_grad(), recorder:
+        result = compute(*(value.meta for value in inputs))
+    return recorder.value(result)  # type: ignore[no-any-return]
+
+
+def as_size(n: sympy.Expr, near: Value) -> IntLike:
+    """A size as the trace in which ``near`` was read has it: an int or a SymInt."""
+    shapes = _mode_of(near).shape_env
+    return int(n) if n.is_Integer or shapes is None else shapes.create_symintnode(n, hint=None)
+
+
+def _mode_of(value: Value) -> FakeTensorMode:
+    assert isinstance(value.meta, FakeTensor)
+    return value.meta.fake_mode
 
 
 def _as_trace(ran: frozenset[Node], held: Mapping[Node, torch.Tensor], recorder: _Recorder) -> Trace:

@@ -203,6 +203,14 @@ def _index_select(r: Reader, v: Value, coords: Coords) -> Expr:
     return r.element(x, (*coords[:dim], where, *coords[dim + 1 :]))
 
 
+@handles("embedding")
+def _embedding(r: Reader, v: Value, coords: Coords) -> Expr:
+    a = arguments(v)
+    if a["padding_idx"] >= 0 or a["scale_grad_by_freq"] or a["sparse"]:  # its gradient is not that of a lookup
+        return r.load(v, coords)
+    return r.element(a["weight"], (r.gathered(a["indices"], coords[:-1], dims(a["weight"])[0], wraps=False), coords[-1]))
+
+
 @handles("index")
 def _index(r: Reader, v: Value, coords: Coords) -> Expr:
     x, indices = v.args[0], list(v.args[1])
