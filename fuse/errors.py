@@ -45,6 +45,13 @@ class VerificationFailed(FuseError):
     )
 
 
+class SecondDerivative(FuseError):
+    message = (
+        "the gradient of a fused attention was differentiated again, and fuse has no second derivative. Compile what needs it "
+        'with options={{"disable": True}}, or set FUSE_DISABLE=1.'
+    )
+
+
 class UnknownModel(FuseError):
     message = "{name!r} names no model: {problem}. Give module:callable, file.py:callable, or a transformers model type.{hint}"
 

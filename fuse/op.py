@@ -1,30 +1,33 @@
-"""``fuse::attention``, the one op that the passes put into a graph.
+"""``fuse::attention``, the one op that the passes put into a graph, and the two that it runs as where gradients are needed.
 
+``fuse::attention`` has an autograd kernel: with gradients it is ``fuse::attention_forward``, whose backward is
+``fuse::attention_backward``; without, it stays what it is. So AOTAutograd, Inductor and checkpoint policies see plain ops.
 The spec travels as text: torch's graph caches are keyed on it, and a graph with the op in it can be saved. Defined with
-``torch.library.Library`` since ``custom_op`` costs several times as much per call.
+``torch.library.Library`` since ``custom_op`` costs several times as much per call, and ``register_autograd`` more still.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
 from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from fuse import reference
+from fuse.errors import SecondDerivative
 from fuse.spec import AttentionSpec, IntLike
-
-Kernel = Callable[[Sequence[Tensor], Sequence[int]], Tensor]
-
-SCHEMA = "attention(Tensor[] operands, SymInt[] sizes, str spec, str target) -> Tensor"
 
 # Kernels take any strides: a copy into another layout would cost and gain nothing.
 _TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.needs_fixed_stride_order)
 
 _library: Any = torch.library.Library("fuse", "DEF")
-_library.define(SCHEMA, tags=_TAGS)
+for _schema in (
+    "attention(Tensor[] operands, SymInt[] sizes, str spec, str target) -> Tensor",
+    "attention_forward(Tensor[] operands, SymInt[] sizes, str spec, str target) -> (Tensor, Tensor)",
+    "attention_backward(Tensor grad_out, Tensor[] operands, SymInt[] sizes, Tensor out, Tensor lse, str spec, str target, "
+    "bool[] wanted) -> Tensor[]",
+):
+    _library.define(_schema, tags=_TAGS)
 
 
 @cache
@@ -32,27 +35,51 @@ def parsed(text: str) -> AttentionSpec:
     return AttentionSpec.from_json(text)
 
 
-@cache
-def _kernel(text: str, target: str) -> Kernel:
-    spec = parsed(text)
-    if target == "reference":
-        return lambda operands, sizes: reference.attention(spec, operands, sizes, "eager")
-    from fuse import runtime  # builds kernels: not needed to trace or to save a graph
+# --------------------------------------------------------------------------------------------------------- kernels
 
-    return runtime.kernel(spec, target)
+# runtime is imported when the first kernel is run: tracing or saving a graph does not need it.
+
+
+@cache
+def _kernel(text: str, target: str) -> Any:
+    from fuse import runtime
+
+    return runtime.kernel(parsed(text), target)
+
+
+@cache
+def _forward_kernel(text: str, target: str) -> Any:
+    from fuse import runtime
+
+    return runtime.forward_kernel(parsed(text), target)
+
+
+@cache
+def _backward_kernel(text: str, target: str, wanted: tuple[bool, ...]) -> Any:
+    from fuse import runtime
+
+    return runtime.backward_kernel(parsed(text), target, wanted)
 
 
 def _attention(operands: list[Tensor], sizes: list[int], spec: str, target: str) -> Tensor:
-    return _kernel(spec, target)(operands, sizes)
+    out: Tensor = _kernel(spec, target)(operands, sizes)
+    return out
 
 
-def _autograd(operands: list[Tensor], sizes: list[int], spec: str, target: str) -> Tensor:
-    """Runs eagerly and while AOTAutograd traces, so that no gradient is lost in silence."""
-    if torch.is_grad_enabled() and any(t.requires_grad for t in operands):
-        raise NotImplementedError("fuse::attention has no gradient: call it under torch.no_grad() or detach its operands")
-    with torch._C._AutoDispatchBelowAutograd():
-        result: Tensor = torch.ops.fuse.attention.default(operands, sizes, spec, target)
-        return result
+def _forward(operands: list[Tensor], sizes: list[int], spec: str, target: str) -> tuple[Tensor, Tensor]:
+    out, lse = _forward_kernel(spec, target)(operands, sizes)
+    return out, lse
+
+
+def _backward(
+    grad_out: Tensor, operands: list[Tensor], sizes: list[int], out: Tensor, lse: Tensor, spec: str, target: str,
+    wanted: list[bool],
+) -> list[Tensor]:  # fmt: skip
+    grads: list[Tensor] = _backward_kernel(spec, target, tuple(wanted))(grad_out, operands, sizes, out, lse)
+    return grads
+
+
+# ----------------------------------------------------------------------------------------------------------- fakes
 
 
 def _fake(operands: list[Tensor], sizes: list[IntLike], spec: str, target: str) -> Tensor:
@@ -62,6 +89,91 @@ def _fake(operands: list[Tensor], sizes: list[IntLike], spec: str, target: str) 
     return torch.empty_strided(shape, strides, dtype=dtype, device=operands[0].device)
 
 
-_library.impl("attention", _attention, "CompositeExplicitAutograd")
-_library.impl("attention", _autograd, "Autograd")
-torch.library.register_fake("fuse::attention", _fake, lib=_library)
+def _fake_forward(operands: list[Tensor], sizes: list[IntLike], spec: str, target: str) -> tuple[Tensor, Tensor]:
+    parsed_spec, out = parsed(spec), _fake(operands, sizes, spec, target)
+    return out, out.new_empty(parsed_spec.lse_shape(sizes), dtype=getattr(torch, parsed_spec.lse_dtype))
+
+
+def _fake_backward(
+    grad_out: Tensor, operands: list[Tensor], sizes: list[IntLike], out: Tensor, lse: Tensor, spec: str, target: str,
+    wanted: list[bool],
+) -> list[Tensor]:  # fmt: skip
+    """Gradients have the layout that ``torch.empty_like`` gives their operands."""
+    return [torch.empty_like(t) for t, w in zip(operands, wanted, strict=True) if w]
+
+
+# -------------------------------------------------------------------------------------------------------- autograd
+
+
+class _Attention(torch.autograd.Function):
+    """Saves the operands, the result and the log-sum-exp of its rows; the scores are computed again."""
+
+    @staticmethod
+    def forward(ctx: Any, sizes: list[IntLike], spec: str, target: str, *operands: Tensor) -> Tensor:
+        with torch._C._AutoDispatchBelowAutograd():
+            out: Tensor
+            out, lse = torch.ops.fuse.attention_forward.default(operands, sizes, spec, target)
+        ctx.save_for_backward(out, lse, *operands)
+        ctx.call = sizes, spec, target
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
+        (out, lse, *operands), (sizes, spec, target) = ctx.saved_tensors, ctx.call
+        wanted = ctx.needs_input_grad[3:]
+        grads = iter(torch.ops.fuse.attention_backward.default(grad_out, operands, sizes, out, lse, spec, target, wanted))
+        return (None, None, None, *(next(grads) if w else None for w in wanted))
+
+
+class _Last(torch.autograd.Function):
+    """The backward pass as something that has no derivative."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, sizes: list[IntLike], spec: str, target: str, wanted: list[bool], grad_out: Tensor, out: Tensor, lse: Tensor,
+        *operands: Tensor,
+    ) -> tuple[Tensor, ...]:  # fmt: skip
+        with torch._C._AutoDispatchBelowAutograd():
+            call = torch.ops.fuse.attention_backward.default
+            return tuple(call(grad_out, operands, sizes, out, lse, spec, target, wanted))
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> None:
+        raise SecondDerivative
+
+
+def _attention_autograd(operands: list[Tensor], sizes: list[int], spec: str, target: str) -> Tensor:
+    """Runs eagerly and while AOTAutograd traces."""
+    result: Tensor
+    if torch.is_grad_enabled() and any(t.requires_grad for t in operands):
+        result = _Attention.apply(sizes, spec, target, *operands)  # type: ignore[no-untyped-call]
+        return result
+    with torch._C._AutoDispatchBelowAutograd():
+        result = torch.ops.fuse.attention.default(operands, sizes, spec, target)
+        return result
+
+
+def _backward_autograd(
+    grad_out: Tensor, operands: list[Tensor], sizes: list[int], out: Tensor, lse: Tensor, spec: str, target: str,
+    wanted: list[bool],
+) -> list[Tensor]:  # fmt: skip
+    """Differentiable in name: with ``create_graph`` the gradients are given, and theirs raise SecondDerivative."""
+    if torch.is_grad_enabled() and any(t.requires_grad for t in (grad_out, out, *operands)):
+        return list(_Last.apply(sizes, spec, target, wanted, grad_out, out, lse, *operands))  # type: ignore[no-untyped-call]
+    with torch._C._AutoDispatchBelowAutograd():
+        grads: list[Tensor] = torch.ops.fuse.attention_backward.default(
+            grad_out, operands, sizes, out, lse, spec, target, wanted
+        )
+        return grads
+
+
+def _register(name: str, kernel: Any, autograd: Any, fake: Any) -> None:
+    _library.impl(name, kernel, "CompositeExplicitAutograd")
+    if autograd is not None:
+        _library.impl(name, autograd, "Autograd")
+    torch.library.register_fake(f"fuse::{name}", fake, lib=_library)
+
+
+_register("attention", _attention, _attention_autograd, _fake)
+_register("attention_forward", _forward, None, _fake_forward)
+_register("attention_backward", _backward, _backward_autograd, _fake_backward)

@@ -63,7 +63,7 @@ def attention_backward(
     wanted: Sequence[bool],
     precision: str = "exact",
 ) -> list[Tensor]:
-    """The gradients of the ``wanted`` operands, in their order, shaped as these and in their dtype (exact: float64).
+    """The gradients of the ``wanted`` operands, in their order, each laid out as ``empty_like`` of it (exact: in float64).
 
     The softmax is computed again, so that neither the result nor its log-sum-exp is needed.
     """
@@ -185,12 +185,16 @@ class _Backward:
         key, value = self.site.key(), self.site.value()
         for rows in self.site.blocks():
             self._rows(rows, grad_out[..., slice(*rows), :], key, value, totals)
-        return [x if self.site.exact else x.to(t.dtype) for x, t in zip(sums, self._wanted(), strict=True)]
+        return [self._like(t).copy_(x) for x, t in zip(sums, self._wanted(), strict=True)]
 
     def _wanted(self) -> list[Tensor]:
         return [t for t, wanted in zip(self.site.operands, self.gradient.wanted, strict=True) if wanted]
 
+    def _like(self, operand: Tensor) -> Tensor:
+        return torch.empty_like(operand, dtype=torch.float64 if self.site.exact else operand.dtype)
+
     def _dtype(self, operand: Tensor) -> torch.dtype:
+        """What is summed up in."""
         return torch.float64 if self.site.exact else torch.promote_types(operand.dtype, torch.float32)
 
     def _rows(self, rows: Range, grad_out: Tensor, key: Tensor, value: Tensor, totals: dict[int, Tensor]) -> None:

@@ -2,20 +2,28 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
+from typing import Any
+
 import pytest
 import torch
-from specs import CASES, Problem
+from functorch.compile import make_boxed_func
+from specs import CASES, RANDOM_CASES, Problem
+from torch import Tensor
+from torch._dynamo.backends.common import aot_autograd
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import fuse.op  # noqa: F401  (defines the op)
 from fuse import reference
+from fuse.errors import SecondDerivative
 
 CHECKED = ("plain", "causal", "heads_last_output", "packed_qkv", "grouped_query", "window", "no_batch", "empty_batch")
 
 
-def attention(made: Problem, operands: list[torch.Tensor] | None = None) -> torch.Tensor:
+def attention(made: Problem, operands: list[Tensor] | None = None) -> Tensor:
     text = made.spec.to_json()
-    out: torch.Tensor = torch.ops.fuse.attention(operands or made.operands, made.sizes, text, "reference")
+    out: Tensor = torch.ops.fuse.attention(operands or made.operands, made.sizes, text, "reference")
     return out
 
 
@@ -44,9 +52,9 @@ def test_one_graph_serves_every_length(inner: str) -> None:
     made = CASES["causal"]("float32")
     text = made.spec.to_json()
 
-    def program(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    def program(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         sizes = [*q.shape[:3], k.shape[2]]
-        out: torch.Tensor = torch.ops.fuse.attention([q * 2, k, v], sizes, text, "reference")
+        out: Tensor = torch.ops.fuse.attention([q * 2, k, v], sizes, text, "reference")
         return out + 1
 
     counter = CompileCounterWithBackend(inner)
@@ -57,18 +65,109 @@ def test_one_graph_serves_every_length(inner: str) -> None:
     assert counter.frame_count == 1
 
 
+def trained(made: Problem, *frozen: int) -> list[Tensor]:
+    """The operands, those of floats as leaves that want a gradient but for the ``frozen``."""
+    return [t.clone().requires_grad_(t.is_floating_point() and i not in frozen) for i, t in enumerate(made.operands)]
+
+
+def gradients(program: Callable[..., Tensor], operands: list[Tensor]) -> list[Tensor]:
+    """Of the result's product with fixed numbers, for the operands that want one."""
+    out = program(*operands)
+    numbers = torch.linspace(-1, 1, out.numel(), dtype=out.dtype).reshape(out.shape)
+    return list(torch.autograd.grad((out * numbers).sum(), [t for t in operands if t.requires_grad]))
+
+
+def expected_gradients(made: Problem, operands: list[Tensor]) -> list[Tensor]:
+    shape = made.spec.out_shape(made.sizes)
+    numbers = torch.linspace(-1, 1, math.prod(shape), dtype=torch.float64).reshape(shape)
+    found = reference.attention_backward(made.spec, numbers, operands, made.sizes, [t.requires_grad for t in operands])
+    return [g.float() for g in found]
+
+
+@pytest.mark.parametrize("backend", ["eager", "aot_eager", "inductor"])
+@pytest.mark.parametrize("name", ["packed_qkv", "sinks", "dropout", "relative_table"])
+def test_gradients_of_every_operand(name: str, backend: str) -> None:
+    made = {**CASES, **RANDOM_CASES}[name]("float32")
+    operands = trained(made)
+    text = made.spec.to_json()
+
+    def program(*operands: Tensor) -> Tensor:
+        out: Tensor = torch.ops.fuse.attention(list(operands), made.sizes, text, "reference")
+        return out
+
+    compiled = torch.compile(program, backend=backend, fullgraph=True)
+    torch.testing.assert_close(gradients(compiled, operands), expected_gradients(made, operands), rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize("backend", ["eager", "aot_eager"])
-def test_a_gradient_is_refused_rather_than_lost(backend: str) -> None:
+@pytest.mark.parametrize("frozen", [(0,), (1, 2), (0, 1, 2)])
+def test_frozen_operands_get_no_gradient_and_the_others_theirs(frozen: tuple[int, ...], backend: str) -> None:
+    made = CASES["dense_additive"]("float32")
+    operands = trained(made, *frozen)
+    program = torch.compile(lambda *operands: attention(made, list(operands)), backend=backend)
+    torch.testing.assert_close(gradients(program, operands), expected_gradients(made, operands), rtol=1e-4, atol=1e-5)
+
+
+def test_gradients_under_symbolic_sizes_in_one_graph() -> None:
+    made = CASES["causal"]("float32")
+    text, counter = made.spec.to_json(), CompileCounterWithBackend("aot_eager")
+
+    def program(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        out: Tensor = torch.ops.fuse.attention([q, k, v], [*q.shape[:3], k.shape[2]], text, "reference")
+        return out
+
+    compiled = torch.compile(program, backend=counter, dynamic=True, fullgraph=True)
+    for length in (37, 20):
+        operands = [t[:, :, :length].clone().requires_grad_() for t in made.operands]
+        torch.testing.assert_close(gradients(compiled, operands), gradients(program, operands), rtol=1e-5, atol=1e-5)
+    assert counter.frame_count == 1
+
+
+def test_the_graph_of_training_holds_the_two_plain_ops() -> None:
+    made, seen = CASES["plain"]("float32"), set[str]()
+
+    def compiler(gm: torch.fx.GraphModule, example_inputs: Any) -> Any:
+        seen.update(str(n.target) for n in gm.graph.nodes if "fuse" in str(n.target))
+        return make_boxed_func(gm.forward)
+
+    backend = aot_autograd(fw_compiler=compiler, bw_compiler=compiler)
+    gradients(torch.compile(lambda *operands: attention(made, list(operands)), backend=backend), trained(made))
+    assert seen == {"fuse.attention_forward.default", "fuse.attention_backward.default"}
+
+
+def test_forward_and_backward_pass_opcheck() -> None:
+    made = CASES["dense_additive"]("float32")
+    text = made.spec.to_json()
+    forward, backward = torch.ops.fuse.attention_forward.default, torch.ops.fuse.attention_backward.default
+    torch.library.opcheck(forward, (made.operands, made.sizes, text, "reference"))
+    out, lse = forward(made.operands, made.sizes, text, "reference")
+    wanted = [True, False, True, True]
+    torch.library.opcheck(backward, (out, made.operands, made.sizes, out, lse, text, "reference", wanted))
+
+
+def test_a_second_backward_over_a_retained_graph_gives_the_same() -> None:
     made = CASES["plain"]("float32")
-    made.operands[0].requires_grad_()
+    operands = trained(made)
+    out = attention(made, operands)
+    first = torch.autograd.grad(out.sum(), operands, retain_graph=True)
+    torch.testing.assert_close(torch.autograd.grad(out.sum(), operands), first, rtol=0, atol=0)
 
-    def program(*operands: torch.Tensor) -> torch.Tensor:
-        return attention(made, list(operands))
 
-    with pytest.raises(Exception, match="has no gradient"):
-        torch.compile(program, backend=backend)(*made.operands)
-    with torch.no_grad():
-        made.check(program(*made.operands))
+def test_a_second_derivative_says_what_to_do() -> None:
+    made = CASES["plain"]("float32")
+    operands = trained(made)
+    (grad,) = torch.autograd.grad(attention(made, operands).square().sum(), operands[:1], create_graph=True)
+    with pytest.raises(SecondDerivative, match="FUSE_DISABLE=1"):
+        grad.sum().backward()
+
+
+def test_gradients_that_are_broadcast_reach_the_kernel() -> None:
+    made = CASES["plain"]("float32")
+    operands = trained(made)
+    shape = made.spec.out_shape(made.sizes)
+    found = torch.autograd.grad(attention(made, operands), operands, torch.ones(()).expand(shape))
+    exact = reference.attention_backward(made.spec, torch.ones(shape).double(), operands, made.sizes, [True] * 3)
+    torch.testing.assert_close(list(found), [g.float() for g in exact], rtol=1e-4, atol=1e-5)
 
 
 def test_inference_mode_and_autocast_leave_the_operands_as_they_are() -> None:

@@ -68,7 +68,7 @@ def kernel(spec: AttentionSpec, target: str) -> Kernel:
 
 
 Forward = Callable[[Sequence[Tensor], Sequence[int]], tuple[Tensor, Tensor]]
-# (grad_out, operands, sizes, out, lse) → one gradient for each wanted operand, shaped as it and in its dtype
+# (grad_out of any strides, operands, sizes, out, lse) → gradients of the wanted operands, each laid out as empty_like of it
 Backward = Callable[[Tensor, Sequence[Tensor], Sequence[int], Tensor, Tensor], list[Tensor]]
 
 
