@@ -190,7 +190,7 @@ class Writer:
                 f"{args[0].spread(inner)} >> {shift}" if node.op == "floordiv" else f"{args[0].spread(inner)} & {2**shift - 1}"
             )
             return _fit(low, inner, kind)
-        text = _operation(node.op, [a.spread(inner) for a in args], lanes=True)
+        text = infix_or_call(node.op, [a.spread(inner) for a in args])
         if node.op in COMPARISONS:
             return f"narrow({text})" if inner == "long" else text
         return text if kind == "bool" else _fit(text, inner, kind)
@@ -202,7 +202,7 @@ def _fit(text: str, have: str, want: str) -> str:
     return f"narrow({text})" if want == "int" else f"widen_int({text})"
 
 
-def _operation(op: str, args: list[str], lanes: bool) -> str:
+def infix_or_call(op: str, args: list[str]) -> str:
     if op in _INFIX:
         return f"{args[0]} {_INFIX[op]} {args[1]}"
     if op in _BITWISE:
@@ -225,7 +225,7 @@ def _scalar(node: Apply, args: list[str]) -> str:
         if node.dtype in FLOATS:
             return f"R({args[0]})"
         return f"{args[0]} != 0" if node.dtype == "bool" else f"int64_t({C_TYPES[node.dtype]}({args[0]}))"
-    return _operation(node.op, args, lanes=False)
+    return infix_or_call(node.op, args)
 
 
 def _cast_lanes(node: Apply, arg: Value) -> str:

@@ -17,6 +17,7 @@ from fuse import expr
 from fuse.codegen import keys
 from fuse.codegen.cpp import C_TYPES, HALVES, MAX_LENGTH, Body, Stage, Value, Writer, scalar_function
 from fuse.codegen.example import example
+from fuse.codegen.ranges import Ranges, ranges_of
 from fuse.expr import Apply, Const, Expr, Load, Prob, Score
 from fuse.planner import Plan
 from fuse.spec import AttentionSpec
@@ -162,7 +163,6 @@ def render(spec: AttentionSpec, plan: Plan) -> str:
     mask = spec.mask
     visible, factor = peel(spec.score if mask is None else mask.visible)
     residual = None if mask is None or mask.residual is None or _true(mask.residual) else mask.residual
-    per_key = residual is not None and "q" not in expr.axes(residual)
     programs = [source.program("score_full", "Every entry is visible.", visible)]
     if mask is not None:
         predicate = residual if residual is not None else expr.const(True, "bool")
@@ -179,7 +179,7 @@ def render(spec: AttentionSpec, plan: Plan) -> str:
         "query": source.access("query", spec.query), "key": source.access("key", spec.key),
         "value": source.access("value", spec.value), "out_ctype": C_TYPES[spec.out_dtype],
         "bounds": _bound_functions(source), "residual": residual is not None,
-        "key_visible": source.function(residual) if per_key and residual is not None else "",
+        "ranges": ranges_of(residual, source.writer, source.count) if residual is not None else Ranges(),
         "programs": programs, "weight": weight, "extra_logits": extra_logits, "exact": threshold is not None,
         "threshold": repr(threshold), "factor": repr(factor), "empty_row": spec.empty_row,
         "stage_count": max(len(p.stages) for p in [*programs, weight]), "site": source.site, "rows": source.rows,

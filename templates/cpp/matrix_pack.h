@@ -6,10 +6,10 @@ constexpr int PAIRS = round_up(D, Matrix::kDepth) / 2, VALUE_COLS = round_up(DV,
 
 struct Packed {
     uint32_t *key, *value;
-    const uint8_t* tiles;  // per tile of BK keys, whether its keys are visible at all
+    const KeyRanges* tiles;  // one for each tile of BK keys
 
     static int64_t bytes(int64_t key_tiles) { return key_tiles * BK * (PAIRS + VALUE_COLS / 2) * sizeof(uint32_t); }
-    Packed(char* slot, int64_t key_tiles, const uint8_t* tiles) : key((uint32_t*)slot), value(key + key_tiles * BK * PAIRS), tiles(tiles) {}
+    Packed(char* slot, int64_t key_tiles, const KeyRanges* tiles) : key((uint32_t*)slot), value(key + key_tiles * BK * PAIRS), tiles(tiles) {}
 };
 
 // The weights of 32 keys are packed by one instruction (vpackusdw), which takes four from the first vector and four from

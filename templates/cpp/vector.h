@@ -4,6 +4,7 @@
 #include <stdint.h>
 #include <stdlib.h>
 #include <string.h>
+#include <new>
 #ifdef _OPENMP
 #include <omp.h>
 #endif
