@@ -255,6 +255,19 @@ def substitute(root: Expr, table: Mapping[Expr, Expr]) -> Expr:
     return rewrite(root, table.get)
 
 
+def renamed(root: Expr, axes: Mapping[str, str], operands: Mapping[int, int], symbols: Mapping[str, str]) -> Expr:
+    """``root`` under other names of its loop indices, operands and symbols; names that a mapping lacks stay."""
+
+    def rule(n: Expr) -> Expr | None:
+        if isinstance(n, Index):
+            return index(axes.get(n.axis, n.axis))
+        if isinstance(n, Load):
+            return Load(n.dtype, operands.get(n.operand, n.operand), n.coords)
+        return symbol(symbols.get(n.name, n.name)) if isinstance(n, Symbol) else None
+
+    return rewrite(root, rule)
+
+
 def axes(root: Expr) -> frozenset[str]:
     """The loop indices ``root`` depends on."""
     return frozenset(n.axis for n in walk(root) if isinstance(n, Index))

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from fuse.expr import walk
 from fuse.spec import AttentionSpec
+from fuse.tiles import TileMap
 
 # Lanes of 32 bits, and accumulators (rows x vectors) that leave registers for the operands: 32 registers or 16.
 _SHAPES = {"avx512": (16, 8, 3), "avx2": (8, 4, 3), "neon": (4, 8, 3), "sse": (4, 4, 2)}
@@ -50,9 +52,22 @@ def plan(spec: AttentionSpec, isa: str) -> Plan:
             width, rows, vectors = _MATRIX_SHAPES[isa]
             return Plan("matrix", isa, "float", width, vectors, rows, block_k=64, wave_bytes=2**20, few=4)
         isa = "avx512"
-    width, rows, vectors = _SHAPES[isa]
-    real, lanes = ("double", width // 2) if spec.lse_dtype == "float64" else ("float", width)
-    return Plan("lanes", isa, real, lanes, vectors, rows, block_k=128, few=4)
+    _, rows, vectors = _SHAPES[isa]
+    real, width = _lanes(isa, spec.lse_dtype == "float64")
+    return Plan("lanes", isa, real, width, vectors, rows, block_k=128, few=4)
+
+
+def plan_tile_map(spec: TileMap, isa: str) -> Plan:
+    """As ``plan``; a block is what is classified together."""
+    isa = "avx512" if isa in _MATRIX_SHAPES else isa
+    real, width = _lanes(isa, any(node.dtype == "float64" for node in walk(spec.predicate)))
+    return Plan("tile_map", isa, real, width, vectors=1, rows=1, block_k=512, thread_work=2**16)
+
+
+def _lanes(isa: str, double: bool) -> tuple[str, int]:
+    """The C type of reals, and how many of them a vector holds."""
+    width = _SHAPES[isa][0]
+    return ("double", width // 2) if double else ("float", width)
 
 
 def _is_bfloat16(spec: AttentionSpec) -> bool:

@@ -13,10 +13,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from fuse import tiles
 from fuse.expr import Expr, Load, Prob, Score, walk
 from fuse.frame import Frame, Range, dtype_of
 from fuse.gradient import Gradient, gradient
 from fuse.spec import AttentionSpec, InvalidSpec
+from fuse.tiles import TileMap
 
 # Scores computed at a time: 32 MB in float64, whatever the sequence length.
 BLOCK_ELEMENTS = 2**22
@@ -235,6 +237,20 @@ class _Backward:
 # ----------------------------------------------------------------------------------------------------------- masks
 
 
+def tile_map(spec: TileMap, operands: Sequence[Tensor], sizes: Sequence[int]) -> Tensor:
+    """The map, uint8 of shape ``spec.out_shape(sizes)``."""
+    batch, (q_len, kv_len) = sizes[: spec.batch], sizes[spec.batch : spec.batch + 2]
+    symbols = dict(zip(spec.symbols, sizes, strict=True))
+    out = torch.empty(spec.out_shape(sizes), dtype=torch.uint8, device=operands[0].device)
+    for row in range(0, q_len, tiles.ROWS):
+        extents = {f"b{i}": (0, n) for i, n in enumerate(batch)} | {"q": (row, min(row + tiles.ROWS, q_len)), "k": (0, kv_len)}
+        seen = Frame.over(extents, symbols, operands, exact=False).evaluate(spec.predicate, {})
+        seen = seen.expand(*(stop - start for start, stop in extents.values()))
+        cells = [cell.flatten(-2) for cell in seen.split(tiles.KEYS, -1)]
+        out[..., row // tiles.ROWS, :] = torch.stack([c.any(-1).byte() + c.all(-1).byte() for c in cells], -1)
+    return out
+
+
 def check_mask(spec: AttentionSpec, operands: Sequence[Tensor], sizes: Sequence[int]) -> None:
     """Raises InvalidSpec unless ``spec.mask`` says the truth about ``spec.score`` on these operands."""
     if spec.mask is None:
@@ -257,6 +273,10 @@ def check_mask(spec: AttentionSpec, operands: Sequence[Tensor], sizes: Sequence[
             _require(bool((limit.diff(dim=-2) >= 0).all()), f"{name} decreases with q")
             claimed = claimed & (position >= limit if name == "lower" else position < limit)
     _require(torch.equal(predicate, claimed), "predicate is not lower <= k < upper and residual")
+    if mask.tiles is not None and mask.residual is not None:
+        seen, cell = entries(mask.residual), site.entries(mask.tiles, rows, {})
+        _require(not bool((seen & (cell == tiles.EMPTY)).any()), "a tile that is said to be empty is not")
+        _require(bool((seen | (cell != tiles.FULL)).all()), "a tile that is said to be full is not")
 
 
 def _require(holds: bool, what: str) -> None:

@@ -52,6 +52,7 @@ class Mask:
     upper       one past the largest such k (likewise), None: kv_len
     residual    what, beside lower <= k < upper, ``predicate`` still asks for; None: nothing
     fill        largest score a masked entry can have: -inf, or a large negative number
+    tiles       reads a TileMap of ``residual`` at the cell of (q, k); None where there is none
     """
 
     predicate: Expr
@@ -60,6 +61,7 @@ class Mask:
     upper: Expr | None
     residual: Expr | None
     fill: float
+    tiles: Load | None = None
 
 
 @dataclass(frozen=True)
@@ -129,8 +131,10 @@ class AttentionSpec:
     def mapped(self, f: Callable[[Expr], Expr]) -> AttentionSpec:
         """The spec with f applied to every expression."""
         m = self.mask
-        bound = [x and f(x) for x in (m.lower, m.upper, m.residual)] if m else []
-        mask = Mask(f(m.predicate), f(m.visible), bound[0], bound[1], bound[2], m.fill) if m else None
+        mask = m and Mask(
+            f(m.predicate), f(m.visible), m.lower and f(m.lower), m.upper and f(m.upper), m.residual and f(m.residual), m.fill,
+            m.tiles and _as_load(f(m.tiles)),
+        )  # fmt: skip
         query, key, value = (_as_load(f(x)) for x in (self.query, self.key, self.value))
         return dataclasses.replace(
             self, query=query, key=key, value=value, score=f(self.score), mask=mask, weight=f(self.weight),
@@ -146,7 +150,7 @@ class AttentionSpec:
         if self.mask is not None:
             m = self.mask
             found |= {"mask.predicate": m.predicate, "mask.visible": m.visible, "mask.lower": m.lower,
-                      "mask.upper": m.upper, "mask.residual": m.residual}  # fmt: skip
+                      "mask.upper": m.upper, "mask.residual": m.residual, "mask.tiles": m.tiles}  # fmt: skip
         return {name: x for name, x in found.items() if x is not None}
 
     def to_json(self) -> str:
@@ -168,8 +172,9 @@ class AttentionSpec:
         mask = None
         if data["fill"] is not None:
             get = roots.get
+            tiles = None if (found := get("mask.tiles")) is None else _as_load(found)
             mask = Mask(roots["mask.predicate"], roots["mask.visible"], get("mask.lower"), get("mask.upper"),
-                        get("mask.residual"), float.fromhex(data["fill"]))  # fmt: skip
+                        get("mask.residual"), float.fromhex(data["fill"]), tiles)  # fmt: skip
         query, key, value = (_as_load(roots[name]) for name in ("query", "key", "value"))
         extra_logits = tuple(roots[f"extra_logits.{i}"] for i in range(sum(n.startswith("extra_logits.") for n in roots)))
         return AttentionSpec(
@@ -181,7 +186,7 @@ class AttentionSpec:
 
 def _as_load(node: Expr) -> Load:
     if not isinstance(node, Load):
-        raise InvalidSpec(f"query, key and value must be loads, not {node}")
+        raise InvalidSpec(f"query, key, value and the map of tiles must be loads, not {node}")
     return node
 
 
@@ -211,7 +216,7 @@ def verify(spec: AttentionSpec) -> None:
 
 def _verify_types(spec: AttentionSpec) -> None:
     allowed = {"mask.predicate": ("bool",), "mask.residual": ("bool",), "mask.lower": ("int64",), "mask.upper": ("int64",),
-               "mask.visible": (spec.score.dtype,)}  # fmt: skip
+               "mask.visible": (spec.score.dtype,), "mask.tiles": ("uint8",)}  # fmt: skip
     for name, root in spec.roots().items():
         types = allowed.get(name, expr.FLOATS)
         if root.dtype not in types:

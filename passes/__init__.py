@@ -7,18 +7,20 @@ lift        one element of the result as mathematics: an AttentionSpec, or a rea
 masks       the predicate is separated from the score and bounded in closed form
 tables      functions of the distance between query and key are computed once for each distance
 layout      the order of the result in memory, from its consumer
+tiles       what an opaque mask lets be seen of each tile, computed once in the graph
 replace     one fuse::attention in the place of each root; what nothing uses any more is removed
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Mapping
+from collections.abc import Hashable, Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
 from torch.fx import Graph, GraphModule, Node
 
+import fuse.map_op  # noqa: F401  registers fuse::tile_map
 import fuse.op  # noqa: F401  registers fuse::attention
 from fuse.expr import to_text
 from fuse.options import Options
@@ -30,6 +32,7 @@ from fuse.passes.lift import Lifted, lift
 from fuse.passes.masks import recover_mask
 from fuse.passes.replace import Replacement, insert, live_nodes, remove, unread_nodes
 from fuse.passes.tables import tabulated
+from fuse.passes.tiles import with_tile_map
 from fuse.passes.trace import Trace, trace
 from fuse.reasons import (
     Declined,
@@ -102,11 +105,12 @@ def _fuse_sites(graph: Graph, target: str, kept: set[Node]) -> list[Site]:
         return []
     sites: list[Site] = []
     found: list[_Found] = []
+    shared: dict[Hashable, Node] = {}
     for candidate, traced in _traces(graph, candidates, state_of):
         try:
             if isinstance(traced, Declined):
                 raise traced
-            found.append(_lift_candidate(graph, candidate, traced, state_of, target))
+            found.append(_lift_candidate(graph, candidate, traced, state_of, target, shared))
         except Declined as d:
             if not isinstance(d.reason, (NotSoftmax, NoScoreProduct)):
                 sites.append(_declined(candidate, d.reason))
@@ -134,7 +138,14 @@ def _trace_slices(graph: Graph, candidates: list[Candidate], state_of: Mapping[N
         return d
 
 
-def _lift_candidate(graph: Graph, candidate: Candidate, traced: Trace, state_of: Mapping[Node, State], target: str) -> _Found:
+def _lift_candidate(
+    graph: Graph,
+    candidate: Candidate,
+    traced: Trace,
+    state_of: Mapping[Node, State],
+    target: str,
+    shared: dict[Hashable, Node],
+) -> _Found:
     declined: Declined | None = None
     for root in reversed(candidate.roots):
         try:
@@ -144,7 +155,8 @@ def _lift_candidate(graph: Graph, candidate: Candidate, traced: Trace, state_of:
             continue
         _check_state(candidate, root, state_of)
         lifted = keys_innermost(tabulated(dataclasses.replace(lifted, spec=recover_mask(lifted.spec))))
-        return _Found(candidate, lifted, insert(graph, root, lifted, traced, target), lifted.scores.origin)
+        lifted = with_tile_map(lifted, traced, target)
+        return _Found(candidate, lifted, insert(graph, root, lifted, traced, target, shared), lifted.scores.origin)
     assert declined is not None
     raise declined
 

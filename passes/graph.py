@@ -124,6 +124,14 @@ def storage_of(node: Node) -> int | None:
         return None
 
 
+def is_state(node: Node) -> bool:
+    """Is this a buffer or parameter, which the graph does not write?"""
+    path = str(getattr(getattr(node, "_dynamo_source", None), "name", "") or "")
+    storage = storage_of(node)
+    written = {storage_of(w) for n in node.graph.nodes for w in writes(n)}
+    return ("_buffers" in path or "_parameters" in path) and storage is not None and storage not in written
+
+
 def location(node: Node) -> str:
     """ "file.py:line" of the innermost user frame, or "" where Dynamo kept none."""
     frames = _FRAME.findall(node.meta.get("stack_trace") or node.stack_trace or "")

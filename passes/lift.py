@@ -7,7 +7,7 @@ by its mathematics. Everything else that the element depends on becomes an opera
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import sympy
@@ -266,8 +266,8 @@ class _Lift:
         symbols = _named_sizes(sizes, len(batch))
         others = [s for s in expr.symbols(*roots) if s not in symbols]
         symbols |= {s: f"n{i}" for i, s in enumerate(others)}  # torch numbers its symbols anew with each recompile
-        rename = _Renaming(names, {old: new for new, old in enumerate(used)}, symbols)
-        renamed = [rename.apply(root) for root in roots]
+        numbers = {old: new for new, old in enumerate(used)}
+        renamed = [expr.renamed(root, names, numbers, symbols) for root in roots]
         query, key, value = (_supported(x) for x in renamed[:3])
         score, weight, *extra_logits = renamed[3:]
         leaves = tuple(self.r.leaves[i] for i in used)
@@ -283,27 +283,6 @@ class _Lift:
         out_dims = tuple(order.index(x) for x in self.axes)
         all_sizes = (*sizes, *(self.r.symbols[s] for s in others))
         return Lifted(spec, leaves, all_sizes, out_dims, scores)
-
-
-@dataclass(frozen=True)
-class _Renaming:
-    """Loop indices, operand numbers and sizes under the names that specs use."""
-
-    axes: Mapping[str, str]
-    operands: Mapping[int, int]
-    symbols: Mapping[str, str]
-
-    def apply(self, root: Expr) -> Expr:
-        def rule(n: Expr) -> Expr | None:
-            if isinstance(n, expr.Index):
-                return expr.index(self.axes[n.axis])
-            if isinstance(n, Load):
-                return Load(n.dtype, self.operands[n.operand], n.coords)
-            if isinstance(n, expr.Symbol) and n.name in self.symbols:
-                return expr.symbol(self.symbols[n.name])
-            return None
-
-        return expr.rewrite(root, rule)
 
 
 def _named_sizes(sizes: Sequence[Index], batch: int) -> dict[str, str]:

@@ -13,7 +13,7 @@ import jinja2
 import torch
 
 import fuse.templates
-from fuse import expr
+from fuse import expr, tiles
 from fuse.codegen import keys
 from fuse.codegen.cpp import C_TYPES, HALVES, MAX_LENGTH, Body, Stage, Value, Writer, scalar_function
 from fuse.codegen.example import example
@@ -163,6 +163,7 @@ def render(spec: AttentionSpec, plan: Plan) -> str:
     mask = spec.mask
     visible, factor = peel(spec.score if mask is None else mask.visible)
     residual = None if mask is None or mask.residual is None or _true(mask.residual) else mask.residual
+    tile_map = None if mask is None or mask.tiles is None else source.access("tile_map", mask.tiles)
     programs = [source.program("score_full", "Every entry is visible.", visible)]
     if mask is not None:
         predicate = residual if residual is not None else expr.const(True, "bool")
@@ -179,7 +180,9 @@ def render(spec: AttentionSpec, plan: Plan) -> str:
         "query": source.access("query", spec.query), "key": source.access("key", spec.key),
         "value": source.access("value", spec.value), "out_ctype": C_TYPES[spec.out_dtype],
         "bounds": _bound_functions(source), "residual": residual is not None,
-        "ranges": ranges_of(residual, source.writer, source.count) if residual is not None else Ranges(),
+        "tile_map": tile_map,
+        "map_rows": tiles.ROWS, "map_keys": tiles.KEYS,
+        "ranges": Ranges() if residual is None or tile_map is not None else ranges_of(residual, source.writer, source.count),
         "programs": programs, "weight": weight, "extra_logits": extra_logits, "exact": threshold is not None,
         "threshold": repr(threshold), "factor": repr(factor), "empty_row": spec.empty_row,
         "stage_count": max(len(p.stages) for p in [*programs, weight]), "site": source.site, "rows": source.rows,
@@ -187,7 +190,7 @@ def render(spec: AttentionSpec, plan: Plan) -> str:
     }  # fmt: skip
     if plan.core == "matrix":
         context |= _matrix_context(source, visible, residual, threshold)
-    return _environment().get_template(f"cpp/forward_{plan.core}.cpp.jinja").render(context)
+    return environment().get_template(f"cpp/forward_{plan.core}.cpp.jinja").render(context)
 
 
 def _matrix_context(source: Source, visible: Expr, residual: Expr | None, threshold: float | None) -> dict[str, object]:
@@ -223,11 +226,14 @@ def header(spec: AttentionSpec, plan: Plan) -> str:
         f"softmax over k of {spec.score}" + (f"  (joined by {logits[2:]})" if logits else ""),
         *mask,
         f"spec  {spec.to_json()}",
-        f"plan  {plan}",
-        f"made by torch-fuse {_version()}, torch {torch.__version__}",
+        *origin(plan),
         "alone: c++ -std=c++17 -O3 -march=native -w -fopenmp -DFUSE_STANDALONE <this file> -o kernel && ./kernel [threads]",
     ]
     return "\n".join(f"// {line}" for line in lines)
+
+
+def origin(plan: Plan) -> list[str]:
+    return [f"plan  {plan}", f"made by torch-fuse {_version()}, torch {torch.__version__}"]
 
 
 @cache
@@ -239,7 +245,7 @@ def _version() -> str:
 
 
 @cache
-def _environment() -> jinja2.Environment:
+def environment() -> jinja2.Environment:
     folder = Path(fuse.templates.__path__[0])
     return jinja2.Environment(
         loader=jinja2.FileSystemLoader(folder), undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True,

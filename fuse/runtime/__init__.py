@@ -7,17 +7,19 @@ import threading
 import warnings
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 from torch import Tensor
 
-from fuse import reference
+from fuse import kept, reference, tiles
 from fuse.runtime.cache import builds
-from fuse.runtime.cpp import BuildFailed, CppKernel, build
+from fuse.runtime.cpp import BuildFailed, CppKernel, CppTileMap, build, build_tile_map
 from fuse.spec import AttentionSpec
+from fuse.tiles import TileMap
 
-__all__ = ["Kernel", "backward_kernel", "builds", "forward_kernel", "kernel", "prepare", "reset"]
+__all__ = ["Kernel", "backward_kernel", "builds", "forward_kernel", "kernel", "map_kernel", "prepare", "reset"]
 
 
 class Kernel(Protocol):
@@ -49,8 +51,11 @@ class ReferenceKernel:
         return reference.attention_with_lse(self._spec, operands, sizes, "eager")
 
 
-_Key = tuple[AttentionSpec, str]
-_kernels: dict[_Key, Future[Kernel]] = {}
+S = TypeVar("S")
+K = TypeVar("K")
+MapKernel = Callable[[Sequence[Tensor], Sequence[int]], Tensor]
+_kernels: dict[tuple[AttentionSpec, str], Future[Kernel]] = {}
+_map_kernels: dict[tuple[TileMap, str], Future[MapKernel]] = {}
 _lock = threading.Lock()
 _pool: ThreadPoolExecutor | None = None
 _warned = False
@@ -61,7 +66,7 @@ def kernel(spec: AttentionSpec, target: str) -> Kernel:
 
     target  "cpp" or "auto", or "reference"
     """
-    made = _future(spec, target).result()
+    made = _begun(_kernels, (spec, target), _make).result()
     if isinstance(made, ReferenceKernel) and made.reason:
         _warn(made.reason)
     return made
@@ -86,27 +91,45 @@ def backward_kernel(spec: AttentionSpec, target: str, wanted: tuple[bool, ...]) 
     return run
 
 
+def map_kernel(spec: TileMap, target: str) -> MapKernel:
+    """What computes a map of tiles; never fails, as ``kernel``."""
+    return _begun(_map_kernels, (spec, target), _make_map).result()
+
+
 def prepare(specs: Iterable[AttentionSpec], target: str) -> None:
     """Starts building the kernels of ``specs`` in parallel and returns at once."""
     for spec in specs:
-        _future(spec, target)
+        _begun(_kernels, (spec, target), _make)
+        if spec.mask is not None and spec.mask.tiles is not None and (use := tiles.map_of(spec)) is not None:
+            _begun(_map_kernels, (use.tile_map, target), _make_map)
 
 
 def reset() -> None:
     """Forgets loaded kernels; what is on disk stays."""
-    global _kernels, _pool, _lock, _warned
-    _kernels, _pool, _lock, _warned = {}, None, threading.Lock(), False
+    global _pool, _lock, _warned
+    _kernels.clear()
+    _map_kernels.clear()
+    kept.reset()
+    _pool, _lock, _warned = None, threading.Lock(), False
 
 
-def _future(spec: AttentionSpec, target: str) -> Future[Kernel]:
+def _begun(futures: dict[tuple[S, str], Future[K]], key: tuple[S, str], make: Callable[[S, str], K]) -> Future[K]:
     global _pool
     with _lock:
-        key = (spec, target)
-        if key not in _kernels:
+        if key not in futures:
             if _pool is None:
                 _pool = ThreadPoolExecutor(max_workers=os.cpu_count(), thread_name_prefix="fuse-build")
-            _kernels[key] = _pool.submit(_make, spec, target)
-        return _kernels[key]
+            futures[key] = _pool.submit(make, *key)
+        return futures[key]
+
+
+def _make_map(spec: TileMap, target: str) -> MapKernel:
+    if target != "reference":
+        try:
+            return CppTileMap(spec, build_tile_map(spec))
+        except (BuildFailed, OSError):
+            pass  # the site's own kernel fails likewise, and warns
+    return partial(reference.tile_map, spec)
 
 
 def _make(spec: AttentionSpec, target: str) -> Kernel:

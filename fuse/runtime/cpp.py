@@ -19,10 +19,12 @@ from torch import Tensor
 
 from fuse import planner, reference
 from fuse.codegen import render
+from fuse.codegen.tile_map import render_tile_map
 from fuse.options import settings
 from fuse.runtime import cpu
 from fuse.runtime.cache import Entry, entry, write_atomically
 from fuse.spec import AttentionSpec
+from fuse.tiles import TileMap
 
 GET_COMPILER = (
     "Install g++ or clang++ (Debian, Ubuntu: apt install g++; Fedora: dnf install gcc-c++; macOS: xcode-select --install; "
@@ -72,10 +74,18 @@ def _cpu() -> str:
 def build(spec: AttentionSpec, isa: str | None = None) -> Entry:
     """The built kernel of ``spec``, from the cache if it is there. Raises BuildFailed."""
     plan = planner.plan(spec, isa or instruction_set())
-    command = (*compiler(), *_FLAGS, *_ISA_FLAGS[plan.isa])
-    name = f"attention_{spec.out_dtype}_{spec.qk_dim}x{spec.v_dim}_{plan.isa}"
-    source = _dumped(name, render.render(spec, plan))
-    return entry("cpp", name, ".cpp", source, _depends(command), partial(_compile, command))
+    return _build(f"attention_{spec.out_dtype}_{spec.qk_dim}x{spec.v_dim}_{plan.isa}", plan.isa, render.render(spec, plan))
+
+
+def build_tile_map(spec: TileMap, isa: str | None = None) -> Entry:
+    """As ``build``, the kernel of a map."""
+    plan = planner.plan_tile_map(spec, isa or instruction_set())
+    return _build(f"tile_map_{plan.isa}", plan.isa, render_tile_map(spec, plan))
+
+
+def _build(name: str, isa: str, source: str) -> Entry:
+    command = (*compiler(), *_FLAGS, *_ISA_FLAGS[isa])
+    return entry("cpp", name, ".cpp", _dumped(name, source), _depends(command), partial(_compile, command))
 
 
 def _depends(command: tuple[str, ...]) -> str:
@@ -113,34 +123,19 @@ def _dumped(name: str, source: str) -> str:
     return path.read_text()
 
 
-class CppKernel:
-    """A loaded kernel. One packed array of int64 carries the call: decoding it costs the kernel nothing."""
+class _Loaded:
+    """A loaded library. One packed array of int64 carries the call: decoding it costs the kernel nothing."""
 
-    def __init__(self, spec: AttentionSpec, built: Entry) -> None:
-        self.source = built.source
+    def __init__(self, spec: AttentionSpec | TileMap, built: Entry) -> None:
         self._spec = spec
-        self._dtype: torch.dtype = getattr(torch, spec.out_dtype)
-        self._lse_dtype: torch.dtype = getattr(torch, spec.lse_dtype)
         self._run = getattr(ctypes.CDLL(str(built.binary)), render.ENTRY)
         self._run.argtypes, self._run.restype = (ctypes.c_char_p,), ctypes.c_int
         count = 3 + spec.batch + 2 + len(spec.symbols) + sum(1 + 2 * o.rank for o in spec.operands)
         self._pack = struct.Struct(f"{count}q").pack
 
-    def __call__(self, operands: Sequence[Tensor], sizes: Sequence[int]) -> Tensor:
-        """``operands`` as the spec numbers them, ``sizes`` as ``spec.symbols``; the result has ``spec.out_strides``."""
-        out = self._attend(operands, sizes, None)
-        return reference.attention(self._spec, operands, sizes, "eager") if out is None else out
-
-    def forward(self, operands: Sequence[Tensor], sizes: Sequence[int]) -> tuple[Tensor, Tensor]:
-        """The result, and the log-sum-exp of its rows, which the backward kernel reads: see fuse.gradient."""
-        lse = torch.empty(self._spec.lse_shape(sizes), dtype=self._lse_dtype)
-        out = self._attend(operands, sizes, lse)
-        return reference.attention_with_lse(self._spec, operands, sizes, "eager") if out is None else (out, lse)
-
-    def _attend(self, operands: Sequence[Tensor], sizes: Sequence[int], lse: Tensor | None) -> Tensor | None:
-        """The result; None where a length exceeds the kernel's 32-bit positions, MAX_LENGTH."""
-        shape, strides = self._spec.out_shape(sizes), self._spec.out_strides(sizes)
-        out = torch.empty_strided(shape, strides, dtype=self._dtype)
+    def run(self, out: Tensor, lse: Tensor | None, operands: Sequence[Tensor], sizes: Sequence[int]) -> bool:
+        """Fills ``out`` and ``lse``; False where a length exceeds the kernel's 32-bit positions, MAX_LENGTH."""
+        strides = self._spec.out_strides(sizes)
         arguments = [torch.get_num_threads(), out.data_ptr(), 0 if lse is None else lse.data_ptr(), *strides, *sizes]
         for tensor in operands:
             arguments.append(tensor.data_ptr())
@@ -149,4 +144,41 @@ class CppKernel:
         code = self._run(self._pack(*arguments))
         if code > 1:
             raise RuntimeError({2: "out of memory"}.get(code, f"kernel error {code}"))
-        return None if code else out
+        return not code
+
+
+class CppKernel:
+    """A loaded kernel of an attention spec."""
+
+    def __init__(self, spec: AttentionSpec, built: Entry) -> None:
+        self.source = built.source
+        self._spec = spec
+        self._dtype: torch.dtype = getattr(torch, spec.out_dtype)
+        self._lse_dtype: torch.dtype = getattr(torch, spec.lse_dtype)
+        self._loaded = _Loaded(spec, built)
+
+    def __call__(self, operands: Sequence[Tensor], sizes: Sequence[int]) -> Tensor:
+        """``operands`` as the spec numbers them, ``sizes`` as ``spec.symbols``; the result has ``spec.out_strides``."""
+        out = torch.empty_strided(self._spec.out_shape(sizes), self._spec.out_strides(sizes), dtype=self._dtype)
+        done = self._loaded.run(out, None, operands, sizes)
+        return out if done else reference.attention(self._spec, operands, sizes, "eager")
+
+    def forward(self, operands: Sequence[Tensor], sizes: Sequence[int]) -> tuple[Tensor, Tensor]:
+        """The result, and the log-sum-exp of its rows, which the backward kernel reads: see fuse.gradient."""
+        out = torch.empty_strided(self._spec.out_shape(sizes), self._spec.out_strides(sizes), dtype=self._dtype)
+        lse = torch.empty(self._spec.lse_shape(sizes), dtype=self._lse_dtype)
+        done = self._loaded.run(out, lse, operands, sizes)
+        return (out, lse) if done else reference.attention_with_lse(self._spec, operands, sizes, "eager")
+
+
+class CppTileMap:
+    """A loaded kernel of a TileMap; called as a CppKernel is."""
+
+    def __init__(self, spec: TileMap, built: Entry) -> None:
+        self.source = built.source
+        self._spec = spec
+        self._loaded = _Loaded(spec, built)
+
+    def __call__(self, operands: Sequence[Tensor], sizes: Sequence[int]) -> Tensor:
+        out = torch.empty(self._spec.out_shape(sizes), dtype=torch.uint8)
+        return out if self._loaded.run(out, None, operands, sizes) else reference.tile_map(self._spec, operands, sizes)
