@@ -20,7 +20,7 @@ from dataclasses import dataclass
 import torch
 from torch.fx import Graph, GraphModule, Node
 
-import fuse.map_op  # noqa: F401  registers fuse::tile_map
+import fuse.map_op
 import fuse.op  # noqa: F401  registers fuse::attention
 from fuse.expr import to_text
 from fuse.options import Options

@@ -20,6 +20,7 @@ def render_tile_map(spec: TileMap, plan: Plan) -> str:
         "header": "\n".join(f"// {line}" for line in lines), "plan": plan, "entry": ENTRY, "max_length": MAX_LENGTH,
         "batch": spec.batch, "symbols": spec.symbols, "batch_sizes": [f"B{i}" for i in range(spec.batch)],
         "ranks": [o.rank for o in spec.operands], "key_programs": [key_program(site, [0], "Visible", "1 where seen.", shown)],
-        "site": site, "rows": tiles.ROWS, "keys": tiles.KEYS, "empty": tiles.EMPTY, "partial": tiles.PARTIAL, "full": tiles.FULL,
+        "site": site, "rows": tiles.ROWS, "keys": tiles.KEYS,
+        "empty": tiles.EMPTY, "partial": tiles.PARTIAL, "full": tiles.FULL,
     }  # fmt: skip
     return environment().get_template("cpp/tile_map.cpp.jinja").render(context)
