@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from fuse import expr, reference
+from fuse import expr, reference, tiles
 from fuse.expr import COMPARISONS, Expr, Load, Prob, Score, const, index, symbol
 from fuse.spec import AttentionSpec, Mask, Operand, verify
 
@@ -124,6 +124,18 @@ def hide(
     bounded = lower is not None or upper is not None
     residual = residual if bounded else predicate
     return op("where", predicate, s, const(fill, s.dtype)), Mask(predicate, s, lower, upper, residual, fill)
+
+
+def mapped(made: Problem) -> Problem:
+    """With a map of the residual's tiles as last operand."""
+    use, mask = tiles.map_of(made.spec), made.spec.mask
+    assert use is not None and mask is not None
+    sizes = dict(zip(made.spec.symbols, made.sizes, strict=True))
+    cells = reference.tile_map(use.tile_map, [made.operands[i] for i in use.operands], [sizes[n] for n in use.symbols])
+    operands = (*made.spec.operands, Operand(cells.dim(), "uint8"))
+    spec = replace(made.spec, mask=replace(mask, tiles=use.load), operands=operands)
+    verify(spec)
+    return Problem(spec, [*made.operands, cells], made.sizes)
 
 
 Case = Callable[[str], Problem]
@@ -375,6 +387,41 @@ def documents(dtype: str) -> Problem:
 def dense_bool(dtype: str) -> Problem:
     keep = rand(2, 1, 37, 37) > -0.5
     return problem(dtype, keep, score=lambda s: hide(s, load(keep, 3, B0, const(0), Q, K)))
+
+
+@case
+def documents_in_any_order(dtype: str) -> Problem:
+    """Longer than tiles; half of the sequence is sorted."""
+    ids = torch.cat((torch.arange(300) // 70, torch.randint(5, (200,), generator=torch.Generator().manual_seed(0)))).expand(
+        2, 500
+    )
+    return problem(dtype, ids, q_len=500, score=lambda s: hide(s, op("eq", load(ids, 3, B0, Q), load(ids, 3, B0, K))))
+
+
+@case
+def block_diagonal_or_first_keys(dtype: str) -> Problem:
+    same = op("eq", op("floordiv", Q, 90), op("floordiv", K, 90))
+    return problem(dtype, q_len=400, score=lambda s: hide(s, op("or", same, op("lt", K, 3))))
+
+
+@case
+def mapped_bool(dtype: str) -> Problem:
+    """A map of tiles, one for all heads; some rows see nothing."""
+    keep = torch.ones(2, 300, 300, dtype=torch.bool).tril()
+    keep[0, 100:140], keep[1, :, 64:128], keep[1, 290, 200:] = False, False, True
+    return mapped(problem(dtype, keep, q_len=300, score=lambda s: hide(s, load(keep, 3, B0, Q, K))))
+
+
+@case
+def mapped_bool_with_lowest_fill_below_the_diagonal(dtype: str) -> Problem:
+    keep = rand(300, 300) > 2
+    predicate = both(op("le", K, Q), load(keep, 3, Q, K))
+    return mapped(
+        problem(
+            dtype, keep, q_len=300,
+            score=lambda s: hide(s, predicate, LOWEST[dtype], upper=op("add", Q, 1), residual=load(keep, 3, Q, K)),
+        )
+    )  # fmt: skip
 
 
 @case
