@@ -287,7 +287,7 @@ def contains(root: Expr, kind: type[Expr]) -> bool:
 
 # --------------------------------------------------------------------------------------------------------- as text
 
-_INFIX = {
+INFIX = {
     "add": "+", "sub": "-", "mul": "*", "div": "/", "pow": "**", "floordiv": "//", "mod": "%", "eq": "==", "ne": "!=",
     "lt": "<", "le": "<=", "gt": ">", "ge": ">=", "and": "and", "or": "or", "xor": "^",
 }  # fmt: skip
@@ -318,14 +318,14 @@ def _show_apply(n: Apply, show: Callable[[Expr], str]) -> str:
     if n.op == "cast":
         floats = n.dtype in FLOATS and n.operands[0].dtype in FLOATS
         return show(n.operands[0]) if floats else f"{n.dtype}({_bare(n.operands[0], show(n.operands[0]))})"
-    if n.op in _INFIX:
-        return f"({show(n.operands[0])} {_INFIX[n.op]} {show(n.operands[1])})"
+    if n.op in INFIX:
+        return f"({show(n.operands[0])} {INFIX[n.op]} {show(n.operands[1])})"
     return f"{n.op}({', '.join(_bare(a, show(a)) for a in n.operands)})"
 
 
 def _bare(node: Expr, text: str) -> str:
     """The text of an argument or of a whole expression, which needs no parentheses."""
-    return text[1:-1] if isinstance(node, Apply) and node.op in _INFIX else text
+    return text[1:-1] if isinstance(node, Apply) and node.op in INFIX else text
 
 
 # --------------------------------------------------------------------------------------------------------- as JSON

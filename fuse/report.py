@@ -12,8 +12,10 @@ from typing import Any
 import torch
 from torch.fx import GraphModule, Node
 
-from fuse import backend
+from fuse import backend, planner
+from fuse.coverage import Coverage, coverage
 from fuse.options import resolve
+from fuse.runtime.cpp import instruction_set
 from fuse.site import Site
 
 # An analysis shares Dynamo's code cache with the user's compiled functions but none of its entries.
@@ -111,10 +113,30 @@ class Group:
     def details(self) -> list[tuple[str, str]]:
         """What there is to say below the line of the table: (name, text)."""
         site, reason = self.site, self.site.reason
-        found = [("score", site.formula), *((f"{target} kernel", str(path)) for target, path in site.kernels.items())]
+        found = [
+            ("score", site.formula),
+            ("skipped", _skipped_text(site)),
+            *((f"{target} kernel", str(path)) for target, path in site.kernels.items()),
+        ]
         if reason is not None:
             found += [("why not", f"{reason.name}: {reason}"), ("to fuse it", reason.unblock)]
         return [(name, text) for name, text in found if text]
+
+
+def skipped(site: Site) -> Coverage | None:
+    """The share of tiles that the site's kernel on this machine skips, for the sizes that were compiled; None without mask."""
+    if site.spec is None or site.spec.mask is None:
+        return None
+    plan = planner.plan(site.spec, instruction_set())
+    return coverage(site.spec, site.sizes, plan.vectors * plan.width, plan.block_k)
+
+
+def _skipped_text(site: Site) -> str:
+    found = skipped(site)
+    if site.spec is None or found is None:
+        return ""
+    sizes = dict(zip(site.spec.symbols, site.sizes, strict=True))
+    return f"{found} ({sizes['q_len']} queries, {sizes['kv_len']} keys)"
 
 
 def merge_paths(paths: Sequence[str]) -> str:
@@ -166,10 +188,11 @@ def _table(groups: Sequence[Group]) -> list[str]:
 
 
 def _as_data(site: Site) -> dict[str, Any]:
-    reason = site.reason
+    reason, share = site.reason, skipped(site)
     return {
         "fused": site.fused, "where": site.where, "module": site.module, "formula": site.formula, "mask": site.mask,
         "reason": None if reason is None else {"name": reason.name, "text": str(reason), "unblock": reason.unblock},
+        "skipped": None if share is None else {"share": share.skipped, "exact": share.exact},
         "kernels": {target: str(path) for target, path in site.kernels.items()},
         "spec": None if site.spec is None else json.loads(site.spec.to_json()),
     }  # fmt: skip

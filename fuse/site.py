@@ -17,8 +17,9 @@ class Site:
     reason    why it was left as it is; None where it is fused
     where     "file.py:line" of the user's source
     module    path of the module in the model, "model.layers.0.self_attn", or ""
-    formula   the score in words of the spec
+    formula   the score in the user's terms
     mask      the predicate that was recovered: "k <= q"; "" where there is none
+    sizes     the values of spec.symbols in the call that was compiled; 0 for one that only the data tell
     names     operand number → what the graph calls the tensor
     kernels   target → generated source, filled in when kernels are built
     """
@@ -30,5 +31,6 @@ class Site:
     formula: str = ""
     mask: str = ""
     spec: AttentionSpec | None = None
+    sizes: tuple[int, ...] = ()
     names: dict[int, str] = field(default_factory=dict)
     kernels: dict[str, Path] = field(default_factory=dict)

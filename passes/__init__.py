@@ -22,7 +22,6 @@ from torch.fx import Graph, GraphModule, Node
 
 import fuse.map_op
 import fuse.op  # noqa: F401  registers fuse::attention
-from fuse.expr import to_text
 from fuse.options import Options
 from fuse.passes.expand import expand
 from fuse.passes.find import Candidate, find
@@ -33,7 +32,7 @@ from fuse.passes.masks import recover_mask
 from fuse.passes.replace import Replacement, insert, live_nodes, remove, unread_nodes
 from fuse.passes.tables import tabulated
 from fuse.passes.tiles import with_tile_map
-from fuse.passes.trace import Trace, trace
+from fuse.passes.trace import Trace, size_hint, trace
 from fuse.reasons import (
     Declined,
     GradientsNeeded,
@@ -45,6 +44,7 @@ from fuse.reasons import (
     StateChanges,
 )  # fmt: skip
 from fuse.site import Site
+from fuse.wording import mask_text, score_text
 
 # Higher-order operations whose bodies are ordinary code that runs as written.
 _BODIES = ("checkpoint", "invoke_subgraph", "wrap", "cond")
@@ -213,8 +213,9 @@ def _user_of(found: _Found, live: set[Node], slices: set[Node]) -> str:
 def _fused(f: _Found) -> Site:
     spec, root = f.replacement.spec, f.replacement.root
     names = {i: user_name(n) for i, n in enumerate(f.replacement.leaves)}
-    mask = to_text(spec.mask.predicate, names) if spec.mask else ""
-    return Site(True, None, location(root), module_path(root), to_text(spec.score, names), mask, spec, names)
+    mask = mask_text(spec.mask.predicate, names) if spec.mask else ""
+    sizes = tuple(size_hint(n, f.lifted.leaves[0]) for n in f.lifted.sizes)
+    return Site(True, None, location(root), module_path(root), score_text(spec.score, names), mask, spec, sizes, names)
 
 
 def _declined(candidate: Candidate, reason: Reason) -> Site:

@@ -27,6 +27,7 @@ _OPERATOR_WRITES = {
     "ior",
     "ixor",
 }
+MADE = "made by fuse"  # marks nodes that are no part of the user's program
 _FRAME = re.compile(r'File "(.*)", line (\d+), in (\S+)')
 
 
@@ -139,14 +140,20 @@ def location(node: Node) -> str:
 
 
 def user_name(node: Node) -> str:
-    """What the user's code calls the tensor: "attention_mask" for L['kwargs']['attention_mask']."""
-    while operator_name(node) == "clone" and isinstance(node.args[0], Node):
-        node = node.args[0]
+    """What the user's code calls the tensor, or what it was made of: "attention_mask" for L['kwargs']['attention_mask']."""
+    made = [node]
+    while made:
+        node = made.pop()
+        if not (MADE in node.meta or operator_name(node) == "clone"):
+            break
+        made += reversed(node.all_input_nodes)
+    if MADE in node.meta:
+        return "table"
     source = getattr(node, "_dynamo_source", None)
     path = str(getattr(source, "name", "") or "")
     words = re.findall(r"\w+", path)
     named = [w for w in words if not w.isdigit() and w not in ("L", "_parameters", "_buffers", "_modules")]
-    return named[-1] if named else node.name
+    return ".".join(named[-2:] if named[-1] in ("weight", "bias") else named[-1:]) if named else node.name
 
 
 def module_path(node: Node) -> str:

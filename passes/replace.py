@@ -14,14 +14,13 @@ from torch.utils._sympy.functions import CleanDiv, FloorDiv
 
 from fuse.index import Index
 from fuse.passes.elements import as_index
-from fuse.passes.graph import location, operator_name, storage_of, tensor_of, writes
+from fuse.passes.graph import MADE, location, operator_name, storage_of, tensor_of, writes
 from fuse.passes.layout import memory_order
 from fuse.passes.lift import Lifted
 from fuse.passes.trace import Trace, Value
 from fuse.reasons import Declined, Mutated, NotTraceable, UnsupportedShape
 from fuse.spec import AttentionSpec, verify
 
-_SHARED = "shared by fuse"  # marks nodes that further sites may read
 _RANDOM = ("rand", "dropout", "bernoulli", "normal", "multinomial", "uniform", "exponential")
 
 
@@ -178,11 +177,11 @@ class _Emitter:
         """The call, or the same one before: sites that read the same table share it, and nobody writes what is made here."""
         alike: Iterable[Node] = self.graph.find_nodes(op="call_function", target=target, sort=False)
         for node in alike:
-            same = node.meta.get(_SHARED) and node.args == args and node.kwargs == kwargs
+            same = node.meta.get(MADE) and node.args == args and node.kwargs == kwargs
             if same and self.order.get(node, -1) < self.order[self.root]:
                 return node
         node = self._new(target, args, kwargs)
-        node.meta[_SHARED] = True
+        node.meta[MADE] = True
         return node
 
     def _new(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Node:

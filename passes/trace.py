@@ -145,6 +145,12 @@ def as_size(n: sympy.Expr, near: Value) -> IntLike:
     return int(n) if n.is_Integer or shapes is None else shapes.create_symintnode(n, hint=None)
 
 
+def size_hint(n: sympy.Expr, near: Value) -> int:
+    """A size in the call that is being compiled; 0 where that is only known after running the graph."""
+    size = as_size(n, near)
+    return size if isinstance(size, int) else int(size.node.hint or 0)
+
+
 def _mode_of(value: Value) -> FakeTensorMode:
     assert isinstance(value.meta, FakeTensor)
     return value.meta.fake_mode

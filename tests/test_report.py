@@ -14,7 +14,7 @@ from torch import Tensor, nn
 import fuse
 from fuse import passes
 from fuse.reasons import DropoutActive
-from fuse.report import Report, merge_paths
+from fuse.report import Report, merge_paths, skipped
 from fuse.site import Site
 
 
@@ -146,6 +146,26 @@ def test_a_site_names_the_line_the_formula_and_the_mask_of_the_user() -> None:
     assert site.fused and site.where == f"test_report.py:{line}"
     assert site.mask == "k <= q" and "score * 0.25" in site.formula
     assert site.kernels == {}  # explained, not built
+
+
+def packed(q: Tensor, k: Tensor, v: Tensor, document: Tensor) -> Tensor:
+    i = torch.arange(q.shape[-2])
+    seen = (i <= i[:, None]) & (i[:, None] - i < 1024) & (document[:, None] == document)
+    return (q @ k.mT).masked_fill(~seen, -1e9).softmax(-1) @ v
+
+
+def test_a_report_gives_the_predicate_in_the_user_s_terms_and_the_share_of_tiles_skipped(tmp_path: Path) -> None:
+    x = torch.randn(1, 2048, 16)
+    with torch.no_grad():
+        causal = fuse.explain(attention, x, x, x)
+        documents = fuse.explain(packed, x, x, x, torch.arange(2048) // 512)
+    assert documents.sites[0].mask == "k <= q and q - k < 1024 and document[q] == document[k]"
+    share = skipped(causal.sites[0])
+    assert share is not None and 0.4 < share.skipped < 0.5 and share.exact
+    assert f"skipped     {100 * share.skipped:.0f} % of the tiles (2048 queries, 2048 keys)" in str(causal)
+    assert json.loads(causal.to_json())["sites"][0]["skipped"] == {"share": share.skipped, "exact": True}
+    assert f"{100 * share.skipped:.0f} % of the tiles" in causal.to_html(tmp_path / "report.html").read_text()
+    assert "of the tiles, more depends on the data" in str(documents)
 
 
 def test_a_site_that_is_declined_is_in_the_report_with_its_reason() -> None:

@@ -21,9 +21,9 @@ BATCH, LENGTH, HEADS, KV_HEADS, HEAD_DIM = 2, 77, 6, 2, 16
 HIDDEN, INNER, VOCABULARY, POSITIONS = HEADS * HEAD_DIM, 112, 101, 128
 
 NO_MASK = ""
-PADDING = "attention_mask[b0, k] != 0"
+PADDING = "attention_mask[k] != 0"
 CAUSAL = "k <= q"
-CAUSAL_PADDING = f"({CAUSAL}) and ({PADDING})"
+CAUSAL_PADDING = f"{CAUSAL} and {PADDING}"
 
 
 @dataclass(frozen=True)

@@ -25,7 +25,7 @@ from models import (
 )
 
 WINDOW = 20
-CAUSAL_WINDOW = f"(k > (q - {WINDOW})) and (k <= q)"
+CAUSAL_WINDOW = f"q - k < {WINDOW} and k <= q"
 
 
 def llama_like(attention: str, **more: Any) -> dict[str, Any]:
@@ -71,7 +71,7 @@ def opt(attention: str) -> tuple[nn.Module, Inputs]:
     return hf.OPTModel(config), text("left")
 
 
-@model("BLOOM", sites=2, masks=("(k <= q) and (attention_mask[(b0 // 6), k] != 0)",), implementations=EAGER_ONLY)
+@model("BLOOM", sites=2, masks=(CAUSAL_PADDING,), implementations=EAGER_ONLY)
 def bloom(attention: str) -> tuple[nn.Module, Inputs]:
     """ALiBi over positions that count real tokens only."""
     config = hf.BloomConfig(vocab_size=VOCABULARY, hidden_size=HIDDEN, n_layer=2, n_head=HEADS, attn_implementation=attention)
@@ -138,7 +138,7 @@ def qwen3_moe(attention: str) -> tuple[nn.Module, Inputs]:
     return hf.Qwen3MoeModel(hf.Qwen3MoeConfig(**config)), text("right")
 
 
-@model("Gemma2", sites=2, masks=(f"({CAUSAL_WINDOW}) and ({PADDING})", CAUSAL_PADDING))
+@model("Gemma2", sites=2, masks=(f"{CAUSAL_WINDOW} and {PADDING}", CAUSAL_PADDING))
 def gemma2(attention: str) -> tuple[nn.Module, Inputs]:
     """Soft-capped scores; a layer with a window, and one without."""
     config = llama_like(
@@ -148,7 +148,7 @@ def gemma2(attention: str) -> tuple[nn.Module, Inputs]:
     return hf.Gemma2Model(hf.Gemma2Config(**config)), text("left")
 
 
-@model("GPT-OSS", sites=2, masks=(f"({CAUSAL_WINDOW}) and ({PADDING})", CAUSAL_PADDING), implementations=EAGER_ONLY)
+@model("GPT-OSS", sites=2, masks=(f"{CAUSAL_WINDOW} and {PADDING}", CAUSAL_PADDING), implementations=EAGER_ONLY)
 def gpt_oss(attention: str) -> tuple[nn.Module, Inputs]:
     """A sink for each head takes part in the softmax; a layer with a window, and one without."""
     config = llama_like(

@@ -60,7 +60,7 @@ def distilbert(attention: str) -> tuple[nn.Module, Inputs]:
 @model(
     "DeBERTa-v2",
     sites=2,
-    masks=("(attention_mask[(b0 // 6), k] * attention_mask[(b0 // 6), q]) != 0",),
+    masks=("attention_mask[k] * attention_mask[q] != 0",),
     implementations=EAGER_ONLY,
 )
 def deberta_v2(attention: str) -> tuple[nn.Module, Inputs]:
@@ -81,7 +81,7 @@ def xlnet(attention: str) -> tuple[nn.Module, Inputs]:
     return hf.XLNetModel(config), text("left")
 
 
-@model("ModernBERT", sites=3, masks=(PADDING, f"(abs(q - k) <= 12) and ({PADDING})"))
+@model("ModernBERT", sites=3, masks=(PADDING, f"abs(q - k) <= 12 and {PADDING}"))
 def modernbert(attention: str) -> tuple[nn.Module, Inputs]:
     """A layer that sees all, two with a window to both sides."""
     config = bert_like(attention, num_hidden_layers=3, local_attention=24, pad_token_id=0)
