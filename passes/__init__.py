@@ -14,7 +14,7 @@ replace     one fuse::attention in the place of each root; what nothing uses any
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Hashable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -105,12 +105,11 @@ def _fuse_sites(graph: Graph, target: str, kept: set[Node]) -> list[Site]:
         return []
     sites: list[Site] = []
     found: list[_Found] = []
-    shared: dict[Hashable, Node] = {}
     for candidate, traced in _traces(graph, candidates, state_of):
         try:
             if isinstance(traced, Declined):
                 raise traced
-            found.append(_lift_candidate(graph, candidate, traced, state_of, target, shared))
+            found.append(_lift_candidate(graph, candidate, traced, state_of, target))
         except Declined as d:
             if not isinstance(d.reason, (NotSoftmax, NoScoreProduct)):
                 sites.append(_declined(candidate, d.reason))
@@ -144,7 +143,6 @@ def _lift_candidate(
     traced: Trace,
     state_of: Mapping[Node, State],
     target: str,
-    shared: dict[Hashable, Node],
 ) -> _Found:
     declined: Declined | None = None
     for root in reversed(candidate.roots):
@@ -156,7 +154,7 @@ def _lift_candidate(
         _check_state(candidate, root, state_of)
         lifted = keys_innermost(tabulated(dataclasses.replace(lifted, spec=recover_mask(lifted.spec))))
         lifted = with_tile_map(lifted, traced, target)
-        return _Found(candidate, lifted, insert(graph, root, lifted, traced, target, shared), lifted.scores.origin)
+        return _Found(candidate, lifted, insert(graph, root, lifted, traced, target), lifted.scores.origin)
     assert declined is not None
     raise declined
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Hashable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -35,14 +35,11 @@ class Replacement:
     leaves: tuple[Node, ...]
 
 
-def insert(graph: Graph, root: Node, lifted: Lifted, trace: Trace, target: str, shared: dict[Hashable, Node]) -> Replacement:
-    """Emits the op before ``root``; nothing uses it yet. Raises Declined, and leaves the graph as it was, if it cannot.
-
-    shared  what was emitted for other sites of the graph, which this one may read too
-    """
+def insert(graph: Graph, root: Node, lifted: Lifted, trace: Trace, target: str) -> Replacement:
+    """Emits the op before ``root``; nothing uses it yet. Raises Declined, and leaves the graph as it was, if it cannot."""
     spec = replace(lifted.spec, out_order=tuple(lifted.out_dims[d] for d in memory_order(root)))
     verify(spec)
-    emitter = _Emitter(graph, root, trace, lifted.scores.origin, shared)
+    emitter = _Emitter(graph, root, trace, lifted.scores.origin)
     with graph.inserting_before(root):
         try:
             leaves = tuple(emitter.tensor(v) for v in lifted.leaves)
@@ -63,7 +60,7 @@ def insert(graph: Graph, root: Node, lifted: Lifted, trace: Trace, target: str, 
 class _Emitter:
     """Values of the trace as nodes before the root: existing ones where they hold the value, new ATen calls else."""
 
-    def __init__(self, graph: Graph, root: Node, trace: Trace, scores: Node | None, shared: dict[Hashable, Node]) -> None:
+    def __init__(self, graph: Graph, root: Node, trace: Trace, scores: Node | None) -> None:
         self.graph = graph
         self.root = root
         self.trace = trace
@@ -71,7 +68,6 @@ class _Emitter:
         self.of_scores = _reached_from(scores)
         self.order = {n: i for i, n in enumerate(graph.nodes)}
         self.made: dict[Value, Node] = {}
-        self.shared = shared
         self.new: list[Node] = []
 
     def tensor(self, value: Value) -> Node:
@@ -104,25 +100,6 @@ class _Emitter:
             return self._call(torch.full, ((), value.literal), {"dtype": value.meta.dtype, "device": value.meta.device})
         if value.op is None:
             raise Declined(NotTraceable("a tensor that the graph does not hold"))
-        key = self._formula(value)
-        node = self.shared.get(key)
-        if node is None or self.order.get(node, len(self.order)) > self.order[self.root]:
-            node = self.shared[key] = self._call_of(value)
-        return node
-
-    def _formula(self, x: Any) -> Hashable:
-        """How a value comes from what the graph holds: the same for equal computations."""
-        if isinstance(x, Value):
-            held = x.op is None or x in self.trace.node_of
-            return x if held else (x.op, x.output, self._formula(x.args), self._formula(dict(x.kwargs)))
-        if isinstance(x, (tuple, list)):
-            return tuple(map(self._formula, x))
-        if isinstance(x, dict):
-            return tuple((k, self._formula(v)) for k, v in sorted(x.items()))
-        return as_index(x) if isinstance(x, torch.SymInt) else (type(x), x)
-
-    def _call_of(self, value: Value) -> Node:
-        assert value.op is not None
         args, kwargs = self._arguments(value.args), self._arguments(dict(value.kwargs))
         node = self._call(value.op, args, kwargs)
         if len(value.op._schema.returns) > 1 or "[]" in str(value.op._schema.returns[0].type):
@@ -177,8 +154,8 @@ class _Emitter:
         """The call, or the same one before: sites that read the same table share it, and nobody writes what is made here."""
         alike: Iterable[Node] = self.graph.find_nodes(op="call_function", target=target, sort=False)
         for node in alike:
-            same = node.meta.get(MADE) and node.args == args and node.kwargs == kwargs
-            if same and self.order.get(node, -1) < self.order[self.root]:
+            same = repr((node.args, dict(node.kwargs))) == repr((args, kwargs))  # tells 1 from True and from 1.0
+            if MADE in node.meta and same and self.order.get(node, -1) < self.order[self.root]:
                 return node
         node = self._new(target, args, kwargs)
         node.meta[MADE] = True
@@ -190,8 +167,6 @@ class _Emitter:
         return node
 
     def undo(self) -> None:
-        for key in [key for key, node in self.shared.items() if node in self.new]:
-            del self.shared[key]
         for node in reversed(self.new):
             self.graph.erase_node(node)
 
