@@ -20,8 +20,8 @@ from models.weights import redraw
 Outputs = list[Tensor]
 
 # Both results carry the rounding errors of the same layers; what differs is their draw. Over some ten thousand elements
-# the root mean squares of two draws agree to a few percent, and the second layer amplifies the difference.
-MARGIN = 1.25
+# the root mean squares of two draws agree to a few percent: the largest ratio in the table of test_inference.py is 1.04.
+MARGIN = 1.05
 
 
 @dataclass(frozen=True)
