@@ -99,6 +99,15 @@ def gradient(spec: AttentionSpec, wanted: tuple[bool, ...]) -> Gradient:
     return Gradient(spec, wanted, score, visible, _of_leaf(spec.weight, Prob), tuple(_terms(spec, wanted)))
 
 
+@cache
+def differentiable(spec: AttentionSpec) -> tuple[bool, ...]:
+    """For each operand whether a gradient reaches it: what only decides a condition has none."""
+    floats = tuple(o.dtype in FLOATS for o in spec.operands)
+    reached = {spec.query.operand, spec.key.operand, spec.value.operand}
+    reached |= {term.load.operand for term in gradient(spec, floats).terms}
+    return tuple(i in reached for i in range(len(floats)))
+
+
 def _of_leaf(root: Expr, kind: type[Expr]) -> Expr:
     """The derivative by the one leaf of ``kind``, zero where there is none."""
     leaves = [n for n in expr.walk(root) if isinstance(n, kind)]

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from fuse.errors import SecondDerivative
+from fuse.gradient import differentiable
 from fuse.spec import AttentionSpec, IntLike
 
 # Kernels take any strides: a copy into another layout would cost and gain nothing.
@@ -33,6 +34,11 @@ for _schema in (
 @cache
 def parsed(text: str) -> AttentionSpec:
     return AttentionSpec.from_json(text)
+
+
+@cache
+def _differentiable(text: str) -> tuple[bool, ...]:
+    return differentiable(parsed(text))
 
 
 # --------------------------------------------------------------------------------------------------------- kernels
@@ -120,7 +126,7 @@ class _Attention(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
         (out, lse, *operands), (sizes, spec, target) = ctx.saved_tensors, ctx.call
-        wanted = ctx.needs_input_grad[3:]
+        wanted = [w and d for w, d in zip(ctx.needs_input_grad[3:], _differentiable(spec), strict=True)]
         grads = iter(torch.ops.fuse.attention_backward.default(grad_out, operands, sizes, out, lse, spec, target, wanted))
         return (None, None, None, *(next(grads) if w else None for w in wanted))
 
@@ -145,7 +151,7 @@ class _Last(torch.autograd.Function):
 def _attention_autograd(operands: list[Tensor], sizes: list[int], spec: str, target: str) -> Tensor:
     """Runs eagerly and while AOTAutograd traces."""
     result: Tensor
-    if torch.is_grad_enabled() and any(t.requires_grad for t in operands):
+    if torch.is_grad_enabled() and any(t.requires_grad and d for t, d in zip(operands, _differentiable(spec), strict=True)):
         result = _Attention.apply(sizes, spec, target, *operands)  # type: ignore[no-untyped-call]
         return result
     with torch._C._AutoDispatchBelowAutograd():

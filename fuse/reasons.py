@@ -32,14 +32,9 @@ class Declined(Exception):
         self.reason = reason
 
 
-class GradientsNeeded(Reason):
-    message = "gradients are needed through {detail}, and fused sites have no backward yet"
-    unblock = "run inference under torch.no_grad() or torch.inference_mode()"
-
-
-class DropoutActive(Reason):
-    message = "dropout with p={detail} acts on the probabilities"
-    unblock = "call model.eval(), or set the attention dropout to 0"
+class RandomNumbers(Reason):
+    message = "random numbers are drawn in a way that cannot be drawn again in the backward pass: {detail}"
+    unblock = "use dropout, rand or bernoulli with torch's own generator, behind the softmax"
 
 
 class ProbabilitiesUsed(Reason):

@@ -22,6 +22,7 @@ class Site:
     sizes     the values of spec.symbols in the call that was compiled; 0 for one that only the data tell
     names     operand number → what the graph calls the tensor
     kernels   target → generated source, filled in when kernels are built
+    wanted    for each operand whether training asks for its gradient
     """
 
     fused: bool
@@ -34,3 +35,4 @@ class Site:
     sizes: tuple[int, ...] = ()
     names: dict[int, str] = field(default_factory=dict)
     kernels: dict[str, Path] = field(default_factory=dict)
+    wanted: tuple[bool, ...] = ()

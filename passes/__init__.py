@@ -25,17 +25,16 @@ import fuse.op  # noqa: F401  registers fuse::attention
 from fuse.options import Options
 from fuse.passes.expand import expand
 from fuse.passes.find import Candidate, find
-from fuse.passes.graph import State, location, module_path, operator_name, states, tensor_of, user_name
+from fuse.passes.graph import State, location, module_path, operator_name, states, user_name
 from fuse.passes.layout import keys_innermost
 from fuse.passes.lift import Lifted, lift
 from fuse.passes.masks import recover_mask
 from fuse.passes.replace import Replacement, insert, live_nodes, remove, unread_nodes
 from fuse.passes.tables import tabulated
 from fuse.passes.tiles import with_tile_map
-from fuse.passes.trace import Trace, size_hint, trace
+from fuse.passes.trace import Seed, Trace, size_hint, trace
 from fuse.reasons import (
     Declined,
-    GradientsNeeded,
     InternalError,
     NoScoreProduct,
     NotSoftmax,
@@ -55,7 +54,12 @@ class _Found:
     candidate: Candidate
     lifted: Lifted
     replacement: Replacement
-    scores: Node | None
+
+    @property
+    def consumed(self) -> set[Node]:
+        """The nodes that nothing else may need: the scores, and what draws random numbers, which are now others."""
+        drawn = {leaf.origin for leaf in self.lifted.leaves if isinstance(leaf, Seed)}
+        return {n for n in {self.lifted.scores.origin, *drawn} if n is not None and n is not self.replacement.root}
 
 
 def run(gm: GraphModule, options: Options) -> list[Site]:
@@ -130,9 +134,8 @@ def _traces(
 def _trace_slices(graph: Graph, candidates: list[Candidate], state_of: Mapping[Node, State]) -> Trace | Declined:
     nodes = frozenset().union(*(c.nodes for c in candidates))
     inputs = frozenset().union(*(c.inputs for c in candidates)) - nodes
-    autocast = {n: state_of[n].autocast for n in nodes}
     try:
-        return trace([n for n in graph.nodes if n in nodes], [n for n in graph.nodes if n in inputs], autocast)
+        return trace([n for n in graph.nodes if n in nodes], [n for n in graph.nodes if n in inputs], state_of)
     except Declined as d:
         return d
 
@@ -154,30 +157,26 @@ def _lift_candidate(
         _check_state(candidate, root, state_of)
         lifted = keys_innermost(tabulated(dataclasses.replace(lifted, spec=recover_mask(lifted.spec))))
         lifted = with_tile_map(lifted, traced, target)
-        return _Found(candidate, lifted, insert(graph, root, lifted, traced, target), lifted.scores.origin)
+        return _Found(candidate, lifted, insert(graph, root, lifted, traced, target))
     assert declined is not None
     raise declined
 
 
 def _check_state(candidate: Candidate, root: Node, state_of: Mapping[Node, State]) -> None:
-    value = tensor_of(root)
-    if state_of[root].grad and value is not None and value.requires_grad:
-        raise Declined(GradientsNeeded(root.name))
     if state_of[candidate.anchor].level != state_of[root].level:
         raise Declined(StateChanges("the border of a functorch transform"))
 
 
 def _apply(graph: Graph, candidates: list[Candidate], found: list[_Found], kept_nodes: set[Node]) -> list[Site]:
     """Accepts the sites whose scores nothing else needs; takes the others back."""
-    emitted = {n for f in found for n in (f.replacement.call, f.replacement.result)}
+    emitted = {n for f in found for n in f.replacement.made}
     slices = set().union(*(c.nodes for c in candidates))
-    slices |= unread_nodes(graph, slices) - emitted - kept_nodes
+    slices |= (unread_nodes(graph, slices) - kept_nodes) | emitted
     accepted = list(found)
     while True:
         replaced = {f.replacement.root: f.replacement.result for f in accepted}
-        refused_calls = {f.replacement.call for f in found if f not in accepted}
-        live = live_nodes(graph, slices | refused_calls, replaced)
-        kept = [f for f in accepted if f.scores is None or f.scores is f.replacement.root or f.scores not in live]
+        live = live_nodes(graph, slices, replaced)
+        kept = [f for f in accepted if live.isdisjoint(f.consumed)]
         if len(kept) == len(accepted):
             break
         accepted = kept
@@ -188,9 +187,7 @@ def _apply(graph: Graph, candidates: list[Candidate], found: list[_Found], kept_
             sites.append(_fused(f))
         else:
             sites.append(_declined(f.candidate, ProbabilitiesUsed(_user_of(f, live, slices))))
-    dead = [n for n in graph.nodes if n in slices and n not in live]
-    unused = [n for f in found if f not in accepted for n in {f.replacement.result, f.replacement.call}]
-    remove(graph, [*dead, *unused])
+    remove(graph, [n for n in graph.nodes if n in slices and n not in live])
     graph.lint()
     return sites
 
@@ -198,7 +195,7 @@ def _apply(graph: Graph, candidates: list[Candidate], found: list[_Found], kept_
 def _user_of(found: _Found, live: set[Node], slices: set[Node]) -> str:
     """What else reads the scores or what was made of them: the first such node outside of the slices."""
     seen: set[Node] = set()
-    queue = [] if found.scores is None else [found.scores]
+    queue = list(found.consumed)
     while queue:
         node = queue.pop(0)
         if node in live and node not in slices:
@@ -213,7 +210,8 @@ def _fused(f: _Found) -> Site:
     names = {i: user_name(n) for i, n in enumerate(f.replacement.leaves)}
     mask = mask_text(spec.mask.predicate, names) if spec.mask else ""
     sizes = tuple(size_hint(n, f.lifted.leaves[0]) for n in f.lifted.sizes)
-    return Site(True, None, location(root), module_path(root), score_text(spec.score, names), mask, spec, sizes, names)
+    formula, wanted = score_text(spec.score, names), f.replacement.wanted
+    return Site(True, None, location(root), module_path(root), formula, mask, spec, sizes, names, wanted=wanted)
 
 
 def _declined(candidate: Candidate, reason: Reason) -> Site:

@@ -17,7 +17,7 @@ from fuse import expr
 from fuse.expr import Expr, Load, apply, const
 from fuse.index import Index, Space, linear, size_symbol
 from fuse.passes.trace import Value
-from fuse.reasons import Declined, DropoutActive, UnsupportedShape
+from fuse.reasons import Declined, RandomNumbers, UnsupportedShape
 from fuse.spec import AttentionSpec
 
 PRODUCTS = {"bmm", "mm", "baddbmm", "addmm"}
@@ -54,7 +54,19 @@ class Opaque(Expr):
         return op_name(self.value)
 
 
-Handler = Callable[["Reader", Value, tuple[Index, ...]], Expr]
+class Stopped(Opaque):
+    """An element through which no gradient flows, though what it is made of wants one: it is not looked into either."""
+
+    @property
+    def name(self) -> str:
+        return "detach"
+
+    def with_args(self, args: tuple[Expr, ...]) -> Expr:
+        return Stopped(self.dtype, self.value, args)
+
+
+Coords = tuple[Index, ...]
+Handler = Callable[["Reader", Value, Coords], Expr]
 HANDLERS: dict[str, Handler] = {}
 
 
@@ -97,6 +109,8 @@ class Reader:
     symbols   sizes by name, with what is known of their sign
     inner     the loop indices of the kernel's inner loops, once they are known: q, k, d, e
     held      values that the graph has a node for
+    stops     values at which gradients end; none where no gradient is wanted
+    seeds     values of random numbers, with what they are functions of
     """
 
     space: Space = field(default_factory=Space)
@@ -104,6 +118,8 @@ class Reader:
     symbols: dict[str, sympy.Symbol] = field(default_factory=dict)
     inner: set[sympy.Symbol] = field(default_factory=set)
     held: Container[Value] = ()
+    stops: Container[Value] = ()
+    seeds: dict[Value, Value] = field(default_factory=dict)
     views_only: bool = False
     _atoms: dict[Expr, sympy.Symbol] = field(default_factory=dict)
     _known: dict[tuple[Value, tuple[Index, ...], bool], Expr] = field(default_factory=dict)
@@ -127,9 +143,23 @@ class Reader:
             return const(value.literal, value.dtype)
         if value.op is None or (self.views_only and (not _is_view(value) or self._only_view_held(value))):
             return self.load(value, coords)
-        if torch.Tag.nondeterministic_seeded in value.op.tags:
-            raise Declined(DropoutActive(_drop_rate(value)))
+        if value in self.stops:
+            found = self.load if self.views_only else self._stopped
+            return found(value, coords)
+        return self._read(value, coords)
+
+    def _stopped(self, value: Value, coords: Sequence[Index]) -> Expr:
+        return Stopped(value.dtype, value, tuple(self.expression(c) for c in coords))
+
+    def behind(self, e: Expr) -> Expr:
+        """What a stopped element is made of: for what has no gradient in any case."""
+        return self._read(e.value, tuple(self.index(c) for c in e.coords)) if isinstance(e, Stopped) else e
+
+    def _read(self, value: Value, coords: Coords) -> Expr:
+        assert value.op is not None
         name = op_name(value)
+        if torch.Tag.nondeterministic_seeded in value.op.tags and name not in HANDLERS:
+            raise Declined(RandomNumbers(name))
         if name in PRODUCTS or name in REDUCTIONS:
             return Opaque(value.dtype, value, tuple(self.expression(c) for c in coords))
         handler = HANDLERS.get(name)
@@ -272,9 +302,3 @@ def _is_view(value: Value) -> bool:
         widened = {"bfloat16": ("float32", "float64"), "float16": ("float32", "float64"), "float32": ("float64",)}
         return value.dtype in (*widened.get(value.args[0].dtype, ()), value.args[0].dtype)
     return op_name(value) in VIEWS
-
-
-def _drop_rate(value: Value) -> str:
-    rates = [a for a in value.args if isinstance(a, float)]
-    kept = op_name(value) == "bernoulli"  # F.dropout draws which entries are kept
-    return f"{1 - rates[0] if kept else rates[0]:g}" if rates else "?"

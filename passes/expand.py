@@ -86,6 +86,7 @@ def _value(node: Node) -> Any:
 
 def _splice(graph: Graph, node: Node, body: Graph, inputs: list[Node]) -> Expansion:
     env = dict(zip((n for n in body.nodes if n.op == "placeholder"), inputs, strict=True))
+    flowing = any(x.requires_grad for x in pytree.tree_leaves(node.meta.get("example_value")) if isinstance(x, Tensor))
     made: list[Node] = []
     _drop_unread(node, body)
     following = node.next
@@ -95,9 +96,19 @@ def _splice(graph: Graph, node: Node, body: Graph, inputs: list[Node]) -> Expans
                 continue
             copy = graph.node_copy(n, lambda x: env[x])
             copy.meta = {k: v for k, v in node.meta.items() if k != "example_value"} | {"example_value": n.meta.get("val")}
+            if flowing:
+                _inherit_gradient(copy)
             env[n] = copy
             made.append(copy)
     return Expansion(node, tuple(made), tuple(_redirect(node, body.output_node().args[0], env)))
+
+
+def _inherit_gradient(node: Node) -> None:
+    """Tracing keeps values detached."""
+    value = tensor_of(node)
+    if value is not None and value.is_floating_point():
+        sources = (tensor_of(x) for x in node.all_input_nodes)
+        value.requires_grad_(any(x is not None and x.requires_grad for x in sources))
 
 
 def _drop_unread(node: Node, body: Graph) -> None:

@@ -17,6 +17,7 @@ from fuse import expr
 from fuse.expr import Apply, Expr, Load, Score, apply, const
 from fuse.index import Index, linear
 from fuse.passes import pointwise, views  # noqa: F401  the readers register themselves
+from fuse.passes.dropout import drawn_in, with_scaled_choices
 from fuse.passes.elements import PRODUCTS, Opaque, Reader, as_index, dims, op_name
 from fuse.passes.softmax import Late, Softmax, recognise
 from fuse.passes.trace import Trace, Value
@@ -25,6 +26,7 @@ from fuse.reasons import (
     NoScoreProduct,
     NotLinear,
     NotSoftmax,
+    RandomNumbers,
     ScoresUsed,
     UnsupportedShape,
     UnsupportedType,
@@ -68,7 +70,7 @@ def lift(root: Node, trace: Trace) -> Lifted:
         raise Declined(UnsupportedType(f"the result is {out.dtype}"))
     for _ in range(_SPECIALISATIONS):
         try:
-            return _Lift(Reader(held=trace.node_of), out).run()
+            return _Lift(Reader(held=trace.node_of, stops=trace.stops if out in trace.flowing else ()), out).run()
         except _Specialised:
             continue  # as a rule the sizes of the trace now show the number
     raise Declined(UnsupportedShape("a feature dimension is a formula of several sizes"))
@@ -261,7 +263,8 @@ class _Lift:
         batch = [x for x in self.axes if x not in (q, e)]
         names = {x.name: f"b{i}" for i, x in enumerate(batch)} | {q.name: "q", k.name: "k", d.name: "d", e.name: "e"}
         sizes = [space.sizes[x] for x in (*batch, q, k)]
-        roots = [*loads, score, self._loaded(softmax.weight), *map(self._loaded, softmax.extra_logits)]
+        weights = with_scaled_choices(self._loaded(softmax.weight))
+        roots = [*loads, score, weights, *map(self._loaded, softmax.extra_logits)]
         used = expr.operands(*roots)
         symbols = _named_sizes(sizes, len(batch))
         others = [s for s in expr.symbols(*roots) if s not in symbols]
@@ -270,6 +273,8 @@ class _Lift:
         renamed = [expr.renamed(root, names, numbers, symbols) for root in roots]
         query, key, value = (_supported(x) for x in renamed[:3])
         score, weight, *extra_logits = renamed[3:]
+        if drawn_in(score, *extra_logits):
+            raise Declined(RandomNumbers("a part of the scores"))
         leaves = tuple(self.r.leaves[i] for i in used)
         extra = tuple(symbols[s] for s in others)
         spec = AttentionSpec(

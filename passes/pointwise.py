@@ -11,10 +11,8 @@ import torch
 from fuse import expr
 from fuse.expr import Expr, apply, const
 from fuse.index import Index
-from fuse.passes.elements import Reader, arguments, as_index, dims, handles, op_name
+from fuse.passes.elements import Coords, Reader, arguments, as_index, dims, handles, op_name
 from fuse.passes.trace import Value
-
-Coords = tuple[Index, ...]
 
 SAME = {
     "neg": "neg", "abs": "abs", "exp": "exp", "exp2": "exp2", "log": "log", "log2": "log2", "log1p": "log1p",

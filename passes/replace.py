@@ -12,34 +12,43 @@ import torch
 from torch.fx import Graph, Node
 from torch.utils._sympy.functions import CleanDiv, FloorDiv
 
+from fuse.gradient import differentiable
 from fuse.index import Index
 from fuse.passes.elements import as_index
 from fuse.passes.graph import MADE, location, operator_name, storage_of, tensor_of, writes
 from fuse.passes.layout import memory_order
 from fuse.passes.lift import Lifted
-from fuse.passes.trace import Trace, Value
+from fuse.passes.trace import Seed, Trace, Value
 from fuse.reasons import Declined, Mutated, NotTraceable, UnsupportedShape
 from fuse.spec import AttentionSpec, verify
 
+_SEED_OF = "seed of fuse"  # marks the seed of what a node draws
 _RANDOM = ("rand", "dropout", "bernoulli", "normal", "multinomial", "uniform", "exponential")
 
 
 @dataclass(frozen=True)
 class Replacement:
-    """A root and the node that now stands for it, with the site's spec as it was emitted."""
+    """A root and the node that now stands for it, with the site's spec as it was emitted.
+
+    leaves  the nodes behind spec.operands
+    made    all nodes that were made for it, in order
+    wanted  for each operand whether it wants a gradient
+    """
 
     root: Node
-    call: Node
     result: Node
     spec: AttentionSpec
     leaves: tuple[Node, ...]
+    made: tuple[Node, ...]
+    wanted: tuple[bool, ...]
 
 
 def insert(graph: Graph, root: Node, lifted: Lifted, trace: Trace, target: str) -> Replacement:
     """Emits the op before ``root``; nothing uses it yet. Raises Declined, and leaves the graph as it was, if it cannot."""
     spec = replace(lifted.spec, out_order=tuple(lifted.out_dims[d] for d in memory_order(root)))
     verify(spec)
-    emitter = _Emitter(graph, root, trace, lifted.scores.origin)
+    flowing = trace.value_of[root] in trace.flowing
+    emitter = _Emitter(graph, root, trace, lifted.scores.origin, flowing)
     with graph.inserting_before(root):
         try:
             leaves = tuple(emitter.tensor(v) for v in lifted.leaves)
@@ -47,23 +56,27 @@ def insert(graph: Graph, root: Node, lifted: Lifted, trace: Trace, target: str) 
         except Declined:
             emitter.undo()
             raise
-        call = graph.call_function(torch.ops.fuse.attention.default, (list(leaves), sizes, spec.to_json(), target))
-        result = call
+        arguments = (list(leaves), sizes, spec.to_json(), target)
+        result = call = emitter.new_call(torch.ops.fuse.attention.default, arguments, {})
         if lifted.out_dims != tuple(range(len(lifted.out_dims))):
-            result = graph.call_function(torch.permute, (call, list(lifted.out_dims)))
+            result = emitter.new_call(torch.permute, (call, list(lifted.out_dims)), {})
+        if flowing and _may_be_written(graph, root):
+            result = emitter.new_call(torch.clone, (result,), {})
     for node in (call, result):
         node.meta.update({k: v for k, v in root.meta.items() if k in ("stack_trace", "nn_module_stack", "source_fn_stack")})
     result.meta["example_value"] = root.meta.get("example_value")
-    return Replacement(root, call, result, spec, leaves)
+    wanted = tuple(flowing and d and trace.flows(x) for x, d in zip(lifted.leaves, differentiable(spec), strict=True))
+    return Replacement(root, result, spec, leaves, tuple(emitter.new), wanted)
 
 
 class _Emitter:
     """Values of the trace as nodes before the root: existing ones where they hold the value, new ATen calls else."""
 
-    def __init__(self, graph: Graph, root: Node, trace: Trace, scores: Node | None) -> None:
+    def __init__(self, graph: Graph, root: Node, trace: Trace, scores: Node | None, flowing: bool) -> None:
         self.graph = graph
         self.root = root
         self.trace = trace
+        self.saves = flowing  # operands are kept for the backward pass, in which they must be what they were
         # What is computed from the scores, if only from their shape, would keep them alive
         self.of_scores = _reached_from(scores)
         self.order = {n: i for i, n in enumerate(graph.nodes)}
@@ -71,6 +84,8 @@ class _Emitter:
         self.new: list[Node] = []
 
     def tensor(self, value: Value) -> Node:
+        if isinstance(value, Seed):
+            return self._seed(value)
         if value not in self.made:
             node = self.trace.node_of.get(value)
             usable = node is not None and self.order[node] < self.order[self.root] and node not in self.of_scores
@@ -92,19 +107,33 @@ class _Emitter:
                 if max(r for r in readers if r < root) > at:
                     raise Declined(Mutated(node.name, location(writer)))
                 with self.graph.inserting_before(writer):
-                    return self._new(torch.clone, (node,), {})
+                    return self.new_call(torch.clone, (node,), {})
+            elif self.saves and at > root:
+                return self.new_call(torch.clone, (node,), {})
+        return node
+
+    def _seed(self, seed: Seed) -> Node:
+        """Drawn where the numbers were, once for all sites that read them."""
+        origin = seed.origin
+        assert origin is not None
+        before: Node = origin.prev
+        if before.meta.get(_SEED_OF) is origin:
+            return before
+        with self.graph.inserting_before(origin):
+            node = self.new_call(torch.randint, (2**63 - 1, (1,)), {"dtype": torch.int64, "device": seed.meta.device})
+        node.meta[_SEED_OF] = origin
         return node
 
     def _again(self, value: Value) -> Node:
         if value.literal is not None:
             return self._call(torch.full, ((), value.literal), {"dtype": value.meta.dtype, "device": value.meta.device})
-        if value.op is None:
+        if value.op is None or torch.Tag.nondeterministic_seeded in value.op.tags:
             raise Declined(NotTraceable("a tensor that the graph does not hold"))
         args, kwargs = self._arguments(value.args), self._arguments(dict(value.kwargs))
         node = self._call(value.op, args, kwargs)
         if len(value.op._schema.returns) > 1 or "[]" in str(value.op._schema.returns[0].type):
             node = self._call(operator.getitem, (node, value.output), {})
-        return node
+        return self._call(torch.detach, (node,), {}) if value in self.trace.stops else node
 
     def _arguments(self, x: Any) -> Any:
         if isinstance(x, Value):
@@ -157,11 +186,11 @@ class _Emitter:
             same = repr((node.args, dict(node.kwargs))) == repr((args, kwargs))  # tells 1 from True and from 1.0
             if MADE in node.meta and same and self.order.get(node, -1) < self.order[self.root]:
                 return node
-        node = self._new(target, args, kwargs)
+        node = self.new_call(target, args, kwargs)
         node.meta[MADE] = True
         return node
 
-    def _new(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Node:
+    def new_call(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Node:
         node = self.graph.call_function(target, args, kwargs)
         self.new.append(node)
         return node
@@ -169,6 +198,14 @@ class _Emitter:
     def undo(self) -> None:
         for node in reversed(self.new):
             self.graph.erase_node(node)
+
+
+def _may_be_written(graph: Graph, root: Node) -> bool:
+    """Whether somebody writes to the result or gets it to do so. The backward pass reads it, eager's does not."""
+    storage = storage_of(root)
+    if any(storage_of(written) == storage for n in graph.nodes for written in writes(n)):
+        return True
+    return any(storage_of(n) == storage for n in graph.output_node().all_input_nodes)
 
 
 def _difference(a: torch.SymInt, b: Index) -> int | None:

@@ -166,6 +166,7 @@ def _minus_maximum(r: Reader, e: Expr, at: Index, k: sympy.Symbol) -> Expr | Non
 
 def _reduces(r: Reader, m: Expr, x: Expr, at: Index, names: tuple[str, ...]) -> bool:
     """Is m the reduction, along one dimension, of the very tensor whose element at ``at`` is x?"""
+    m = _uncast(r.behind(m)) if names != ("logsumexp",) else m  # a maximum may be detached, a normaliser may not
     if not (isinstance(m, Opaque) and m.name in names and m.value.output == 0):
         return False
     inner = reduced_element(r, m, at)

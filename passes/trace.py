@@ -6,7 +6,7 @@ functional; every ATen call is recorded as a Value. Nothing of this is executed 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -19,7 +19,7 @@ from torch.fx import Node
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
-from fuse.passes.graph import Autocast, location, operator_name
+from fuse.passes.graph import Autocast, State, location, operator_name
 from fuse.passes.sdpa import sdpa_as_products
 from fuse.reasons import Declined, NotTraceable
 from fuse.spec import IntLike
@@ -55,13 +55,30 @@ class Value:
         return [x for x in pytree.tree_leaves((self.args, dict(self.kwargs))) if isinstance(x, Value)]
 
 
+class Seed(Value):
+    """The seed of the random numbers that ``origin`` draws: one int64."""
+
+
 @dataclass(frozen=True)
 class Trace:
-    """``ran``: the nodes that were run; ``value_of``: what each holds when all have; ``node_of``: where to take a value."""
+    """
+    ran       the nodes that were run
+    value_of  what each node holds when all have run
+    node_of   where to take a value
+    flowing   values that want a gradient
+    stops     values that want none though something they are made of does: detached, or made under no_grad
+    """
 
     ran: frozenset[Node]
     value_of: Mapping[Node, Value]
     node_of: Mapping[Value, Node]
+    flowing: frozenset[Value]
+    stops: frozenset[Value]
+
+    def flows(self, value: Value) -> bool:
+        """Whether ``value`` wants a gradient, also if it was made from the trace's by ``computed``."""
+        made = value.op is not None and value.origin is None
+        return value in self.flowing or (made and any(map(self.flows, value.inputs())))
 
 
 class _Recorder(TorchDispatchMode):
@@ -97,7 +114,7 @@ class _Recorder(TorchDispatchMode):
         return result
 
 
-def trace(nodes: Sequence[Node], inputs: Sequence[Node], autocast_of: Mapping[Node, tuple[Autocast, ...]]) -> Trace:
+def trace(nodes: Sequence[Node], inputs: Sequence[Node], state_of: Mapping[Node, State]) -> Trace:
     """Runs ``nodes``, in order, from fresh fakes for ``inputs``. Raises Declined if that fails or contradicts Dynamo."""
     mode = _fake_mode([*inputs, *nodes])
     recorder = _Recorder()
@@ -109,7 +126,7 @@ def trace(nodes: Sequence[Node], inputs: Sequence[Node], autocast_of: Mapping[No
         env |= {n: _number(n.meta.get("example_value")) for n in inputs if n not in env}
         for node in nodes:
             recorder.running = node
-            with _autocast(autocast_of[node]):
+            with _autocast(state_of[node].autocast):
                 env[node] = _run_node(node, env)
         return [env[n] if isinstance(env[n], torch.Tensor) else None for n in nodes]
 
@@ -126,7 +143,7 @@ def trace(nodes: Sequence[Node], inputs: Sequence[Node], autocast_of: Mapping[No
         except Exception as e:
             raise Declined(NotTraceable(f"{type(e).__name__}: {str(e).splitlines()[0] if str(e) else ''}")) from e
     held |= {n: r for n, r in zip(nodes, results, strict=True) if r is not None}
-    return _as_trace(frozenset(nodes), held, recorder)
+    return _as_trace(frozenset(nodes), held, recorder, state_of)
 
 
 def computed(inputs: Sequence[Value], compute: Callable[..., torch.Tensor]) -> Value:
@@ -156,7 +173,9 @@ def _mode_of(value: Value) -> FakeTensorMode:
     return value.meta.fake_mode
 
 
-def _as_trace(ran: frozenset[Node], held: Mapping[Node, torch.Tensor], recorder: _Recorder) -> Trace:
+def _as_trace(
+    ran: frozenset[Node], held: Mapping[Node, torch.Tensor], recorder: _Recorder, state_of: Mapping[Node, State]
+) -> Trace:
     value_of: dict[Node, Value] = {}
     node_of: dict[Value, Node] = {}
     for node, tensor in held.items():
@@ -167,7 +186,23 @@ def _as_trace(ran: frozenset[Node], held: Mapping[Node, torch.Tensor], recorder:
             raise Declined(NotTraceable(detail, location(node)))
         value_of[node] = value
         node_of.setdefault(value, node)
-    return Trace(ran, value_of, node_of)
+    wanting = {v for n, v in value_of.items() if v.op is None and n not in ran and n.meta["example_value"].requires_grad}
+    return Trace(ran, value_of, node_of, *_gradients(wanting, recorder.values.values(), state_of))
+
+
+def _gradients(
+    flowing: set[Value], values: Iterable[Value], state_of: Mapping[Node, State]
+) -> tuple[frozenset[Value], frozenset[Value]]:
+    """The values, in the order in which they were made, that a gradient reaches, and those at which it ends."""
+    stops: set[Value] = set()
+    for v in values if flowing else ():
+        if v.op is None or not v.meta.is_floating_point() or flowing.isdisjoint(v.inputs()):
+            continue
+        if v.op is torch.ops.aten.detach.default or (v.origin is not None and not state_of[v.origin].grad):
+            stops.add(v)
+        else:
+            flowing.add(v)
+    return frozenset(flowing), frozenset(v for v in stops if v.op is not None and not v.op._schema.name.endswith("_like"))
 
 
 def _literal(x: torch.Tensor) -> float | int | bool | None:

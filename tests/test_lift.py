@@ -9,7 +9,7 @@ from torch import Tensor
 
 from fuse import expr
 from fuse.expr import to_text
-from fuse.reasons import DropoutActive, GradientsNeeded, ProbabilitiesUsed, ScoresUsed, WrongDimension
+from fuse.reasons import ProbabilitiesUsed, RandomNumbers, ScoresUsed, WrongDimension
 
 
 def test_grouped_heads_are_an_index_map_not_a_copy() -> None:
@@ -70,8 +70,13 @@ def returns_probabilities(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tens
     return p @ v, p
 
 
-def drops(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    return torch.dropout((q @ k.transpose(-1, -2)).softmax(-1), 0.25, train=True) @ v
+def draws_scores(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return (torch.dropout(q @ k.transpose(-1, -2), 0.25, train=True)).softmax(-1) @ v
+
+
+def draws_normal_numbers(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    p = (q @ k.transpose(-1, -2)).softmax(-1)
+    return (p * torch.randn_like(p)) @ v
 
 
 def selects(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -84,7 +89,8 @@ def selects(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     [
         (wrong_dimension, WrongDimension, "another dimension"),
         (returns_probabilities, ProbabilitiesUsed, "also used by"),
-        (drops, DropoutActive, "0.25"),
+        (draws_scores, RandomNumbers, "scores"),
+        (draws_normal_numbers, RandomNumbers, "randn_like"),
         (selects, ScoresUsed, "topk"),
     ],
 )
@@ -92,12 +98,3 @@ def test_what_is_not_proved_is_declined_with_its_reason(program: object, reason:
     (site,) = pass_over(program, *heads()).sites  # type: ignore[arg-type]
     assert not site.fused and isinstance(site.reason, reason) and says in str(site.reason)
     assert site.where.startswith("test_lift.py:")
-
-
-def test_gradients_are_declined_not_lost() -> None:
-    q, k, v = heads()
-    found = torch.compile(attend, backend="fuse", options={"inner": "eager", "target": "reference"})(q.requires_grad_(), k, v)
-    assert found.requires_grad
-    import fuse
-
-    assert [type(s.reason) for s in fuse.report().sites] == [GradientsNeeded]

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 import fuse
 from fuse import passes
-from fuse.reasons import DropoutActive
+from fuse.reasons import RandomNumbers
 from fuse.report import Report, merge_paths, skipped
 from fuse.site import Site
 
@@ -22,7 +22,7 @@ def fused(layer: int, **more: Any) -> Site:
     return Site(True, None, "modeling_gpt2.py:91", f"h.{layer}.attn", "score * 0.125", "k <= q", **more)
 
 
-DECLINED = Site(False, DropoutActive("0.1"), "model.py:7", "decoder <b>")
+DECLINED = Site(False, RandomNumbers("randn"), "model.py:7", "decoder <b>")
 
 
 @pytest.fixture
@@ -95,8 +95,8 @@ def test_layers_of_one_model_share_a_line() -> None:
 def test_a_declined_site_says_why_and_what_would_help() -> None:
     text = str(Report((DECLINED,)))
     assert "1  no     model.py:7  -     decoder" in text
-    assert "DropoutActive: dropout with p=0.1 acts on the probabilities" in text
-    assert "call model.eval()" in text
+    assert "RandomNumbers: random numbers are drawn in a way that cannot be drawn again in the backward pass: randn" in text
+    assert "use dropout" in text
 
 
 def test_an_empty_report_is_one_line() -> None:
@@ -122,12 +122,12 @@ def test_json_is_for_programs() -> None:
     data = json.loads(Report((fused(3, kernels={"cpp": Path("/k.cpp")}), DECLINED)).to_json())
     first, second = data["sites"]
     assert (first["fused"], first["mask"], first["kernels"]) == (True, "k <= q", {"cpp": "/k.cpp"})
-    assert second["reason"]["name"] == "DropoutActive" and "eval" in second["reason"]["unblock"]
+    assert second["reason"]["name"] == "RandomNumbers" and "dropout" in second["reason"]["unblock"]
 
 
 def test_html_is_one_page_with_names_escaped(tmp_path: Path) -> None:
     page = Report((fused(0), DECLINED)).to_html(tmp_path / "report.html").read_text()
-    assert "decoder &lt;b&gt;" in page and "k &lt;= q" in page and "DropoutActive" in page
+    assert "decoder &lt;b&gt;" in page and "k &lt;= q" in page and "RandomNumbers" in page
     assert "http" not in page  # self-contained
 
 
@@ -169,7 +169,9 @@ def test_a_report_gives_the_predicate_in_the_user_s_terms_and_the_share_of_tiles
 
 
 def test_a_site_that_is_declined_is_in_the_report_with_its_reason() -> None:
-    x = torch.randn(2, 64, 16, requires_grad=True)
-    (site,) = fuse.explain(attention, x, x, x).sites
-    assert not site.fused and site.reason is not None and site.reason.name == "GradientsNeeded"
-    assert "no_grad" in site.reason.unblock
+    def program(x: Tensor) -> tuple[Tensor, Tensor]:
+        p = (x @ x.mT).softmax(-1)
+        return p @ x, p
+
+    (site,) = fuse.explain(program, torch.randn(2, 64, 16)).sites
+    assert not site.fused and site.reason is not None and site.reason.name == "ProbabilitiesUsed"

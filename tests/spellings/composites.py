@@ -109,7 +109,7 @@ def sdpa_between_transposes(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return sdpa(q, k, v).transpose(1, 2).reshape(2, 9, 48)
 
 
-@spelling(0, reason="DropoutActive")
+@spelling(random=True)
 def sdpa_dropout(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return sdpa(q, k, v, dropout_p=0.5)
 
@@ -174,7 +174,7 @@ def mha_without_batch(attention: nn.Module, x: Tensor) -> Any:
     return attention(x, x, x, need_weights=False)[0]
 
 
-@spelling(0, inputs=lambda: (mha(dropout=0.3)[0].train(), rand(2, 9, 48)), grad=True)
+@spelling(random=True, inputs=lambda: (mha(dropout=0.3)[0].train(), rand(2, 9, 48)), grad=True)
 def mha_training(attention: nn.Module, x: Tensor) -> Any:
     return attention(x, x, x, need_weights=False)[0]
 
@@ -215,7 +215,7 @@ def encoder_layer_in_training_mode_without_gradients(encoder: nn.Module, x: Tens
     return encoder(x)
 
 
-@spelling(0, inputs=lambda: (layer(nn.TransformerEncoderLayer, True, dropout=0.1), rand(2, 9, 48)), grad=True)
+@spelling(random=True, inputs=lambda: (layer(nn.TransformerEncoderLayer, True, dropout=0.1), rand(2, 9, 48)), grad=True)
 def encoder_layer_training(encoder: nn.Module, x: Tensor) -> Any:
     return encoder(x)
 

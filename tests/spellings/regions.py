@@ -76,12 +76,12 @@ def training() -> tuple[Tensor, ...]:
     return tuple(x.requires_grad_() for x in qkv())
 
 
-@spelling(0, inputs=training, grad=True, reason="GradientsNeeded")
+@spelling(inputs=training, grad=True)
 def gradients(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return attend(q, k, v)
 
 
-@spelling(0, inputs=training, grad=True)
+@spelling(inputs=training, grad=True)
 def gradients_through_checkpoint(q: Tensor, k: Tensor, v: Tensor) -> Any:
     return checkpoint(attend, q, k, v, use_reentrant=False)
 
@@ -97,7 +97,7 @@ def no_grad_inside(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         return attend(q, k, v)
 
 
-@spelling(0, inputs=training, grad=True)
+@spelling(inputs=training, grad=True)
 def softmax_under_no_grad_values_outside(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     with torch.no_grad():
         p = (q @ k.mT / 4).softmax(-1)
@@ -223,7 +223,7 @@ def graph_break_between(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return p @ v
 
 
-@spelling(0, reason="DropoutActive")
+@spelling(random=True)
 def dropout_active(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return F.dropout((q @ k.mT / 4).softmax(-1), 0.3, training=True) @ v
 
