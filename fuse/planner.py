@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from fuse.expr import walk
 from fuse.spec import AttentionSpec
@@ -28,6 +28,7 @@ class Plan:
     block_k      keys in a tile
     wave_bytes   packed keys and values that are held at a time
     thread_work  multiply-adds that are worth a thread
+    part_keys    backward: keys whose gradients a thread sums at a time
     few          queries up to which keys and values are read in place, once, instead of packed; 0: never
     """
 
@@ -40,6 +41,7 @@ class Plan:
     block_k: int
     wave_bytes: int = 8 * 2**20
     thread_work: int = 2**18
+    part_keys: int = 384
     few: int = 0
 
 
@@ -68,6 +70,12 @@ def _lanes(isa: str, double: bool) -> tuple[str, int]:
     """The C type of reals, and how many of them a vector holds."""
     width = _SHAPES[isa][0]
     return ("double", width // 2) if double else ("float", width)
+
+
+def backward_plan(spec: AttentionSpec, isa: str) -> Plan:
+    """The plan of the backward kernel of ``spec`` on ``isa``; ValueError for an unknown one."""
+    forward = plan(spec, "avx512" if isa in _MATRIX_SHAPES else isa)
+    return replace(forward, block_k=96, few=0)
 
 
 def _is_bfloat16(spec: AttentionSpec) -> bool:

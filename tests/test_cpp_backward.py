@@ -1,14 +1,22 @@
-"""The C++ target in training: the log-sum-exp that forward kernels leave for backward."""
+"""The C++ target in training: log-sum-exp of forward kernels, and gradients against the reference in float64."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+
 import pytest
 import torch
-from specs import CASES
+from specs import B0, CASES, D, E, K, Problem, Q, load, op, problem, rand
+from torch import Tensor
 
-from fuse import reference
+from fuse import reference, runtime
+from fuse.codegen.backward import Unsupported
 from fuse.runtime import cpu
 from fuse.runtime.cpp import CppKernel, build, instruction_set
+from fuse.runtime.cpp_backward import CppBackward, build_backward
+from fuse.spec import Operand
 
 pytestmark = pytest.mark.compiler
 
@@ -31,3 +39,139 @@ def test_forward_gives_the_log_sum_exp_of_each_row(name: str, dtype: str, isa: s
     assert lse.shape == out.shape[:-1]
     exact = reference.attention_with_lse(p.spec, p.operands, p.sizes)[1]
     torch.testing.assert_close(lse.double(), exact, rtol=tolerance, atol=tolerance)
+
+
+# ----------------------------------------------------------------------------------------------------------- gradients
+
+
+def floats(p: Problem) -> tuple[bool, ...]:
+    return tuple(t.is_floating_point() for t in p.operands)
+
+
+def kernel(p: Problem, wanted: Sequence[bool], isa: str) -> CppBackward:
+    return CppBackward(p.spec, wanted, build_backward(p.spec, wanted, isa))
+
+
+def run(p: Problem, backward: Callable[..., list[Tensor]]) -> list[Tensor]:
+    """The gradients for a random gradient of the result."""
+    out, lse = reference.attention_with_lse(p.spec, p.operands, p.sizes, "eager")
+    return backward(grad_out(p), p.operands, p.sizes, out, lse)
+
+
+def grad_out(p: Problem) -> Tensor:
+    return rand(*p.spec.out_shape(p.sizes), dtype=p.spec.out_dtype, seed=9)
+
+
+def check(p: Problem, found: Sequence[Tensor], wanted: Sequence[bool]) -> None:
+    """Fails unless the gradients are laid out as promised and about as close to float64 as eager's are."""
+    exact, eager = (
+        reference.attention_backward(p.spec, grad_out(p), p.operands, p.sizes, wanted, way) for way in ("exact", "eager")
+    )
+    operands = [t for t, w in zip(p.operands, wanted, strict=True) if w]
+    for t, x, e, s in zip(operands, found, exact, eager, strict=True):
+        assert x.shape == t.shape and x.dtype == t.dtype and x.stride() == torch.empty_like(t).stride()
+        assert torch.equal(x.isnan(), s.isnan()), "NaN where eager has none, or none where eager has NaN"
+        if x.numel():
+            scale = e.nan_to_num().abs().amax()
+            allowed = 2 * (s.double() - e).nan_to_num().abs().amax() + 8 * torch.finfo(x.dtype).eps * max(scale, 1)
+            error = (x.double() - e).nan_to_num().abs().amax()
+            assert error <= allowed, f"error {error:.3g}, allowed {allowed:.3g}"
+
+
+# Each a path of its own: shapes and strides, tiles that are skipped, rows that are computed again, what terms are summed over.
+GRADIENTS = (
+    "no_batch", "three_batch_dimensions", "one_query", "one_key", "empty_batch", "vit_length", "head_dim_80", "head_dim_256",
+    "value_narrower_than_key", "grouped_query", "features_strided", "packed_qkv", "causal_long", "causal_offset",
+    "causal_more_queries_than_keys", "window", "left_padding_and_causal", "documents", "dense_additive",
+    "integer_mask_product", "masked_rows_infinite_fill", "masked_rows_added_fill", "masked_rows_are_zero",
+    "two_lowest_masks_overflow", "masked_rows_with_sink", "alibi", "t5_bias", "relative_table", "soft_cap_causal",
+    "scalar_tensor_scale", "two_extra_logits", "weight_factor", "weight_masked_after_softmax",
+)  # fmt: skip
+CHOSEN = [(n, "float32", LANES) for n in GRADIENTS]
+CHOSEN += [(n, d, LANES) for n in ("transposed_output", "left_padding_and_causal") for d in ("float16", "bfloat16", "float64")]
+CHOSEN += [("left_padding_and_causal", "float32", isa) for isa in ("avx2", "sse")]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def built(request: pytest.FixtureRequest) -> None:
+    """The backward kernels of all tests that were asked for, in parallel."""
+    items = [item for item in request.session.items if isinstance(item, pytest.Function) and item.path == request.path]
+    chosen = [i.callspec.params["chosen"] for i in items if hasattr(i, "callspec") and "chosen" in i.callspec.params]
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(lambda x: build_backward((p := CASES[x[0]](x[1])).spec, floats(p), x[2]), chosen))
+
+
+@pytest.mark.parametrize("chosen", CHOSEN, ids="-".join)
+def test_gradients_are_as_close_to_float64_as_eager(chosen: tuple[str, str, str]) -> None:
+    name, dtype, isa = chosen
+    if isa == "avx2" and instruction_set() in ("neon", "sse"):
+        pytest.skip("this machine has no AVX2")
+    p = CASES[name](dtype)
+    check(p, run(p, kernel(p, floats(p), isa)), floats(p))
+
+
+@pytest.mark.parametrize("dtype", ["float32"])
+def test_every_length_around_the_tiles(dtype: str) -> None:
+    for q_len in (1, 15, 17, 47, 49, 97, 145):
+        for kv_len in (1, 7, 95, 97, 383, 385):
+            p = problem(dtype, batch=(1, 1), q_len=q_len, kv_len=kv_len, qk_dim=24, v_dim=40)
+            check(p, run(p, runtime.backward_kernel(p.spec, "cpp", floats(p))), floats(p))
+
+
+@pytest.mark.parametrize("wanted", [(True, False, False), (False, True, False), (False, False, True), (False, True, True)])
+def test_frozen_tensors_get_no_gradient(wanted: tuple[bool, ...]) -> None:
+    p = CASES["causal_long"]("float32")
+    check(p, run(p, kernel(p, wanted, LANES)), wanted)
+
+
+@pytest.mark.parametrize("name", ["relative_table", "grouped_query", "dense_additive"])
+def test_gradients_do_not_depend_on_the_number_of_threads(name: str) -> None:
+    p = CASES[name]("float32")
+    backward = kernel(p, floats(p), LANES)
+    threads, results = torch.get_num_threads(), []
+    for count in (1, 2, 3, 2):
+        torch.set_num_threads(count)
+        results.append(run(p, backward))
+    torch.set_num_threads(threads)
+    assert all(torch.equal(a, b) for other in results[1:] for a, b in zip(results[0], other, strict=True))
+
+
+def test_gradients_of_the_result_may_be_expanded() -> None:
+    """As that of ``out.sum()``: one number, with strides of zero."""
+    p = CASES["plain"]("float32")
+    out, lse = reference.attention_with_lse(p.spec, p.operands, p.sizes, "eager")
+    backward = kernel(p, floats(p), LANES)
+    one = torch.ones(()).expand(out.shape)
+    found, dense = (backward(g, p.operands, p.sizes, out, lse) for g in (one, one.contiguous()))
+    assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(found, dense, strict=True))
+
+
+def test_a_tensor_that_is_query_key_and_value_gets_their_sum() -> None:
+    base = problem("float32")
+    x = base.operands[0]
+    query, key, value = (load(x, 0, *base.spec.query.coords[:2], *at) for at in ((Q, D), (K, D), (K, E)))
+    spec = replace(base.spec, operands=(Operand(4, "float32"),), query=query, key=key, value=value)
+    p = Problem(spec, [x], base.sizes)
+    check(p, run(p, kernel(p, (True,), LANES)), (True,))
+
+
+def test_a_query_that_all_batches_share_is_summed_over_them() -> None:
+    base = problem("float32", batch=(4, 2))
+    query = base.operands[0][0].contiguous()
+    spec = replace(base.spec, query=load(query, 0, base.spec.query.coords[1], Q, D),
+                   operands=(Operand(3, "float32"), *base.spec.operands[1:]))  # fmt: skip
+    p = Problem(spec, [query, *base.operands[1:]], base.sizes)
+    check(p, run(p, kernel(p, floats(p), LANES)), floats(p))
+
+
+def test_overlapping_keys_of_batches_are_left_to_the_reference() -> None:
+    """Local attention: block b0 reads the keys 8 b0 … 8 b0 + kv_len, which overlap."""
+    base = problem("float32", batch=(3,), q_len=8, kv_len=16)
+    key, value = rand(32, 16, seed=2), rand(32, 16, seed=3)
+    place = op("add", op("mul", B0, 8), K)
+    spec = replace(base.spec, operands=(base.spec.operands[0], Operand(2, "float32"), Operand(2, "float32")),
+                   key=load(key, 1, place, D), value=load(value, 2, place, E))  # fmt: skip
+    p = Problem(spec, [base.operands[0], key, value], base.sizes)
+    with pytest.raises(Unsupported):
+        build_backward(p.spec, floats(p), LANES)
+    check(p, run(p, runtime.backward_kernel(p.spec, "cpp", floats(p))), floats(p))

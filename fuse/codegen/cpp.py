@@ -7,7 +7,7 @@ vector, according to the indices it depends on. The functions and types used her
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
 from fuse.expr import COMPARISONS, FLOATS, Apply, Const, Expr, Index, Load, Prob, Score, Symbol, axes, contains, walk
@@ -129,7 +129,7 @@ class Writer:
     def _load(self, node: Load, body: Body) -> str:
         ctype = C_TYPES[node.dtype]
         kind = kind_of(node, body.lanes)
-        if {"q", "k"} <= _axes(node) and all(is_affine(c) for c in node.coords):
+        if body.lanes and {"q", "k"} <= _axes(node) and all(is_affine(c) for c in node.coords):
             name = f"tile{self._name()[1:]}"
             offset, inside = (scalar_function(f, self.count) for f in (lambda w: w.offset(node), lambda w: w.inside(node)))
             element = {"real": "R", "bool": "R", "int": "I", "long": "int64_t"}[kind]
@@ -140,11 +140,17 @@ class Writer:
             return f"{read}<{ctype}>(c.data[{node.operand}], {self.offset(node)})" + (" != 0" if kind == "bool" else "")
         return f"gather_{kind}<{ctype}>(c.data[{node.operand}], {self.offset(node, lanes=True)})"
 
-    def offset(self, node: Load, lanes: bool = False) -> str:
-        """Position of the element in its operand, every coordinate held inside the operand."""
+    def offset(self, node: Load, lanes: bool = False, strides: str | None = None, dims: Iterable[int] | None = None) -> str:
+        """Position of the element in its operand, every coordinate held inside the operand.
+
+        strides  name of an array of other strides
+        dims     dimensions that count; None: all
+        """
         terms = []
         for dim, coord in enumerate(node.coords):
-            size, stride = f"c.size[{node.operand}][{dim}]", f"c.stride[{node.operand}][{dim}]"
+            if dims is not None and dim not in dims:
+                continue
+            size, stride = f"c.size[{node.operand}][{dim}]", f"{strides or f'c.stride[{node.operand}]'}[{dim}]"
             value = self.value(coord)
             inside = isinstance(coord, (Const, Index))
             if lanes:

@@ -60,7 +60,7 @@ def key_program(
     writer = KeyWriter(site, program, count)
     writer.leaves |= {leaf: Value(argument, "real", True) for leaf in walk(node) if isinstance(leaf, (Score, Prob))}
     program.result = writer.value(node).spread("real")
-    allowed = [_bound(program, bound) for bound in bounds]
+    allowed = [bound(program, name) for name in bounds]
     if predicate is not None:
         allowed.append(f"({writer.value(predicate).spread('bool')})")
     if allowed:
@@ -68,6 +68,7 @@ def key_program(
     return program
 
 
-def _bound(program: KeyProgram, name: str) -> str:
+def bound(program: KeyProgram, name: str) -> str:
+    """The test that a key is inside the mask's bound ``name``."""
     program.row.define("int64_t", f"clamp64({name}_key(c, s, q), 0, c.kv_len)", name)
     return f"(k {'>=' if name == 'lower' else '<'} vi(r.{name}))"

@@ -93,12 +93,12 @@ class Source:
                 writer.leaves[leaf] = Value(f"{HALVES[leaf.dtype]}(score)" if rounded else "score", "real", True)
         program.result = writer.value(node).spread("real")
         if predicate is not None:
-            allowed = " & ".join(self._bounds() + ([] if _true(predicate) else [f"({writer.value(predicate).spread('bool')})"]))
+            allowed = " & ".join(self.bounds() + ([] if _true(predicate) else [f"({writer.value(predicate).spread('bool')})"]))
             program.entry.lines.append(f"const VR visible = select({allowed}, {program.result}, vr(-R(INFINITY)));")
             program.result = "visible"
         return program
 
-    def _bounds(self) -> list[str]:
+    def bounds(self) -> list[str]:
         mask = self.spec.mask
         lower = ["(vi(k) >= r.lower[v])"] if mask is not None and mask.lower is not None else []
         upper = ["(vi(k) < r.upper[v])"] if mask is not None and mask.upper is not None else []
@@ -145,7 +145,7 @@ def _factor(node: Apply) -> tuple[Expr, float] | None:
     return None
 
 
-def _threshold(spec: AttentionSpec) -> float | None:
+def threshold_of(spec: AttentionSpec) -> float | None:
     """Rows whose largest score is not above this are computed again from every key; None where none needs to be."""
     if spec.mask is not None:
         return spec.mask.fill + _FILL_MARGIN if math.isfinite(spec.mask.fill) else None
@@ -162,35 +162,46 @@ def render(spec: AttentionSpec, plan: Plan) -> str:
     source = Source(spec)
     mask = spec.mask
     visible, factor = peel(spec.score if mask is None else mask.visible)
-    residual = None if mask is None or mask.residual is None or _true(mask.residual) else mask.residual
-    tile_map = None if mask is None or mask.tiles is None else source.access("tile_map", mask.tiles)
+    residual = residual_of(spec)
     programs = [source.program("score_full", "Every entry is visible.", visible)]
     if mask is not None:
         predicate = residual if residual is not None else expr.const(True, "bool")
         programs.append(source.program("score_partial", "Some entries are masked.", visible, predicate=predicate))
-    threshold = _threshold(spec)
+    threshold = threshold_of(spec)
     if threshold is not None:
         programs.append(source.program("score_exact", "As eager rounds, over every key.", spec.score, exact=True))
     weight = source.weight()
     extra_logits = source.extra_logits()
-    context = {
+    context = call_context(source, plan) | {
+        "programs": programs, "weight": weight, "extra_logits": extra_logits, "exact": threshold is not None,
+        "threshold": repr(threshold), "factor": repr(factor),
+        "stage_count": max(len(p.stages) for p in [*programs, weight]), "example": example(spec),
+    }  # fmt: skip
+    if plan.core == "matrix":
+        context |= _matrix_context(source, visible, residual, threshold)
+    return environment().get_template(f"cpp/forward_{plan.core}.cpp.jinja").render(context)
+
+
+def call_context(source: Source, plan: Plan) -> dict[str, object]:
+    """What every kernel needs: the call, its sites, and which keys a query may see."""
+    spec, residual = source.spec, residual_of(source.spec)
+    tile_map = None if spec.mask is None or spec.mask.tiles is None else source.access("tile_map", spec.mask.tiles)
+    return {
         "header": header(spec, plan), "plan": plan, "entry": ENTRY, "max_length": MAX_LENGTH,
         "batch": spec.batch, "qk_dim": spec.qk_dim, "v_dim": spec.v_dim, "symbols": spec.symbols,
         "batch_sizes": [f"B{i}" for i in range(spec.batch)], "ranks": [o.rank for o in spec.operands],
         "query": source.access("query", spec.query), "key": source.access("key", spec.key),
         "value": source.access("value", spec.value), "out_ctype": C_TYPES[spec.out_dtype],
-        "bounds": _bound_functions(source), "residual": residual is not None,
-        "tile_map": tile_map,
-        "map_rows": tiles.ROWS, "map_keys": tiles.KEYS,
+        "bounds": _bound_functions(source), "residual": residual is not None, "empty_row": spec.empty_row,
+        "tile_map": tile_map, "map_rows": tiles.ROWS, "map_keys": tiles.KEYS,
         "ranges": Ranges() if residual is None or tile_map is not None else ranges_of(residual, source.writer, source.count),
-        "programs": programs, "weight": weight, "extra_logits": extra_logits, "exact": threshold is not None,
-        "threshold": repr(threshold), "factor": repr(factor), "empty_row": spec.empty_row,
-        "stage_count": max(len(p.stages) for p in [*programs, weight]), "site": source.site, "rows": source.rows,
-        "example": example(spec),
+        "site": source.site, "rows": source.rows,
     }  # fmt: skip
-    if plan.core == "matrix":
-        context |= _matrix_context(source, visible, residual, threshold)
-    return environment().get_template(f"cpp/forward_{plan.core}.cpp.jinja").render(context)
+
+
+def residual_of(spec: AttentionSpec) -> Expr | None:
+    """What the mask asks for beside its bounds; None: nothing."""
+    return None if spec.mask is None or spec.mask.residual is None or _true(spec.mask.residual) else spec.mask.residual
 
 
 def _matrix_context(source: Source, visible: Expr, residual: Expr | None, threshold: float | None) -> dict[str, object]:

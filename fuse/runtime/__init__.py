@@ -14,8 +14,11 @@ from typing import Protocol, TypeVar
 from torch import Tensor
 
 from fuse import kept, reference, tiles
+from fuse.codegen.backward import Unsupported
+from fuse.gradient import Gradient, gradient
 from fuse.runtime.cache import builds
 from fuse.runtime.cpp import BuildFailed, CppKernel, CppTileMap, build, build_tile_map
+from fuse.runtime.cpp_backward import CppBackward, build_backward
 from fuse.spec import AttentionSpec
 from fuse.tiles import TileMap
 
@@ -54,8 +57,12 @@ class ReferenceKernel:
 S = TypeVar("S")
 K = TypeVar("K")
 MapKernel = Callable[[Sequence[Tensor], Sequence[int]], Tensor]
+Forward = Callable[[Sequence[Tensor], Sequence[int]], tuple[Tensor, Tensor]]
+# (grad_out of any strides, operands, sizes, out, lse) → gradients of the wanted operands, each laid out as empty_like of it
+Backward = Callable[[Tensor, Sequence[Tensor], Sequence[int], Tensor, Tensor], list[Tensor]]
 _kernels: dict[tuple[AttentionSpec, str], Future[Kernel]] = {}
 _map_kernels: dict[tuple[TileMap, str], Future[MapKernel]] = {}
+_backward_kernels: dict[tuple[Gradient, str], Future[Backward]] = {}
 _lock = threading.Lock()
 _pool: ThreadPoolExecutor | None = None
 _warned = False
@@ -72,11 +79,6 @@ def kernel(spec: AttentionSpec, target: str) -> Kernel:
     return made
 
 
-Forward = Callable[[Sequence[Tensor], Sequence[int]], tuple[Tensor, Tensor]]
-# (grad_out of any strides, operands, sizes, out, lse) → gradients of the wanted operands, each laid out as empty_like of it
-Backward = Callable[[Tensor, Sequence[Tensor], Sequence[int], Tensor, Tensor], list[Tensor]]
-
-
 def forward_kernel(spec: AttentionSpec, target: str) -> Forward:
     """``kernel`` for training: gives the rows' log-sum-exp beside the result."""
     return kernel(spec, target).forward
@@ -84,11 +86,7 @@ def forward_kernel(spec: AttentionSpec, target: str) -> Forward:
 
 def backward_kernel(spec: AttentionSpec, target: str, wanted: tuple[bool, ...]) -> Backward:
     """The kernel of the gradients of the ``wanted`` operands; never fails, as ``kernel``."""
-
-    def run(grad_out: Tensor, operands: Sequence[Tensor], sizes: Sequence[int], out: Tensor, lse: Tensor) -> list[Tensor]:
-        return reference.attention_backward(spec, grad_out, operands, sizes, wanted, "eager")
-
-    return run
+    return _begun(_backward_kernels, (gradient(spec, tuple(wanted)), target), _make_backward).result()
 
 
 def map_kernel(spec: TileMap, target: str) -> MapKernel:
@@ -109,6 +107,7 @@ def reset() -> None:
     global _pool, _lock, _warned
     _kernels.clear()
     _map_kernels.clear()
+    _backward_kernels.clear()
     kept.reset()
     _pool, _lock, _warned = None, threading.Lock(), False
 
@@ -121,6 +120,21 @@ def _begun(futures: dict[tuple[S, str], Future[K]], key: tuple[S, str], make: Ca
                 _pool = ThreadPoolExecutor(max_workers=os.cpu_count(), thread_name_prefix="fuse-build")
             futures[key] = _pool.submit(make, *key)
         return futures[key]
+
+
+def _make_backward(of: Gradient, target: str) -> Backward:
+    if target != "reference":
+        try:
+            return CppBackward(of.spec, of.wanted, build_backward(of.spec, of.wanted))
+        except (Unsupported, BuildFailed, OSError):
+            pass  # where nothing can be built forward fails likewise, and warns
+        except Exception as error:  # a defect of code generation must not cost the user the model
+            _warn(f"rendering failed, please report it: {type(error).__name__}: {error}")
+
+    def run(grad_out: Tensor, operands: Sequence[Tensor], sizes: Sequence[int], out: Tensor, lse: Tensor) -> list[Tensor]:
+        return reference.attention_backward(of.spec, grad_out, operands, sizes, of.wanted, "eager")
+
+    return run
 
 
 def _make_map(spec: TileMap, target: str) -> MapKernel:

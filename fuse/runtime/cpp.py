@@ -74,16 +74,17 @@ def _cpu() -> str:
 def build(spec: AttentionSpec, isa: str | None = None) -> Entry:
     """The built kernel of ``spec``, from the cache if it is there. Raises BuildFailed."""
     plan = planner.plan(spec, isa or instruction_set())
-    return _build(f"attention_{spec.out_dtype}_{spec.qk_dim}x{spec.v_dim}_{plan.isa}", plan.isa, render.render(spec, plan))
+    name = f"attention_{spec.out_dtype}_{spec.qk_dim}x{spec.v_dim}_{plan.isa}"
+    return build_source(name, plan.isa, render.render(spec, plan))
 
 
 def build_tile_map(spec: TileMap, isa: str | None = None) -> Entry:
     """As ``build``, the kernel of a map."""
     plan = planner.plan_tile_map(spec, isa or instruction_set())
-    return _build(f"tile_map_{plan.isa}", plan.isa, render_tile_map(spec, plan))
+    return build_source(f"tile_map_{plan.isa}", plan.isa, render_tile_map(spec, plan))
 
 
-def _build(name: str, isa: str, source: str) -> Entry:
+def build_source(name: str, isa: str, source: str) -> Entry:
     command = (*compiler(), *_FLAGS, *_ISA_FLAGS[isa])
     return entry("cpp", name, ".cpp", _dumped(name, source), _depends(command), partial(_compile, command))
 

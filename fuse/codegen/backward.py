@@ -1,0 +1,295 @@
+"""The backward kernel of a spec as one C++ source: what ``fuse.gradient`` says, by ``templates/cpp/backward_*.jinja``."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+from fuse import expr
+from fuse.codegen.cpp import C_TYPES, HALVES, MAX_LENGTH, Value, Writer, scalar_function
+from fuse.codegen.keys import KeyProgram, KeyWriter, bound
+from fuse.codegen.render import Program, Source, call_context, environment, peel, residual_of, threshold_of
+from fuse.expr import Apply, Const, Expr, Index, Load, Prob, Score
+from fuse.gradient import Gradient, Term, gradient
+from fuse.planner import Plan
+from fuse.spec import AttentionSpec
+
+# Bytes that the parts of all sites may keep until their sums are added to small gradients.
+_SLICE_LIMIT = 2**30
+
+
+_LOG2E = "R(1.44269504088896341)"
+_COMMENTS = {
+    "full": "Every entry is visible.", "partial": "Some entries are masked.",
+    "exact": "Scores as eager rounds them, of every key.",
+}  # fmt: skip
+# A log-sum-exp below this has lost digits that the probabilities of its row need.
+_IMPRECISE = -1000.0
+
+
+class Unsupported(ValueError):
+    """Gradients that this target does not compute; the message says which."""
+
+
+@dataclass(frozen=True)
+class Sink:
+    """A gradient that the kernel writes: of query, key or value, or of what a Term reads.
+
+    load   its element; the gradient has the shape of the operand
+    order  the operand's dimensions from outermost to innermost in the gradient's memory
+    kind   "matrix": of query, key or value, in the operand's dtype. Else in the kernel's real type, and added to:
+           "dense": each site adds at distinct elements; "row", "key", "entry": each part of a site sums in a slice of its
+           own, for each query, key or entry; "logit": a slice for each site, summed over its queries
+    dims   "row", "key", "entry", "logit": dimensions that a slice covers; the innermost ones
+    """
+
+    name: str
+    load: Load
+    kind: str
+    order: tuple[int, ...]
+    dims: tuple[int, ...] = ()
+
+
+def sinks(spec: AttentionSpec, wanted: Sequence[bool]) -> tuple[Sink, ...]:
+    """In the order in which the kernel takes their addresses. Raises Unsupported."""
+    of = gradient(spec, tuple(wanted))
+    loads = {"query": spec.query, "key": spec.key, "value": spec.value}
+    extents = {"d": spec.qk_dim, "e": spec.v_dim}
+    found = [Sink(name, x, "matrix", tuple(range(len(x.coords)))) for name, x in loads.items() if wanted[x.operand]]
+    if shared := [str(s.load) for s in found if not _separate(s.load, extents)]:
+        raise Unsupported(f"batch indices share parts of {', '.join(shared)}")
+    found += [_term(f"term{i}", term) for i, term in enumerate(of.terms)]
+    for sink in found:
+        inner = [n for c in sink.load.coords for n in expr.walk(c) if isinstance(n, Load)]
+        if any(wanted[n.operand] for n in inner):
+            raise Unsupported(f"{sink.load} is read at a place that depends on a tensor with a gradient")
+    return tuple(found)
+
+
+def _separate(load: Load, extents: Mapping[str, int]) -> bool:
+    """Whether two batch indices read the same elements or none in common, and no element twice."""
+    seen: list[str] = []
+    for coord in load.coords:
+        inner = expr.axes(coord) & {"q", "k", "d", "e"}
+        if not inner:
+            continue
+        terms = _terms_of(coord)
+        moved = [x for x in terms if expr.axes(x) & inner]
+        if len(moved) != 1 or not isinstance(moved[0], Index):
+            return False
+        # x + m f(batch): other batch indices are elsewhere where x is less than m
+        steps = [_multiple(x) for x in terms if expr.axes(x) - inner]
+        if steps and not 0 < extents.get(moved[0].axis, MAX_LENGTH) <= math.gcd(*steps):
+            return False
+        seen.append(moved[0].axis)
+    return len(seen) == len(set(seen)) == 2
+
+
+def _terms_of(node: Expr) -> list[Expr]:
+    if isinstance(node, Apply) and node.op == "add":
+        return [x for a in node.operands for x in _terms_of(a)]
+    return [node]
+
+
+def _multiple(node: Expr) -> int:
+    """A constant that divides every value of ``node``."""
+    constants = [a.value for a in node.args if isinstance(a, Const)] if isinstance(node, Apply) and node.op == "mul" else []
+    return int(constants[0]) if constants else 1
+
+
+def _term(name: str, term: Term) -> Sink:
+    axes = term.axes & {"q", "k"}
+    varying = tuple(d for d, c in enumerate(term.load.coords) if expr.axes(c) & {"q", "k"})
+    order = (*(d for d in range(len(term.load.coords)) if d not in varying), *varying)
+    if term.root.startswith("extra_logits"):
+        return Sink(name, term.load, "logit", order, varying)
+    if axes == {"q", "k"} and term.distinct:
+        return Sink(name, term.load, "dense", tuple(range(len(order))))
+    return Sink(name, term.load, {"": "row", "q": "row", "k": "key"}.get("".join(sorted(axes)), "entry"), order, varying)
+
+
+# ------------------------------------------------------------------------------------------------------------ programs
+
+
+@dataclass(frozen=True)
+class Added:
+    """What an entry adds to a sink."""
+
+    name: str
+    kind: str
+    text: str
+
+
+@dataclass(frozen=True)
+class Results:
+    """Texts of what an entry gives: ``weight``; ``gate``, the probability's gradient; ``slope``, the raw score's."""
+
+    weight: str
+    gate: str
+    slope: str
+    terms: tuple[Added, ...]
+
+
+@dataclass
+class Entries(Program):
+    """What happens to an entry, in lanes of queries: see ``backward_score.h.jinja``."""
+
+    results: Results | None = None
+
+
+@dataclass
+class KeyEntries(KeyProgram):
+    """The same in lanes of keys: see ``backward_keys.h.jinja``."""
+
+    results: Results | None = None
+
+
+@dataclass(frozen=True)
+class _Programs:
+    """Writes the programs of one source. ``scale`` is left out of every slope, and multiplied in the end."""
+
+    source: Source
+    of: Gradient
+    scale: float
+
+    def lanes(self, name: str, exact: bool = False, predicate: Expr | None = None) -> Entries:
+        program = Entries(f"entries_{name}", _COMMENTS[name])
+        writer = self.source.writer(program, exact)
+        allowed = self.source.bounds() if predicate is not None else []
+        program.results = self._write(writer, program.entry.lines, exact, allowed, predicate)
+        return program
+
+    def keys(self, name: str, predicate: Expr | None = None) -> KeyEntries:
+        program = KeyEntries(f"Entries{name.title()}", _COMMENTS[name], "score")
+        writer = KeyWriter(self.source.site, program, self.source.count)
+        mask = self.of.spec.mask
+        names = [n for n in ("lower", "upper") if predicate is not None and mask is not None and getattr(mask, n) is not None]
+        allowed = [bound(program, n) for n in names]
+        program.results = self._write(writer, program.entry.lines, False, allowed, predicate)
+        return program
+
+    def _write(self, writer: Writer, lines: list[str], exact: bool, allowed: list[str], predicate: Expr | None) -> Results:
+        of, mask = self.of, self.of.spec.mask
+        visible = not exact and mask is not None
+        score = mask.visible if visible and mask is not None else of.spec.score
+        slope = of.visible if visible and of.visible is not None else of.score
+        factors = [t.visible if visible and t.visible is not None else t.factor for t in of.terms]
+        for leaf in expr.walk(score, slope, of.spec.weight, of.weight, *factors):
+            if isinstance(leaf, Score):
+                rounded = exact and leaf.dtype in HALVES
+                writer.leaves[leaf] = Value(f"{HALVES[leaf.dtype]}(score)" if rounded else "score", "real", True)
+            if isinstance(leaf, Prob):
+                writer.leaves[leaf] = Value("prob", "real", True)
+        if exact:
+            lines.append(f"const VR weighed = exp2_lanes(({self._real(writer, score)} - lse) * {_LOG2E}) * norm.inverse[v];")
+            lines.append("const VR prob = select(norm.chosen[v], weighed, VR{});")
+        else:
+            inner, factor = peel(score)
+            value = self._real(writer, inner)
+            lines.append(f"const VR unmasked = exp2_lanes(({value} * R({factor!r}) - lse) * {_LOG2E});")
+            if predicate is not None and not _true(predicate):
+                allowed = [*allowed, f"({writer.value(predicate).spread('bool')})"]
+            masked = f"select({' & '.join(allowed)}, unmasked, VR{{}})" if allowed else "unmasked"
+            lines.append(f"const VR prob = {masked};")
+        writer.exact = False
+        gate = "d_weight" if _one(of.weight) else f"{self._real(writer, of.weight)} * d_weight"
+        weight = self._real(writer, of.spec.weight)
+        return Results(weight, gate, self._slope(writer, slope, exact), tuple(self._terms(writer, factors)))
+
+    def _terms(self, writer: Writer, factors: Sequence[Expr]) -> Iterator[Added]:
+        found = [s for s in sinks(self.of.spec, self.of.wanted) if s.kind != "matrix"]
+        for sink, term, factor in zip(found, self.of.terms, factors, strict=True):
+            if sink.kind != "logit":
+                outer = "d_weight" if term.root == "weight" else "d_score"
+                yield Added(sink.name, sink.kind, outer if _one(factor) else f"{outer} * {self._real(writer, factor)}")
+
+    def _slope(self, writer: Writer, slope: Expr, exact: bool) -> str:
+        """Where nothing depends on the raw score, its gradient is zero even in a row of NaN."""
+        if exact:
+            text = self._real(writer, slope)
+            return f"select({text} == R(0), VR{{}}, d_score * {text} * R({1 / self.scale!r}))"
+        inner = peel(slope)[0]
+        return "d_score" if _one(inner) else f"d_score * {self._real(writer, inner)}"
+
+    @staticmethod
+    def _real(writer: Writer, node: Expr) -> str:
+        return writer.value(node).spread("real")
+
+
+def _true(node: Expr) -> bool:
+    return isinstance(node, Const) and node.value is True
+
+
+def _one(node: Expr) -> bool:
+    return isinstance(node, Const) and node.value == 1
+
+
+# -------------------------------------------------------------------------------------------------------------- source
+
+
+def render_backward(spec: AttentionSpec, wanted: Sequence[bool], plan: Plan) -> str:
+    """One self-contained C++ source. Raises Unsupported where a gradient cannot be computed without a risk."""
+    of, found = gradient(spec, tuple(wanted)), sinks(spec, wanted)
+    source = Source(spec)
+    mask, residual = spec.mask, residual_of(spec)
+    scale = peel(of.score if of.visible is None else of.visible)[1]
+    write = _Programs(source, of, scale)
+    predicates = [] if mask is None else [residual if residual is not None else expr.const(True, "bool")]
+    exact = _exact_below(spec)
+    programs: list[Program] = []
+    if exact is not None:
+        programs = [write.lanes("exact", exact=True), source.program("scores_exact", "Scores only.", spec.score, exact=True)]
+    key_programs: list[KeyEntries] = []
+    if plan.core == "matrix":
+        key_programs = [write.keys("full"), *(write.keys("partial", p) for p in predicates)]
+    else:
+        programs += [write.lanes("full"), *(write.lanes("partial", predicate=p) for p in predicates)]
+    matrices = {s.name for s in found if s.kind == "matrix"}
+    entries = any(s.kind in ("dense", "row", "key", "entry") for s in found)
+    context = call_context(source, plan) | {
+        "programs": [p for p in programs if isinstance(p, Entries)], "key_programs": key_programs, "masked": mask is not None,
+        "exact": exact is not None, "threshold": exact,
+        "exact_scores": next((p for p in programs if not isinstance(p, Entries)), None),
+        "extra_logits": source.extra_logits(), "wanted": matrices, "factor": repr(scale),
+        "sinks": [_sink_context(source, of, i, s) for i, s in enumerate(found)],
+        "needs_scores": bool(matrices & {"query", "key"}) or entries, "slice_limit": _SLICE_LIMIT,
+        "slices": any(s.kind in ("row", "key", "entry", "logit") for s in found), "argument_count": argument_count(spec),
+        "stage_count": max((len(p.stages) for p in programs), default=0),
+    }  # fmt: skip
+    return environment().get_template(f"cpp/backward_{plan.core}.cpp.jinja").render(context)
+
+
+def argument_count(spec: AttentionSpec) -> int:
+    """The length of a forward call's array of arguments."""
+    return 3 + spec.batch + 2 + len(spec.symbols) + sum(1 + 2 * o.rank for o in spec.operands)
+
+
+def _exact_below(spec: AttentionSpec) -> str | None:
+    """Rows of no larger log-sum-exp are normalised again from every score; None where there is no such row."""
+    maskable = spec.mask is not None or any(
+        isinstance(n, Load) or (isinstance(n, Const) and n.dtype in expr.FLOATS and abs(n.value) >= -_IMPRECISE)
+        for n in expr.walk(spec.score)
+    )
+    return repr(max(_IMPRECISE, threshold_of(spec) or -math.inf)) if maskable else None
+
+
+def _sink_context(source: Source, of: Gradient, number: int, sink: Sink) -> dict[str, object]:
+    def place(dims: Iterable[int] | None) -> str:
+        return scalar_function(lambda w: w.offset(sink.load, strides=f"t.stride[{number}]", dims=dims), source.count)
+
+    found = {"name": sink.name, "kind": sink.kind, "number": number, "rank": len(sink.load.coords)}
+    found["matrix"] = sink.kind == "matrix"
+    if sink.kind == "matrix":
+        row, column = ("q" if sink.name == "query" else "k"), ("e" if sink.name == "value" else "d")
+        return found | {"row": row, "column": column, "ctype": C_TYPES[sink.load.dtype], "place": place(None), "sliced": False}
+    inner = tuple(d for d, c in enumerate(sink.load.coords) if expr.axes(c) & {"q", "k"})
+    size = " * ".join(f"c.size[{sink.load.operand}][{d}]" for d in sink.dims) or "1"
+    outer = tuple(d for d in range(len(sink.load.coords)) if d not in inner)
+    found |= {"comment": f"Gradient of {sink.load}.", "base": place(outer), "place": place(inner), "size": size,
+              "sliced": sink.kind != "dense"}  # fmt: skip
+    if sink.kind == "logit":
+        term = of.terms[int(sink.name.removeprefix("term"))]
+        logit = of.spec.extra_logits[int(term.root.rpartition(".")[2])]
+        found |= {"logit": source.function(logit), "factor": source.function(term.factor)}
+    return found
