@@ -64,7 +64,7 @@ class Frame:
             return self._load(self.operands[node.operand], args).to(dtype_of(node.dtype, self.exact))
         if not isinstance(node, Apply):
             raise InvalidSpec(f"{node} is not in scope")
-        value = (args[0] if node.op == "cast" else _OPS[node.op](*args)).to(dtype_of(node.dtype, self.exact))
+        value = (args[0] if node.op == "cast" else OPS[node.op](*args)).to(dtype_of(node.dtype, self.exact))
         return _overflow(value, node.dtype) if self.exact and node.dtype in FLOATS else value
 
     def _constant(self, node: Const) -> Tensor:
@@ -96,7 +96,7 @@ def _overflow(value: Tensor, name: str) -> Tensor:
     return value.masked_fill(value > largest, math.inf).masked_fill(value < -largest, -math.inf)
 
 
-_OPS: dict[str, Callable[..., Tensor]] = {
+OPS: dict[str, Callable[..., Tensor]] = {
     "add": torch.add, "sub": torch.sub, "mul": torch.mul, "div": torch.div, "pow": torch.pow, "neg": torch.neg,
     "abs": torch.abs, "exp": torch.exp, "exp2": torch.exp2, "log": torch.log, "log2": torch.log2, "log1p": torch.log1p,
     "expm1": torch.expm1, "tanh": torch.tanh, "sigmoid": torch.sigmoid, "sqrt": torch.sqrt, "rsqrt": torch.rsqrt,

@@ -209,8 +209,8 @@ class Reader:
                 return self.space.floordiv(*args)
             if e.op == "mod" and args[1].is_positive:
                 return self.space.mod(*args)
-        if isinstance(e, expr.Apply) and e.op == "cast" and e.operands[0].dtype in expr.INTS:
-            return self.index(e.operands[0])
+        if isinstance(e, expr.Apply) and e.op == "cast" and (inner := _unchanged(e)) is not None:
+            return self.index(inner)
         return self.atom(e)
 
     def gathered(self, index_value: Value, coords: Sequence[Index], size: Index, wraps: bool) -> Index:
@@ -286,6 +286,17 @@ def _sum(terms: list[Expr], parts: list[tuple[Any, Index]], convert: Callable[[I
     for t in negative:
         out = apply("sub", out, t, dtype="int64")
     return out
+
+
+def _unchanged(cast: expr.Apply) -> Expr | None:
+    """The int64 that a cast leaves as it is: positions fit into int32, and pass through it on the way back to int64."""
+    inner = cast.operands[0]
+    if inner.dtype == "int64":
+        position = cast.dtype == "int32" and not any(isinstance(n, Load) for n in expr.walk(inner))
+        return inner if cast.dtype == "int64" or position else None
+    if cast.dtype == "int64" and isinstance(inner, expr.Apply) and inner.op == "cast":
+        return _unchanged(inner)
+    return None
 
 
 def has_opaque(e: Expr) -> bool:

@@ -44,31 +44,159 @@ def bounds(spec: AttentionSpec) -> tuple[str, str, str]:
         (lambda q, k: ~((k > q) | (q - k >= 4)), ("q - 3", "1 + q", "")),
         (lambda q, k: (q - k).abs() < 3, ("q - 2", "3 + q", "")),
         (lambda q, k: (k <= q) & (k % 2 == 0), ("", "1 + q", "(k % 2) == 0")),
-        (lambda q, k: (k <= q) | (k < 2), ("", "", "(k <= q) or (k < 2)")),
+        (lambda q, k: (k <= q) | (k < 2), ("", "maximum(1 + q, 2)", "")),
         (lambda q, k: k // 4 == q // 4, ("4 * (q // 4)", "4 + (4 * (q // 4))", "")),
         (lambda q, k: (q // 4 == k // 4) & (k <= q), ("4 * (q // 4)", "minimum(4 + (4 * (q // 4)), 1 + q)", "")),
         (lambda q, k: k < torch.where(q < 3, 9, 2), ("", "", "k < where(q < 3, 9, 2)")),
         (lambda q, k: k < 9 - q, ("", "", "k < (9 - q)")),
+        (lambda q, k: (q - k).abs() > 2, ("", "", "abs(q - k) > 2")),
+        (lambda q, k: k <= torch.maximum(q, torch.tensor(3)), ("", "maximum(1 + q, 4)", "")),
+        (lambda q, k: k // 4 <= q // 4, ("", "4 + (4 * (q // 4))", "")),
+        (lambda q, k: (k + 2) // 4 == (q + 2) // 4, ("(4 * ((2 + q) // 4)) - 2", "2 + (4 * ((2 + q) // 4))", "")),
+        (lambda q, k: (q // 4 - k // 4).abs() <= 1, ("(4 * (q // 4)) - 4", "8 + (4 * (q // 4))", "")),
+        (lambda q, k: 2 * k <= 3 * q, ("", "1 + ((3 * q) // 2)", "")),
+        (lambda q, k: (k <= q) & ((q - k < 3) | (k < 2)), ("", "1 + q", "((q - k) < 3) or (k < 2)")),
+        (
+            lambda q, k: ((k <= q) & (q - k < 3)) | (k == q),
+            ("minimum(q - 2, q)", "1 + q", "((k <= q) and ((q - k) < 3)) or (k == q)"),
+        ),
     ],
-)
-@pytest.mark.parametrize(
-    "spell",
-    [
-        lambda s, keep: torch.where(keep, s, -math.inf),
-        lambda s, keep: s.masked_fill(~keep, MIN),
-        lambda s, keep: s + torch.where(keep, 0.0, MIN),
-        lambda s, keep: s + (1.0 - keep.float()) * MIN,
-        lambda s, keep: s + torch.zeros(N, N).masked_fill(keep.logical_not(), -math.inf),
-    ],
-    ids=["where", "masked_fill", "add_where", "product", "add_filled"],
 )
 def test_a_predicate_of_positions_becomes_loop_bounds(
-    keep: Callable[[Tensor, Tensor], Tensor], expected: tuple[str, str, str], spell: Callable[[Tensor, Tensor], Tensor]
+    keep: Callable[[Tensor, Tensor], Tensor], expected: tuple[str, str, str]
 ) -> None:
     def program(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        return spell(q @ k.transpose(-1, -2) / 4, keep(*positions())).softmax(-1) @ v
+        return (q @ k.transpose(-1, -2)).masked_fill(~keep(*positions()), MIN).softmax(-1) @ v
 
     assert bounds(pass_over(program, *heads(N)).spec) == expected
+
+
+# ------------------------------------------------------------------------------------------------- many spellings of one
+
+
+def causal() -> Tensor:
+    rows, keys = positions()
+    return keys <= rows
+
+
+def window() -> Tensor:
+    rows, keys = positions()
+    return rows - keys < 4
+
+
+LOWEST = {dtype: torch.finfo(dtype).min for dtype in (torch.float32, torch.bfloat16, torch.float16)}
+CAUSAL, BOTH, EITHER = "k <= q", "(k <= q) and ((q - k) < 4)", "(k <= q) or ((q - k) < 4)"
+
+SPELT: dict[str, tuple[str, Callable[[Tensor], Tensor]]] = {
+    "first GPT": (CAUSAL, lambda s: s * causal().to(s.dtype) - 1e4 * (1 - causal().to(s.dtype))),
+    "product and infinities": (CAUSAL, lambda s: s * causal() + torch.where(causal(), 0.0, -math.inf)),
+    "lowest added": (CAUSAL, lambda s: s + torch.where(causal(), 0.0, LOWEST[s.dtype]).to(s.dtype)),
+    "lowest times inverse": (CAUSAL, lambda s: s + (1.0 - causal().to(s.dtype)) * LOWEST[s.dtype]),
+    "added before the scale": (CAUSAL, lambda s: (s + torch.where(causal(), 0.0, -math.inf)) * 0.5),
+    "minimum": (CAUSAL, lambda s: torch.minimum(s, torch.where(causal(), math.inf, -math.inf).to(s.dtype))),
+    "clamped": (CAUSAL, lambda s: (s + torch.where(causal(), 0.0, -math.inf)).clamp(min=LOWEST[s.dtype])),
+    "negative": (CAUSAL, lambda s: -torch.where(causal(), -s, math.inf)),
+    "subtracted": (CAUSAL, lambda s: s - torch.where(causal(), 0.0, math.inf)),
+    "log": (CAUSAL, lambda s: s + causal().float().log()),
+    "negated thrice": (CAUSAL, lambda s: s.masked_fill(~~~causal(), -math.inf)),
+    "equal to zero": (CAUSAL, lambda s: s.masked_fill(causal().to(torch.uint8) == 0, -math.inf)),
+    "xor": (CAUSAL, lambda s: s.masked_fill(causal() ^ True, -math.inf)),
+    "additive mask compared": (CAUSAL, lambda s: s.masked_fill(torch.where(causal(), 0.0, -1e9) < -1, -math.inf)),
+    "two where": (BOTH, lambda s: torch.where(causal(), torch.where(window(), s, -1e9), LOWEST[s.dtype])),
+    "two additive": (BOTH, lambda s: s + torch.where(causal(), 0.0, -math.inf) + torch.where(window(), 0.0, -math.inf)),
+    "product of bytes": (BOTH, lambda s: s.masked_fill((causal().byte() * window().byte()) == 0, -math.inf)),
+    "sum of integers": (BOTH, lambda s: s.masked_fill(causal().int() + window().int() < 2, -math.inf)),
+    "minimum of masks": (BOTH, lambda s: s.masked_fill(torch.minimum(causal().int(), window().int()) == 0, -math.inf)),
+    "filled in turn": (BOTH, lambda s: s.masked_fill(~window(), -1e5).masked_fill(~causal(), -math.inf)),
+    "nested": (EITHER, lambda s: torch.where(causal(), s, torch.where(window(), s, -math.inf))),
+    "any of integers": (EITHER, lambda s: s.masked_fill(causal().int() + window().int() == 0, -math.inf)),
+    "choice of additive": (EITHER, lambda s: s + torch.where(causal(), 0.0, torch.where(window(), 0.0, -math.inf))),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", SPELT)
+def test_a_predicate_is_read_out_of_any_spelling_in_any_dtype(name: str) -> None:
+    expected, spell = SPELT[name]
+
+    def program(*inputs: Tensor) -> list[Tensor]:
+        scores = [(q @ k.transpose(-1, -2) / 4, v) for q, k, v in zip(*[iter(inputs)] * 3, strict=True)]
+        return [spell(s).softmax(-1).to(v.dtype) @ v for s, v in scores]
+
+    sites = pass_over(program, *(x.to(dtype) for dtype in LOWEST for x in heads(N))).sites
+    masks = [site.spec.mask for site in sites if site.spec is not None]
+    assert [m and " and ".join(sorted(to_text(m.predicate).split(" and "), key=len)) for m in masks] == [expected] * 3
+    assert not any("where" in to_text(m.visible) for m in masks if m)
+
+
+def padding() -> Tensor:
+    return torch.ones(2, 1, 1, N, dtype=torch.long).index_fill_(-1, torch.tensor([7, 8]), 0)
+
+
+GIVEN: dict[str, tuple[str, Callable[..., Tensor], Tensor]] = {
+    "ones where visible": ("[b0, 0, 0, k] != 0", lambda s, m: s + (1.0 - m.float()) * MIN, padding()),
+    "ones where masked": ("[b0, 0, 0, k] != 1", lambda s, m: s + m.float() * MIN, 1 - padding()),
+    "product with a buffer": ("[q, k] != 0", lambda s, m: s * m - 1e4 * (1 - m), torch.ones(N, N).tril()),
+    "additive per key": ("not([b0, 0, 0, k] <= -2e+28)", lambda s, m: s + m, (1 - padding().float()) * MIN),
+    "additive per entry": ("not([b0, 0, q, k] <= -2e+28)", lambda s, m: s + m, torch.zeros(2, 1, N, N)),
+    "additive for all": ("not([q, k] <= -2e+28)", lambda s, m: (s + m) / 4, torch.zeros(N, N)),
+    "lengths": ("k < [b0]", lambda s, m: s.masked_fill(torch.arange(N) >= m, -math.inf), torch.tensor([9, 6]).view(2, 1, 1, 1)),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", GIVEN)
+def test_tensors_shared_by_heads_tell_what_is_masked(name: str) -> None:
+    expected, spell, given = GIVEN[name]
+
+    def program(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+        return spell(q @ k.transpose(-1, -2) / 4, mask).softmax(-1) @ v
+
+    spec = pass_over(program, *heads(N), given).spec
+    assert spec.mask is not None
+    found = to_text(spec.mask.predicate, dict.fromkeys(range(9), "")).replace("[b0, 0, 0, 0]", "[b0]")
+    assert found == expected
+
+
+@pytest.mark.parametrize("shape", [(2, 3, N, N), (3, N, N), (3, 1, N)])
+def test_a_bias_per_head_is_no_mask(shape: tuple[int, ...]) -> None:
+    assert pass_over(attend, *heads(N), torch.randn(shape)).spec.mask is None
+
+
+def test_a_condition_on_data_that_masks_nothing_stays_in_the_score() -> None:
+    def program(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
+        s = q @ k.transpose(-1, -2)
+        s = torch.where(bias > 0, s + bias, s - 2)
+        return s.masked_fill(~causal(), -math.inf).softmax(-1) @ v
+
+    mask = pass_over(program, *heads(N), torch.randn(2, 3, N, N)).spec.mask
+    assert mask is not None and str(mask.predicate) == CAUSAL
+    assert to_text(mask.visible, dict.fromkeys(range(9), "")).startswith("where([b0, b1, q, k] > 0, score + ")
+
+
+SYMBOLIC: dict[str, tuple[tuple[str, str, str], Callable[[int], Tensor]]] = {
+    "offset": (("", "(1 + held) + q", ""), lambda n: positions()[1] <= positions()[0] + n),
+    "window": (("(1 + q) - held", "1 + q", ""), lambda n: causal() & (positions()[0] - positions()[1] < n)),
+    "prefix": (("", "maximum(n0, 1 + q)", ""), lambda n: (positions()[1] < n) | causal()),
+    "blocks": (("minimum(begin, (begin + n0) + 1)", "maximum(begin + n0, begin + 1)", ""),
+               lambda n: positions()[0] // n == positions()[1] // n),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", SYMBOLIC)
+def test_bounds_of_sizes_that_are_known_at_run_time(name: str) -> None:
+    expected, keep = SYMBOLIC[name]
+
+    def program(q: Tensor, k: Tensor, v: Tensor, n: int) -> Tensor:
+        return (q @ k.transpose(-1, -2)).masked_fill(~keep(n), -math.inf).softmax(-1) @ v
+
+    found = bounds(pass_over(program, *heads(N), 5, dynamic=True).spec)
+    short = {
+        "maximum(minimum(n0, 1099511627776), -1099511627776)": "held",
+        "((q // n0) * n0)": "begin",
+        "(q // n0) * n0": "begin",
+    }
+    for text, name in short.items():
+        found = tuple(x.replace(text, name) for x in found)
+    assert found == expected
 
 
 def test_a_mask_leaves_no_square_tensor_in_the_graph() -> None:

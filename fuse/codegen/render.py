@@ -147,14 +147,16 @@ def _factor(node: Apply) -> tuple[Expr, float] | None:
 
 def threshold_of(spec: AttentionSpec) -> float | None:
     """Rows whose largest score is not above this are computed again from every key; None where none needs to be."""
-    if spec.mask is not None:
-        return spec.mask.fill + _FILL_MARGIN if math.isfinite(spec.mask.fill) else None
     halves = any(isinstance(n, Apply) and n.dtype in HALVES for n in expr.walk(spec.score))
-    masked = any(
+    unmasked = spec.score if spec.mask is None else spec.mask.visible
+    biased = any(
         isinstance(n, Load) or (isinstance(n, Const) and n.dtype in expr.FLOATS and abs(n.value) >= -_ROUNDING_LIMIT)
-        for n in expr.walk(spec.score)
+        for n in expr.walk(unmasked)
     )
-    return _ROUNDING_LIMIT if halves and masked else None
+    rounding = _ROUNDING_LIMIT if halves and biased else None
+    if spec.mask is None:
+        return rounding
+    return max(spec.mask.fill + _FILL_MARGIN, rounding or -math.inf) if math.isfinite(spec.mask.fill) else None
 
 
 def render(spec: AttentionSpec, plan: Plan) -> str:
