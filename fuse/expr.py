@@ -301,7 +301,7 @@ def _fold_cast(op: str, args: tuple[Expr, ...], dtype: str) -> Expr | None:
     """What PyTorch makes of the number; out of the range of an integer dtype that depends on the machine."""
     if not isinstance(args[0], Const):
         return None
-    value = args[0].value
+    value = rounded(args[0].value, args[0].dtype) if args[0].dtype in FLOATS else args[0].value
     if dtype in FLOATS:
         return const(rounded(value, dtype), dtype)
     if dtype == "bool":

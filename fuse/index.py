@@ -106,16 +106,12 @@ class Space:
         return PythonMod(rest, n)
 
     def _divide(self, e: Index, n: Index) -> tuple[Index, Index]:
+        """(whole, rest) with e == n * whole + rest, each term by the first of DIVISIONS that fits."""
         whole, rest = sympy.Integer(0), sympy.Integer(0)
         for term in sympy.Add.make_args(sympy.expand(e)):
-            quotient = sympy.cancel(term / n) if not term.has(*_DIVISIONS) else _divide_division(term, n)
-            if quotient is not None and quotient.is_polynomial() and _integer_coefficients(quotient):
-                whole += quotient
-            elif term.is_Integer and n.is_Integer:
-                whole += int(term) // int(n)
-                rest += int(term) % int(n)
-            else:
-                rest += term
+            quotient, left = next((x for rule in DIVISIONS.values() if (x := rule(term, n)) is not None), (0, term))
+            whole += quotient
+            rest += left
         return whole, rest
 
     def reshape(self, coords: Sequence[Index], shape: Shape, source: Shape) -> tuple[Index, ...]:
@@ -164,12 +160,27 @@ def _next_group(shape: Shape, i: int, source: Shape, j: int) -> tuple[int, int]:
     return len(shape), len(source)
 
 
-def _divide_division(term: Index, n: Index) -> Index | None:
-    """A constant multiple of a division, c * (x // m), by n where n divides c."""
+def _multiple(term: Index, n: Index) -> tuple[Index, Index] | None:
+    """n * x is n times x."""
+    quotient = sympy.cancel(term / n) if not term.has(*_DIVISIONS) else None
+    exact = quotient is not None and quotient.is_polynomial() and _integer_coefficients(quotient)
+    return (quotient, sympy.Integer(0)) if exact else None
+
+
+def _multiple_of_division(term: Index, n: Index) -> tuple[Index, Index] | None:
+    """c * (x // m) is n times c / n * (x // m) where n divides c."""
     coefficient, rest = term.as_coeff_Mul()
-    if n.is_Integer and coefficient % n == 0:
-        return coefficient / n * rest
-    return None
+    divides = term.has(*_DIVISIONS) and n.is_Integer and coefficient % n == 0
+    return (coefficient / n * rest, sympy.Integer(0)) if divides else None
+
+
+def _number(term: Index, n: Index) -> tuple[Index, Index] | None:
+    """c is n times c // n, and c % n."""
+    return (int(term) // int(n), int(term) % int(n)) if term.is_Integer and n.is_Integer else None
+
+
+# How a term is divided by n: (whole, rest) with term == n * whole + rest
+DIVISIONS = {"multiple": _multiple, "multiple of a division": _multiple_of_division, "number": _number}
 
 
 def _integer_coefficients(e: Index) -> bool:

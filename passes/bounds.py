@@ -11,13 +11,14 @@ from torch.utils._sympy.functions import FloorDiv
 
 from fuse import expr
 from fuse.expr import Apply, Const, Expr, apply, const
-from fuse.index import Index, Space, linear
+from fuse.index import Index, Space, linear, variable
 from fuse.passes.elements import Reader, spec_reader
 from fuse.spec import AttentionSpec
 
 _SWAPPED = {"le": "ge", "lt": "gt", "ge": "le", "gt": "lt"}
 _NEGATED = {"le": "gt", "gt": "le", "lt": "ge", "ge": "lt", "eq": "ne", "ne": "eq"}
 _OPPOSITE = {"and": "or", "or": "and"}
+_Q, _K = variable("q"), variable("k")
 # Integers from the user are held within these bounds before anything is added to them, lest the sum wrap.
 FAR = 2**40
 
@@ -165,44 +166,39 @@ def _closed(r: Reader, clause: Expr) -> Bounds | None:
 
 
 def _solved(r: Reader, difference: Index) -> Bounds | None:
-    """The solution for k of difference >= 0."""
-    k = sympy.Symbol("k", integer=True)
-    blocks = [d for d in difference.atoms(FloorDiv) if d.has(k)]
-    if len(blocks) > 1:
+    """The solution for k of difference >= 0, where it is a bound that never decreases with q."""
+    found = next((x for solve in SOLUTIONS.values() if (x := solve(r.space, difference)) is not None), None)
+    limit = None if found is None else _held(r, sympy.expand(found[1]))
+    if found is None or limit is None or not _never_decreases(r, limit):
         return None
-    unknown = blocks[0] if blocks else k
-    x = sympy.Dummy("x", integer=True)
-    parts = linear(difference.subs(unknown, x), x)
-    if parts is None or not parts[0].is_Integer or parts[0] == 0 or parts[1].has(k):
-        return None
-    low, limit = at_least_zero(r.space, int(parts[0]), parts[1])
-    if blocks and (unblocked := of_block(blocks[0], k, low, limit)) is None:
-        return None
-    limit = _held(r, sympy.expand(unblocked if blocks else limit))
-    if (
-        limit is None
-        or "k" in expr.axes(r.expression(limit))
-        or not _never_decreases(r, limit, sympy.Symbol("q", integer=True))
-    ):
-        return None
-    found = r.expression(limit)
-    return Bounds(lower=found) if low else Bounds(upper=found)
+    return Bounds(lower=r.expression(limit)) if found[0] else Bounds(upper=r.expression(limit))
 
 
-def at_least_zero(space: Space, slope: int, rest: Index) -> tuple[bool, Index]:
-    """slope * x + rest >= 0 for integers is x >= ceil(-rest / slope), or for a negative slope x < floor(rest / -slope) + 1."""
-    if slope > 0:
-        return True, -space.floordiv(rest, sympy.Integer(slope))
-    return False, space.floordiv(rest, sympy.Integer(-slope)) + 1
+def linear_in_key(space: Space, difference: Index) -> tuple[bool, Index] | None:
+    """n * k + x >= 0 is k >= ceil(-x / n), and -n * k + x >= 0 is k < floor(x / n) + 1: (is it a lower bound?, the bound)."""
+    return None if any(d.has(_K) for d in difference.atoms(FloorDiv)) else _linear(space, difference, _K)
 
 
-def of_block(block: Index, k: sympy.Symbol, low: bool, limit: Index) -> Index | None:
-    """(k + r) // n >= limit is k >= n * limit - r, and (k + r) // n < limit is k < n * limit - r, for n > 0."""
-    inner, n = block.args
-    parts = linear(inner, k)
-    if parts is None or parts[0] != 1 or parts[1].has(k) or not n.is_positive:
+def linear_in_block(space: Space, difference: Index) -> tuple[bool, Index] | None:
+    """The same for (k + r) // m in the place of k: it is at least a bound where k >= m * bound - r, below it where k < that."""
+    blocks = [d for d in difference.atoms(FloorDiv) if d.has(_K)]
+    parts = linear(blocks[0].args[0], _K) if len(blocks) == 1 else None
+    if parts is None or parts[0] != 1 or not blocks[0].args[1].is_positive:
         return None
-    return n * limit - parts[1]
+    block = sympy.Dummy("block", integer=True)
+    found = _linear(space, difference.subs(blocks[0], block), block)
+    return found and (found[0], blocks[0].args[1] * found[1] - parts[1])
+
+
+def _linear(space: Space, difference: Index, x: sympy.Symbol) -> tuple[bool, Index] | None:
+    parts = linear(difference, x)
+    if parts is None or not parts[0].is_Integer or parts[0] == 0 or parts[1].has(_K):
+        return None
+    slope, rest = parts
+    return (True, -space.floordiv(rest, slope)) if slope > 0 else (False, space.floordiv(rest, -slope) + 1)
+
+
+SOLUTIONS = {"linear in the key": linear_in_key, "linear in a block of keys": linear_in_block}
 
 
 def _same_block(r: Reader, clause: Apply) -> Bounds | None:
@@ -213,8 +209,7 @@ def _same_block(r: Reader, clause: Apply) -> Bounds | None:
             return None
         (k, n), (x, m) = block.args, other.args
         if k is expr.index("k") and n is m and not expr.axes(n) & {"q", "k"} and "k" not in expr.axes(x):
-            q = sympy.Symbol("q", integer=True)
-            return same_block(x, n) if _never_decreases(r, r.index(x), q) else None
+            return same_block(x, n) if _never_decreases(r, r.index(x)) else None
     return None
 
 
@@ -241,16 +236,16 @@ def _held(r: Reader, limit: Index) -> Index | None:
     return limit.subs(data[0], r.atom(held))
 
 
-def _never_decreases(r: Reader, e: Index, q: sympy.Symbol) -> bool:
+def _never_decreases(r: Reader, e: Index) -> bool:
     """Sums of nonnegative multiples of q and of floor divisions of such sums; what is read from tensors is not of q."""
     for term in sympy.Add.make_args(sympy.expand(e)):
         coefficient, rest = term.as_coeff_Mul()
-        if not term.has(q):
-            if q.name in expr.axes(r.expression(term)):
+        if not term.has(_Q):
+            if expr.axes(r.expression(term)) & {"q", "k"}:
                 return False
         elif isinstance(rest, FloorDiv):
-            if coefficient < 0 or rest.args[1].has(q) or not _never_decreases(r, rest.args[0], q):
+            if coefficient < 0 or rest.args[1].has(_Q) or not _never_decreases(r, rest.args[0]):
                 return False
-        elif (parts := linear(term, q)) is None or not r.space.nonnegative(parts[0]):
+        elif (parts := linear(term, _Q)) is None or not r.space.nonnegative(parts[0]):
             return False
     return True

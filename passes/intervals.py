@@ -1,7 +1,8 @@
 """What values a score can take: interval arithmetic over expressions, with the roundings of their dtypes.
 
-The product of query and key is taken to be finite and no larger than ``largest(dtype)``, a tensor of floats to hold such
-numbers or -inf. Everything else is proved: a bound that does not hold for all such values is not given.
+The product of query and key is taken to be finite and no larger than ``largest(dtype)``, and what is made of tensors and
+positions alone, such as a bias, to be such a number or -inf: what exceeds them is no score that eager could tell from a mask.
+Everything else is proved: a bound that does not hold for all such values is not given.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from dataclasses import dataclass
 import torch
 
 from fuse import expr
-from fuse.expr import Apply, Const, Expr, Index, Load, Score
+from fuse.expr import Apply, Const, Expr, Index, Load, Score, Symbol
 from fuse.frame import OPS
 
 _NOTHING: Mapping[Expr, Range] = {}
@@ -52,10 +53,22 @@ def highest(e: Expr, known: Mapping[Expr, Range] = _NOTHING) -> float:
 
 def value_range(e: Expr, known: Mapping[Expr, Range] = _NOTHING) -> Range:
     found: dict[Expr, Range] = dict(known)
+    data: set[Expr] = set()
+    scored: set[Expr] = set()
     for n in expr.walk(e):
-        if n not in found:
-            found[n] = _leaf(n) if not isinstance(n, Apply) else _rounded(_apply(n, [found[a] for a in n.operands]), n.dtype)
+        r = _leaf(n) if not isinstance(n, Apply) else applied(n, [found[a] for a in n.operands])
+        if isinstance(n, Score) or any(a in scored for a in n.args):
+            scored.add(n)
+        elif n.dtype != "bool" and (isinstance(n, (Load, Index, Symbol)) or any(a in data for a in n.args)):
+            data.add(n)
+            r = Range(r.low, min(r.high, largest(n.dtype))) if n.dtype in expr.FLOATS else r
+        found.setdefault(n, r)
     return found[e]
+
+
+def applied(n: Apply, args: list[Range]) -> Range:
+    """What the operator of ``n`` gives on ``args``, in its dtype."""
+    return _rounded(_apply(n, args), n.dtype)
 
 
 def constant(n: Expr) -> Const | None:
@@ -89,7 +102,7 @@ def _leaf(n: Expr) -> Range:
     if isinstance(n, Score):
         return Range(-largest(n.dtype), largest(n.dtype))
     if isinstance(n, Load) and n.dtype in expr.FLOATS:
-        return Range(-math.inf, largest(n.dtype))
+        return ANYTHING
     return _whole(n.dtype)
 
 

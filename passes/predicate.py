@@ -52,9 +52,9 @@ class _Separation:
     def split(self, e: Expr) -> Split | None:
         if highest(e) <= REPLACED:
             return Split(_FALSE, e, highest(e))
-        return self._by_truth(e) or self._by_data(e) or self._by_both_values(e)
+        return next((found for case in CASES.values() if (found := case(self, e)) is not None), None)
 
-    def _by_truth(self, e: Expr) -> Split | None:
+    def by_truth(self, e: Expr) -> Split | None:
         """A truth value of which one alone masks."""
         for condition in _conditions(e):
             for value in (True, False):
@@ -63,11 +63,11 @@ class _Separation:
                     return self._and(visible, top, assume(e, condition, not value))
         return None
 
-    def _by_data(self, e: Expr) -> Split | None:
+    def by_data(self, e: Expr) -> Split | None:
         """A tensor shared by heads whose element masks by being 0, 1, or so low that no score makes up for it."""
         for addend in _without_score(e):
             loads = [n for n in expr.walk(addend) if isinstance(n, Load) and n.dtype != "bool"]
-            if addend in self.settled or not loads or not all(self._shared(n) for n in loads):
+            if addend in self.settled or not loads or not self._shared(addend):
                 continue
             self.settled.add(addend)
             tops = {visible: top for visible, top in self._values(e, loads) if top <= REPLACED}
@@ -90,8 +90,8 @@ class _Separation:
             low = apply("le", addend, const(limit, addend.dtype), dtype="bool")
             yield _not(low), self._highest(e, {addend: Range(_LOWEST, limit)})
 
-    def _shared(self, load: Load) -> bool:
-        """Is one element read for several heads? The last batch index counts heads, or is divided by their number."""
+    def _shared(self, addend: Expr) -> bool:
+        """Is it the same for several heads? The last batch index counts heads, or is divided by their number."""
         if self.batch == 0:
             return False
         head = f"b{self.batch - 1}"
@@ -99,9 +99,9 @@ class _Separation:
         def undivided(n: Expr) -> Expr | None:
             return const(0) if isinstance(n, Apply) and n.op == "floordiv" and n.operands[0] is index(head) else None
 
-        return head not in expr.axes(expr.rewrite(load, undivided))
+        return head not in expr.axes(expr.rewrite(addend, undivided))
 
-    def _by_both_values(self, e: Expr) -> Split | None:
+    def by_both_values(self, e: Expr) -> Split | None:
         """A truth value that does not mask by itself: its two cases apart."""
         for condition in _conditions(e):
             cases = [assume(e, condition, value) for value in (True, False)]
@@ -120,6 +120,13 @@ class _Separation:
     def _highest(self, e: Expr, known: dict[Expr, Range] | None = None) -> float:
         self.attempts -= 1
         return highest(e, known or {}) if self.attempts > 0 else -_LOWEST
+
+
+CASES = {
+    "a truth value masks": _Separation.by_truth,
+    "a shared tensor masks": _Separation.by_data,
+    "either value of a truth": _Separation.by_both_values,
+}
 
 
 # ------------------------------------------------------------------------------------------------------ assumptions
