@@ -557,8 +557,8 @@ def _range_of(operator: str, dtype: str) -> None:
     leaves = free(dtype, arity)
     first = (P,) if operator == "where" else ()
     node = Apply(dtype, operator, leaves if not first else (P, *leaves[:2]))
-    intervals = [(a, b) for a in ENDS for b in ENDS if a <= b]
-    chosen = intervals if arity == 1 else intervals[::7]
+    spans = [(a, b) for a in ENDS for b in ENDS if a <= b]
+    chosen = spans if arity == 1 else spans[::7]
     for ends in itertools.product(chosen, repeat=min(arity, 2)):
         known: dict[Expr, Range] = {
             x: Range(expr.rounded(a, dtype), expr.rounded(b, dtype)) for x, (a, b) in zip(leaves, ends, strict=False)
