@@ -11,26 +11,21 @@ The result is kept under benchmarks/results/. Exit status 1 where fuse misses a 
 from __future__ import annotations
 
 import argparse
-import json
 import math
-import statistics
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 
 import machine
 import torch
 import torch.nn.functional as F
+from timing import Run, Times, keep, measure, working
 from torch import Tensor
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
 from fuse.runtime import cpp
 
 HEADS = 12
-RESULTS = Path(__file__).parent / "results"
 PEERS = ("sdpa", "eager", "inductor", "flex")
-Run = Callable[[], Tensor]
 
 
 @dataclass(frozen=True)
@@ -122,49 +117,20 @@ def flex(kind: str, x: Inputs) -> Run:
 
 
 def ways(kind: str, x: Inputs, peers: list[str]) -> dict[str, Run]:
-    """Every way to compute the case, compiled and run once; one that fails is left out, and said to be."""
-    found: dict[str, Run | None] = {"fuse": _compiled("fuse", kind, x)}
+    """Every way to compute the case, compiled and run once."""
     makers: dict[str, Callable[[], Run | None]] = {
+        "fuse": lambda: _compiled("fuse", kind, x),
         "sdpa": lambda: sdpa(kind, x),
         "eager": lambda: lambda: attention(kind, x),
         "inductor": lambda: _compiled("inductor", kind, x),
         "flex": lambda: flex(kind, x),
     }
-    found |= {name: makers[name]() for name in peers}
-    working: dict[str, Run] = {}
-    for name, run in found.items():
-        try:
-            if run is not None:
-                run()
-                working[name] = run
-        except Exception as error:  # a peer that cannot compute a case is a result, not a failure of the benchmark
-            print(f"  {name}: {type(error).__name__}: {str(error).splitlines()[0][:90]}")
-    return working
+    return working({name: makers[name] for name in ("fuse", *peers)})
 
 
 def _compiled(backend: str, kind: str, x: Inputs) -> Run:
     run = torch.compile(lambda x: attention(kind, x), backend=backend, dynamic=False)
     return lambda: run(x)
-
-
-@dataclass(frozen=True)
-class Times:
-    """Medians in seconds."""
-
-    processor: float
-    wall: float
-
-
-def measure(runs: dict[str, Run], seconds: float) -> dict[str, Times]:
-    """Rounds over all ways until ``seconds`` are over, at least three."""
-    taken: dict[str, list[tuple[float, float]]] = {name: [] for name in runs}
-    start = time.perf_counter()
-    while time.perf_counter() - start < seconds or len(taken["fuse"]) < 3:
-        for name, run in runs.items():
-            processor, wall = time.process_time(), time.perf_counter()
-            run()
-            taken[name].append((time.process_time() - processor, time.perf_counter() - wall))
-    return {name: Times(*(statistics.median(column) for column in zip(*rounds, strict=True))) for name, rounds in taken.items()}
 
 
 def report(case: Case, dtype: str, times: dict[str, Times]) -> dict[str, object]:
@@ -180,13 +146,6 @@ def report(case: Case, dtype: str, times: dict[str, Times]) -> dict[str, object]
     )
     measured = {name: {"processor": t.processor, "wall": t.wall} for name, t in times.items()}
     return {"case": case.name, "dtype": dtype, "seconds": measured, "ratios": ratios, "bar": bar, "missed": missed}
-
-
-def keep(facts: dict[str, object], results: list[dict[str, object]]) -> None:
-    RESULTS.mkdir(exist_ok=True)
-    path = RESULTS / f"cpu_forward-{machine.slug()}.json"
-    path.write_text(json.dumps({"machine": facts, "results": results}, indent=1) + "\n")
-    print(f"\nkept in {path}")
 
 
 def main() -> int:
@@ -212,7 +171,7 @@ def main() -> int:
                     runs = ways(case.kind, Inputs.make(case, getattr(torch, dtype)), args.peers)
                     results.append(report(case, dtype, measure(runs, args.seconds)))
     if not args.only:
-        keep(facts, results)
+        keep("cpu_forward", facts, results)
     return int(any(r["missed"] for r in results))
 
 

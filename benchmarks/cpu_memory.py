@@ -10,11 +10,8 @@ from __future__ import annotations
 
 import argparse
 import math
-import re
-import subprocess
-import sys
-from pathlib import Path
 
+import machine
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -61,12 +58,6 @@ def with_sdpa(kind: str, query: Tensor, key: Tensor, value: Tensor, kept: Tensor
     return F.scaled_dot_product_attention(query, key, value, attn_mask=mask)
 
 
-def status(field: str) -> int:
-    """Bytes, from /proc/self/status."""
-    found = re.search(rf"^{field}:\s+(\d+) kB", Path("/proc/self/status").read_text(), re.MULTILINE)
-    return int(found.group(1)) * 1024 if found else 0
-
-
 def measure(way: str, kind: str, length: int, dtype: str) -> float:
     """MB beyond inputs and output; NaN where the way has no such case."""
     if way == "sdpa" and kind in ("alibi", "soft-cap"):
@@ -80,10 +71,7 @@ def measure(way: str, kind: str, length: int, dtype: str) -> float:
         run = torch.compile(run, backend=way, dynamic=False)
     with torch.inference_mode():
         run(kind, query, key, value, kept, documents)
-        Path("/proc/self/clear_refs").write_text("5")  # proc(5): resets the peak
-        before = status("VmRSS")
-        out = run(kind, query, key, value, kept, documents)
-    return (status("VmHWM") - before - out.numel() * out.element_size()) / 2**20
+        return machine.extra_peak(lambda: run(kind, query, key, value, kept, documents))
 
 
 def main() -> int:
@@ -101,16 +89,10 @@ def main() -> int:
     print(f"{'':20}" + "".join(f"{way:>12}" for way in args.ways))
     missed = False
     for kind in args.kinds:
-        found = [in_process(way, kind, args.length, args.dtype) for way in args.ways]
+        found = [machine.in_process("--one", way, kind, "--length", args.length, "--dtype", args.dtype) for way in args.ways]
         missed |= any(way == "fuse" and not mb < BAR_MB for way, mb in zip(args.ways, found, strict=True))
         print(f"{kind:20}" + "".join(f"{mb:12.1f}" for mb in found), flush=True)
     return int(missed)
-
-
-def in_process(way: str, kind: str, length: int, dtype: str) -> float:
-    command = [sys.executable, __file__, "--one", way, kind, "--length", str(length), "--dtype", dtype]
-    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
-    return float(done.stdout.split()[-1]) if done.returncode == 0 else math.nan
 
 
 if __name__ == "__main__":

@@ -1,16 +1,21 @@
-"""What a result was measured on."""
+"""What a result was measured on, and the memory that a call takes on it."""
 
 from __future__ import annotations
 
+import math
 import os
 import platform
+import re
 import subprocess
+import sys
+from collections.abc import Callable
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from fuse.runtime import cpp, cpu
 
@@ -40,3 +45,24 @@ def _version() -> str:
         return metadata.version("torch-fuse")
     except metadata.PackageNotFoundError:
         return "source tree"
+
+
+def extra_peak(call: Callable[[], Tensor]) -> float:
+    """MB that ``call`` holds at its peak, beside what there was before and its result. Linux only: read from /proc."""
+    Path("/proc/self/clear_refs").write_text("5")  # proc(5): resets the peak
+    before = _status("VmRSS")
+    out = call()
+    return (_status("VmHWM") - before - out.numel() * out.element_size()) / 2**20
+
+
+def in_process(*arguments: object) -> float:
+    """What this benchmark prints last when it is called with ``arguments``, in a process of its own; NaN where it fails."""
+    command = [sys.executable, sys.argv[0], *map(str, arguments)]
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
+    return float(done.stdout.split()[-1]) if done.returncode == 0 else math.nan
+
+
+def _status(field: str) -> int:
+    """Bytes, from /proc/self/status."""
+    found = re.search(rf"^{field}:\s+(\d+) kB", Path("/proc/self/status").read_text(), re.MULTILINE)
+    return int(found.group(1)) * 1024 if found else 0
