@@ -76,6 +76,31 @@ def tensors(output: Mapping[str, Any]) -> Iterator[Tensor]:
             yield from tensors(value)
 
 
+def measure_gradients(model: nn.Module, inputs: Inputs, **options: str) -> Measured:
+    """As ``measure``, for the gradients of all parameters."""
+    compiled = torch.compile(model, backend="fuse", options=options)
+    result, eager = gradients(compiled, model, inputs), gradients(model, model, inputs)
+    with Wide():
+        wide = widened(model)
+        truth = gradients(wide, wide, in_dtype(inputs, torch.float64))
+    # Some gradients are zero but for rounding, such as a key's bias: it shifts all scores of a row
+    largest = max(float(t.square().mean()) for t in truth)
+    kept = [i for i, t in enumerate(truth) if float(t.square().mean()) > 1e-12 * largest]
+    errors = (error([x[i] for i in kept], [truth[i] for i in kept]) for x in (eager, result))
+    return Measured(fuse.report().sites, *errors)
+
+
+def gradients(run: Callable[..., Any], model: nn.Module, inputs: Inputs) -> Outputs:
+    """Of fixed random multiples of all outputs, for the parameters that they reach."""
+    model.zero_grad()
+    generator = torch.Generator().manual_seed(0)
+    found = [x for x in tensors(run(**inputs)) if x.requires_grad]
+    loss = sum((x * torch.randn(x.shape, generator=generator).to(x.dtype)).double().sum() for x in found)
+    assert isinstance(loss, Tensor)
+    loss.backward()
+    return [p.grad for p in model.parameters() if p.grad is not None]
+
+
 def exact(model: nn.Module, inputs: Inputs) -> Outputs:
     """The results of the same weights in float64 throughout."""
     with Wide():
