@@ -35,8 +35,11 @@ def fuse(
     chosen = resolve(mode, options)
     original = verify.keep(gm) if chosen.verify else None
     sites = rewrite(gm, example_inputs, chosen)
-    specs = [site.spec for site in sites if site.fused and site.spec is not None]
-    runtime.prepare(specs, chosen.target)  # builds run beside the inner compiler
+    specs = [(site.spec, site.wanted) for site in sites if site.fused and site.spec is not None]
+    runtime.prepare((spec for spec, _ in specs), chosen.target)  # builds run beside the inner compiler
+    for spec, wanted in specs:
+        if any(wanted):
+            runtime.prepare_backward(spec, chosen.target, wanted)
     compiled = _inner(chosen)(gm, example_inputs)
     compiled_sites.extend(_with_kernel(site, chosen.target) for site in sites)
     return compiled if original is None else verify.against(original, compiled, sites)

@@ -22,7 +22,17 @@ from fuse.runtime.cpp_backward import CppBackward, build_backward
 from fuse.spec import AttentionSpec
 from fuse.tiles import TileMap
 
-__all__ = ["Kernel", "backward_kernel", "builds", "forward_kernel", "kernel", "map_kernel", "prepare", "reset"]
+__all__ = [
+    "Kernel",
+    "backward_kernel",
+    "builds",
+    "forward_kernel",
+    "kernel",
+    "map_kernel",
+    "prepare",
+    "prepare_backward",
+    "reset",
+]
 
 
 class Kernel(Protocol):
@@ -100,6 +110,11 @@ def prepare(specs: Iterable[AttentionSpec], target: str) -> None:
         _begun(_kernels, (spec, target), _make)
         if spec.mask is not None and spec.mask.tiles is not None and (use := tiles.map_of(spec)) is not None:
             _begun(_map_kernels, (use.tile_map, target), _make_map)
+
+
+def prepare_backward(spec: AttentionSpec, target: str, wanted: tuple[bool, ...]) -> None:
+    """As ``prepare``, for the kernel that ``backward_kernel`` will give."""
+    _begun(_backward_kernels, (gradient(spec, wanted), target), _make_backward)
 
 
 def reset() -> None:
