@@ -37,14 +37,25 @@ def visible(kind: str, length: int, kept: Tensor, documents: Tensor) -> Tensor |
     return None
 
 
-KINDS = ("full", "causal", "window", "padding", "causal and padding", "documents", "alibi", "soft-cap")
+KINDS = ("full", "causal", "window", "padding", "causal and padding", "documents", "alibi", "t5", "soft-cap")
+
+
+def t5_bias(length: int) -> Tensor:
+    """A number for each of 32 buckets of the distance, as in T5: Raffel et al. 2020, section 2.1. (length, length)."""
+    distance = torch.arange(length) - torch.arange(length)[:, None]
+    size = distance.abs()
+    far = 8 + (torch.log(size.float() / 8) / math.log(128 / 8) * 8).long()
+    bucket = torch.where(size < 8, size, far.clamp(max=15)) + (distance > 0) * 16
+    return torch.linspace(-1, 1, 32)[bucket]
 
 
 def attention(kind: str, query: Tensor, key: Tensor, value: Tensor, kept: Tensor, documents: Tensor) -> Tensor:
     length = query.shape[-2]
     scores = query @ key.transpose(-1, -2) * WIDTH**-0.5
     if kind == "alibi":
-        scores = scores + 0.25 * (torch.arange(length) - torch.arange(length)[:, None])
+        scores = scores + (0.25 * (torch.arange(length) - torch.arange(length)[:, None])).to(scores.dtype)
+    if kind == "t5":
+        scores = scores + t5_bias(length).to(scores.dtype)
     if kind == "soft-cap":
         scores = torch.tanh(scores / 50) * 50
     mask = visible("causal" if kind == "alibi" else kind, length, kept, documents)
@@ -60,7 +71,7 @@ def with_sdpa(kind: str, query: Tensor, key: Tensor, value: Tensor, kept: Tensor
 
 def measure(way: str, kind: str, length: int, dtype: str) -> float:
     """MB beyond inputs and output; NaN where the way has no such case."""
-    if way == "sdpa" and kind in ("alibi", "soft-cap"):
+    if way == "sdpa" and kind in ("alibi", "t5", "soft-cap"):
         return math.nan
     torch.manual_seed(0)
     query, key, value = (torch.randn(1, length, 1, WIDTH).to(getattr(torch, dtype)).transpose(1, 2) for _ in range(3))

@@ -94,18 +94,22 @@ class Space:
 
     def floordiv(self, e: Index, n: Index) -> Index:
         """e // n with what divides taken out, and nothing left where the rest is proved to lie in [0, n)."""
-        whole, rest = self._divide(e, n)
-        if rest == 0 or (self.nonnegative(rest) and self.nonnegative(n - 1 - rest)):
-            return whole
-        return whole + FloorDiv(rest, n)
+        whole, rest, proved = self._divide(e, n)
+        return whole if proved else whole + FloorDiv(rest, n)
 
     def mod(self, e: Index, n: Index) -> Index:
-        _, rest = self._divide(e, n)
-        if rest == 0 or (self.nonnegative(rest) and self.nonnegative(n - 1 - rest)):
-            return rest
-        return PythonMod(rest, n)
+        _, rest, proved = self._divide(e, n)
+        return rest if proved else PythonMod(rest, n)
 
-    def _divide(self, e: Index, n: Index) -> tuple[Index, Index]:
+    def _divide(self, e: Index, n: Index) -> tuple[Index, Index, bool]:
+        """(whole, rest, whether rest is proved to lie in [0, n)) with e == whole * n + rest."""
+        whole, rest = self._taken_out(e, n)
+        for more, less in ((sympy.Integer(0), rest), _rounded(rest, n)):
+            if less == 0 or (self.nonnegative(less) and self.nonnegative(n - 1 - less)):
+                return whole + more, less, True
+        return whole, rest, False
+
+    def _taken_out(self, e: Index, n: Index) -> tuple[Index, Index]:
         """(whole, rest) with e == n * whole + rest, each term by the first of DIVISIONS that fits."""
         whole, rest = sympy.Integer(0), sympy.Integer(0)
         for term in sympy.Add.make_args(sympy.expand(e)):
@@ -139,6 +143,16 @@ class Space:
             coords.append(self.mod(flat, n) if n != 1 else sympy.Integer(0))
             flat = self.floordiv(flat, n) if n != 1 else flat
         return [flat, *reversed(coords)] if shape else []
+
+
+def _rounded(rest: Index, n: Index) -> tuple[Index, Index]:
+    """Coefficients divided to the nearest: 153 * q + k + 77 by 154 is q and k - q + 77, as relative shifts have it."""
+    whole = sympy.Integer(0)
+    for term in sympy.Add.make_args(rest):
+        c, factor = term.as_coeff_Mul()
+        if n.is_Integer and factor != 1 and 2 * c > n:
+            whole += factor
+    return whole, sympy.expand(rest - whole * n)
 
 
 def _rejoined(e: Index) -> Index:

@@ -6,7 +6,7 @@ that have to be loaded, or reductions and products, which stay as Opaque nodes f
 
 from __future__ import annotations
 
-from collections.abc import Callable, Container, Sequence
+from collections.abc import Callable, Container, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -129,6 +129,10 @@ class Reader:
         if key not in self._known:
             self._known[key] = self._element(value, key[1])
         return self._known[key]
+
+    def read(self) -> Iterator[tuple[Value, tuple[Index, ...], Expr]]:
+        """Every element that was read so far, the innermost first: (tensor, coordinates, expression)."""
+        return ((value, coords, e) for (value, coords, views_only), e in self._known.items() if not views_only)
 
     def through_views(self, value: Value, coords: Sequence[Index]) -> Expr:
         """The load of the tensor behind views alone: nothing is computed, no value changes."""

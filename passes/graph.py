@@ -144,9 +144,12 @@ def user_name(node: Node) -> str:
     made = [node]
     while made:
         node = made.pop()
-        if not (MADE in node.meta or operator_name(node) == "clone"):
+        if not (MADE in node.meta or operator_name(node) in ("clone", "getattr")):
             break
         made += reversed(node.all_input_nodes)
+        if operator_name(node) in ("bmm", "mm"):
+            left, right = map(user_name, node.all_input_nodes)
+            return f"({left} @ {right})"
     if MADE in node.meta:
         return "table"
     source = getattr(node, "_dynamo_source", None)

@@ -19,6 +19,7 @@ from fuse.index import Index, linear
 from fuse.passes import pointwise, views  # noqa: F401  the readers register themselves
 from fuse.passes.dropout import drawn_in, with_scaled_choices
 from fuse.passes.elements import PRODUCTS, Opaque, Reader, as_index, dims, op_name
+from fuse.passes.lookups import looked_up_once
 from fuse.passes.softmax import Late, Softmax, recognise
 from fuse.passes.trace import Trace, Value
 from fuse.reasons import (
@@ -178,7 +179,9 @@ class _Lift:
             self.r.inner.add(product.over)
             query, key = (self._operand(*side) for side in sides)
             score = expr.substitute(softmax.score, {candidate: Score(candidate.dtype)})
-            score = self._loaded(self._with_addend(score, candidate))
+            batch = {x.name for x in self.axes if x not in self.r.inner and self.r.space.sizes[x] != 1}
+            score = looked_up_once(self.r, self._with_addend(score, candidate), {q.name, k.name}, batch)
+            score = self._loaded(score)
             if any(_depends_on(leaf, product.value) for leaf in self._used(score, softmax)):
                 raise Declined(ScoresUsed(self._culprit(score, softmax, product.value)))
             return score, product.value, query, key, product.over

@@ -6,7 +6,8 @@ from typing import Any
 
 import sympy
 
-from fuse.expr import Expr, apply, const
+from fuse import expr
+from fuse.expr import Expr, Load, apply, const
 from fuse.index import Index
 from fuse.passes.elements import Reader, arguments, as_index, dims, handles, has_opaque, op_name
 from fuse.passes.pointwise import read
@@ -20,10 +21,15 @@ TRUE = const(True, "bool")
 @handles("view", "_unsafe_view", "reshape", "_reshape_alias")
 def _view(r: Reader, v: Value, coords: Coords) -> Expr:
     source = r.space.reshape(coords, dims(v), dims(v.args[0]))
-    # Splitting a position by division would cost more per entry than reading the tensor in its new shape
     found = r.element(v.args[0], source)
-    splits = r.reads_fixed_strides(coords) and not r.reads_fixed_strides(source)
-    return r.load(v, coords) if splits and not has_opaque(found) else found
+    if not r.reads_fixed_strides(coords) or r.reads_fixed_strides(source) or has_opaque(found):
+        return found
+    if isinstance(found, Load):  # another view may have undone the split
+        divides = not r.reads_fixed_strides([r.index(c) for c in found.coords])
+    else:  # of both positions it may be far larger than what it is computed from
+        divides = len(expr.axes(found) & {x.name for x in r.inner}) < 2
+    # Splitting a position by division costs more per entry than reading the tensor in its new shape
+    return r.load(v, coords) if divides else found
 
 
 @handles("expand")

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.fx import GraphModule
+from torch.fx import GraphModule, Interpreter, Node
 
 from fuse import passes
 from fuse.options import Options
@@ -56,3 +56,29 @@ def heads(length: int = 9, kv_len: int | None = None, batch: int = 2, count: int
     lengths = (length, kv_len or length, kv_len or length)
     q, k, v = (torch.randn(batch, count, n, 16) for n in lengths)
     return q, k, v
+
+
+def computed(passed: Passed) -> dict[Node, Tensor]:
+    """What each call of the graph gives, on inputs of zeros."""
+    values: dict[Node, Tensor] = {}
+
+    class Recorder(Interpreter):
+        def run_node(self, n: Node) -> Any:
+            value = super().run_node(n)
+            if isinstance(value, Tensor) and n.op.startswith("call"):
+                values[n] = value
+            return value
+
+    inputs = [n.meta["example_value"] for n in passed.graph.graph.find_nodes(op="placeholder")]
+    Recorder(passed.graph).run(*(torch.zeros(x.shape, dtype=x.dtype) for x in inputs))
+    return values
+
+
+def square(passed: Passed, entries: int) -> list[str]:
+    """Calls beside attention that allocate as many entries."""
+    sizes = {n: t.untyped_storage().nbytes() // t.element_size() for n, t in computed(passed).items()}
+    return [n.name for n, size in sizes.items() if size >= entries and n not in attention_calls(passed)]
+
+
+def attention_calls(passed: Passed) -> list[Node]:
+    return list(passed.graph.graph.find_nodes(op="call_function", target=torch.ops.fuse.attention.default))

@@ -43,6 +43,28 @@ def test_reshape_keeps_the_dimensions_that_it_does_not_touch(
     assert tuple(sympy.expand(x) for x in found) == tuple(sympy.expand(x) for x in read(expected))
 
 
+@pytest.mark.parametrize("n", [2, 9, 77])
+def test_a_relative_shift_is_the_distance(n: int) -> None:
+    """Position (q, k) of n x n lies at row q, column k - q + n of n x 2n: a view of what is a column shorter."""
+    s = Space()
+    q, k = s.add("q", sympy.Integer(n)), s.add("k", sympy.Integer(n))
+    flat = sympy.expand((2 * n - 1) * q + k + n)
+    assert (s.floordiv(flat, sympy.Integer(2 * n)), s.mod(flat, sympy.Integer(2 * n))) == (q, sympy.expand(k - q + n))
+
+
+@settings(max_examples=200, derandomize=True, deadline=None)
+@given(
+    st.integers(-30, 30), st.integers(-30, 30), st.integers(-30, 30), st.integers(1, 30), st.integers(1, 6), st.integers(1, 6)
+)
+def test_divisions_are_those_of_the_numbers(a: int, b: int, c: int, n: int, rows: int, columns: int) -> None:
+    s = Space()
+    q, k = s.add("q", sympy.Integer(rows)), s.add("k", sympy.Integer(columns))
+    whole, rest = (f(a * q + b * k + c, sympy.Integer(n)) for f in (s.floordiv, s.mod))
+    for i, j in itertools.product(range(rows), range(columns)):
+        at = {q: i, k: j}
+        assert (whole.subs(at), rest.subs(at)) == divmod(a * i + b * j + c, n)
+
+
 def test_grouped_heads_become_a_division() -> None:
     s, a = space()
     assert str(s.reshape((a["h"],), [sympy.Integer(12)], [sympy.Integer(4), sympy.Integer(3)])[0]) == "(h//3)"

@@ -6,7 +6,7 @@ import pytest
 import torch
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
-from programs import Passed, attend, heads, pass_over
+from programs import Passed, attend, attention_calls, computed, heads, pass_over, square
 from specs import CASES
 from spellings.biases import bucket
 from torch import Tensor
@@ -22,32 +22,6 @@ N, M = 37, 53  # queries and keys: no other size of the programs is so large
 
 def distances(q_len: int = N, kv_len: int = M, offset: int = 0) -> Tensor:
     return torch.arange(kv_len)[None, :] - (torch.arange(q_len)[:, None] + offset)
-
-
-def computed(passed: Passed) -> dict[torch.fx.Node, Tensor]:
-    """What each call of the graph gives, on inputs of zeros."""
-    values: dict[torch.fx.Node, Tensor] = {}
-
-    class Recorder(torch.fx.Interpreter):
-        def run_node(self, n: torch.fx.Node) -> object:
-            value = super().run_node(n)
-            if isinstance(value, Tensor) and n.op == "call_function":
-                values[n] = value
-            return value
-
-    inputs = [n.meta["example_value"] for n in passed.graph.graph.find_nodes(op="placeholder")]
-    Recorder(passed.graph).run(*(torch.zeros(x.shape, dtype=x.dtype) for x in inputs))
-    return values
-
-
-def square(passed: Passed) -> list[str]:
-    """Calls that allocate an entry for each query and key."""
-    large = {n.name: t.untyped_storage().nbytes() // t.element_size() for n, t in computed(passed).items()}
-    return [name for name, entries in large.items() if entries >= N * M and not name.startswith("attention")]
-
-
-def calls(passed: Passed) -> list[torch.fx.Node]:
-    return list(passed.graph.graph.find_nodes(op="call_function", target=torch.ops.fuse.attention.default))
 
 
 def table_load(passed: Passed) -> str:
@@ -94,12 +68,12 @@ def test_a_costly_function_of_the_distance_is_computed_once_for_each_distance(
     passed = pass_over(program, *tensors, dynamic=dynamic)  # type: ignore[arg-type]
     assert passed.sites[0].fused and table_load(passed) == "b1, (((k + q_len) - 1) - q)"
     torch.testing.assert_close(passed.result, program(*tensors))  # type: ignore[operator]
-    assert dynamic or square(passed) == []
+    assert dynamic or square(passed, N * M) == []
 
 
 def test_the_table_has_as_many_entries_as_there_are_distances() -> None:
     passed = pass_over(t5, *heads(N, M), torch.randn(8, 3))
-    assert computed(passed)[calls(passed)[0].args[0][-1]].shape == (3, N + M - 1)
+    assert computed(passed)[attention_calls(passed)[0].args[0][-1]].shape == (3, N + M - 1)
 
 
 def test_layers_share_one_table() -> None:
@@ -108,7 +82,7 @@ def test_layers_share_one_table() -> None:
         return attend(attend(q, k, v, bias), k, v, bias)
 
     passed = pass_over(program, *heads(N), torch.randn(8, 3))
-    first, second = calls(passed)
+    first, second = attention_calls(passed)
     assert len(passed.sites) == 2 and first.args[0][-1] is second.args[0][-1]
 
 
@@ -120,7 +94,9 @@ def test_a_table_beside_a_mask_holds_the_bias_alone() -> None:
 
     tensors = (*heads(N, M), torch.randn(8, 3))
     passed = pass_over(program, *tensors)
-    assert passed.spec.mask is not None and to_text(passed.spec.mask.visible).count("[b1, ") == 1 and square(passed) == []
+    assert (
+        passed.spec.mask is not None and to_text(passed.spec.mask.visible).count("[b1, ") == 1 and square(passed, N * M) == []
+    )
     torch.testing.assert_close(passed.result, program(*tensors))
 
 
@@ -146,7 +122,7 @@ def test_a_shifted_query_reads_the_same_distances() -> None:
     """As with a cache: query i stands at position 16 + i."""
     tensors = (*heads(N, M), torch.randn(8, 3), 16)
     passed = pass_over(t5, *tensors)
-    assert square(passed) == []
+    assert square(passed, N * M) == []
     torch.testing.assert_close(passed.result, t5(*tensors))
 
 
