@@ -134,7 +134,8 @@ def derivative(root: Expr, leaf: Expr) -> Expr:
     """d root / d leaf in root's dtype, for a leaf that is a Score, a Prob or a Load; all other leaves are constants.
 
     Where a function has no derivative it is what PyTorch's autograd gives: 0 for abs at 0, one half each for equal
-    operands of minimum and maximum, 0 for pow(0, y) by y and for what is rounded, compared or cast to integers.
+    operands of minimum and maximum, all of it for a value that equals a constant bound, as of clamp, 0 for pow(0, y) by y
+    and for what is rounded, compared or cast to integers.
     """
     found = tangent(root, leaf)
     return const(0.0, root.dtype) if found is None else found
@@ -190,9 +191,13 @@ def _where(n: Apply, tangents: list[Expr]) -> Expr:
 
 def _extreme(n: Apply, tangents: list[Expr]) -> Expr:
     a, b = n.operands
+    beyond = "gt" if n.op == "maximum" else "lt"
+    for bound, value, t in ((a, b, tangents[1]), (b, a, tangents[0])):
+        if isinstance(bound, Const):
+            return apply("where", _op(beyond, bound, value), const(0.0, n.dtype), t, dtype=n.dtype)
     mean = _op("mul", _op("add", *tangents), 0.5)
     other = apply("where", _op("eq", a, b), mean, tangents[1], dtype=n.dtype)
-    return apply("where", _op("gt" if n.op == "maximum" else "lt", a, b), tangents[0], other, dtype=n.dtype)
+    return apply("where", _op(beyond, a, b), tangents[0], other, dtype=n.dtype)
 
 
 _CHOICES: dict[str, Callable[[Apply, list[Expr]], Expr]] = {"where": _where, "minimum": _extreme, "maximum": _extreme}

@@ -154,10 +154,22 @@ def _masked_fill(r: Reader, v: Value, coords: Coords) -> Expr:
                  dtype=v.dtype)  # fmt: skip
 
 
-@handles("clamp", "clamp_min", "clamp_max", "relu", "hardtanh")
+@handles("relu", "hardtanh")
+def _saturating(r: Reader, v: Value, coords: Coords) -> Expr:
+    """No maximum: on the bounds the derivative is 0, and what is NaN stays so."""
+    a = arguments(v)
+    out = x = r.element(a["self"], coords)
+    for condition, bound in (("le", a.get("min_val", 0)), ("ge", a.get("max_val"))):
+        if bound is not None:
+            limit = const(bound, v.dtype)
+            out = apply("where", apply(condition, x, limit, dtype="bool"), limit, out, dtype=v.dtype)
+    return out
+
+
+@handles("clamp", "clamp_min", "clamp_max")
 def _clamp(r: Reader, v: Value, coords: Coords) -> Expr:
-    a = arguments(v) if op_name(v) != "relu" else {"self": v.args[0], "min": 0, "max": None}
-    low, high = a.get("min", a.get("min_val")), a.get("max", a.get("max_val"))
+    a = arguments(v)
+    low, high = a.get("min"), a.get("max")
     out = read(r, a["self"], coords, v.dtype)
     if low is not None:
         out = apply("maximum", out, read(r, low, coords, v.dtype), dtype=v.dtype)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -54,6 +55,21 @@ def test_functions_of_one_operand(name: str) -> None:
 @pytest.mark.parametrize("name", FLOAT_BINARY)
 def test_functions_of_two_operands_with_ties(name: str, leaf: Expr) -> None:
     check(op(name, S, X), leaf, POSITIVE if name in ONLY_POSITIVE else POINTS)
+
+
+@pytest.mark.parametrize("program", [lambda x: x.clamp(-1.0, 2.0), torch.relu, torch.nn.functional.hardtanh])
+def test_bounds_that_are_met_exactly(program: Callable[[Tensor], Tensor]) -> None:
+    """A learned temperature that was clamped lies on its bound."""
+
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return program(q @ k.mT).softmax(-1) @ v
+
+    q = torch.tensor([[-1.0], [0.0], [1.0], [2.0], [3.0]], dtype=torch.float64).requires_grad_()
+    k, v = torch.ones(1, 5, 1, dtype=torch.float64), torch.arange(5.0, dtype=torch.float64)[None, :, None]
+    k[:, 1] = 2.0
+    run = torch.compile(attend, backend="fuse", options={"inner": "eager", "target": "reference"})
+    found = torch.autograd.grad(run(q[None], k, v).square().sum(), q)
+    torch.testing.assert_close(found, torch.autograd.grad(attend(q[None], k, v).square().sum(), q))
 
 
 @pytest.mark.parametrize("exponent", [0.0, 1.0, 2.0, 3.0, -1.0, 0.5])
