@@ -10,7 +10,7 @@ import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
-from fuse.expr import COMPARISONS, FLOATS, Apply, Const, Expr, Index, Load, Prob, Score, Symbol, axes, contains, walk
+from fuse.expr import COMPARISONS, FLOATS, Apply, Const, Expr, Index, Load, Prob, Score, Symbol, axes, contains, index, walk
 
 C_TYPES = {
     "float64": "double", "float32": "float", "bfloat16": "Bf16", "float16": "_Float16", "int64": "int64_t",
@@ -25,6 +25,8 @@ _INT_RANGES = {"int32": 2**31, "int16": 2**15, "int8": 2**7, "uint8": 2**8, "boo
 
 _INFIX = {"add": "+", "sub": "-", "mul": "*", "eq": "==", "ne": "!=", "lt": "<", "le": "<=", "gt": ">", "ge": ">="}
 _BITWISE = {"and": "&", "or": "|", "xor": "^"}
+
+Q, K = index("q"), index("k")
 
 Interval = tuple[int, int] | None
 
@@ -88,6 +90,20 @@ class Stage:
     element: str
 
 
+@dataclass(frozen=True)
+class Draw:
+    """A tile of random numbers, as the lanes need it.
+
+    value        body of the function of (q, k) that gives one
+    seed, plane  where rows are queries and columns keys, so that many are drawn at a time; else empty
+    """
+
+    name: str
+    value: str
+    seed: str = ""
+    plane: str = ""
+
+
 @dataclass
 class Writer:
     """Writes values into the bodies that ``place`` chooses by the indices they depend on.
@@ -97,7 +113,7 @@ class Writer:
 
     place: Callable[[frozenset[str]], Body]
     exact: bool = False
-    stages: list[Stage] = field(default_factory=list)
+    stages: list[Stage | Draw] = field(default_factory=list)
     leaves: dict[Expr, Value] = field(default_factory=dict)
     count: list[int] = field(default_factory=lambda: [0])
 
@@ -114,7 +130,8 @@ class Writer:
         key = (node, self.exact and _rounds(node))
         if key not in body.known:
             kind = kind_of(node, body.lanes)
-            text = self._load(node, body) if isinstance(node, Load) else self._apply(node, body)
+            draws = body.lanes and isinstance(node, Apply) and node.op == "uniform"
+            text = self._load(node, body) if isinstance(node, Load) else self._draw(node) if draws else self._apply(node, body)
             if key[1] and node.dtype in HALVES and isinstance(node, Apply):
                 text = f"{HALVES[node.dtype]}({text})"
             body.known[key] = Value(body.define(_ctype(kind, body.lanes), text, self._name()), kind, body.lanes)
@@ -169,6 +186,21 @@ class Writer:
         ]  # fmt: skip
         return " && ".join(tests) or "true"
 
+    def _draw(self, node: Expr) -> str:
+        """A number of a tile that is drawn before the program runs."""
+        name = f"tile{self._name()[1:]}"
+        value = scalar_function(lambda w: w.value(node).text, self.count)
+        seed, plane = self.drawn_by(node)
+        self.stages.append(Draw(name, value, seed, plane))
+        return f"load_lanes({name} + (i * N + v) * W)"
+
+    def drawn_by(self, node: Expr) -> tuple[str, str]:
+        """Seed and plane of numbers whose rows are queries and whose columns are keys; empty for others."""
+        seed, plane, row, column = node.args
+        if (axes(seed) | axes(plane)) & {"q", "k"} or not (row is Q and column is K):
+            return "", ""
+        return self.value(seed).text, self.value(plane).text
+
     # -------------------------------------------------------------------------------------------------- operations
 
     def _apply(self, node: Expr, body: Body) -> str:
@@ -196,6 +228,8 @@ class Writer:
                 f"{args[0].spread(inner)} >> {shift}" if node.op == "floordiv" else f"{args[0].spread(inner)} & {2**shift - 1}"
             )
             return _fit(low, inner, kind)
+        if node.op == "div" and not self.exact and isinstance(by := node.operands[1], Const) and 1e-30 < abs(by.value) < 1e30:
+            return f"{args[0].spread(inner)} * R({1 / by.value!r})"  # a division costs as much as ten products
         text = infix_or_call(node.op, [a.spread(inner) for a in args])
         if node.op in COMPARISONS:
             return f"narrow({text})" if inner == "long" else text

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from fuse.codegen.cpp import C_TYPES, Body, Value, Writer, is_affine, kind_of, scalar_function
-from fuse.expr import Expr, Load, Prob, Score, index, walk
-
-_Q, _K = index("q"), index("k")
+from fuse.codegen.cpp import C_TYPES, Body, K, Q, Value, Writer, is_affine, kind_of, scalar_function
+from fuse.expr import Expr, Load, Prob, Score, walk
 
 
 @dataclass
@@ -29,7 +27,7 @@ class KeyWriter(Writer):
         def place(found: frozenset[str]) -> Body:
             return program.entry if "k" in found else program.row if "q" in found else site
 
-        leaves: dict[Expr, Value] = {_Q: Value("q", "long", False), _K: Value("k", "int", True)}
+        leaves: dict[Expr, Value] = {Q: Value("q", "long", False), K: Value("k", "int", True)}
         super().__init__(place, leaves=leaves, count=count)
         self._row = program.row
 
@@ -43,6 +41,20 @@ class KeyWriter(Writer):
         parts = ", ".join(f"[&](int64_t k) {{ {' '.join(body.splitlines())} }}" for body in (offset, inside))
         self._row.lines.append(f"r.{name}.read(c.data[{node.operand}], k0, nk, {parts});")
         return f"along_{kind_of(node, True)}(r.{name}, n)"
+
+    def _draw(self, node: Expr) -> str:
+        """A vector of a row of numbers; those with a plane of their own are drawn one by one."""
+        name = f"drawn{self._name()[1:]}"
+        seed, plane = self.drawn_by(node)
+        if seed:
+            self._row.members.append(("const R*", name))
+            self._row.lines.append(f"static thread_local DrawnRows<BK> of_{name};")
+            self._row.lines.append(f"r.{name} = of_{name}.row({seed}, {plane}, q, k0);")
+        else:
+            self._row.members.append(("R", f"{name}[BK]"))
+            value = " ".join(scalar_function(lambda w: w.value(node).text, self.count).splitlines())
+            self._row.lines.append(f"for (int64_t k = k0; k < k0 + nk; k++) r.{name}[k - k0] = [&] {{ {value} }}();")
+        return f"load(r.{name} + n)"
 
 
 def key_program(

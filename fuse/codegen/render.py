@@ -15,7 +15,7 @@ import torch
 import fuse.templates
 from fuse import expr, tiles
 from fuse.codegen import keys
-from fuse.codegen.cpp import C_TYPES, HALVES, MAX_LENGTH, Body, Stage, Value, Writer, scalar_function
+from fuse.codegen.cpp import C_TYPES, HALVES, MAX_LENGTH, Body, Draw, Stage, Value, Writer, scalar_function
 from fuse.codegen.example import example
 from fuse.codegen.ranges import Ranges, ranges_of
 from fuse.expr import Apply, Const, Expr, Load, Prob, Score
@@ -41,7 +41,7 @@ class Program:
     result: str = ""
     key: Body = field(default_factory=Body)
     entry: Body = field(default_factory=lambda: Body(lanes=True))
-    stages: list[Stage] = field(default_factory=list)
+    stages: list[Stage | Draw] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -80,7 +80,7 @@ class Source:
                 return self.rows if varying else self.site
             return program.key if varying == {"k"} else program.entry
 
-        stages = [] if program is None else program.stages
+        stages: list[Stage | Draw] = [] if program is None else program.stages
         return Writer(place, exact, stages, {}, self.count)
 
     def program(self, name: str, comment: str, node: Expr, exact: bool = False, predicate: Expr | None = None) -> Program:
