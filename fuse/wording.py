@@ -76,9 +76,11 @@ class _Words:
 
 
 def _read(n: Expr) -> Expr:
-    """n as it is written: without casts that change no number that a reader would think of, conditions solved."""
+    """n as it is written: without casts and sums that change no number that a reader would think of, conditions solved."""
     while isinstance(n, Apply) and n.op == "cast" and (n.dtype not in INTS or n.operands[0].dtype in INTS):
         n = n.operands[0]
+    if isinstance(n, Apply) and n.op == "add" and isinstance(n.operands[1], Const) and n.operands[1].value == 0:
+        return _read(n.operands[0])
     return _solved(_carried_out(n)) if n.dtype == "bool" else n
 
 

@@ -50,17 +50,17 @@ def tabulated(lifted: Lifted) -> Lifted:
 
 
 def _terms(r: Reader, spec: AttentionSpec) -> list[tuple[Expr, Expr]]:
-    """The largest terms worth a table, beside the mask: (term, the same as a function of the distance)."""
+    """The largest terms worth a table: (term, the same as a function of the distance). Those beside the mask come first."""
     found: dict[Expr, Expr] = {}
-    stack = [spec.score if spec.mask is None else spec.mask.visible, spec.weight]
+    stack = [spec.weight, spec.score, *([] if spec.mask is None else [spec.mask.visible])]
     seen: set[Expr] = set()
     while stack:
         e = stack.pop()
         if e in seen or not _of_both(e):
             continue
         seen.add(e)
-        entry = any(isinstance(n, (Score, Prob)) for n in expr.walk(e))
-        of_distance = None if entry or e.dtype == "bool" or not is_costly(e) else by_distance(r, e)
+        mixed = any(isinstance(n, (Score, Prob)) or n in found for n in expr.walk(e))
+        of_distance = None if mixed or e.dtype == "bool" or not is_costly(e) else by_distance(r, e)
         if of_distance is None:
             stack.extend(e.args)
         else:

@@ -80,6 +80,7 @@ def real(name: str, a: Expr, b: Expr) -> Expr:
         (real("sub", Score("float32"), real("sub", const(1.0, "float32"), const(2.0, "float32"))), "score - (1 - 2)"),
         (real("mul", real("add", Score("float32"), Score("float32")), const(2.0, "float32")), "(score + score) * 2"),
         (apply("tanh", real("div", Score("float32"), const(50.0, "float32")), dtype="float32"), "tanh(score / 50)"),
+        (real("add", Score("float32"), const(0.0, "float32")), "score"),
         (Apply("float32", "cast", (op("sub", K, Q),)), "k - q"),
     ],
 )
