@@ -17,12 +17,36 @@ from fuse.spec import AttentionSpec
 
 
 @dataclass(frozen=True)
+class Call:
+    """What one fused site was called with."""
+
+    spec: AttentionSpec
+    operands: list[Tensor]
+    sizes: list[int]
+
+
+class Calling(Interpreter):
+    """Runs a graph and keeps the calls of fused sites."""
+
+    def __init__(self, graph: GraphModule, calls: list[Call]) -> None:
+        super().__init__(graph)
+        self.calls = calls
+
+    def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
+        if target is torch.ops.fuse.attention.default:
+            operands, sizes, text, _ = args
+            self.calls.append(Call(AttentionSpec.from_json(text), operands, sizes))
+        return super().call_function(target, args, kwargs)
+
+
+@dataclass(frozen=True)
 class Passed:
-    """The graph after the passes, the sites that they report, and what the graph computes."""
+    """The graph after the passes, the sites that they report, what the graph computes, and the calls of fused sites in it."""
 
     graph: GraphModule
     sites: list[Site]
     result: Any
+    calls: list[Call]
 
     @property
     def spec(self) -> AttentionSpec:
@@ -34,15 +58,16 @@ class Passed:
 def pass_over(program: Callable[..., Any], *args: Any, dynamic: bool = False, **kwargs: Any) -> Passed:
     """Runs Dynamo and the passes on ``program(*args)``, and its graph eagerly."""
     found: list[tuple[GraphModule, list[Site]]] = []
+    calls: list[Call] = []
 
     def backend(gm: GraphModule, example_inputs: list[Any]) -> Callable[..., Any]:
         found.append((gm, passes.run(gm, Options(target="reference"))))
-        return gm.forward
+        return Calling(gm, calls).run
 
     with torch.no_grad():
         result = torch.compile(program, backend=backend, dynamic=dynamic)(*args, **kwargs)
     ((graph, sites),) = found
-    return Passed(graph, sites, result)
+    return Passed(graph, sites, result, calls)
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import itertools
 import math
+from typing import Any
 
 import pytest
 import sympy
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from proving import whole
+from torch.utils._sympy.functions import FloorDiv, PythonMod
 
+from fuse import index
 from fuse.index import Space, linear, size_symbol
 
 S, B = size_symbol("S"), size_symbol("B")
@@ -109,3 +113,29 @@ def test_linear_finds_the_stride_or_declines() -> None:
     assert linear(64 * a["h"] + a["d"] + 3, a["h"]) == (64, a["d"] + 3)
     assert linear(s.floordiv(a["h"], sympy.Integer(3)), a["h"]) is None
     assert linear(a["h"] * a["h"], a["h"]) is None
+
+
+@settings(max_examples=150, derandomize=True, deadline=None)
+@given(
+    st.lists(st.tuples(st.integers(-6, 6), st.sampled_from("qbsc1")), min_size=1, max_size=4),
+    st.integers(1, 6), st.sampled_from([FloorDiv, PythonMod, None]), st.integers(1, 5),
+)  # fmt: skip
+def test_index_algebra_is_integer_arithmetic(terms: list[tuple[int, str]], n: int, inner: Any, m: int) -> None:
+    """floordiv, mod, nonnegative and upper, on all values of the indices and sizes of a small grid."""
+    space = Space()
+    size = size_symbol("s")
+    q, b = space.add("q", size), space.add("b", 4)
+    names: dict[str, Any] = {"q": q, "b": b, "s": size, "c": q * size, "1": sympy.Integer(1)}
+    e = sum((c * names[t] for c, t in terms), sympy.Integer(0))
+    e = e if inner is None else e + 2 * inner(q + b, m)
+    quotient, remainder = space.floordiv(e, sympy.Integer(n)), space.mod(e, sympy.Integer(n))
+    positive, upper = space.nonnegative(e), space.upper(e)
+    rejoined = index._rejoined(sympy.expand(n * quotient + remainder))
+    for s, at_b in itertools.product((1, 2, 5), range(4)):
+        for at_q in range(s):
+            values = {q: at_q, b: at_b, size: s}
+            expected = whole(e, values)
+            assert whole(quotient, values) == expected // n and whole(remainder, values) == expected % n
+            assert not positive or expected >= 0
+            assert upper is None or expected <= whole(upper, values)
+            assert whole(rejoined, values) == expected
