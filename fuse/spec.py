@@ -19,8 +19,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from fuse import expr
-from fuse.expr import Expr, InvalidExpr, Load
+from fuse import expr, serial, welltyped
+from fuse.expr import Expr, Load
+from fuse.welltyped import InvalidExpr
 
 VERSION = 1
 IntLike = Any  # int, or torch.SymInt while a graph is traced
@@ -157,7 +158,7 @@ class AttentionSpec:
         """Canonical text: equal specs give equal texts."""
         data: dict[str, Any] = {
             "version": VERSION, "batch": self.batch, "qk_dim": self.qk_dim, "v_dim": self.v_dim,
-            "operands": [[o.rank, o.dtype] for o in self.operands], "expr": expr.to_json(self.roots()),
+            "operands": [[o.rank, o.dtype] for o in self.operands], "expr": serial.to_json(self.roots()),
             "fill": None if self.mask is None else self.mask.fill.hex(), "empty_row": self.empty_row,
             "out_dtype": self.out_dtype, "out_order": self.out_order, "extra": self.extra,
         }  # fmt: skip
@@ -168,7 +169,7 @@ class AttentionSpec:
         data = json.loads(text)
         if data["version"] != VERSION:
             raise InvalidSpec(f"spec version {data['version']}; this fuse reads version {VERSION}")
-        roots = expr.from_json(data["expr"])
+        roots = serial.from_json(data["expr"])
         mask = None
         if data["fill"] is not None:
             get = roots.get
@@ -200,7 +201,7 @@ def verify(spec: AttentionSpec) -> None:
     for name, root in spec.roots().items():
         allowed = scope.get(name, row if name.startswith("extra_logits") else entry)
         try:
-            expr.verify(root, axes_allowed=frozenset(allowed), operand_ranks=ranks)
+            welltyped.verify(root, axes_allowed=frozenset(allowed), operand_ranks=ranks)
         except InvalidExpr as e:
             raise InvalidSpec(f"{name}: {e}") from None
         if unknown := set(expr.symbols(root)) - known:

@@ -10,7 +10,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from fuse import expr
+from fuse import expr, serial
 from fuse.expr import Expr, Load, apply, const, index
 from fuse.spec import AttentionSpec, IntLike, Operand
 
@@ -54,7 +54,7 @@ class TileMap:
         data = {
             "batch": self.batch,
             "operands": operands,
-            "expr": expr.to_json({"predicate": self.predicate}),
+            "expr": serial.to_json({"predicate": self.predicate}),
             "extra": self.extra,
         }
         return json.dumps(data, separators=(",", ":"), sort_keys=True)
@@ -62,7 +62,7 @@ class TileMap:
     @staticmethod
     def from_json(text: str) -> TileMap:
         data = json.loads(text)
-        predicate = expr.from_json(data["expr"])["predicate"]
+        predicate = serial.from_json(data["expr"])["predicate"]
         return TileMap(data["batch"], tuple(Operand(*o) for o in data["operands"]), predicate, tuple(data["extra"]))
 
 
