@@ -115,6 +115,7 @@ class _Separation:
 
     def _and(self, visible: Expr, fill: float, rest: Expr) -> Split:
         inner = self.split(rest) or Split(_TRUE, rest, _LOWEST)
+        visible = assume(visible, inner.predicate, True)  # of a and b, b matters where a holds
         return Split(apply("and", inner.predicate, visible, dtype="bool"), inner.visible, max(inner.fill, fill))
 
     def _highest(self, e: Expr, known: dict[Expr, Range] | None = None) -> float:

@@ -86,6 +86,11 @@ def window() -> Tensor:
     return rows - keys < 4
 
 
+def filled_twice(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
+    mask = torch.zeros(N, N, dtype=dtype).masked_fill(~a, LOWEST[dtype])
+    return mask.masked_fill((mask == 0) & ~b, LOWEST[dtype])
+
+
 LOWEST = {dtype: torch.finfo(dtype).min for dtype in (torch.float32, torch.bfloat16, torch.float16)}
 CAUSAL, BOTH, EITHER = "k <= q", "(k <= q) and ((q - k) < 4)", "(k <= q) or ((q - k) < 4)"
 
@@ -110,6 +115,7 @@ SPELT: dict[str, tuple[str, Callable[[Tensor], Tensor]]] = {
     "sum of integers": (BOTH, lambda s: s.masked_fill(causal().int() + window().int() < 2, -math.inf)),
     "minimum of masks": (BOTH, lambda s: s.masked_fill(torch.minimum(causal().int(), window().int()) == 0, -math.inf)),
     "filled in turn": (BOTH, lambda s: s.masked_fill(~window(), -1e5).masked_fill(~causal(), -math.inf)),
+    "filled where not filled yet": (BOTH, lambda s: s + filled_twice(causal(), window(), s.dtype)),
     "nested": (EITHER, lambda s: torch.where(causal(), s, torch.where(window(), s, -math.inf))),
     "any of integers": (EITHER, lambda s: s.masked_fill(causal().int() + window().int() == 0, -math.inf)),
     "choice of additive": (EITHER, lambda s: s + torch.where(causal(), 0.0, torch.where(window(), 0.0, -math.inf))),
