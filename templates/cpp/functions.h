@@ -65,17 +65,25 @@ INLINE VI f_isinf(VR x) { return f_abs(x) == R(INFINITY); }
 // Integer division that rounds towards minus infinity; by zero it gives 0, where eager would raise.
 INLINE int64_t f_floordiv(int64_t a, int64_t b) { return b == 0 ? 0 : a / b - (a % b != 0 && (a % b < 0) != (b < 0)); }
 INLINE int64_t f_mod(int64_t a, int64_t b) { return b == 0 ? 0 : a - f_floordiv(a, b) * b; }
-template <class V> INLINE V lanes_floordiv(V a, V b) { for (int i = 0; i < W; i++) a[i] = f_floordiv(a[i], b[i]); return a; }
-template <class V> INLINE V lanes_mod(V a, V b) { for (int i = 0; i < W; i++) a[i] = f_mod(a[i], b[i]); return a; }
-INLINE VI f_floordiv(VI a, VI b) { return lanes_floordiv(a, b); }
-INLINE VI f_mod(VI a, VI b) { return lanes_mod(a, b); }
+// A quotient of integers of 32 bits is never rounded up to the next whole number in 53 bits.
+INLINE VI f_floordiv(VI a, VI b) {
+    if constexpr (sizeof(I) == 8) {
+        for (int i = 0; i < W; i++) a[i] = f_floordiv(int64_t(a[i]), int64_t(b[i]));
+        return a;
+    }
+    typedef double VD __attribute__((vector_size(W * 8)));
+    const VD quotient = __builtin_convertvector(a, VD) / __builtin_convertvector(b == 0 ? VI{} + 1 : b, VD);
+    const VI whole = __builtin_convertvector(quotient, VI);
+    return b == 0 ? VI{} : whole + narrow(VL(__builtin_convertvector(whole, VD) > quotient));
+}
+INLINE VI f_mod(VI a, VI b) { return b == 0 ? VI{} : a - f_floordiv(a, b) * b; }
 INLINE R f_floordiv(R a, R b) { return R(floor(a / b)); }
 INLINE R f_mod(R a, R b) { const R r = R(fmod(a, b)); return r != 0 && (r < 0) != (b < 0) ? r + b : r; }
 INLINE VR f_floordiv(VR a, VR b) { return f_floor(a / b); }
 INLINE VR f_mod(VR a, VR b) { for (int i = 0; i < W; i++) a[i] = f_mod(a[i], b[i]); return a; }
 #if !FUSE_DOUBLE
-INLINE VL f_floordiv(VL a, VL b) { return lanes_floordiv(a, b); }
-INLINE VL f_mod(VL a, VL b) { return lanes_mod(a, b); }
+INLINE VL f_floordiv(VL a, VL b) { for (int i = 0; i < W; i++) a[i] = f_floordiv(a[i], b[i]); return a; }
+INLINE VL f_mod(VL a, VL b) { for (int i = 0; i < W; i++) a[i] = f_mod(a[i], b[i]); return a; }
 #endif
 
 // Rounding of a value that eager keeps in a 16-bit format.
