@@ -72,10 +72,15 @@ def _lanes(isa: str, double: bool) -> tuple[str, int]:
     return ("double", width // 2) if double else ("float", width)
 
 
-def backward_plan(spec: AttentionSpec, isa: str) -> Plan:
-    """The plan of the backward kernel of ``spec`` on ``isa``; ValueError for an unknown one."""
-    forward = plan(spec, "avx512" if isa in _MATRIX_SHAPES else isa)
-    return replace(forward, block_k=96, few=0)
+def backward_plan(spec: AttentionSpec, isa: str, terms: bool) -> Plan:
+    """The plan of the backward kernel of ``spec`` on ``isa``; ValueError for an unknown one.
+
+    terms   whether entries have gradients beside those of query, key and value, which the matrix core does not sum
+    """
+    forward = plan(spec, isa)
+    if forward.core == "matrix" and not terms:
+        return replace(forward, vectors=12, block_k=64, part_keys=768, few=0)
+    return replace(plan(spec, "avx512") if forward.core == "matrix" else forward, block_k=96, few=0)
 
 
 def _is_bfloat16(spec: AttentionSpec) -> bool:

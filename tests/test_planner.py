@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from specs import CASES
 
-from fuse.planner import ISAS, plan
+from fuse.planner import ISAS, backward_plan, plan
 
 REGISTERS = {"avx512": 32, "avx2": 16, "neon": 32, "sse": 16}
 
@@ -37,3 +37,9 @@ def test_matrix_units_are_for_bfloat16_alone(dtype: str) -> None:
 def test_unknown_instruction_set_is_rejected_with_the_known_ones() -> None:
     with pytest.raises(ValueError, match="'sve'.*avx512"):
         plan(CASES["plain"]("float32").spec, "sve")
+
+
+def test_backward_takes_the_matrix_core_where_only_query_key_and_value_are_summed() -> None:
+    spec = CASES["dense_additive"]("bfloat16").spec
+    assert [backward_plan(spec, "amx", terms).core for terms in (False, True)] == ["matrix", "lanes"]
+    assert backward_plan(CASES["plain"]("float32").spec, "amx", terms=False).core == "lanes"

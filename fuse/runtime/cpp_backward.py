@@ -21,7 +21,8 @@ from fuse.spec import AttentionSpec
 
 def build_backward(spec: AttentionSpec, wanted: Sequence[bool], isa: str | None = None) -> Entry:
     """The built kernel of the gradients of ``wanted`` operands. Raises BuildFailed, and codegen.backward.Unsupported."""
-    plan = planner.backward_plan(spec, isa or instruction_set())
+    terms = any(s.kind not in ("matrix", "logit") for s in sinks(spec, wanted))
+    plan = planner.backward_plan(spec, isa or instruction_set(), terms)
     name = f"attention_backward_{spec.out_dtype}_{spec.qk_dim}x{spec.v_dim}_{plan.isa}"
     return build_source(name, plan.isa, render_backward(spec, wanted, plan))
 

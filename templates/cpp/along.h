@@ -8,7 +8,7 @@ template <class T> struct Along {
         const int64_t first = offset(k0), step = nk > 1 ? offset(k0 + 1) - first : 1;
         at = (const T*)data + first;
         const bool neighbours = step == 1 && inside(k0) && inside(k0 + nk - 1);
-        if (neighbours && nk % W == 0) return;
+        if (neighbours && nk % (2 * W) == 0) return;  // two vectors are read at a time
         if (neighbours) memcpy(copy, at, nk * sizeof(T));
         else for (int i = 0; i < nk; i++) copy[i] = ((const T*)data)[offset(k0 + i)];
         at = copy;
