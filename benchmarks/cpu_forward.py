@@ -18,7 +18,7 @@ from dataclasses import dataclass
 import machine
 import torch
 import torch.nn.functional as F
-from timing import Run, Times, keep, measure, working
+from timing import Run, Times, is_whole, keep, measure, working
 from torch import Tensor
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
@@ -170,7 +170,7 @@ def main() -> int:
                 with torch.inference_mode():
                     runs = ways(case.kind, Inputs.make(case, getattr(torch, dtype)), args.peers)
                     results.append(report(case, dtype, measure(runs, args.seconds)))
-    if not args.only:
+    if is_whole(parser, args):
         keep("cpu_forward", facts, results)
     return int(any(r["missed"] for r in results))
 

@@ -20,7 +20,7 @@ from dataclasses import asdict, dataclass
 import machine
 import torch
 import torch.nn.functional as F
-from timing import Run, Times, keep, measure, working
+from timing import Run, Times, is_whole, keep, measure, working
 from torch import Tensor
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
@@ -298,7 +298,7 @@ def main() -> int:
     found = bars(rows) + ([] if args.no_memory else memory_bars(args.masks))
     print()
     tell(found)
-    if vars(args) | {"threads": 0} == vars(parser.parse_args([])) | {"threads": 0}:
+    if is_whole(parser, args):
         keep("masks", facts, [asdict(row) for row in rows] + [asdict(bar) for bar in found])
     return int(any(bar.missed for bar in found))
 

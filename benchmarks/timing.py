@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import statistics
 import time
@@ -49,6 +50,11 @@ def measure(runs: dict[str, Run], seconds: float, enough: float = float("inf")) 
                 run()
                 taken[name].append((time.process_time() - processor, time.perf_counter() - wall))
     return {name: Times(*(statistics.median(column) for column in zip(*rounds, strict=True))) for name, rounds in taken.items()}
+
+
+def is_whole(parser: argparse.ArgumentParser, args: argparse.Namespace) -> bool:
+    """Whether the run is one to keep: nothing was chosen but the number of threads."""
+    return all(value == parser.get_default(name) for name, value in vars(args).items() if name != "threads")
 
 
 def keep(benchmark: str, facts: dict[str, object], results: list[dict[str, object]]) -> None:
