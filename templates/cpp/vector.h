@@ -71,11 +71,12 @@ INLINE VR exp2_lanes(VR x) {
         const VR n = t - R(12582912);
 #endif
         const VR f = x - n;
-        VR p = vr(R(1.326472707e-3));
-        p = p * f + R(9.671512649e-3);
-        p = p * f + R(5.550733744e-2);
-        p = p * f + R(2.402224209e-1);
-        p = p * f + R(6.931469776e-1);
+        VR p = vr(R(1.535336171e-4));
+        p = p * f + R(1.339887448e-3);
+        p = p * f + R(9.618437359e-3);
+        p = p * f + R(5.550332471e-2);
+        p = p * f + R(2.402264791e-1);
+        p = p * f + R(6.931472029e-1);
         p = p * f + R(1);
 #if AVX512_FLOAT
         return VR(_mm512_scalef_ps(__m512(p), __m512(n)));
