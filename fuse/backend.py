@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import cache
@@ -23,6 +24,14 @@ compiled_sites: list[Site] = []
 
 # Other subclasses (DTensor, nested tensors, a user's own) have a say in what each op does, so that no reading is a proof.
 PLAIN = (torch.Tensor, torch.nn.Parameter, torch.nn.Buffer, FakeTensor)
+
+
+# Where kernels run. Triton's interpreter, for tests, takes tensors on the CPU.
+_GPU = frozenset({"cuda"})
+_DEVICES = {
+    "auto": frozenset({"cpu"}), "cpp": frozenset({"cpu"}),
+    "triton": _GPU | {"cpu"} if os.environ.get("TRITON_INTERPRET") == "1" else _GPU,
+}  # fmt: skip
 
 
 def fuse(
@@ -50,8 +59,9 @@ def rewrite(gm: GraphModule, example_inputs: Sequence[Any], chosen: Options) -> 
     tensors = [x for x in example_inputs if isinstance(x, torch.Tensor)]
     if chosen.disable or any(type(x) not in PLAIN for x in tensors):
         return []
-    if chosen.target != "reference" and (elsewhere := {x.device.type for x in tensors} - {"cpu"}):
-        _warn_of_device(", ".join(sorted(elsewhere)))
+    devices = {x.device.type for x in tensors}
+    if devices - _DEVICES.get(chosen.target, devices):
+        _warn_of_device(", ".join(sorted(devices)), chosen.target)
         return []
     try:
         return passes.run(gm, chosen)
@@ -68,8 +78,11 @@ def _with_kernel(site: Site, target: str) -> Site:
 
 
 @cache
-def _warn_of_device(device: str) -> None:
-    log.warning("kernels are for the CPU as yet: graphs with tensors on %s run without fuse.", device)
+def _warn_of_device(devices: str, target: str) -> None:
+    log.warning(
+        "graphs with tensors on %s run without fuse: target %r has kernels for %s. On a GPU, choose target \"triton\".",
+        devices, target, " and ".join(sorted(_DEVICES[target])),
+    )  # fmt: skip
 
 
 def _inner(chosen: Options) -> Callable[..., Any]:

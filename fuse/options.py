@@ -13,7 +13,7 @@ from typing import Any
 
 from fuse.errors import InductorOnly, InvalidOption, InvalidVariable, UnknownOption, UnknownVariable, did_you_mean
 
-TARGETS = ("auto", "cpp", "reference")
+TARGETS = ("auto", "cpp", "triton", "reference")
 INNER = ("inductor", "aot_eager", "eager")
 SWITCH = {"1": True, "true": True, "on": True, "0": False, "false": False, "off": False, "": False}
 

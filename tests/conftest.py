@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import logging
+import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+
+# Triton decides when it is imported, which torch may do; tests that compile kernels do so in processes of their own.
+os.environ["TRITON_INTERPRET"] = "1"
+
 import torch
 
 import fuse
@@ -20,6 +25,7 @@ CXX = shutil.which("g++") or shutil.which("clang++")
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "compiler: needs a C++ compiler")
+    config.addinivalue_line("markers", "triton: needs Triton, which is not there for every platform")
     config.addinivalue_line("markers", "models: needs transformers, and minutes")
 
 
@@ -32,9 +38,11 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(scope="session", autouse=True)
 def private_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """Kernels of a test run never come from, or go to, the cache of the user who runs it."""
+    """Kernels of a test run never come from, or go to, the cache of the user who runs it; its workers share one."""
     with pytest.MonkeyPatch.context() as patch:
-        folder = tmp_path_factory.mktemp("cache")
+        base = tmp_path_factory.getbasetemp()
+        folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "cache"
+        folder.mkdir(exist_ok=True)
         patch.setenv("FUSE_CACHE_DIR", str(folder))
         yield folder
 

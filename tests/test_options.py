@@ -52,7 +52,7 @@ def test_a_misspelt_inductor_option_is_refused_with_the_closest_name() -> None:
 @pytest.mark.parametrize(
     ("option", "value", "says"),
     [
-        ("target", "cp", r"'cp'.*'auto', 'cpp', 'reference'.*Did you mean 'cpp'"),
+        ("target", "cp", r"'cp'.*'auto', 'cpp', 'triton', 'reference'.*Did you mean 'cpp'"),
         ("inner", "onnx", r"'onnx'.*'inductor', 'aot_eager', 'eager'"),
         ("disable", 1, r"1; allowed: False, True"),
         ("verify", "yes", r"'yes'; allowed: False, True"),

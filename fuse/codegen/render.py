@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cache, partial
 from importlib import metadata
@@ -232,17 +231,18 @@ def _bound_functions(source: Source) -> list[Bound]:
 
 def header(spec: AttentionSpec, plan: Plan) -> str:
     """What the kernel computes, from what, made by which versions, and how to run it alone."""
+    alone = "alone: c++ -std=c++17 -O3 -march=native -w -fopenmp -DFUSE_STANDALONE <this file> -o kernel && ./kernel [threads]"
+    return "\n".join(f"// {line}" for line in [*header_lines(spec), *origin(plan), alone])
+
+
+def header_lines(spec: AttentionSpec) -> list[str]:
     logits = "".join(f", {x}" for x in spec.extra_logits)
-    mask = [] if spec.mask is None else [f"visible where {spec.mask.predicate}"]
-    lines: Sequence[str] = [
+    return [
         f"out = sum over k of w * value,  w = {spec.weight}",
         f"softmax over k of {spec.score}" + (f"  (joined by {logits[2:]})" if logits else ""),
-        *mask,
+        *([] if spec.mask is None else [f"visible where {spec.mask.predicate}"]),
         f"spec  {spec.to_json()}",
-        *origin(plan),
-        "alone: c++ -std=c++17 -O3 -march=native -w -fopenmp -DFUSE_STANDALONE <this file> -o kernel && ./kernel [threads]",
     ]
-    return "\n".join(f"// {line}" for line in lines)
 
 
 def origin(plan: Plan) -> list[str]:

@@ -73,6 +73,7 @@ Backward = Callable[[Tensor, Sequence[Tensor], Sequence[int], Tensor, Tensor], l
 _kernels: dict[tuple[AttentionSpec, str], Future[Kernel]] = {}
 _map_kernels: dict[tuple[TileMap, str], Future[MapKernel]] = {}
 _backward_kernels: dict[tuple[Gradient, str], Future[Backward]] = {}
+_CPP = ("auto", "cpp")
 _lock = threading.Lock()
 _pool: ThreadPoolExecutor | None = None
 _warned = False
@@ -81,7 +82,7 @@ _warned = False
 def kernel(spec: AttentionSpec, target: str) -> Kernel:
     """The kernel of ``spec``, built now if ``prepare`` has not; never fails: the reference stands in, with one warning.
 
-    target  "cpp" or "auto", or "reference"
+    target  one of fuse.options.TARGETS
     """
     made = _begun(_kernels, (spec, target), _make).result()
     if isinstance(made, ReferenceKernel) and made.reason:
@@ -138,7 +139,7 @@ def _begun(futures: dict[tuple[S, str], Future[K]], key: tuple[S, str], make: Ca
 
 
 def _make_backward(of: Gradient, target: str) -> Backward:
-    if target != "reference":
+    if target in _CPP:
         try:
             return CppBackward(of.spec, of.wanted, build_backward(of.spec, of.wanted))
         except (Unsupported, BuildFailed, OSError):
@@ -153,7 +154,7 @@ def _make_backward(of: Gradient, target: str) -> Backward:
 
 
 def _make_map(spec: TileMap, target: str) -> MapKernel:
-    if target != "reference":
+    if target in _CPP:
         try:
             return CppTileMap(spec, build_tile_map(spec))
         except (BuildFailed, OSError):
@@ -165,11 +166,17 @@ def _make(spec: AttentionSpec, target: str) -> Kernel:
     if target == "reference":
         return ReferenceKernel(spec)
     try:
-        return CppKernel(spec, build(spec))
-    except (BuildFailed, OSError) as error:
+        return CppKernel(spec, build(spec)) if target in _CPP else _triton(spec)
+    except (BuildFailed, ImportError, OSError) as error:
         return ReferenceKernel(spec, str(error))
     except Exception as error:  # a defect of code generation must not cost the user the model
         return ReferenceKernel(spec, f"rendering failed, please report it: {type(error).__name__}: {error}")
+
+
+def _triton(spec: AttentionSpec) -> Kernel:
+    from fuse.runtime.triton import TritonKernel  # Triton is not there for every platform
+
+    return TritonKernel(spec)
 
 
 def _warn(reason: str) -> None:

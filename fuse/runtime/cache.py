@@ -71,6 +71,16 @@ def _build_atomically(found: Entry, build: Build) -> None:
         builds.count += 1
 
 
+def write_once(target: str, name: str, suffix: str, source: str) -> Path:
+    """A file with the text ``source``, whose compiler keeps its results elsewhere."""
+    folder = settings().cache_dir / target
+    path = folder / f"{name}_{hashlib.sha256(source.encode()).hexdigest()[:20]}{suffix}"
+    if not path.exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        write_atomically(path, source)
+    return path
+
+
 def write_atomically(path: Path, text: str) -> None:
     """Readers see the old text or the new, never a part."""
     with tempfile.NamedTemporaryFile("w", dir=path.parent, prefix=".write-", delete=False) as file:

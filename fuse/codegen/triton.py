@@ -1,0 +1,155 @@
+"""Expressions as Triton: every value has the shape of what it depends on, and broadcasting does the rest.
+
+A value is computed once per program (batch index), once per block of queries (a column), or once per tile (a row of keys,
+or all its entries). Index arithmetic is in 32 bits where that is proved to suffice, offsets into tensors are in 64.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from fuse.codegen.cpp import HALVES, interval
+from fuse.expr import COMPARISONS, FLOATS, Apply, Const, Expr, Index, Load, Prob, Score, Symbol, axes, contains, walk
+
+_INFIX = {"add": "+", "sub": "-", "mul": "*", "div": "/", "and": "&", "or": "|", "xor": "^", "eq": "==", "ne": "!=",
+          "lt": "<", "le": "<=", "gt": ">", "ge": ">="}  # fmt: skip
+_TL = {"exp", "exp2", "log", "log2", "sqrt", "rsqrt", "erf", "sin", "cos", "floor", "ceil", "abs", "sigmoid"}
+_LIBDEVICE = {"tanh": "tanh", "expm1": "expm1", "log1p": "log1p", "pow": "pow", "trunc": "trunc", "round": "rint"}
+_WORD = 2**31 - 1
+
+
+@dataclass
+class Block:
+    """Statements, and the names of the values that they define."""
+
+    lines: list[str] = field(default_factory=list)
+    known: dict[tuple[Expr, bool], str] = field(default_factory=dict)
+
+
+@dataclass
+class TritonWriter:
+    """Writes values into the blocks that ``place`` chooses by the indices they depend on.
+
+    real    "tl.float32" or "tl.float64": the type of all floats
+    exact   also perform the roundings of 16-bit dtypes, as eager does after every operation
+    leaves  texts of nodes that are there already
+    names   variables of indices, where they have other names
+    """
+
+    place: Callable[[frozenset[str]], Block]
+    real: str
+    count: list[int]
+    exact: bool = False
+    leaves: dict[Expr, str] = field(default_factory=dict)
+    names: dict[str, str] = field(default_factory=dict)
+
+    def value(self, node: Expr) -> str:
+        if node in self.leaves:
+            return self.leaves[node]
+        if isinstance(node, Const):
+            return _literal(node)
+        if isinstance(node, Symbol):
+            return node.name
+        if isinstance(node, Index):
+            return self.names.get(node.axis, node.axis)
+        block = self.place(_depends(node))
+        key = (node, self.exact and any(n.dtype in HALVES for n in walk(node)))
+        if key not in block.known:
+            text = self.load(node) if isinstance(node, Load) else self._apply(node)
+            if key[1] and node.dtype in HALVES and isinstance(node, Apply):
+                text = f"tl.cast(tl.cast({text}, {_type(node.dtype)}), {self.real})"
+            block.known[key] = self._define(block, text)
+        return block.known[key]
+
+    def _define(self, block: Block, text: str) -> str:
+        self.count[0] += 1
+        name = f"x{self.count[0]}"
+        block.lines.append(f"{name} = {text}")
+        return name
+
+    # ------------------------------------------------------------------------------------------------------- loads
+
+    def load(self, node: Load, cast: bool = True) -> str:
+        """A read; what a coordinate that is no plain index points at is held inside the operand."""
+        masks = {self.value(c) for c in node.coords if isinstance(c, Index) and c.axis in ("q", "k", "d", "e")}
+        guard = f", mask={' & '.join(f'{axis}_ok' for axis in sorted(masks))}, other=0" if masks else ""
+        text = f"tl.load(p{node.operand} + {self.offset(node)}{guard})"
+        if node.dtype == "bool":
+            return f"{text} != 0"
+        if not cast:
+            return text
+        return f"tl.cast({text}, {self.real if node.dtype in FLOATS else 'tl.int64' if node.dtype == 'int64' else 'tl.int32'})"
+
+    def offset(self, node: Load) -> str:
+        terms = []
+        for dim, coord in enumerate(node.coords):
+            text = self.value(coord)
+            if not isinstance(coord, (Const, Index)):
+                text = f"tl.minimum(tl.maximum({text}, 0), n{node.operand}_{dim} - 1)"
+            terms.append(f"tl.cast({text}, tl.int64) * s{node.operand}_{dim}")
+        return " + ".join(terms) or "0"
+
+    # -------------------------------------------------------------------------------------------------- operations
+
+    def _apply(self, node: Expr) -> str:
+        if not isinstance(node, Apply):
+            raise ValueError(f"{node} has no value here")
+        args = [self.value(a) for a in node.operands]
+        op, source = node.op, node.operands[0].dtype
+        if op == "cast":
+            return self._cast(node, args[0])
+        if op == "where":
+            return f"tl.where({', '.join(args)})"
+        if op == "not":
+            return f"{args[0]} == 0" if source == "bool" else f"~{args[0]}"
+        if source not in (*FLOATS, "bool"):
+            args = self._widened(node, args)
+        if op in _INFIX:
+            return f"{args[0]} {_INFIX[op]} {args[1]}"
+        if op == "neg":
+            return f"-{args[0]}"
+        if op in ("minimum", "maximum"):
+            nan = ", propagate_nan=tl.PropagateNan.ALL" if source in FLOATS else ""
+            return f"tl.{op}({args[0]}, {args[1]}{nan})"
+        if op in ("floordiv", "mod", "sign", "isnan", "isinf", "reciprocal"):
+            return f"f_{op}{'_real' if source in FLOATS and op in ('floordiv', 'mod') else ''}({', '.join(args)})"
+        if op in _TL:
+            return f"tl.{op}({args[0]})"
+        return f"libdevice.{_LIBDEVICE[op]}({', '.join(args)})"
+
+    def _widened(self, node: Apply, args: list[str]) -> list[str]:
+        """Operands of integer arithmetic in 64 bits, unless every value is known to fit 32."""
+        bounds = (
+            [interval(n) for n in (node, *node.operands)]
+            if node.op not in COMPARISONS
+            else [interval(n) for n in node.operands]
+        )
+        if all(b is not None and b[0] >= -_WORD and b[1] <= _WORD for b in bounds):
+            return args
+        return [f"tl.cast({a}, tl.int64)" for a in args]
+
+    def _cast(self, node: Apply, arg: str) -> str:
+        source, target = node.operands[0].dtype, node.dtype
+        if target in FLOATS:
+            return arg if source in FLOATS else f"tl.cast({arg}, {self.real})"
+        if target == "bool":
+            return f"{arg} != 0"
+        return f"tl.cast({arg}, {_type(target)})"
+
+
+def _depends(node: Expr) -> frozenset[str]:
+    return axes(node) | ({"q", "k"} if contains(node, Score) or contains(node, Prob) else frozenset())
+
+
+def _type(dtype: str) -> str:
+    return f"tl.{dtype}"
+
+
+def _literal(node: Const) -> str:
+    if node.dtype not in FLOATS:
+        return str(node.value)
+    if math.isfinite(node.value):
+        return repr(float(node.value))
+    return f'float("{node.value}")'

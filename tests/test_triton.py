@@ -1,0 +1,29 @@
+"""Every named spec on the Triton target, through Triton's interpreter."""
+
+from __future__ import annotations
+
+import pytest
+from specs import CASES
+
+pytest.importorskip("triton", reason="no Triton on this platform")
+pytestmark = pytest.mark.triton
+
+import triton_interpreter  # noqa: E402, F401  mends the interpreter
+
+from fuse.runtime.triton import TritonKernel  # noqa: E402
+
+# What is read, rounded and multiplied by dtype; and rows whose result depends on eager's roundings.
+BY_DTYPE = (
+    "plain", "head_dim_24", "features_strided", "grouped_query", "causal_long", "window", "documents_in_any_order",
+    "mapped_bool",
+    "dense_additive", "relative_table", "sinks", "soft_cap_causal", "left_padding_and_causal", "masked_rows_lowest_fill",
+    "masked_rows_added_fill", "two_lowest_masks_overflow", "score_before_and_after_cast", "weight_masked_after_softmax",
+)  # fmt: skip
+CHOSEN = [(name, "float32") for name in CASES] + [(n, d) for n in BY_DTYPE for d in ("bfloat16", "float16", "float64")]
+
+
+@pytest.mark.filterwarnings("ignore:.*encountered in.*:RuntimeWarning")
+@pytest.mark.parametrize("name, dtype", CHOSEN)
+def test_kernel_is_as_close_to_float64_as_eager(name: str, dtype: str) -> None:
+    problem = CASES[name](dtype)
+    problem.check(TritonKernel(problem.spec)(problem.operands, problem.sizes))

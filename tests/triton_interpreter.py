@@ -1,0 +1,43 @@
+"""Triton's interpreter, mended for what kernels need: bfloat16 products and the functions of libdevice.
+
+The interpreter keeps bfloat16 as raw 16-bit words, of which numpy would multiply
+the bits; it has no libdevice.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import triton.language as tl
+from triton.language.extra import libdevice
+from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
+
+_product = InterpreterBuilder.create_dot
+
+
+def _as_float32(x: TensorHandle) -> TensorHandle:
+    if x.dtype.scalar != tl.bfloat16:
+        return x
+    return TensorHandle((x.data.astype(np.uint32) << 16).view(np.float32), tl.float32)
+
+
+def _dot(self: InterpreterBuilder, a: TensorHandle, b: TensorHandle, *rest: Any) -> TensorHandle:
+    return _product(self, _as_float32(a), _as_float32(b), *rest)
+
+
+def _elementwise(function: Callable[..., np.ndarray]) -> Callable[..., tl.tensor]:
+    def call(*args: tl.tensor) -> tl.tensor:
+        first = args[0]
+        data = function(*(np.asarray(getattr(a, "handle", a).data if hasattr(a, "handle") else a) for a in args))
+        return tl.tensor(TensorHandle(data.astype(first.handle.data.dtype), first.handle.dtype), first.type)
+
+    return call
+
+
+InterpreterBuilder.create_dot = _dot
+for _name, _function in {
+    "tanh": np.tanh, "expm1": np.expm1, "log1p": np.log1p, "pow": np.power, "trunc": np.trunc, "rint": np.rint,
+}.items():  # fmt: skip
+    setattr(libdevice, _name, _elementwise(_function))
