@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import argparse
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import machine
@@ -133,12 +133,12 @@ def _compiled(backend: str, kind: str, x: Inputs) -> Run:
     return lambda: run(x)
 
 
-def report(case: Case, dtype: str, times: dict[str, Times]) -> dict[str, object]:
+def report(case: Case, dtype: str, times: dict[str, Times], peers: Sequence[str] = PEERS) -> dict[str, object]:
     ratios = {name: t.processor / times["fuse"].processor for name, t in times.items() if name != "fuse"}
     bar = case.bars.get(dtype)
     applies = dtype != "bfloat16" or cpp.instruction_set() == "amx"
     missed = bool(bar and applies and "sdpa" in ratios and ratios["sdpa"] < bar)
-    shown = "".join(f"{ratios[name]:9.2f}" if name in ratios else f"{'-':>9}" for name in PEERS)
+    shown = "".join(f"{ratios[name]:9.2f}" if name in ratios else f"{'-':>9}" for name in peers)
     wanted = f"{bar:.2f}{'' if applies else ' (AMX)'}" if bar else ""
     print(
         f"{dtype:9} {case.name:26} {times['fuse'].processor * 1e3:9.2f}{shown}   {wanted}{' missed' if missed else ''}",
@@ -148,20 +148,25 @@ def report(case: Case, dtype: str, times: dict[str, Times]) -> dict[str, object]
     return {"case": case.name, "dtype": dtype, "seconds": measured, "ratios": ratios, "bar": bar, "missed": missed}
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def begin(description: str | None, peers: Sequence[str]) -> tuple[argparse.Namespace, dict[str, object], bool]:
+    """The arguments, what is measured on, and whether the run is one to keep; prints the table's head."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--only", default="", help="cases whose name contains this")
     parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"], choices=["float32", "bfloat16", "float16"])
-    parser.add_argument("--peers", nargs="*", default=list(PEERS), choices=PEERS)
+    parser.add_argument("--peers", nargs="*", default=list(peers), choices=peers)
     parser.add_argument("--seconds", type=float, default=3.0, help="for the rounds of one case")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     facts = machine.facts()
     print("\n".join(f"{name}: {value}" for name, value in facts.items()))
-    print(
-        f"\n{'':36} {'fuse ms':>9}" + "".join(f"{name:>9}" for name in PEERS) + "   bar (SDPA)   [time of each / time of fuse]"
-    )
+    names = "".join(f"{name:>9}" for name in peers)
+    print(f"\n{'':36} {'fuse ms':>9}{names}   bar (SDPA)   [time of each / time of fuse]")
+    return args, facts, is_whole(parser, args)
+
+
+def main() -> int:
+    args, facts, whole = begin(__doc__, PEERS)
     results = []
     for dtype in args.dtypes:
         for case in CASES:
@@ -170,7 +175,7 @@ def main() -> int:
                 with torch.inference_mode():
                     runs = ways(case.kind, Inputs.make(case, getattr(torch, dtype)), args.peers)
                     results.append(report(case, dtype, measure(runs, args.seconds)))
-    if is_whole(parser, args):
+    if whole:
         keep("cpu_forward", facts, results)
     return int(any(r["missed"] for r in results))
 
