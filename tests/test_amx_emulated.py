@@ -13,6 +13,7 @@ from specs import CASES
 
 from fuse import planner
 from fuse.codegen import render
+from fuse.codegen.backward import render_backward
 from fuse.runtime import cpp, cpu
 
 pytestmark = pytest.mark.compiler
@@ -35,11 +36,14 @@ def test_emulated_tiles_are_as_close_to_float64_as_eager(name: str) -> None:
 
 
 @pytest.mark.skipif(platform.machine() != "x86_64", reason="not x86-64")
-def test_tile_instructions_assemble(tmp_path: Path) -> None:
+@pytest.mark.parametrize("way", ["forward", "backward"])
+def test_tile_instructions_assemble(tmp_path: Path, way: str) -> None:
     """What runs on AMX itself: every instruction of the emulation is there, in asm that this compiler takes."""
     spec = CASES["causal"]("bfloat16").spec
+    wanted, plan = (True, True, True), planner.backward_plan(spec, "amx", terms=False)
+    text = render.render(spec, planner.plan(spec, "amx")) if way == "forward" else render_backward(spec, wanted, plan)
     source = tmp_path / "amx.cpp"
-    source.write_text(render.render(spec, planner.plan(spec, "amx")))
+    source.write_text(text)
     flags = ["-std=c++17", "-O3", "-w", "-fopenmp", "-march=sapphirerapids", "-S", "-o", "-"]
     done = subprocess.run([*cpp.compiler(), *flags, str(source)], capture_output=True, text=True, check=True)
     for instruction in ("ldtilecfg", "tilezero", "tileloadd", "tilestored", "tdpbf16ps", "tilerelease"):

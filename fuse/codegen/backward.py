@@ -9,7 +9,17 @@ from dataclasses import dataclass
 from fuse import expr
 from fuse.codegen.cpp import C_TYPES, HALVES, MAX_LENGTH, Value, Writer, scalar_function
 from fuse.codegen.keys import KeyProgram, KeyWriter, bound
-from fuse.codegen.render import Program, Source, call_context, environment, peel, residual_of, threshold_of
+from fuse.codegen.render import (
+    Program,
+    Source,
+    call_context,
+    environment,
+    header_lines,
+    origin,
+    peel,
+    residual_of,
+    threshold_of,
+)
 from fuse.expr import Apply, Const, Expr, Index, Load, Prob, Score
 from fuse.gradient import Gradient, Term, gradient
 from fuse.planner import Plan
@@ -247,7 +257,10 @@ def render_backward(spec: AttentionSpec, wanted: Sequence[bool], plan: Plan) -> 
         programs += [write.lanes("full"), *(write.lanes("partial", predicate=p) for p in predicates)]
     matrices = {s.name for s in found if s.kind == "matrix"}
     entries = any(s.kind in ("dense", "row", "key", "entry") for s in found)
+    names = ", ".join(s.name if s.kind == "matrix" else str(s.load) for s in found)
+    lines = (f"gradients of {names}, as fuse.gradient has them, of", *header_lines(spec), *origin(plan))
     context = call_context(source, plan) | {
+        "header": "\n".join(f"// {line}" for line in lines),
         "programs": [p for p in programs if isinstance(p, Entries)], "key_programs": key_programs, "masked": mask is not None,
         "exact": exact is not None, "threshold": exact,
         "exact_scores": next((p for p in programs if not isinstance(p, Entries)), None),
