@@ -268,7 +268,7 @@ def render_backward(spec: AttentionSpec, wanted: Sequence[bool], plan: Plan) -> 
         "sinks": [_sink_context(source, of, i, s) for i, s in enumerate(found)],
         "needs_scores": bool(matrices & {"query", "key"}) or entries, "slice_limit": _SLICE_LIMIT,
         "slices": any(s.kind in ("row", "key", "entry", "logit") for s in found), "argument_count": argument_count(spec),
-        "stage_count": max((len(p.stages) for p in programs), default=0),
+        "stage_count": max((len(p.stages) for p in programs), default=0) + sum(s.kind == "dense" for s in found),
     }  # fmt: skip
     return environment().get_template(f"cpp/backward_{plan.core}.cpp.jinja").render(context)
 
