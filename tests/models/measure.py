@@ -78,6 +78,8 @@ def tensors(output: Mapping[str, Any]) -> Iterator[Tensor]:
 
 def measure_gradients(model: nn.Module, inputs: Inputs, **options: str) -> Measured:
     """As ``measure``, for the gradients of all parameters."""
+    if getattr(model, "_can_set_experts_implementation", bool)():
+        model.set_experts_implementation("batched_mm")  # with gradients, the default one breaks the graph in each layer
     compiled = torch.compile(model, backend="fuse", options=options)
     result, eager = gradients(compiled, model, inputs), gradients(model, model, inputs)
     with Wide():

@@ -10,14 +10,14 @@ from models import MODELS, decoders, encoders, pairs  # noqa: F401  (they regist
 from models.measure import measure_gradients, prepared
 from models.test_inference import Case, Record, masks_of, row
 
+# The reference rounds in bfloat16 where eager does, kernels do not: what is claimed of errors there is a claim of kernels.
+# Each takes seconds to build, so few models stand for the masks that there are.
+IN_BFLOAT16 = ("Llama", "BERT", "ViT", "Whisper")
+
 
 def cases() -> list[Case]:
-    """float32 with the first implementation of attention, bfloat16 with the last."""
-    return [
-        Case(m.name, attention, dtype, "reference")
-        for m in MODELS.values()
-        for attention, dtype in ((m.implementations[0], "float32"), (m.implementations[-1], "bfloat16"))
-    ]
+    narrow = [Case(name, MODELS[name].implementations[-1], "bfloat16", "cpp") for name in IN_BFLOAT16]
+    return [*(Case(m.name, m.implementations[0], "float32", "reference") for m in MODELS.values()), *narrow]
 
 
 @pytest.mark.parametrize("case", cases(), ids=str)
@@ -41,4 +41,6 @@ def test_every_site_is_fused_in_training_mode_with_its_dropout(name: str) -> Non
         if hasattr(module, "layerdrop"):
             module.layerdrop = 0.0  # else layers are left out at random
     report = fuse.explain(network.train(), **inputs)
-    assert report.fused == len(report.sites) == model.sites, [str(s.reason) for s in report.sites if not s.fused]
+    assert report.fused == len(report.sites), [str(s.reason) for s in report.sites if not s.fused]
+    if not hasattr(network, "encoder") or not hasattr(network.encoder, "layerdrop"):  # it breaks the graph in each layer
+        assert report.fused == model.sites
