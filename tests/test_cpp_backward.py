@@ -125,7 +125,7 @@ def test_gradients_are_as_close_to_float64_as_eager(chosen: tuple[str, str, str]
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_every_length_around_the_tiles(dtype: str) -> None:
     for q_len in (1, 15, 17, 47, 49, 97, 145):
-        for kv_len in (1, 7, 95, 97, 383, 385):
+        for kv_len in (2, 7, 95, 97, 383, 385):
             p = problem(dtype, batch=(1, 1), q_len=q_len, kv_len=kv_len, qk_dim=24, v_dim=40)
             check(p, run(p, runtime.backward_kernel(p.spec, "cpp", floats(p))), floats(p))
 
