@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -128,8 +129,11 @@ def test_the_references_map_says_what_the_cells_hold(shape: tuple[int, int, int]
 @pytest.mark.compiler
 @pytest.mark.parametrize("dtype", ["bool", "float32", "bfloat16", "int64"])
 @pytest.mark.parametrize("isa", ISAS)
-def test_the_kernels_map_is_the_references(dtype: str, isa: str) -> None:
+@pytest.mark.parametrize("negated", [False, True])
+def test_the_kernels_map_is_the_references(dtype: str, isa: str, negated: bool) -> None:
     spec = _map(dtype)
+    if negated:
+        spec = replace(spec, predicate=apply("not", spec.predicate, dtype="bool"))
     kernel = CppTileMap(spec, build_tile_map(spec, isa))
     for shape in [(2, 33, 130), (1, 1, 1), (2, 100, 700), (1, 48, 512)]:
         mask = (torch.rand(shape, generator=torch.Generator().manual_seed(0)) < 0.999).cumprod(-1).to(getattr(torch, dtype))
