@@ -21,8 +21,9 @@ $(STAMP): pyproject.toml constraints.txt
 demo: venv
 	$(BIN)/python examples/quickstart.py
 
+# Workers share the cores: threads of their own would wait for each other, spinning.
 test: venv
-	$(BIN)/python -m pytest -n auto
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto
 
 lint: venv types
 	$(BIN)/ruff check .
