@@ -80,10 +80,16 @@ class Use:
     load: Load
 
 
+def _of_positions(load: Load) -> bool:
+    """Whether an operand has a dimension of queries and another one of keys; a table of distances has one of both."""
+    axes = [expr.axes(c) & {"q", "k"} for c in load.coords]
+    return any("q" in a and "k" in b for i, a in enumerate(axes) for j, b in enumerate(axes) if i != j)
+
+
 def map_of(spec: AttentionSpec) -> Use | None:
     """The map that tells which tiles of ``spec`` can be skipped; None where no tensor of queries and keys masks anything."""
     residual = None if spec.mask is None else spec.mask.residual
-    if residual is None or not any(isinstance(n, Load) and {"q", "k"} <= expr.axes(n) for n in expr.walk(residual)):
+    if residual is None or not any(isinstance(n, Load) and _of_positions(n) for n in expr.walk(residual)):
         return None
     batch = [f"b{i}" for i in range(spec.batch) if f"b{i}" in expr.axes(residual)]
     operands = expr.operands(residual)

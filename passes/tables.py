@@ -50,17 +50,20 @@ def tabulated(lifted: Lifted) -> Lifted:
 
 
 def _terms(r: Reader, spec: AttentionSpec) -> list[tuple[Expr, Expr]]:
-    """The largest terms worth a table: (term, the same as a function of the distance). Those beside the mask come first."""
+    """The largest terms worth a table: (term, the same as a function of the distance). Those beside the mask come first.
+
+    Conditions are left as they are: what they say about the positions tells which tiles are empty.
+    """
     found: dict[Expr, Expr] = {}
     stack = [spec.weight, spec.score, *([] if spec.mask is None else [spec.mask.visible])]
     seen: set[Expr] = set()
     while stack:
         e = stack.pop()
-        if e in seen or not _of_both(e):
+        if e in seen or e.dtype == "bool" or not _of_both(e):
             continue
         seen.add(e)
         mixed = any(isinstance(n, (Score, Prob)) or n in found for n in expr.walk(e))
-        of_distance = None if mixed or e.dtype == "bool" or not is_costly(e) else by_distance(r, e)
+        of_distance = None if mixed or not is_costly(e) else by_distance(r, e)
         if of_distance is None:
             stack.extend(e.args)
         else:

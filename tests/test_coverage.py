@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import pytest
 import torch
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 from programs import heads, pass_over
-from test_masks import Predicate, predicates
+from random_masks import forms
 from torch import Tensor
 
 from fuse.coverage import Coverage, coverage
 from fuse.spec import AttentionSpec
+
+Predicate = Callable[[Tensor, Tensor], Tensor]
+PREDICATES = forms(of_data=False).map(lambda form: lambda q, k: form(q, k, {}))
 
 
 def masked(keep: Predicate, q_len: int, kv_len: int) -> tuple[AttentionSpec, tuple[int, ...]] | None:
@@ -50,7 +54,7 @@ def test_the_share_is_that_of_tiles_without_a_visible_entry(keep: Predicate) -> 
 
 
 @settings(max_examples=60, derandomize=True, deadline=None, phases=[Phase.explicit, Phase.generate])
-@given(predicates(), st.integers(2, 40), st.integers(2, 40), st.integers(1, 8), st.integers(1, 8))
+@given(PREDICATES, st.integers(2, 40), st.integers(2, 40), st.integers(1, 8), st.integers(1, 8))
 def test_no_tile_counts_as_skipped_that_has_a_visible_entry(
     keep: Predicate, q_len: int, kv_len: int, rows: int, keys: int
 ) -> None:
