@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from problems import op, problem
 from proving import (
     repeatable,
 )
-from specs import op, problem
 
 from fuse import expr, reference
 from fuse.expr import Expr, Load, const, symbol

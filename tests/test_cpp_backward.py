@@ -8,7 +8,8 @@ from dataclasses import replace
 
 import pytest
 import torch
-from specs import B0, CASES, D, E, K, Problem, Q, load, op, problem, rand
+from problems import B0, D, E, K, Problem, Q, load, op, problem, rand
+from specs import CASES
 from torch import Tensor
 
 from fuse import reference, runtime

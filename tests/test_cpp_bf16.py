@@ -6,7 +6,8 @@ import math
 
 import pytest
 import torch
-from specs import B0, B1, CASES, Q_LEN, K, Problem, Q, cast, hide, load, op, problem
+from problems import B0, B1, Q_LEN, K, Problem, Q, cast, hide, load, op, problem
+from specs import CASES
 from torch import Tensor
 
 from fuse import planner

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from specs import RANDOM_CASES, rand
+from problems import rand
+from specs import RANDOM_CASES
 
 from fuse import reference
 from fuse.runtime import cpu

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from functools import reduce
 
 import pytest
-from specs import B0, B1, KV_LEN, K, Problem, Q, both, cast, load, op, problem, rand
+from problems import B0, B1, KV_LEN, K, Problem, Q, both, cast, load, op, problem, rand
 
 from fuse import expr, runtime
 from fuse.expr import Expr, const

@@ -8,7 +8,8 @@ from dataclasses import replace
 
 import pytest
 import torch
-from specs import B0, CASES, K, Problem, Q, both, const, hide, load, op, problem, symbol
+from problems import B0, K, Problem, Q, both, const, hide, load, op, problem, symbol
+from specs import CASES
 
 from fuse import runtime
 from fuse.expr import Expr

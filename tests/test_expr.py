@@ -8,7 +8,7 @@ import math
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from specs import B0, KV_LEN, K, Q, both, cast, op
+from problems import B0, KV_LEN, K, Q, both, cast, op
 
 from fuse import expr, serial, welltyped
 from fuse.expr import Apply, Const, Expr, Index, Load, Prob, Score, const, index, symbol

@@ -9,7 +9,8 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from specs import B0, B1, CASES, RANDOM_CASES, K, Problem, Q, cast, op, problem
+from problems import B0, B1, K, Problem, Q, cast, op, problem
+from specs import CASES, RANDOM_CASES
 from torch import Tensor
 
 from fuse import expr, reference

@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 import torch
 from functorch.compile import make_boxed_func
-from specs import CASES, RANDOM_CASES, Problem
+from problems import Problem
+from specs import CASES, RANDOM_CASES
 from torch import Tensor
 from torch._dynamo.backends.common import aot_autograd
 from torch._dynamo.testing import CompileCounterWithBackend

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from problems import cast, op
 from proving import (
     FLOAT_DTYPES,
     P,
@@ -16,7 +17,6 @@ from proving import (
     evaluated,
     repeatable,
 )
-from specs import cast, op
 
 from fuse import expr
 from fuse.expr import Const, Expr, Load, Score, const

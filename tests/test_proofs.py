@@ -14,6 +14,7 @@ import pytest
 import sympy
 import test_predicate
 import z3
+from problems import both, op
 from proving import (
     HALVES,
     INTEGERS,
@@ -33,7 +34,6 @@ from proving import (
     torch_value,
     whole,
 )
-from specs import both, op
 from torch.utils._sympy.functions import FloorDiv
 
 from fuse import expr, index

@@ -8,7 +8,8 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.nn.functional as F
-from specs import B0, CASES, RANDOM_CASES, K, Problem, Q, load, op, problem
+from problems import B0, K, Problem, Q, load, op, problem
+from specs import CASES, RANDOM_CASES
 from torch import Tensor
 
 from fuse import philox, reference

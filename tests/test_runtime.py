@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from specs import CASES, problem
+from problems import problem
+from specs import CASES
 
 from fuse import reference, runtime
 from fuse.runtime.cpp import CppKernel

@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 import torch
-from specs import B1, CASES, D, E, K, Q, op
+from problems import B1, D, E, K, Q, op
+from specs import CASES
 
 from fuse.expr import FLOATS, Load, Prob, Score, const, index, symbol
 from fuse.spec import AttentionSpec, InvalidSpec, Operand, verify

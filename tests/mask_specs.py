@@ -1,0 +1,220 @@
+"""Named problems with masks of every class, and rows without a visible key."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from problems import (
+    B0,
+    B1,
+    KV_LEN,
+    LOWEST,
+    Q_LEN,
+    K,
+    Problem,
+    Q,
+    both,
+    case,
+    causal_mask,
+    hide,
+    load,
+    mapped,
+    op,
+    problem,
+    rand,
+)
+
+from fuse.expr import const, symbol
+
+# ------------------------------------------------------------------------------------------------------------- masks
+
+
+@case
+def causal(dtype: str) -> Problem:
+    return problem(dtype, score=causal_mask)
+
+
+@case
+def causal_without_mask_knowledge(dtype: str) -> Problem:
+    return problem(dtype, score=lambda s: causal_mask(s)[0])
+
+
+@case
+def causal_long(dtype: str) -> Problem:
+    return problem(dtype, batch=(1, 2), q_len=515, qk_dim=32, score=causal_mask)
+
+
+@case
+def causal_finite_fill(dtype: str) -> Problem:
+    return problem(dtype, score=lambda s: hide(s, op("le", K, Q), LOWEST[dtype], upper=op("add", Q, 1)))
+
+
+@case
+def causal_offset(dtype: str) -> Problem:
+    """The last query sees every key, as with a cache."""
+    last = op("add", Q, op("sub", KV_LEN, Q_LEN))
+    return problem(dtype, q_len=21, kv_len=90, score=lambda s: hide(s, op("le", K, last), upper=op("add", last, 1)))
+
+
+@case
+def causal_more_queries_than_keys(dtype: str) -> Problem:
+    """The first q_len - kv_len rows see nothing."""
+    last = op("add", Q, op("sub", KV_LEN, Q_LEN))
+    return problem(
+        dtype, q_len=60, kv_len=40, empty_row="zero", score=lambda s: hide(s, op("le", K, last), upper=op("add", last, 1))
+    )
+
+
+@case
+def window(dtype: str) -> Problem:
+    """Sliding window of a run-time size."""
+    first = op("add", op("sub", Q, symbol("window")), 1)
+    predicate = both(op("le", K, Q), op("ge", K, first))
+    return problem(
+        dtype, batch=(1, 2), q_len=300, symbols={"window": 50},
+        score=lambda s: hide(s, predicate, lower=first, upper=op("add", Q, 1)),
+    )  # fmt: skip
+
+
+@case
+def prefix(dtype: str) -> Problem:
+    """Causal, with a prefix that everything sees, its length given per batch."""
+    length = torch.tensor([5, 40])
+    seen = op("lt", K, load(length, 3, B0))
+    predicate = op("or", op("le", K, Q), seen)
+    return problem(dtype, length, score=lambda s: hide(s, predicate))
+
+
+@case
+def dilated(dtype: str) -> Problem:
+    predicate = both(op("le", K, Q), op("eq", op("mod", op("sub", Q, K), 3), 0))
+    return problem(
+        dtype, score=lambda s: hide(s, predicate, upper=op("add", Q, 1), residual=op("eq", op("mod", op("sub", Q, K), 3), 0))
+    )
+
+
+@case
+def padding(dtype: str) -> Problem:
+    """A bool per batch and key."""
+    keep = torch.arange(130) < torch.tensor([[40], [130]])
+    return problem(dtype, keep, q_len=20, kv_len=130, score=lambda s: hide(s, load(keep, 3, B0, K)))
+
+
+@case
+def left_padding_and_causal(dtype: str) -> Problem:
+    """Padded queries see nothing; the fill is finite, so they average."""
+    keep = torch.arange(70) >= torch.tensor([[30], [0]])
+    predicate = both(op("le", K, Q), load(keep, 3, B0, K))
+    return problem(
+        dtype, keep, q_len=70,
+        score=lambda s: hide(s, predicate, LOWEST[dtype], upper=op("add", Q, 1), residual=load(keep, 3, B0, K)),
+    )  # fmt: skip
+
+
+@case
+def documents(dtype: str) -> Problem:
+    ids = torch.arange(100).div(23, rounding_mode="floor").expand(2, 100)
+    predicate = both(op("le", K, Q), op("eq", load(ids, 3, B0, Q), load(ids, 3, B0, K)))
+    return problem(dtype, ids, q_len=100, score=lambda s: hide(s, predicate))
+
+
+@case
+def dense_bool(dtype: str) -> Problem:
+    keep = rand(2, 1, 37, 37) > -0.5
+    return problem(dtype, keep, score=lambda s: hide(s, load(keep, 3, B0, const(0), Q, K)))
+
+
+@case
+def documents_in_any_order(dtype: str) -> Problem:
+    """Longer than tiles; half of the sequence is sorted."""
+    ids = torch.cat((torch.arange(300) // 70, torch.randint(5, (200,), generator=torch.Generator().manual_seed(0)))).expand(
+        2, 500
+    )
+    return problem(dtype, ids, q_len=500, score=lambda s: hide(s, op("eq", load(ids, 3, B0, Q), load(ids, 3, B0, K))))
+
+
+@case
+def block_diagonal_or_first_keys(dtype: str) -> Problem:
+    same = op("eq", op("floordiv", Q, 90), op("floordiv", K, 90))
+    return problem(dtype, q_len=400, score=lambda s: hide(s, op("or", same, op("lt", K, 3))))
+
+
+@case
+def mapped_bool(dtype: str) -> Problem:
+    """A map of tiles, one for all heads; some rows see nothing."""
+    keep = torch.ones(2, 300, 300, dtype=torch.bool).tril()
+    keep[0, 100:140], keep[1, :, 64:128], keep[1, 290, 200:] = False, False, True
+    return mapped(problem(dtype, keep, q_len=300, score=lambda s: hide(s, load(keep, 3, B0, Q, K))))
+
+
+@case
+def mapped_bool_with_lowest_fill_below_the_diagonal(dtype: str) -> Problem:
+    keep = rand(300, 300) > 2
+    predicate = both(op("le", K, Q), load(keep, 3, Q, K))
+    return mapped(
+        problem(
+            dtype, keep, q_len=300,
+            score=lambda s: hide(s, predicate, LOWEST[dtype], upper=op("add", Q, 1), residual=load(keep, 3, Q, K)),
+        )
+    )  # fmt: skip
+
+
+@case
+def dense_additive(dtype: str) -> Problem:
+    bias = rand(2, 1, 37, 37, dtype=dtype).masked_fill(rand(37, 37) > 1, -math.inf)
+    return problem(dtype, bias, score=lambda s: op("add", s, load(bias, 3, B0, const(0), Q, K)))
+
+
+@case
+def integer_mask_product(dtype: str) -> Problem:
+    """GPT-2 before 2020: s * b - 1e4 * (1 - b)."""
+    keep = torch.ones(37, 37).tril().to(getattr(torch, dtype))
+    b = load(keep, 3, Q, K)
+    return problem(dtype, keep, score=lambda s: op("sub", op("mul", s, b), op("mul", op("sub", 1, b), 1e4)))
+
+
+# ------------------------------------------------------------------------------------------------- fully masked rows
+
+_NO_ROW_3 = op("ne", Q, 3)
+
+
+@case
+def masked_rows_infinite_fill(dtype: str) -> Problem:
+    return problem(dtype, score=lambda s: hide(s, _NO_ROW_3))
+
+
+@case
+def masked_rows_lowest_fill(dtype: str) -> Problem:
+    return problem(dtype, score=lambda s: hide(s, _NO_ROW_3, LOWEST[dtype]))
+
+
+@case
+def masked_rows_soft_fill(dtype: str) -> Problem:
+    return problem(dtype, score=lambda s: hide(s, _NO_ROW_3, -1e4))
+
+
+@case
+def masked_rows_added_fill(dtype: str) -> Problem:
+    """Added, not filled in: how such a row comes out depends on the rounding of -1e4 + s."""
+    penalty = op("where", _NO_ROW_3, const(0.0, dtype), const(-1e4, dtype))
+    return problem(dtype, score=lambda s: op("add", s, penalty))
+
+
+@case
+def masked_rows_are_zero(dtype: str) -> Problem:
+    return problem(dtype, empty_row="zero", score=lambda s: hide(s, _NO_ROW_3))
+
+
+@case
+def two_lowest_masks_overflow(dtype: str) -> Problem:
+    """finfo.min twice is -inf: a row masked by both is NaN."""
+    first, second = (op("where", p, const(0.0, dtype), const(LOWEST[dtype], dtype)) for p in (_NO_ROW_3, op("lt", Q, 5)))
+    return problem(dtype, score=lambda s: op("add", op("add", first, second), s))
+
+
+@case
+def masked_rows_with_sink(dtype: str) -> Problem:
+    """Whatever is masked, the sink keeps the row finite."""
+    sink = rand(3, dtype=dtype)
+    return problem(dtype, sink, score=lambda s: hide(s, _NO_ROW_3), extra_logits=(load(sink, 3, B1),))
