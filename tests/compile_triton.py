@@ -17,7 +17,7 @@ from typing import Any
 os.environ.pop("TRITON_INTERPRET", None)
 
 import triton
-from specs import CASES
+from specs import CASES, RANDOM_CASES
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
@@ -27,7 +27,7 @@ _TYPES = {"float32": "fp32", "float64": "fp64", "bfloat16": "bf16", "float16": "
 
 
 def compiled(name: str, dtype: str, arch: str) -> dict[str, Any]:
-    spec = CASES[name](dtype).spec
+    spec = (CASES | RANDOM_CASES)[name](dtype).spec
     kernel = TritonKernel(spec)
     plan, function = kernel.plan, kernel.function
     types = dict.fromkeys(function.arg_names, "i32") | {"to": f"*{_TYPES[spec.out_dtype]}", "lse": "*fp32"}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from specs import CASES
+from specs import CASES, RANDOM_CASES
 
 pytest.importorskip("triton", reason="no Triton on this platform")
 pytestmark = pytest.mark.triton
@@ -26,4 +26,11 @@ CHOSEN = [(name, "float32") for name in CASES] + [(n, d) for n in BY_DTYPE for d
 @pytest.mark.parametrize("name, dtype", CHOSEN)
 def test_kernel_is_as_close_to_float64_as_eager(name: str, dtype: str) -> None:
     problem = CASES[name](dtype)
+    problem.check(TritonKernel(problem.spec)(problem.operands, problem.sizes))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64", "bfloat16"])
+@pytest.mark.parametrize("name", RANDOM_CASES)
+def test_what_is_dropped_is_what_the_reference_drops(name: str, dtype: str) -> None:
+    problem = RANDOM_CASES[name](dtype)
     problem.check(TritonKernel(problem.spec)(problem.operands, problem.sizes))

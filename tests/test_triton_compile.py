@@ -19,7 +19,7 @@ SHARED = {"80": 163 * 1024, "90": 227 * 1024, "100": 227 * 1024, "gfx942": 64 * 
 ASKED = [
     *(f"{name}:bfloat16:{arch}" for name in ("causal", "mapped_bool") for arch in SHARED),
     *(f"{name}:bfloat16:90" for name in ("head_dim_80", "soft_cap_causal", "left_padding_and_causal", "relative_table")),
-    "plain:float32:90", "plain:float16:80",
+    "plain:float32:90", "plain:float16:80", "dropout:bfloat16:80",
 ]  # fmt: skip
 
 

@@ -113,6 +113,8 @@ class TritonWriter:
         if op in ("minimum", "maximum"):
             nan = ", propagate_nan=tl.PropagateNan.ALL" if source in FLOATS else ""
             return f"tl.{op}({args[0]}, {args[1]}{nan})"
+        if op == "uniform":
+            return f"tl.cast(f_uniform({', '.join(args)}), {self.real})"
         if op in ("floordiv", "mod", "sign", "isnan", "isinf", "reciprocal"):
             return f"f_{op}{'_real' if source in FLOATS and op in ('floordiv', 'mod') else ''}({', '.join(args)})"
         if op in _TL:
