@@ -25,7 +25,7 @@ class Program:
     seen: list[str] = field(default_factory=list)
 
 
-class _Source:
+class Source:
     def __init__(self, spec: AttentionSpec) -> None:
         self.spec = spec
         self.count = [0]
@@ -82,7 +82,7 @@ class _Source:
 
 def render_triton(spec: AttentionSpec, plan: TritonPlan) -> str:
     """One Python module with the kernel ENTRY; its arguments are those of ``fuse.runtime.triton``."""
-    source, mask = _Source(spec), spec.mask
+    source, mask = Source(spec), spec.mask
     visible, factor = peel(spec.score if mask is None else mask.visible)
     residual = None if mask is None or mask.residual is None or mask.residual == const(True, "bool") else mask.residual
     named = [] if mask is None else [("lower", mask.lower), ("upper", mask.upper)]
@@ -110,11 +110,11 @@ def render_triton(spec: AttentionSpec, plan: TritonPlan) -> str:
     return environment().get_template("triton/forward.py.jinja").render(context)
 
 
-def _within(source: _Source, name: str, node: Expr) -> str:
+def _within(source: Source, name: str, node: Expr) -> str:
     return f"(k {'>=' if name == 'lower' else '<'} {source.writer().value(node)})"
 
 
-def _seen(source: _Source, tile: Block, seen: list[str], residual: Expr | None) -> str:
+def _seen(source: Source, tile: Block, seen: list[str], residual: Expr | None) -> str:
     conditions = [*seen, "q_ok"] if residual is None else [*seen, "q_ok", source.writer(tile).value(residual)]
     return " & ".join(conditions)
 

@@ -48,7 +48,7 @@ class TritonKernel:
             return out
         views = [t.view(torch.uint8) if t.dtype == torch.bool else t for t in operands]
         extents = [n for t in views for n in (*t.shape, *t.stride())]
-        grid = (-(-sizes[spec.batch] // plan.block_q), math.prod(sizes[: spec.batch]))
+        grid = (-(-sizes[spec.batch] // plan.block_q) * math.prod(sizes[: spec.batch]),)
         self.function[grid](
             out, out if lse is None else lse, *views, *sizes, *strides, *extents, HAS_LSE=lse is not None,
             PRECISION="tf32" if torch.backends.cuda.matmul.allow_tf32 else "ieee", BM=plan.block_q, BN=plan.block_k,
