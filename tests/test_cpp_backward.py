@@ -13,7 +13,7 @@ from specs import CASES
 from torch import Tensor
 
 from fuse import reference, runtime
-from fuse.codegen.backward import Unsupported
+from fuse.codegen.sinks import Unsupported
 from fuse.runtime import cpu
 from fuse.runtime.cpp import CppKernel, build, instruction_set
 from fuse.runtime.cpp_backward import CppBackward, build_backward

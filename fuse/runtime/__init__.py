@@ -14,7 +14,7 @@ from typing import Protocol, TypeVar
 from torch import Tensor
 
 from fuse import kept, reference, tiles
-from fuse.codegen.backward import Unsupported
+from fuse.codegen.sinks import Unsupported
 from fuse.gradient import Gradient, gradient
 from fuse.runtime.cache import builds
 from fuse.runtime.cpp import BuildFailed, CppKernel, CppTileMap, build, build_tile_map
