@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from fuse.expr import Load, axes, walk
+from fuse.expr import walk
 from fuse.spec import AttentionSpec
 from fuse.tiles import TileMap
 
@@ -87,33 +87,3 @@ def _is_bfloat16(spec: AttentionSpec) -> bool:
     """Whether both products take bfloat16, and nothing asks for more than float around them."""
     factors = all(load.dtype == "bfloat16" for load in (spec.query, spec.key, spec.value))
     return factors and spec.lse_dtype != "float64"
-
-
-@dataclass(frozen=True)
-class TritonPlan:
-    """Choices that one Triton kernel is launched with.
-
-    width, v_width  powers of two that hold qk_dim and v_dim, as matrix products want them
-    block_q         queries of a program
-    block_k         keys of a tile
-    warps, stages   of the launch
-    """
-
-    width: int
-    v_width: int
-    block_q: int
-    block_k: int
-    warps: int
-    stages: int
-
-
-def plan_triton(spec: AttentionSpec) -> TritonPlan:
-    """The plan for ``spec``: tiles whose scores, results and operands fit registers and shared memory from sm_80 on."""
-    width, v_width = (max(16, 1 << (n - 1).bit_length()) for n in (spec.qk_dim, spec.v_dim))
-    size = {"float64": 8, "float32": 4}.get(spec.query.dtype, 2)
-    row = max(width, v_width) * size  # bytes
-    gathers = any(isinstance(n, Load) and {"q", "k"} <= axes(n) for n in walk(spec.score))  # an address for each entry
-    block_q = 128 if row <= 256 and not gathers else 64 if row <= 512 else 32
-    block_k = 64 if row <= 256 and not gathers else 32
-    warps = 8 if block_q == 128 and (max(width, v_width) >= 128 or spec.mask is not None) else 4
-    return TritonPlan(width, v_width, block_q, block_k, warps, stages=3 if size == 2 else 2)

@@ -21,6 +21,7 @@ from specs import CASES, RANDOM_CASES
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from fuse.planner_triton import architecture
 from fuse.runtime.triton import TritonKernel
 
 _TYPES = {"float32": "fp32", "float64": "fp64", "bfloat16": "bf16", "float16": "fp16", "int64": "i64", "int32": "i32"}
@@ -28,7 +29,7 @@ _TYPES = {"float32": "fp32", "float64": "fp64", "bfloat16": "bf16", "float16": "
 
 def compiled(name: str, dtype: str, arch: str) -> dict[str, Any]:
     spec = (CASES | RANDOM_CASES)[name](dtype).spec
-    kernel = TritonKernel(spec)
+    kernel = TritonKernel(spec, architecture(f"sm_{arch}" if arch.isdigit() else arch))
     plan, function = kernel.plan, kernel.function
     types = dict.fromkeys(function.arg_names, "i32") | {"to": f"*{_TYPES[spec.out_dtype]}", "lse": "*fp32"}
     types |= {f"p{i}": f"*{_TYPES.get(o.dtype, 'u8')}" for i, o in enumerate(spec.operands)}

@@ -9,7 +9,7 @@ from fuse.codegen.cpp import HALVES
 from fuse.codegen.render import ENTRY, environment, header_lines, peel, threshold_of
 from fuse.codegen.triton import Block, TritonWriter
 from fuse.expr import Expr, Load, Prob, Score, const
-from fuse.planner import TritonPlan
+from fuse.planner_triton import TritonPlan
 from fuse.spec import AttentionSpec
 
 _LOG2_E = 1.4426950408889634

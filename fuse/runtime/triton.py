@@ -11,20 +11,22 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from triton.runtime.errors import OutOfResources
 
-from fuse import planner
 from fuse.codegen.render import ENTRY
 from fuse.codegen.render_triton import render_triton
+from fuse.planner_triton import ARCHITECTURES, Architecture, architecture, candidates
 from fuse.runtime.cache import write_once
 from fuse.spec import AttentionSpec
 
 
 class TritonKernel:
-    """A loaded kernel of an attention spec."""
+    """A loaded kernel of an attention spec, planned for ``arch``, by default that of the current device."""
 
-    def __init__(self, spec: AttentionSpec) -> None:
+    def __init__(self, spec: AttentionSpec, arch: Architecture | None = None) -> None:
         self._spec = spec
-        self.plan = planner.plan_triton(spec)
+        self._plans = candidates(spec, arch or current_architecture())
+        self.plan = self._plans[0]
         name = f"attention_{spec.out_dtype}_{spec.qk_dim}x{spec.v_dim}"
         self.source = write_once("triton", name, ".py", render_triton(spec, self.plan))
         self.function: Any = getattr(_module(self.source), ENTRY)
@@ -40,7 +42,7 @@ class TritonKernel:
         return self._attend(operands, sizes, lse), lse
 
     def _attend(self, operands: Sequence[Tensor], sizes: Sequence[int], lse: Tensor | None) -> Tensor:
-        spec, plan = self._spec, self.plan
+        spec = self._spec
         dtype: torch.dtype = getattr(torch, spec.out_dtype)
         strides = spec.out_strides(sizes)
         out = torch.empty_strided(spec.out_shape(sizes), strides, dtype=dtype, device=operands[0].device)
@@ -48,13 +50,34 @@ class TritonKernel:
             return out
         views = [t.view(torch.uint8) if t.dtype == torch.bool else t for t in operands]
         extents = [n for t in views for n in (*t.shape, *t.stride())]
+        arguments = (out, out if lse is None else lse, *views, *sizes, *strides, *extents)
+        while True:
+            try:
+                self._launch(arguments, sizes, lse is not None)
+                return out
+            except OutOfResources:  # the planner's model is no proof
+                self._plans = self._plans[1:]
+                if not self._plans:
+                    raise
+                self.plan = self._plans[0]
+
+    def _launch(self, arguments: tuple[Any, ...], sizes: Sequence[int], has_lse: bool) -> None:
+        spec, plan = self._spec, self.plan
         grid = (-(-sizes[spec.batch] // plan.block_q) * math.prod(sizes[: spec.batch]),)
         self.function[grid](
-            out, out if lse is None else lse, *views, *sizes, *strides, *extents, HAS_LSE=lse is not None,
-            PRECISION="tf32" if torch.backends.cuda.matmul.allow_tf32 else "ieee", BM=plan.block_q, BN=plan.block_k,
-            num_warps=plan.warps, num_stages=plan.stages,
+            *arguments, HAS_LSE=has_lse, PRECISION="tf32" if torch.backends.cuda.matmul.allow_tf32 else "ieee",
+            BM=plan.block_q, BN=plan.block_k, num_warps=plan.warps, num_stages=plan.stages,
         )  # fmt: skip
-        return out
+
+
+def current_architecture() -> Architecture:
+    """Of the current device; without one, as in Triton's interpreter, a common one."""
+    if not torch.cuda.is_available():
+        return ARCHITECTURES["sm_80"]
+    properties = torch.cuda.get_device_properties(torch.cuda.current_device())
+    if torch.version.hip is not None:
+        return architecture(properties.gcnArchName.partition(":")[0])
+    return architecture(f"sm_{properties.major}{properties.minor}")
 
 
 def _module(path: Path) -> ModuleType:
