@@ -115,15 +115,17 @@ def _of_leaf(root: Expr, kind: type[Expr]) -> Expr:
 
 
 def _terms(spec: AttentionSpec, wanted: Sequence[bool]) -> list[Term]:
+    """One for each load of the score or of ``mask.visible``: what is in one of them only adds nothing in the other."""
     terms = []
     for name, root in spec.roots().items():
         if name not in ("score", "weight") and not name.startswith("extra_logits"):
             continue
-        for load in (n for n in expr.walk(root) if isinstance(n, Load) and n.dtype in FLOATS and wanted[n.operand]):
-            factor = tangent(root, load)
-            if factor is not None:
-                visible = derivative(spec.mask.visible, load) if spec.mask and name == "score" else None
-                terms.append(Term(name, load, factor, visible))
+        free = spec.mask.visible if spec.mask and name == "score" else None
+        for load in expr.walk(root, *([] if free is None else [free])):
+            if not isinstance(load, Load) or load.dtype not in FLOATS or not wanted[load.operand]:
+                continue
+            if any(tangent(x, load) is not None for x in (root, free) if x is not None):
+                terms.append(Term(name, load, derivative(root, load), free and derivative(free, load)))
     return terms
 
 

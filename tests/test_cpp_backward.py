@@ -8,16 +8,17 @@ from dataclasses import replace
 
 import pytest
 import torch
-from problems import B0, D, E, K, Problem, Q, load, op, problem, rand
+from problems import B0, B1, D, E, K, Problem, Q, hide, load, op, problem, rand
 from specs import CASES
 from torch import Tensor
 
 from fuse import reference, runtime
 from fuse.codegen.sinks import Unsupported
+from fuse.expr import Expr
 from fuse.runtime import cpu
 from fuse.runtime.cpp import CppKernel, build, instruction_set
 from fuse.runtime.cpp_backward import CppBackward, build_backward
-from fuse.spec import Operand
+from fuse.spec import Mask, Operand
 
 pytestmark = pytest.mark.compiler
 
@@ -175,6 +176,19 @@ def test_a_query_that_all_batches_share_is_summed_over_them() -> None:
     spec = replace(base.spec, query=load(query, 0, base.spec.query.coords[1], Q, D),
                    operands=(Operand(3, "float32"), *base.spec.operands[1:]))  # fmt: skip
     p = Problem(spec, [query, *base.operands[1:]], base.sizes)
+    check(p, run(p, kernel(p, floats(p), LANES)), floats(p))
+
+
+def test_a_bias_may_be_read_in_one_way_beside_the_mask_and_in_another_under_it() -> None:
+    """As where the place in a table was simplified by what the mask says: gradients of both ways add up."""
+    table, places = rand(3, 20), torch.arange(37 * 37).reshape(37, 37) % 20
+
+    def score(s: Expr) -> tuple[Expr, Mask]:
+        under, beside = (op("add", s, load(table, 3, B1, load(places, i, Q, K))) for i in (4, 5))
+        made, mask = hide(under, op("ne", op("mod", op("add", Q, K), 3), 0), -1e30)
+        return made, replace(mask, visible=beside)
+
+    p = problem("float32", table, places, places.clone(), score=score)
     check(p, run(p, kernel(p, floats(p), LANES)), floats(p))
 
 
