@@ -117,7 +117,7 @@ class _Programs:
         else:
             inner, factor = peel(score)
             value = self._real(writer, inner)
-            lines.append(f"const VR unmasked = exp2_lanes(({value} * R({factor!r}) - lse) * {_LOG2E});")
+            lines.append(f"const VR unmasked = {self._probability(writer, value, factor)};")
             if predicate is not None and not _true(predicate):
                 allowed = [*allowed, f"({writer.value(predicate).spread('bool')})"]
             masked = f"select({' & '.join(allowed)}, unmasked, VR{{}})" if allowed else "unmasked"
@@ -126,6 +126,13 @@ class _Programs:
         gate = "d_weight" if _one(of.weight) else f"{self._real(writer, of.weight)} * d_weight"
         weight = self._real(writer, of.spec.weight)
         return Results(weight, gate, self._slope(writer, slope, exact), tuple(self._terms(writer, factors)))
+
+    @staticmethod
+    def _probability(writer: Writer, score: str, factor: float) -> str:
+        """Lanes of keys are rounded to bfloat16, and their rows have ``lse`` in base 2."""
+        if isinstance(writer, KeyWriter):
+            return f"exp2_near({score} * (R({factor!r}) * {_LOG2E}) - lse)"
+        return f"exp2_lanes(({score} * R({factor!r}) - lse) * {_LOG2E})"
 
     def _terms(self, writer: Writer, factors: Sequence[Expr]) -> Iterator[Added]:
         found = [s for s in sinks(self.of.spec, self.of.wanted) if s.kind != "matrix"]

@@ -17,7 +17,7 @@ from fuse.codegen import keys
 from fuse.codegen.cpp import C_TYPES, HALVES, MAX_LENGTH, Body, Draw, Stage, Value, Writer, scalar_function
 from fuse.codegen.example import example
 from fuse.codegen.ranges import Ranges, ranges_of
-from fuse.expr import Apply, Const, Expr, Load, Prob, Score
+from fuse.expr import Apply, Const, Expr, Load, Prob, Score, const
 from fuse.planner import Plan
 from fuse.spec import AttentionSpec
 
@@ -120,6 +120,9 @@ def _true(node: Expr) -> bool:
     return isinstance(node, Const) and node.value is True
 
 
+_LEAST, _MOST = 1e-30, 1e30  # of a factor that is peeled: far from what overflows
+
+
 def peel(node: Expr) -> tuple[Expr, float]:
     """(inner, c) with node = c * inner, c > 0: the factor then joins the one that softmax in base 2 needs anyway."""
     factor = 1.0
@@ -131,6 +134,8 @@ def peel(node: Expr) -> tuple[Expr, float]:
         if found is None:
             break
         node, factor = found[0], factor * found[1]
+    if isinstance(node, Const) and node.dtype in expr.FLOATS and _LEAST < node.value < _MOST:
+        return const(1.0, node.dtype), factor * float(node.value)
     return node, factor
 
 
@@ -138,7 +143,7 @@ def _factor(node: Apply) -> tuple[Expr, float] | None:
     if node.op not in ("mul", "div"):
         return None
     for this, other in ((node.operands[0], node.operands[1]), (node.operands[1], node.operands[0])):
-        positive = isinstance(other, Const) and 1e-30 < other.value < 1e30
+        positive = isinstance(other, Const) and _LEAST < other.value < _MOST
         if positive and isinstance(other, Const) and (node.op == "mul" or other is node.operands[1]):
             return this, float(other.value) if node.op == "mul" else 1 / float(other.value)
     return None
