@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import islice
 
-from fuse.expr import Expr, Load, axes, walk
+from fuse.expr import Apply, Expr, Load, Score, axes, contains, walk
 from fuse.spec import AttentionSpec
 
 _SIZES = {"float64": 8, "float32": 4, "int64": 8, "int32": 4, "bfloat16": 2, "float16": 2}  # bytes; 1 for the rest
@@ -128,20 +128,28 @@ def shared_memory(spec: AttentionSpec, plan: TritonPlan, arch: Architecture) -> 
 
 
 def registers(spec: AttentionSpec, plan: TritonPlan, arch: Architecture) -> int:
-    """Of a thread, about: results, scores, weights and operands; addresses, values and conditions of entries; and the rest.
+    """Of a thread, about: results, scores, weights and operands; what the program of an entry holds; and the rest.
 
-    Factors are such that nothing that was compiled for sm_75 to sm_120 and stayed below 255 spilled.
+    Factors are such that nothing that was compiled for sm_75 to sm_120 and stayed within 255 spilled.
     """
     size = _size(spec)
     word, scores, out = max(1, size // 4), plan.block_q * plan.block_k, plan.block_q * plan.v_width
     held = (out + scores) * word + scores * size // 4
     if not _has_units(spec, arch):  # each thread gathers rows of one operand and columns of the other
-        held += 10 * max(out, scores) * word
-    elif not arch.from_shared:
+        held += 9 * max(out, scores) * word + plan.warps * arch.warp * plan.width // 2
+    elif arch.units == "tcgen05":  # results go to tensor memory and back
+        held += out
+    elif arch.units != "wgmma":
         held += plan.block_q * plan.width * size // 4
+    return (held + int(_entry_registers(spec) * scores)) // (plan.warps * arch.warp) + 63
+
+
+def _entry_registers(spec: AttentionSpec) -> float:
+    """A 64-bit address for each load, conditions, and a share of the operations that follow the product."""
     conditional = spec.mask is not None and spec.mask.residual is not None
-    held += (9 * len(_entry_loads(spec)) + 2 * conditional) * scores
-    return held // (plan.warps * arch.warp) + 63
+    score = spec.score if spec.mask is None else spec.mask.visible
+    operations = sum(isinstance(node, Apply) and contains(node, Score) for node in walk(score)) - 1
+    return 9 * len(_entry_loads(spec)) + 2 * conditional + 0.25 * operations
 
 
 def _has_units(spec: AttentionSpec, arch: Architecture) -> bool:

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from triton.runtime import driver
 from triton.runtime.errors import OutOfResources
 
 from fuse.codegen.render import ENTRY
@@ -72,12 +73,11 @@ class TritonKernel:
 
 def current_architecture() -> Architecture:
     """Of the current device; without one, as in Triton's interpreter, a common one."""
-    if not torch.cuda.is_available():
+    try:
+        target = driver.active.get_current_target()
+    except RuntimeError:
         return ARCHITECTURES["sm_80"]
-    properties = torch.cuda.get_device_properties(torch.cuda.current_device())
-    if torch.version.hip is not None:
-        return architecture(properties.gcnArchName.partition(":")[0])
-    return architecture(f"sm_{properties.major}{properties.minor}")
+    return architecture(target.arch if target.backend == "hip" else f"sm_{target.arch}")
 
 
 def _module(path: Path) -> ModuleType:

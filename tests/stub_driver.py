@@ -1,0 +1,82 @@
+"""A Triton driver for a GPU that is not there: kernels are compiled for it, and launched into nothing.
+
+with_driver("sm_90")
+kernel(operands, sizes)          # operands on the CPU; results are whatever memory held
+launched()                       # the files of every kernel that was launched since
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.backends.driver import DriverBase
+from triton.runtime import driver
+
+from fuse.planner_triton import ARCHITECTURES, architecture
+
+_loaded: list[dict[str, Path]] = []
+_names = list(ARCHITECTURES)
+
+
+class StubDriver(DriverBase):
+    """Every architecture is a device of its own, since Triton keeps what it compiled by device."""
+
+    def __init__(self, name: str) -> None:
+        self.arch = architecture(name)
+        self.launcher_cls = lambda source, metadata: self.launch
+        self.utils = self
+        self.launches = 0
+
+    def launch(self, *_: Any) -> None:
+        self.launches += 1
+
+    def get_current_target(self) -> GPUTarget:
+        name = self.arch.name
+        return GPUTarget("hip", name, 64) if name.startswith("gfx") else GPUTarget("cuda", int(name.removeprefix("sm_")), 32)
+
+    def get_current_device(self) -> int:
+        return _names.index(self.arch.name)
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+    def get_device_properties(self, device: int) -> dict[str, int]:
+        return {"max_shared_mem": self.arch.shared}
+
+    def load_binary(self, name: str, binary: bytes, shared: int, device: int) -> tuple[int, int, int, int, int]:
+        return 0, 0, 0, 0, 1024  # module, function, registers, spills, threads of a program at most
+
+    def map_python_to_cpp_type(self, ty: str) -> str:
+        return ty
+
+    def get_active_torch_device(self) -> str:
+        return "cpu"
+
+    def get_benchmarker(self) -> Any:
+        raise NotImplementedError
+
+    @classmethod
+    def is_active(cls) -> bool:
+        return False
+
+
+def with_driver(name: str) -> StubDriver:
+    """Makes ``name`` the current device."""
+    made = StubDriver(name)
+    driver.set_active(made)
+    triton.knobs.runtime.kernel_load_end_hook = _remember
+    return made
+
+
+def _remember(module: Any, function: Any, name: str, files: dict[str, str], key: str) -> None:
+    _loaded.append({Path(path).suffix[1:]: Path(path) for path in files.values()})
+
+
+def launched() -> list[dict[str, Path]]:
+    """Files of the kernels that were loaded since the last call, by their kind: "cubin", "ptx", "amdgcn", "json"…"""
+    found = list(_loaded)
+    _loaded.clear()
+    return found
