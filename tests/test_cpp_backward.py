@@ -132,6 +132,20 @@ def test_every_length_around_the_tiles(dtype: str) -> None:
             check(p, run(p, runtime.backward_kernel(p.spec, "cpp", floats(p))), floats(p))
 
 
+@pytest.mark.parametrize("scale", [1.0, 3.0])
+def test_gradients_in_float32_have_no_larger_mean_error_than_eager(scale: float) -> None:
+    """Eager as users run it, with its own sums of products."""
+    p = problem("float32", q_len=256, qk_dim=64)
+    p.operands[0].mul_(scale)
+    leaves = [t.clone().requires_grad_() for t in p.operands]
+    eager = torch.autograd.grad((leaves[0] @ leaves[1].mT / 8).softmax(-1) @ leaves[2], leaves, grad_out(p))
+    exact = reference.attention_backward(p.spec, grad_out(p), p.operands, p.sizes, floats(p), "exact")
+    out, lse = runtime.forward_kernel(p.spec, "cpp")(p.operands, p.sizes)
+    found = runtime.backward_kernel(p.spec, "cpp", floats(p))(grad_out(p), p.operands, p.sizes, out, lse)
+    for x, e, s in zip(found, exact, eager, strict=True):
+        assert (x - e).square().mean().sqrt() <= 1.05 * (s - e).square().mean().sqrt()
+
+
 @pytest.mark.parametrize("wanted", [(True, False, False), (False, True, False), (False, False, True), (False, True, True)])
 def test_frozen_tensors_get_no_gradient(wanted: tuple[bool, ...]) -> None:
     p = CASES["causal_long"]("float32")
