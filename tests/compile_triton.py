@@ -1,6 +1,7 @@
 """Compiles Triton kernels for GPUs that need not be there, and prints what can be read off the code as JSON.
 
-python compile_triton.py NAME[@WIDTH]:DTYPE:ARCH …      a named spec with its own head dimension, or with WIDTH
+python compile_triton.py NAME[@WIDTH][/PARTS]:DTYPE:ARCH …
+    a named spec with its own head dimension, or with WIDTH; with PARTS by the decoding kernels, else by the forward kernel
 python compile_triton.py --gated                        those in GATED
 python compile_triton.py --write-budgets                what they take becomes the budget of this version of Triton
 """
@@ -18,11 +19,13 @@ from typing import Any
 os.environ.pop("TRITON_INTERPRET", None)
 
 import triton
+from decode_specs import DECODING
 from machine_code import read
 from problems import Problem
 from specs import CASES, RANDOM_CASES
 from stub_driver import launched, with_driver
 
+from fuse import decode, sharing
 from fuse.runtime.triton import TritonKernel
 
 GATED = (
@@ -33,6 +36,8 @@ GATED = (
         "soft_cap_causal", "left_padding_and_causal", "documents", "dense_additive", "relative_table", "mapped_bool", "alibi",
         "sinks",
     )),
+    *(f"groups_of_8@128/2:bfloat16:{arch}" for arch in ("sm_80", "sm_90", "sm_100", "gfx942")),
+    *(f"heads_71_to_1@128/1:bfloat16:{arch}" for arch in ("sm_80", "gfx942")), "left_padding@128/2:bfloat16:sm_90",
     "dropout@64:bfloat16:sm_90", "head_dim_256:bfloat16:sm_90", "head_dim_80:bfloat16:sm_80",
 )  # fmt: skip
 
@@ -46,12 +51,14 @@ def budgets_file() -> Path:
 def compiled(asked: str) -> Iterator[tuple[str, dict[str, Any]]]:
     """Every kernel that is launched for what was asked."""
     name, dtype, arch = asked.split(":")
+    name, _, parts = name.partition("/")
     name, _, width = name.partition("@")
-    problem = (CASES | RANDOM_CASES)[name](dtype)
+    problem = (CASES | RANDOM_CASES | DECODING)[name](dtype)
     if width:
         problem = widened(problem, int(width))
     with_driver(arch)
-    TritonKernel(problem.spec)(problem.operands, problem.sizes)
+    route = decode.packed(sharing.runs(problem.spec), problem.sizes, int(parts)) if parts else None
+    TritonKernel(problem.spec).launch(problem.operands, problem.sizes, None, route)
     for number, files in enumerate(launched()):
         yield f"{asked}{f' {number}' if number else ''}", read(files)
 

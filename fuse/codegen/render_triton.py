@@ -6,9 +6,9 @@ from dataclasses import dataclass, field
 
 from fuse import expr
 from fuse.codegen.cpp import HALVES
-from fuse.codegen.render import ENTRY, environment, header_lines, peel, threshold_of
+from fuse.codegen.render import ENTRY, environment, header_lines, peel, residual_of, threshold_of
 from fuse.codegen.triton import Block, TritonWriter
-from fuse.expr import Expr, Load, Prob, Score, const
+from fuse.expr import Expr, Load, Prob, Score
 from fuse.planner_triton import TritonPlan
 from fuse.spec import AttentionSpec
 
@@ -26,8 +26,11 @@ class Program:
 
 
 class Source:
-    def __init__(self, spec: AttentionSpec) -> None:
+    """Collects the pieces of one source. ``row_axes``: loop indices that differ between the rows of a tile."""
+
+    def __init__(self, spec: AttentionSpec, row_axes: frozenset[str] = frozenset({"q"})) -> None:
         self.spec = spec
+        self.row_axes = row_axes
         self.count = [0]
         self.site, self.rows = Block(), Block()
         self.double = spec.lse_dtype == "float64"
@@ -35,8 +38,8 @@ class Source:
 
     def writer(self, tile: Block | None = None, exact: bool = False) -> TritonWriter:
         def place(axes: frozenset[str]) -> Block:
-            varying = axes & {"q", "k"}
-            return self.site if not varying else self.rows if varying == {"q"} or tile is None else tile
+            varying = axes & (self.row_axes | {"k"})
+            return self.site if not varying else self.rows if varying <= self.row_axes or tile is None else tile
 
         return TritonWriter(place, self.real, self.count, exact)
 
@@ -77,46 +80,58 @@ class Source:
 
     def extra(self, node: Expr) -> str:
         text = self.writer().value(node)
-        return f"tl.reshape({text}, [BM])" if "q" in expr.axes(node) else text
+        return f"tl.reshape({text}, [BM])" if self.row_axes & expr.axes(node) else text
+
+    def seen(self) -> list[str]:
+        """What must hold for an entry, beside the residual."""
+        texts = [(name, self.writer().value(node)) for name, node in bounds_of(self.spec)]
+        return ["k_ok", *(f"(k {'>=' if name == 'lower' else '<'} {text})" for name, text in texts)]
+
+    def skip(self) -> Program:
+        """Whether an entry is seen, with the residual."""
+        tile, residual = Block(), residual_of(self.spec)
+        conditions = [*self.seen(), "q_ok", *([] if residual is None else [self.writer(tile).value(residual)])]
+        return Program(tile.lines, " & ".join(conditions))
 
 
-def render_triton(spec: AttentionSpec, plan: TritonPlan) -> str:
-    """One Python module with the kernel ENTRY; its arguments are those of ``fuse.runtime.triton``."""
-    source, mask = Source(spec), spec.mask
-    visible, factor = peel(spec.score if mask is None else mask.visible)
-    residual = None if mask is None or mask.residual is None or mask.residual == const(True, "bool") else mask.residual
-    named = [] if mask is None else [("lower", mask.lower), ("upper", mask.upper)]
-    bounds = [source.bound(name, node) for name, node in named if node is not None]
-    masked = bool(bounds) or residual is not None
-    threshold = threshold_of(spec)
-    seen = ["k_ok", *(text for name, node in named if node is not None for text in [_within(source, name, node)])]
-    skip = Block()
-    context = {
-        "header": "\n".join(f"# {line}" for line in [*header_lines(spec), f"plan  {plan}"]), "entry": ENTRY,
+def bounds_of(spec: AttentionSpec) -> list[tuple[str, Expr]]:
+    named = [] if spec.mask is None else [("lower", spec.mask.lower), ("upper", spec.mask.upper)]
+    return [(name, node) for name, node in named if node is not None]
+
+
+def call_context(source: Source) -> dict[str, object]:
+    """What every kernel that attends to keys needs: its arguments, and the pieces of ``tile.py.jinja``."""
+    spec, threshold = source.spec, threshold_of(source.spec)
+    visible, factor = peel(spec.score if spec.mask is None else spec.mask.visible)
+    residual = residual_of(spec)
+    masked = bool(bounds_of(spec)) or residual is not None
+    return {
         "batch": spec.batch, "qk_dim": spec.qk_dim, "v_dim": spec.v_dim, "symbols": spec.symbols, "real": source.real,
-        "double": source.double, "width": plan.width, "v_width": plan.v_width, "bounds": bounds,
-        "residual": residual is not None,
+        "double": source.double, "residual": residual is not None, "masked": masked,
         "query": source.matrix(spec.query), "key": source.matrix(spec.key), "value": source.matrix(spec.value, {"k": "row"}),
         "full": source.program(visible, factor, [] if masked else ["k_ok"]),
-        "partial": source.program(visible, factor, seen, predicate=residual) if masked else None,
+        "partial": source.program(visible, factor, source.seen(), predicate=residual), "skip": source.skip(),
         "exact": None if threshold is None else source.program(spec.score, 1.0, ["k_ok"], exact=True),
-        "skip": Program(skip.lines, _seen(source, skip, seen, residual)),
         "weight": source.weight(), "extras": [source.extra(x) for x in spec.extra_logits], "factor": repr(factor),
         "threshold": repr(threshold), "empty_row": spec.empty_row, "site": source.site, "rows": source.rows,
         "pointers": [f"p{i}" for i in range(len(spec.operands))],
         "strides": [f"{x}{i}_{d}" for i, o in enumerate(spec.operands) for x in "ns" for d in range(o.rank)],
         "out_strides": [f"to_{i}" for i in range(spec.batch + 2)], "out_offset": _out_offset(spec),
     }  # fmt: skip
+
+
+def header(spec: AttentionSpec, plan: object) -> str:
+    return "\n".join(f"# {line}" for line in [*header_lines(spec), f"plan  {plan}"])
+
+
+def render_triton(spec: AttentionSpec, plan: TritonPlan) -> str:
+    """One Python module with the kernel ENTRY; its arguments are those of ``fuse.runtime.triton``."""
+    source = Source(spec)
+    context = call_context(source) | {
+        "header": header(spec, plan), "entry": ENTRY, "width": plan.width, "v_width": plan.v_width,
+        "bounds": [source.bound(name, node) for name, node in bounds_of(spec)],
+    }  # fmt: skip
     return environment().get_template("triton/forward.py.jinja").render(context)
-
-
-def _within(source: Source, name: str, node: Expr) -> str:
-    return f"(k {'>=' if name == 'lower' else '<'} {source.writer().value(node)})"
-
-
-def _seen(source: Source, tile: Block, seen: list[str], residual: Expr | None) -> str:
-    conditions = [*seen, "q_ok"] if residual is None else [*seen, "q_ok", source.writer(tile).value(residual)]
-    return " & ".join(conditions)
 
 
 def _out_offset(spec: AttentionSpec) -> str:

@@ -2,22 +2,22 @@
 
 from __future__ import annotations
 
-import importlib.util
 import math
 from collections.abc import Sequence
-from pathlib import Path
-from types import ModuleType
+from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor
-from triton.runtime import driver
-from triton.runtime.errors import OutOfResources
 
+from fuse import decode, sharing
 from fuse.codegen.render import ENTRY
 from fuse.codegen.render_triton import render_triton
-from fuse.planner_triton import ARCHITECTURES, Architecture, architecture, candidates
+from fuse.decode import Route
+from fuse.planner_triton import Architecture, TritonPlan, candidates
 from fuse.runtime.cache import write_once
+from fuse.runtime.triton_decode import TritonDecode
+from fuse.runtime.triton_module import current_architecture, launched, load, processors
 from fuse.spec import AttentionSpec
 
 
@@ -26,23 +26,37 @@ class TritonKernel:
 
     def __init__(self, spec: AttentionSpec, arch: Architecture | None = None) -> None:
         self._spec = spec
-        self._plans = candidates(spec, arch or current_architecture())
-        self.plan = self._plans[0]
+        self._arch = arch or current_architecture()
+        self._plans = candidates(spec, self._arch)
         name = f"attention_{spec.out_dtype}_{spec.qk_dim}x{spec.v_dim}"
         self.source = write_once("triton", name, ".py", render_triton(spec, self.plan))
-        self.function: Any = getattr(_module(self.source), ENTRY)
+        self.function: Any = getattr(load(self.source), ENTRY)
+        self._runs = sharing.runs(spec)
+
+    @cached_property
+    def decode(self) -> TritonDecode:
+        """Kernels for few queries, made when the first call has few."""
+        return TritonDecode(self._spec, self._arch)
+
+    @property
+    def plan(self) -> TritonPlan:
+        return self._plans[0]
 
     def __call__(self, operands: Sequence[Tensor], sizes: Sequence[int]) -> Tensor:
         """``operands`` as the spec numbers them, ``sizes`` as ``spec.symbols``; the result has ``spec.out_strides``."""
-        return self._attend(operands, sizes, None)
+        return self.launch(operands, sizes, None, self._route(operands, sizes))
 
     def forward(self, operands: Sequence[Tensor], sizes: Sequence[int]) -> tuple[Tensor, Tensor]:
         """The result, and the log-sum-exp of its rows: see fuse.gradient."""
         dtype: torch.dtype = getattr(torch, self._spec.lse_dtype)
         lse = torch.empty(self._spec.lse_shape(sizes), dtype=dtype, device=operands[0].device)
-        return self._attend(operands, sizes, lse), lse
+        return self.launch(operands, sizes, lse, self._route(operands, sizes)), lse
 
-    def _attend(self, operands: Sequence[Tensor], sizes: Sequence[int], lse: Tensor | None) -> Tensor:
+    def _route(self, operands: Sequence[Tensor], sizes: Sequence[int]) -> Route | None:
+        return decode.route(self._runs, sizes, self.plan.block_q, processors(operands[0].device))
+
+    def launch(self, operands: Sequence[Tensor], sizes: Sequence[int], lse: Tensor | None, route: Route | None) -> Tensor:
+        """The result by one of two ways: with a ``route`` rows are packed and keys cut, else blocks are of queries."""
         spec = self._spec
         dtype: torch.dtype = getattr(torch, spec.out_dtype)
         strides = spec.out_strides(sizes)
@@ -51,38 +65,19 @@ class TritonKernel:
             return out
         views = [t.view(torch.uint8) if t.dtype == torch.bool else t for t in operands]
         extents = [n for t in views for n in (*t.shape, *t.stride())]
-        arguments = (out, out if lse is None else lse, *views, *sizes, *strides, *extents)
-        while True:
-            try:
-                self._launch(arguments, sizes, lse is not None)
-                return out
-            except OutOfResources:  # the planner's model is no proof
-                self._plans = self._plans[1:]
-                if not self._plans:
-                    raise
-                self.plan = self._plans[0]
+        given = (*views, *sizes, *strides, *extents)
+        precision = "tf32" if torch.backends.cuda.matmul.allow_tf32 else "ieee"
+        if route is not None:
+            self.decode.attend(route, out, lse, given, precision)
+            return out
+        arguments = (out, out if lse is None else lse, *given)
+        self._plans = launched(self._plans, lambda plan: self._launch(plan, arguments, sizes, lse is not None, precision))
+        return out
 
-    def _launch(self, arguments: tuple[Any, ...], sizes: Sequence[int], has_lse: bool) -> None:
-        spec, plan = self._spec, self.plan
-        grid = (-(-sizes[spec.batch] // plan.block_q) * math.prod(sizes[: spec.batch]),)
+    def _launch(self, plan: TritonPlan, arguments: Sequence[Any], sizes: Sequence[int], has_lse: bool, precision: str) -> None:
+        batch = self._spec.batch
+        grid = (-(-sizes[batch] // plan.block_q) * math.prod(sizes[:batch]),)
         self.function[grid](
-            *arguments, HAS_LSE=has_lse, PRECISION="tf32" if torch.backends.cuda.matmul.allow_tf32 else "ieee",
-            BM=plan.block_q, BN=plan.block_k, num_warps=plan.warps, num_stages=plan.stages,
+            *arguments, HAS_LSE=has_lse, PRECISION=precision, BM=plan.block_q, BN=plan.block_k, num_warps=plan.warps,
+            num_stages=plan.stages,
         )  # fmt: skip
-
-
-def current_architecture() -> Architecture:
-    """Of the current device; without one, as in Triton's interpreter, a common one."""
-    try:
-        target = driver.active.get_current_target()
-    except RuntimeError:
-        return ARCHITECTURES["sm_80"]
-    return architecture(target.arch if target.backend == "hip" else f"sm_{target.arch}")
-
-
-def _module(path: Path) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(f"fuse_generated_{path.stem}", path)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module

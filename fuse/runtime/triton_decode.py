@@ -1,0 +1,55 @@
+"""The launch of decoding kernels: parts of the keys, and what merges them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fuse import decode
+from fuse.codegen.render import ENTRY
+from fuse.codegen.render_decode import MERGE, render_decode
+from fuse.decode import Route
+from fuse.planner_triton import Architecture, TritonPlan
+from fuse.runtime.cache import write_once
+from fuse.runtime.triton_module import launched, load
+from fuse.spec import AttentionSpec
+
+
+class TritonDecode:
+    """A loaded pair of kernels of an attention spec."""
+
+    def __init__(self, spec: AttentionSpec, arch: Architecture) -> None:
+        self._spec = spec
+        self._plans = decode.plans(spec, arch)
+        name = f"decode_{spec.out_dtype}_{spec.qk_dim}x{spec.v_dim}"
+        self.source = write_once("triton", name, ".py", render_decode(spec, self.plan))
+        module = load(self.source)
+        self.function: Any = getattr(module, ENTRY)
+        self.merge: Any = getattr(module, MERGE)
+
+    @property
+    def plan(self) -> TritonPlan:
+        return self._plans[0]
+
+    def attend(self, route: Route, out: Tensor, lse: Tensor | None, arguments: Sequence[Any], precision: str) -> None:
+        """Writes ``out``, and ``lse`` where it is wanted. ``arguments``: operands, sizes, strides, as of the forward kernel."""
+        spec, whole = self._spec, route.parts == 1
+        dtype: torch.dtype = getattr(torch, spec.lse_dtype)
+        rows = (route.parts, route.groups, route.rows)
+        shapes = (rows, rows, (*rows, spec.v_dim))  # largest scores, sums, results of the parts
+        kept = [out] * 3 if whole else [torch.empty(shape, dtype=dtype, device=out.device) for shape in shapes]
+        given = (out, out if lse is None else lse, *kept, *arguments)
+
+        def launch(plan: TritonPlan) -> None:
+            rows = decode.block(route.rows, plan.block_q)
+            programs = route.groups * -(-route.rows // rows)
+            options = {"HAS_LSE": lse is not None, "PRECISION": precision, "BM": rows, "BN": plan.block_k,
+                       "num_warps": plan.warps}  # fmt: skip
+            self.function[(programs, route.parts)](*given, WHOLE=whole, num_stages=plan.stages, **options)
+            if not whole:
+                self.merge[(programs,)](*given, route.parts, num_stages=1, **options)
+
+        self._plans = launched(self._plans, launch)

@@ -1,0 +1,50 @@
+"""Rendered Triton modules: loaded, and launched with plans that fit."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+from types import ModuleType
+
+import torch
+from triton.runtime import driver
+from triton.runtime.errors import OutOfResources
+
+from fuse.planner_triton import ARCHITECTURES, Architecture, TritonPlan, architecture
+
+
+def load(path: Path) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(f"fuse_generated_{path.stem}", path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def launched(plans: tuple[TritonPlan, ...], launch: Callable[[TritonPlan], None]) -> tuple[TritonPlan, ...]:
+    """Launches with the first plan that the device has resources for, and gives the plans from that one on."""
+    while True:
+        try:
+            launch(plans[0])
+            return plans
+        except OutOfResources:  # the planner's model is no proof
+            if len(plans) == 1:
+                raise
+            plans = plans[1:]
+
+
+def current_architecture() -> Architecture:
+    """Of the current device; without one, as in Triton's interpreter, a common one."""
+    try:
+        target = driver.active.get_current_target()
+    except RuntimeError:
+        return ARCHITECTURES["sm_80"]
+    return architecture(target.arch if target.backend == "hip" else f"sm_{target.arch}")
+
+
+@cache
+def processors(device: torch.device) -> int:
+    """Multiprocessors; one where Triton's interpreter runs."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
