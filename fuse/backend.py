@@ -12,9 +12,10 @@ from typing import Any
 import torch
 from torch._dynamo import lookup_backend
 from torch._subclasses import FakeTensor
+from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException
 from torch.fx import GraphModule
 
-from fuse import op, passes, runtime, verify  # noqa: F401  (op registers torch.ops.fuse.attention)
+from fuse import op, opaque, passes, runtime, verify  # noqa: F401  (op registers torch.ops.fuse.attention)
 from fuse.options import Options, resolve
 from fuse.site import Site
 
@@ -49,9 +50,21 @@ def fuse(
     for spec, wanted in specs:
         if any(wanted):
             runtime.prepare_backward(spec, chosen.target, wanted)
-    compiled = _inner(chosen)(gm, example_inputs)
+    compiled = _compiled(gm, example_inputs, chosen)
     compiled_sites.extend(_with_kernel(site, chosen.target) for site in sites)
     return compiled if original is None else verify.against(original, compiled, sites)
+
+
+def _compiled(gm: GraphModule, example_inputs: Sequence[Any], chosen: Options) -> Callable[..., Any]:
+    """What the inner compiler makes of ``gm``, again without derivatives that it cannot trace if that is what stopped it."""
+    inner = _inner(chosen)
+    try:
+        compiled = inner(gm, example_inputs)
+    except (DataDependentOutputException, DynamicOutputShapeException):
+        if not opaque.hide(gm):
+            raise
+        compiled = inner(gm, example_inputs)
+    return compiled  # type: ignore[no-any-return]
 
 
 def rewrite(gm: GraphModule, example_inputs: Sequence[Any], chosen: Options) -> list[Site]:
