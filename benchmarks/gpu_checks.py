@@ -1,0 +1,62 @@
+"""Whether kernels on a device are right: every named problem of the tests against float64, as the tests ask it."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
+
+from decode_specs import DECODING
+from problems import Problem
+from specs import CASES, RANDOM_CASES
+
+DTYPES = ("bfloat16", "float32", "float16")
+PARTS = 3  # of the keys, in the route of few queries
+
+
+def every(device: str) -> list[tuple[str, str, str]]:
+    """Route, name and dtype of every check, the most telling first."""
+    forward = [("forward", name, dtype) for dtype in DTYPES for name in (*CASES, *RANDOM_CASES)]
+    lse = [("log-sum-exp", name, "bfloat16") for name in CASES]
+    few = [("few queries", name, dtype) for dtype in DTYPES[:2] for name in (*DECODING, *CASES)]
+    return forward + lse + (few if device == "cuda" else [])
+
+
+def check(route: str, name: str, dtype: str, device: str) -> str:
+    """The kernel that was right. Raises AssertionError where the result is not as close to float64 as eager's."""
+    problem: Problem = (CASES | RANDOM_CASES | DECODING)[name](dtype)
+    kernel = _kernel(problem, device)
+    operands = [t.to(device) for t in problem.operands]
+    if route == "few queries":
+        from fuse import decode, sharing
+
+        packed = decode.packed(sharing.runs(problem.spec), problem.sizes, PARTS)
+        problem.check(kernel.launch(operands, problem.sizes, None, packed).cpu())
+    elif route == "log-sum-exp":
+        _check_with_lse(problem, *(t.cpu() for t in kernel.forward(operands, problem.sizes)))
+    else:
+        problem.check(kernel(operands, problem.sizes).cpu())
+    return type(kernel).__name__
+
+
+def _kernel(problem: Problem, device: str) -> Any:
+    """Not by runtime.kernel, which falls back to the reference without failing."""
+    if device == "cpu":
+        from fuse.runtime.cpp import CppKernel, build
+
+        return CppKernel(problem.spec, build(problem.spec))
+    from fuse.runtime.triton import TritonKernel
+
+    return TritonKernel(problem.spec)
+
+
+def _check_with_lse(problem: Problem, out: torch.Tensor, lse: torch.Tensor) -> None:
+    from fuse import reference
+
+    problem.check(out)
+    expected = reference.attention_with_lse(problem.spec, problem.operands, problem.sizes, "eager")[1]
+    torch.testing.assert_close(lse, expected.to(lse.dtype), rtol=2e-2, atol=2e-2, equal_nan=True)

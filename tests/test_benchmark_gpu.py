@@ -1,0 +1,84 @@
+"""The benchmark of GPUs goes its whole path on a machine without one."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
+sys.path.insert(0, str(BENCHMARKS))
+
+from gpu_attention import CASES, Case  # noqa: E402
+from workers import Task, Worker, do_all  # noqa: E402
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    folder = tmp_path_factory.mktemp("results")
+    command = [sys.executable, BENCHMARKS / "gpu.py", "--device", "cpu", "--tiny", "--results", folder, "--workers", "2",
+               "--peers", "math", "cudnn", "eager"]  # fmt: skip
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=env, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "Attention backward, TFLOP/s" in (folder / "gpu-cpu.md").read_text()
+    results: dict[str, Any] = json.loads((folder / "gpu-cpu.json").read_text())
+    return results
+
+
+@pytest.mark.compiler
+@pytest.mark.models
+def test_every_part_is_measured(found: dict[str, Any]) -> None:
+    assert found["correctness"]["checked"] >= 3 and found["correctness"]["failed"] == []
+    assert found["products"]["rate"] > 0
+    for case in found["attention"]:
+        assert case["error"] == "" and case["forward"].keys() == {"fuse", "math", "eager"}
+        assert max(case["differences"].values()) < 1e-5
+    assert found["attention"][0]["backward"].keys() == {"fuse", "math", "eager"}
+    for model in found["models"]:
+        assert model["error"] == "" and model["missing"] == {} and model["seconds"].keys() == {"sdpa, fuse"}
+
+
+@pytest.mark.compiler
+@pytest.mark.models
+def test_a_peer_that_is_missing_has_a_reason(found: dict[str, Any]) -> None:
+    assert all(case["missing"].keys() == {"cudnn"} and case["missing"]["cudnn"] for case in found["attention"])
+
+
+def test_a_task_that_fails_hangs_or_dies_costs_only_itself() -> None:
+    tasks = [
+        Task("raises", eval, ("1 / 0",)), Task("dies", eval, ("__import__('os').abort()",)),
+        Task("hangs", eval, ("__import__('time').sleep(60)",), seconds=3), Task("works", eval, ("6 * 7",)),
+    ]  # fmt: skip
+    raises, dies, hangs, works = do_all(tasks, 1, until=float("inf"))
+    assert raises.error.startswith("ZeroDivisionError") and dies.error == "its process died"
+    assert hangs.error == "no result within 3 s" and (works.value, works.error) == (42, "")
+
+
+def test_no_task_begins_after_the_time_is_over() -> None:
+    assert Worker().do(Task("late", eval, ("1",)), until=0).error == "not run: the time was over"
+
+
+@pytest.mark.parametrize("kind", ["causal", "window", "documents"])
+def test_operations_are_those_of_visible_scores(kind: str) -> None:
+    import torch
+    from gpu_attention import _visible
+
+    case = Case(kind, 2048, 64, 1, 1, 1, 2048)
+    k = torch.arange(2048)
+    seen = _visible(kind, k[:, None], k, k // 256).sum().item()
+    assert case.operations == pytest.approx(4 * 64 * seen)
+
+
+def test_every_kind_and_length_is_measured() -> None:
+    asked = {(c.kind, c.width) for c in CASES}
+    assert asked >= {
+        (kind, width) for kind in ("full", "causal", "window", "alibi", "soft-cap", "documents") for width in (64, 128)
+    }
+    assert {c.kv_len for c in CASES} == {1024, 2048, 4096, 8192, 16384}
+    assert any((c.heads, c.kv_heads) == (64, 8) and c.kind == "causal" for c in CASES)
