@@ -17,6 +17,7 @@ import json
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 from fuse import expr, serial, welltyped
@@ -124,7 +125,7 @@ class AttentionSpec:
         """(B0, …, q_len): the shape of the rows' log-sum-exp, which is dense."""
         return tuple(sizes[: self.batch + 1])
 
-    @property
+    @cached_property
     def lse_dtype(self) -> str:
         """float64 where the scores are computed in it."""
         return "float64" if any(n.dtype == "float64" for n in expr.walk(*self.roots().values())) else "float32"

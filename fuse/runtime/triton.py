@@ -17,6 +17,7 @@ from fuse.decode import Route
 from fuse.planner_triton import Architecture, TritonPlan, candidates
 from fuse.runtime.cache import write_once
 from fuse.runtime.triton_decode import TritonDecode
+from fuse.runtime.triton_launch import Function
 from fuse.runtime.triton_module import current_architecture, launched, load, processors
 from fuse.spec import AttentionSpec
 
@@ -30,7 +31,7 @@ class TritonKernel:
         self._plans = candidates(spec, self._arch)
         name = f"attention_{spec.out_dtype}_{spec.qk_dim}x{spec.v_dim}"
         self.source = write_once("triton", name, ".py", render_triton(spec, self.plan))
-        self.function: Any = getattr(load(self.source), ENTRY)
+        self.function = Function(getattr(load(self.source), ENTRY))
         self._runs = sharing.runs(spec)
 
     @cached_property

@@ -14,6 +14,7 @@ from fuse.codegen.render_decode import MERGE, render_decode
 from fuse.decode import Route
 from fuse.planner_triton import Architecture, TritonPlan
 from fuse.runtime.cache import write_once
+from fuse.runtime.triton_launch import Function
 from fuse.runtime.triton_module import launched, load
 from fuse.spec import AttentionSpec
 
@@ -27,8 +28,8 @@ class TritonDecode:
         name = f"decode_{spec.out_dtype}_{spec.qk_dim}x{spec.v_dim}"
         self.source = write_once("triton", name, ".py", render_decode(spec, self.plan))
         module = load(self.source)
-        self.function: Any = getattr(module, ENTRY)
-        self.merge: Any = getattr(module, MERGE)
+        self.function = Function(getattr(module, ENTRY))
+        self.merge = Function(getattr(module, MERGE))
 
     @property
     def plan(self) -> TritonPlan:

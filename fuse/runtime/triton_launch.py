@@ -1,0 +1,56 @@
+"""Launches of Triton functions: on the operands' device and the current stream, and without taking arguments apart twice."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from triton.runtime import JITFunction, driver
+
+_MOST = 1024  # compiled specialisations that are remembered, in which sizes are counted one by one
+
+
+class Function:
+    """A Triton function, launched as ``function[grid](*arguments, **constants)``; a tensor comes first.
+
+    Triton finds the kernel that it compiled by taking every argument apart. Here what it found is kept by the arguments'
+    integers and the alignment of the tensors, which is all that it depends on: dtypes belong to the function. On AMD it also
+    depends on the sizes of tensors, and Triton's own way is taken.
+    """
+
+    def __init__(self, function: Any) -> None:
+        self._function = function
+        self._compiled: dict[tuple[object, ...], Any] = {}
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
+        return lambda *arguments, **constants: self._on_device(grid, arguments, constants)
+
+    def _on_device(self, grid: tuple[int, ...], arguments: Sequence[Any], constants: dict[str, Any]) -> None:
+        index = arguments[0].get_device()
+        if index < 0 or index == torch.cuda.current_device():
+            self._launch(grid, arguments, constants)
+        else:
+            with torch.cuda.device(index):
+                self._launch(grid, arguments, constants)
+
+    def _launch(self, grid: tuple[int, ...], arguments: Sequence[Any], constants: dict[str, Any]) -> None:
+        if arguments[0].is_meta:
+            dtypes = (a.dtype if isinstance(a, Tensor) else a for a in arguments)
+            self._function.warmup(*dtypes, grid=grid, **constants)
+            return
+        if not isinstance(self._function, JITFunction):  # Triton's interpreter
+            self._function[grid](*arguments, **constants)
+            return
+        facts = [a if type(a) is int else a.data_ptr() % 16 for a in arguments]
+        key = (driver.active.get_current_device(), *facts, *constants.values())
+        compiled = self._compiled.get(key)
+        if compiled is not None:
+            compiled[(*grid, 1, 1)[:3]](*arguments, *[constants[name] for name in self._function.arg_names[len(arguments) :]])
+            return
+        compiled = self._function[grid](*arguments, **constants)
+        if torch.version.hip is None:
+            if len(self._compiled) == _MOST:
+                self._compiled.clear()
+            self._compiled[key] = compiled

@@ -1,0 +1,64 @@
+"""Launches Triton kernels on a GPU that is not there, and prints as JSON what came of it."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from dataclasses import replace
+from typing import Any
+
+os.environ.pop("TRITON_INTERPRET", None)
+
+import torch
+import triton
+from problems import Problem, problem
+from stub_driver import StubDriver, launched, with_driver
+
+from fuse.runtime.triton import TritonKernel
+
+MADE = problem("bfloat16", batch=(1, 2), q_len=64, qk_dim=32)
+
+
+def misaligned(made: Problem) -> Problem:
+    """With a query that begins 2 bytes behind a multiple of 16."""
+    query = made.operands[0]
+    other = torch.zeros(query.numel() + 1, dtype=query.dtype)[1:].view(query.shape)
+    return replace(made, operands=[other, *made.operands[1:]])
+
+
+def counted(driver: StubDriver, kernel: TritonKernel, made: Problem) -> tuple[int, int]:
+    """Kernels that a call compiles, and launches that it makes."""
+    before = driver.launches
+    kernel(made.operands, made.sizes)
+    return len(launched()), driver.launches - before
+
+
+def main() -> None:
+    found: dict[str, Any] = {}
+    compilations: list[object] = []
+    triton.knobs.runtime.jit_post_compile_hook = lambda **facts: compilations.append(facts)
+    driver = with_driver("sm_90")
+    kernel = TritonKernel(MADE.spec)
+    found["first"] = counted(driver, kernel, MADE)
+    found["again"] = counted(driver, kernel, MADE)
+    found["other size"] = counted(driver, kernel, problem("bfloat16", batch=(1, 2), q_len=80, qk_dim=32))
+    found["misaligned"] = counted(driver, kernel, misaligned(MADE))
+    seconds = []
+    for _ in range(50):
+        start = time.perf_counter()
+        for _ in range(20):
+            kernel(MADE.operands, MADE.sizes)
+        seconds.append((time.perf_counter() - start) / 20)
+    found["microseconds"] = min(seconds) * 1e6
+    warmed = TritonKernel(problem("bfloat16", batch=(1, 2), q_len=64, qk_dim=48).spec)
+    for device in ("meta", "cpu"):
+        made = problem("bfloat16", batch=(1, 2), q_len=64, qk_dim=48)
+        before = (len(compilations), driver.launches)
+        warmed([t.to(device) for t in made.operands], made.sizes)
+        found[device] = (len(compilations) - before[0], driver.launches - before[1])
+    print(json.dumps(found))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,46 @@
+"""Launches: what was compiled is found again, by everything that it depends on, in little time."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("triton", reason="no Triton on this platform")
+pytestmark = pytest.mark.triton
+
+
+@pytest.fixture(scope="module")
+def found() -> dict[str, Any]:
+    """(kernels that were loaded, launches) of calls in a process without the interpreter."""
+    script = Path(__file__).with_name("launch_triton.py")
+    env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    done = subprocess.run([sys.executable, script], capture_output=True, text=True, timeout=300, env=env, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    facts: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return facts
+
+
+def test_a_kernel_is_loaded_once_and_launched_by_every_call(found: dict[str, Any]) -> None:
+    assert found["first"] == [1, 1] and found["again"] == [0, 1]
+
+
+def test_another_size_of_the_same_divisibility_takes_the_same_kernel(found: dict[str, Any]) -> None:
+    assert found["other size"] == [0, 1]
+
+
+def test_a_tensor_that_is_not_aligned_gets_a_kernel_of_its_own(found: dict[str, Any]) -> None:
+    assert found["misaligned"] == [1, 1]
+
+
+def test_a_call_with_meta_tensors_compiles_what_a_later_call_launches(found: dict[str, Any]) -> None:
+    assert found["meta"] == [1, 0] and found["cpu"] == [0, 1]
+
+
+def test_a_launch_costs_little_on_the_host(found: dict[str, Any]) -> None:
+    assert found["microseconds"] < 100  # 10 on an idle machine; Triton's own way took 16
