@@ -53,6 +53,15 @@ class Frame:
         value = values[root].to(dtype_of(root.dtype, self.exact))
         return value if value.dim() else self._scalar(value)
 
+    def scatter(self, grad: Tensor, load: Load, total: Tensor) -> None:
+        """Adds ``grad``, over the grid, to ``total`` at the coordinates of ``load``."""
+        coords = [self.evaluate(c, {}).clamp(0, n - 1) for c, n in zip(load.coords, total.shape, strict=True)]
+        grad = grad.sum_to_size(torch.broadcast_shapes([1] * grad.dim(), *(c.shape for c in coords))).to(total.dtype)
+        if not coords:
+            total.add_(grad.reshape(()))
+        elif total.numel():
+            total.index_put_(tuple(coords), grad, accumulate=True)
+
     def _node(self, node: Expr, args: list[Tensor]) -> Tensor:
         if isinstance(node, Const):
             return self._constant(node)

@@ -225,13 +225,7 @@ class _Backward:
 
     def _scatter(self, load: Load, grad: Tensor, totals: Mapping[int, Tensor], **ranges: Range) -> None:
         """Adds ``grad``, over the batch and ``ranges``, to the operand's total at the coordinates of ``load``."""
-        total, frame = totals[load.operand], self.site.frame(**ranges)
-        coords = [frame.evaluate(c, {}).clamp(0, n - 1) for c, n in zip(load.coords, total.shape, strict=True)]
-        grad = grad.sum_to_size(torch.broadcast_shapes([1] * grad.dim(), *(c.shape for c in coords))).to(total.dtype)
-        if not coords:
-            total.add_(grad.reshape(()))
-        elif total.numel():
-            total.index_put_(tuple(coords), grad, accumulate=True)
+        self.site.frame(**ranges).scatter(grad, load, totals[load.operand])
 
 
 # ----------------------------------------------------------------------------------------------------------- masks

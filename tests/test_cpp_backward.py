@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import pytest
 import torch
+from gradients import check, floats, grad_out, run
 from problems import B0, B1, D, E, K, Problem, Q, hide, load, op, problem, rand
 from specs import CASES
-from torch import Tensor
 
 from fuse import reference, runtime
 from fuse.codegen.sinks import Unsupported
@@ -46,38 +46,8 @@ def test_forward_gives_the_log_sum_exp_of_each_row(name: str, dtype: str, isa: s
 # ----------------------------------------------------------------------------------------------------------- gradients
 
 
-def floats(p: Problem) -> tuple[bool, ...]:
-    return tuple(t.is_floating_point() for t in p.operands)
-
-
 def kernel(p: Problem, wanted: Sequence[bool], isa: str) -> CppBackward:
     return CppBackward(p.spec, wanted, build_backward(p.spec, wanted, isa))
-
-
-def run(p: Problem, backward: Callable[..., list[Tensor]]) -> list[Tensor]:
-    """The gradients for a random gradient of the result."""
-    out, lse = reference.attention_with_lse(p.spec, p.operands, p.sizes, "eager")
-    return backward(grad_out(p), p.operands, p.sizes, out, lse)
-
-
-def grad_out(p: Problem) -> Tensor:
-    return rand(*p.spec.out_shape(p.sizes), dtype=p.spec.out_dtype, seed=9)
-
-
-def check(p: Problem, found: Sequence[Tensor], wanted: Sequence[bool]) -> None:
-    """Fails unless the gradients are laid out as promised and about as close to float64 as eager's are."""
-    exact, eager = (
-        reference.attention_backward(p.spec, grad_out(p), p.operands, p.sizes, wanted, way) for way in ("exact", "eager")
-    )
-    operands = [t for t, w in zip(p.operands, wanted, strict=True) if w]
-    for t, x, e, s in zip(operands, found, exact, eager, strict=True):
-        assert x.shape == t.shape and x.dtype == t.dtype and x.stride() == torch.empty_like(t).stride()
-        assert torch.equal(x.isnan(), s.isnan()), "NaN where eager has none, or none where eager has NaN"
-        if x.numel():
-            scale = e.nan_to_num().abs().amax()
-            allowed = 2 * (s.double() - e).nan_to_num().abs().amax() + 16 * torch.finfo(x.dtype).eps * max(scale, 1)
-            error = (x.double() - e).nan_to_num().abs().amax()
-            assert error <= allowed, f"error {error:.3g}, allowed {allowed:.3g}"
 
 
 # Each a path of its own: shapes and strides, tiles that are skipped, rows that are computed again, what terms are summed over.

@@ -21,7 +21,7 @@ from fuse.codegen.render import (
     threshold_of,
 )
 from fuse.codegen.sinks import Sink, sinks
-from fuse.expr import Const, Expr, Load, Prob, Score
+from fuse.expr import Const, Expr, Load, Prob, Score, const
 from fuse.gradient import Gradient, gradient
 from fuse.planner import Plan
 from fuse.spec import AttentionSpec
@@ -123,7 +123,7 @@ class _Programs:
             masked = f"select({' & '.join(allowed)}, unmasked, VR{{}})" if allowed else "unmasked"
             lines.append(f"const VR prob = {masked};")
         writer.exact = False
-        gate = "d_weight" if _one(of.weight) else f"{self._real(writer, of.weight)} * d_weight"
+        gate = "d_weight" if is_one(of.weight) else f"{self._real(writer, of.weight)} * d_weight"
         weight = self._real(writer, of.spec.weight)
         return Results(weight, gate, self._slope(writer, slope, exact), tuple(self._terms(writer, factors)))
 
@@ -139,15 +139,15 @@ class _Programs:
         for sink, term, factor in zip(found, self.of.terms, factors, strict=True):
             if sink.kind != "logit":
                 outer = "d_weight" if term.root == "weight" else "d_score"
-                yield Added(sink.name, sink.kind, outer if _one(factor) else f"{outer} * {self._real(writer, factor)}")
+                yield Added(sink.name, sink.kind, outer if is_one(factor) else f"{outer} * {self._real(writer, factor)}")
 
     def _slope(self, writer: Writer, slope: Expr, exact: bool) -> str:
         """Where nothing depends on the raw score, its gradient is zero even in a row of NaN."""
         if exact:
             text = self._real(writer, slope)
             return f"select({text} == R(0), VR{{}}, d_score * {text} * R({1 / self.scale!r}))"
-        inner = peel(slope)[0]
-        return "d_score" if _one(inner) else f"d_score * {self._real(writer, inner)}"
+        inner = peel_slope(slope)[0]
+        return "d_score" if is_one(inner) else f"d_score * {self._real(writer, inner)}"
 
     @staticmethod
     def _real(writer: Writer, node: Expr) -> str:
@@ -158,8 +158,16 @@ def _true(node: Expr) -> bool:
     return isinstance(node, Const) and node.value is True
 
 
-def _one(node: Expr) -> bool:
+def is_one(node: Expr) -> bool:
     return isinstance(node, Const) and node.value == 1
+
+
+def peel_slope(node: Expr) -> tuple[Expr, float]:
+    """(inner, c) with node = c * inner, c > 0: as ``peel``, and what is the same for all entries is one."""
+    inner, factor = peel(node)
+    if isinstance(inner, Const) and 1e-30 < inner.value < 1e30:
+        return const(1.0, inner.dtype), factor * inner.value
+    return inner, factor
 
 
 # -------------------------------------------------------------------------------------------------------------- source
@@ -170,9 +178,9 @@ def render_backward(spec: AttentionSpec, wanted: Sequence[bool], plan: Plan) -> 
     of, found = gradient(spec, tuple(wanted)), sinks(spec, wanted)
     source = Source(spec)
     mask, residual = spec.mask, residual_of(spec)
-    scale = peel(of.score if of.visible is None else of.visible)[1]
+    scale = peel_slope(of.score if of.visible is None else of.visible)[1]
     write = _Programs(source, of, scale)
-    predicates = [] if mask is None else [residual if residual is not None else expr.const(True, "bool")]
+    predicates = [] if mask is None else [residual if residual is not None else const(True, "bool")]
     exact = exact_below(spec)
     programs: list[Program] = []
     if exact is not None:

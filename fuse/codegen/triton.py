@@ -54,7 +54,7 @@ class TritonWriter:
             return node.name
         if isinstance(node, Index):
             return self.names.get(node.axis, node.axis)
-        block = self.place(_depends(node))
+        block = self.place(depends(node))
         key = (node, self.exact and any(n.dtype in HALVES for n in walk(node)))
         if key not in block.known:
             text = self.load(node) if isinstance(node, Load) else self._apply(node)
@@ -82,13 +82,14 @@ class TritonWriter:
             return text
         return f"tl.cast({text}, {self.real if node.dtype in FLOATS else 'tl.int64' if node.dtype == 'int64' else 'tl.int32'})"
 
-    def offset(self, node: Load) -> str:
+    def offset(self, node: Load, strides: str | None = None) -> str:
+        """Position of the element in its operand; ``strides``: what names begin with that are those of another such tensor."""
         terms = []
         for dim, coord in enumerate(node.coords):
             text = self.value(coord)
             if not isinstance(coord, (Const, Index)):
                 text = f"tl.minimum(tl.maximum({text}, 0), n{node.operand}_{dim} - 1)"
-            terms.append(f"tl.cast({text}, tl.int64) * s{node.operand}_{dim}")
+            terms.append(f"tl.cast({text}, tl.int64) * {strides or f's{node.operand}'}_{dim}")
         return " + ".join(terms) or "0"
 
     # -------------------------------------------------------------------------------------------------- operations
@@ -141,7 +142,7 @@ class TritonWriter:
         return f"tl.cast({arg}, {_type(target)})"
 
 
-def _depends(node: Expr) -> frozenset[str]:
+def depends(node: Expr) -> frozenset[str]:
     return axes(node) | ({"q", "k"} if contains(node, Score) or contains(node, Prob) else frozenset())
 
 

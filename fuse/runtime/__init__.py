@@ -139,13 +139,15 @@ def _begun(futures: dict[tuple[S, str], Future[K]], key: tuple[S, str], make: Ca
 
 
 def _make_backward(of: Gradient, target: str) -> Backward:
-    if target in _CPP:
-        try:
+    try:
+        if target in _CPP:
             return CppBackward(of.spec, of.wanted, build_backward(of.spec, of.wanted))
-        except (Unsupported, BuildFailed, OSError):
-            pass  # where nothing can be built forward fails likewise, and warns
-        except Exception as error:  # a defect of code generation must not cost the user the model
-            _warn(f"rendering failed, please report it: {type(error).__name__}: {error}")
+        if target == "triton":
+            return _triton_backward(of)
+    except (Unsupported, BuildFailed, ImportError, OSError):
+        pass  # where nothing can be built forward fails likewise, and warns
+    except Exception as error:  # a defect of code generation must not cost the user the model
+        _warn(f"rendering failed, please report it: {type(error).__name__}: {error}")
 
     def run(grad_out: Tensor, operands: Sequence[Tensor], sizes: Sequence[int], out: Tensor, lse: Tensor) -> list[Tensor]:
         return reference.attention_backward(of.spec, grad_out, operands, sizes, of.wanted, "eager")
@@ -177,6 +179,12 @@ def _triton(spec: AttentionSpec) -> Kernel:
     from fuse.runtime.triton import TritonKernel  # Triton is not there for every platform
 
     return TritonKernel(spec)
+
+
+def _triton_backward(of: Gradient) -> Backward:
+    from fuse.runtime.triton_backward import TritonBackward
+
+    return TritonBackward(of.spec, of.wanted)
 
 
 def _warn(reason: str) -> None:

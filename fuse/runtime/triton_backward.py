@@ -1,0 +1,131 @@
+"""Triton kernels of gradients: loaded as those of forward are, and launched over groups of batch indices."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fuse.codegen.backward import exact_below
+from fuse.codegen.backward_triton import render_backward, written_by
+from fuse.codegen.render import ENTRY
+from fuse.codegen.sinks import Sink, sinks
+from fuse.frame import Frame
+from fuse.gradient import gradient
+from fuse.planner_backward import Launch, plan_triton_backward
+from fuse.runtime.cache import write_once
+from fuse.runtime.gradients import Gradients
+from fuse.runtime.groups import Groups, groups_of
+from fuse.runtime.triton_module import load
+from fuse.spec import AttentionSpec
+
+
+class TritonBackward:
+    """The loaded kernels of the gradients of ``wanted`` operands. Raises codegen.sinks.Unsupported."""
+
+    def __init__(self, spec: AttentionSpec, wanted: Sequence[bool]) -> None:
+        self._spec, self._wanted = spec, tuple(wanted)
+        self._sinks = sinks(spec, wanted)
+        self._gradients = Gradients(spec, self._sinks)
+        self._real: torch.dtype = getattr(torch, spec.lse_dtype)
+        self._groups: dict[tuple[object, ...], list[Groups]] = {}
+        self.plan = plan_triton_backward(spec)
+        name = f"attention_backward_{spec.out_dtype}_{spec.qk_dim}x{spec.v_dim}"
+        self.source = write_once("triton", name, ".py", render_backward(spec, wanted, self.plan))
+        module = load(self.source)
+        self.functions: dict[str, Any] = {name: getattr(module, f"{ENTRY}_{name}") for name in ("rows", "keys", "queries")}
+
+    def __call__(
+        self, grad_out: Tensor, operands: Sequence[Tensor], sizes: Sequence[int], out: Tensor, lse: Tensor
+    ) -> list[Tensor]:
+        """The gradients of the wanted operands, with the layout that ``torch.empty_like`` gives these."""
+        gradients = self._gradients.zeros(operands, sizes)
+        *batch, q_len, kv_len = sizes[: self._spec.batch + 2]
+        if math.prod((*batch, q_len, kv_len)):
+            delta = torch.empty_like(lse)
+            arguments = self._rows(grad_out, operands, sizes, out, lse, delta)
+            sums = {"row": (*batch, q_len, 1), "key": (*batch, 1, kv_len)}
+            partial = {s.name: lse.new_empty(sums[s.kind]) for s in self._sinks if s.kind in sums}
+            written = gradients | partial
+            self._launch("k", -(-kv_len // self.plan.keys.block_k), arguments, sizes, written)
+            self._launch("q", -(-q_len // self.plan.queries.block_q), arguments, sizes, written)
+            self._scatter(operands, sizes, lse, delta, partial, gradients)
+        return self._gradients.totals(operands, self._wanted, gradients)
+
+    def _rows(
+        self, grad_out: Tensor, operands: Sequence[Tensor], sizes: Sequence[int], out: Tensor, lse: Tensor, delta: Tensor
+    ) -> list[Any]:
+        """Computes what is known of each row; the arguments that the kernels have in common."""
+        views = [t.view(torch.uint8) if t.dtype == torch.bool else t for t in operands]
+        extents = [n for t in views for n in (*t.shape, *t.stride())]
+        sites = math.prod(sizes[: self._spec.batch])
+        tops = rests = flags = lse  # never read
+        if exact_below(self._spec) is not None:
+            tops, rests = torch.empty_like(lse), torch.empty_like(lse)
+            flags = torch.zeros(sites, dtype=torch.int32, device=lse.device)
+        arguments = [
+            grad_out,
+            lse,
+            torch.empty_like(lse),
+            delta,
+            tops,
+            rests,
+            flags,
+            *views,
+            *sizes,
+            *grad_out.stride(),
+            *extents,
+        ]
+        blocks = -(-sizes[self._spec.batch] // self.plan.rows.block_q)
+        self.functions["rows"][(sites * blocks,)](out, *arguments, *out.stride(), **_options(self.plan.rows))
+        return arguments
+
+    def _launch(
+        self, owner: str, tiles: int, arguments: Sequence[Any], sizes: Sequence[int], gradients: Mapping[str, Tensor]
+    ) -> None:
+        """The kernel of keys ("k") or queries ("q"), as often as it takes."""
+        found = written_by(owner, self._sinks)
+        name = {"k": "keys", "q": "queries"}[owner]
+        outputs = [x for s in found for x in (gradients[s.name], *gradients[s.name].stride()[: len(s.order)])]
+        for groups in self._grouped(owner, found, sizes, arguments[0].device):
+            flags = {f"HAS_{s.name}": s.name in groups.written for s in found}
+            self.functions[name][(groups.count * tiles,)](
+                *arguments, groups.sites, groups.starts, *outputs, **flags, **_options(getattr(self.plan, name))
+            )
+
+    def _grouped(self, owner: str, found: Sequence[Sink], sizes: Sequence[int], device: torch.device) -> list[Groups]:
+        key = (owner, tuple(sizes), device)
+        if key not in self._groups:
+            by_name = dict(zip(self._spec.symbols, sizes, strict=True))
+            self._groups[key] = groups_of(self._spec, found, by_name, device)
+        return self._groups[key]
+
+    def _scatter(
+        self, operands: Sequence[Tensor], sizes: Sequence[int], lse: Tensor, delta: Tensor, partial: Mapping[str, Tensor],
+        gradients: Mapping[str, Tensor],
+    ) -> None:  # fmt: skip
+        """Adds sums over rows or keys where the operands' elements are, and what the logits without a value contribute."""
+        *batch, q_len, kv_len = sizes[: self._spec.batch + 2]
+        terms = gradient(self._spec, self._wanted).terms
+        for sink, term in zip((s for s in self._sinks if s.kind != "matrix"), terms, strict=True):
+            if sink.kind == "dense":
+                continue
+            extents = {f"b{i}": (0, n) for i, n in enumerate(batch)}
+            extents |= {"q": (0, 1 if sink.kind == "key" else q_len), "k": (0, kv_len if sink.kind == "key" else 1)}
+            frame = Frame.over(extents, dict(zip(self._spec.symbols, sizes, strict=True)), operands)
+            if sink.kind == "logit":
+                logit = frame.evaluate(self._spec.extra_logits[int(term.root.rpartition(".")[2])]).to(self._real)
+                grad = -(logit - lse[..., None]).exp() * delta[..., None] * frame.evaluate(term.factor)
+            else:
+                grad = partial[sink.name]
+            frame.scatter(grad, sink.load, gradients[sink.name])
+
+
+def _options(launch: Launch) -> dict[str, Any]:
+    return {
+        "PRECISION": "tf32" if torch.backends.cuda.matmul.allow_tf32 else "ieee", "BM": launch.block_q, "BN": launch.block_k,
+        "num_warps": launch.warps, "num_stages": launch.stages,
+    }  # fmt: skip

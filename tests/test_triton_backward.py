@@ -1,0 +1,110 @@
+"""The gradients of the Triton target, through Triton's interpreter, against the reference in float64."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import pytest
+import torch
+from gradients import check, floats, grad_out, run
+from problems import B0, B1, D, E, K, Problem, Q, both, hide, load, op, problem, rand
+from specs import CASES, RANDOM_CASES
+
+from fuse import reference, runtime
+from fuse.codegen.sinks import Unsupported
+from fuse.expr import const
+from fuse.spec import Operand
+
+pytest.importorskip("triton", reason="no Triton on this platform")
+pytestmark = [pytest.mark.triton, pytest.mark.filterwarnings("ignore:.*encountered in.*:RuntimeWarning")]
+
+import triton_interpreter  # noqa: E402, F401  mends the interpreter
+
+from fuse.runtime.triton_backward import TritonBackward  # noqa: E402
+
+# Each a path of its own: shapes and strides, tiles that are skipped, rows that are computed again, what terms are summed over.
+GRADIENTS = (
+    "no_batch", "one_query", "one_key", "empty_batch", "head_dim_80", "value_narrower_than_key", "grouped_query",
+    "features_strided", "packed_qkv", "causal_long", "causal_offset", "causal_more_queries_than_keys", "window",
+    "left_padding_and_causal", "documents", "dense_additive", "masked_rows_infinite_fill", "masked_rows_added_fill",
+    "masked_rows_are_zero", "two_lowest_masks_overflow", "masked_rows_with_sink", "alibi", "soft_cap_causal",
+    "scalar_tensor_scale", "two_extra_logits", "weight_factor", "weight_masked_after_softmax",
+)  # fmt: skip
+CHOSEN = [(n, "float32") for n in GRADIENTS]
+CHOSEN += [(n, d) for n in ("grouped_query", "left_padding_and_causal") for d in ("bfloat16", "float16", "float64")]
+
+
+def kernel(p: Problem, wanted: Sequence[bool] | None = None) -> TritonBackward:
+    return TritonBackward(p.spec, wanted or floats(p))
+
+
+@pytest.mark.parametrize("name, dtype", CHOSEN)
+def test_gradients_are_as_close_to_float64_as_eager(name: str, dtype: str) -> None:
+    p = CASES[name](dtype)
+    check(p, run(p, kernel(p)), floats(p))
+
+
+@pytest.mark.parametrize("wanted", [(True, False, False), (False, True, False), (False, False, True), (False, True, True)])
+def test_frozen_tensors_get_no_gradient(wanted: tuple[bool, ...]) -> None:
+    p = CASES["causal"]("float32")
+    check(p, run(p, kernel(p, wanted)), wanted)
+
+
+def test_bounds_that_step_are_searched() -> None:
+    """Chunks of 50: lower and upper are no q + c."""
+    first = op("mul", op("floordiv", Q, 50), 50)
+    upper = op("minimum", op("add", first, 50), op("add", Q, 1))
+    predicate = both(op("ge", K, first), op("lt", K, upper))
+    p = problem("float32", batch=(1, 1), q_len=300, score=lambda s: hide(s, predicate, lower=first, upper=upper))
+    check(p, run(p, kernel(p)), floats(p))
+
+
+def test_backward_drops_what_forward_dropped() -> None:
+    """A gradient through a dropped entry would be wrong by its whole value."""
+    p = RANDOM_CASES["dropout_causal_two_tiles"]("float32")
+    found = run(p, kernel(p))
+    exact = reference.attention_backward(p.spec, grad_out(p), p.operands, p.sizes, floats(p))
+    for x, e in zip(found, exact, strict=True):
+        torch.testing.assert_close(x.double(), e, rtol=0, atol=8 * torch.finfo(x.dtype).eps * float(e.abs().amax()))
+
+
+def test_gradients_of_the_result_may_be_expanded() -> None:
+    """As that of ``out.sum()``: one number, with strides of zero."""
+    p = CASES["plain"]("float32")
+    out, lse = reference.attention_with_lse(p.spec, p.operands, p.sizes, "eager")
+    one = torch.ones(()).expand(out.shape)
+    found, dense = (kernel(p)(g, p.operands, p.sizes, out, lse) for g in (one, one.contiguous()))
+    assert all(torch.equal(a, b) for a, b in zip(found, dense, strict=True))
+
+
+def test_a_tensor_that_is_query_key_and_value_gets_their_sum() -> None:
+    base = problem("float32")
+    x = base.operands[0]
+    query, key, value = (load(x, 0, *base.spec.query.coords[:2], *at) for at in ((Q, D), (K, D), (K, E)))
+    spec = replace(base.spec, operands=(Operand(4, "float32"),), query=query, key=key, value=value)
+    p = Problem(spec, [x], base.sizes)
+    check(p, run(p, kernel(p)), (True,))
+
+
+def test_batch_indices_share_query_key_value_and_bias_each_in_another_way() -> None:
+    bias = rand(1, 2, 37, 37)
+    base = problem("float32", bias, batch=(2, 2), score=lambda s: op("add", s, load(bias, 3, const(0), B1, Q, K)))
+    query, key, value = base.operands[0][0].contiguous(), base.operands[1][:, 0].contiguous(), base.operands[2]
+    spec = replace(base.spec, query=load(query, 0, B1, Q, D), key=load(key, 1, B0, K, D),
+                   operands=(Operand(3, "float32"), Operand(3, "float32"), *base.spec.operands[2:]))  # fmt: skip
+    p = Problem(spec, [query, key, value, bias], base.sizes)
+    check(p, run(p, kernel(p)), floats(p))
+
+
+def test_what_is_not_supported_is_left_to_the_reference() -> None:
+    """Local attention: block b0 reads the keys 8 b0 … 8 b0 + kv_len, which overlap."""
+    base = problem("float32", batch=(3,), q_len=8, kv_len=16)
+    key, value = rand(32, 16, seed=2), rand(32, 16, seed=3)
+    place = op("add", op("mul", B0, 8), K)
+    spec = replace(base.spec, operands=(base.spec.operands[0], Operand(2, "float32"), Operand(2, "float32")),
+                   key=load(key, 1, place, D), value=load(value, 2, place, E))  # fmt: skip
+    p = Problem(spec, [base.operands[0], key, value], base.sizes)
+    with pytest.raises(Unsupported):
+        kernel(p)
+    check(p, run(p, runtime.backward_kernel(p.spec, "triton", floats(p))), floats(p))
