@@ -6,7 +6,7 @@ import copy
 import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -14,10 +14,11 @@ from torch.overrides import TorchFunctionMode
 
 import fuse
 from fuse.site import Site
-from models import Inputs
+from models import MODELS, Inputs
 from models.weights import redraw
 
 Outputs = list[Tensor]
+Record = Callable[[str, object], None]
 
 # Both results carry the rounding errors of the same layers; what differs is their draw. Over some ten thousand elements
 # the root mean squares of two draws agree to a few percent: the largest ratio in the table of test_inference.py is 1.04.
@@ -40,9 +41,38 @@ class Measured:
     def declined(self) -> list[str]:
         return [f"{s.where}: {type(s.reason).__name__}: {s.reason}" for s in self.sites if not s.fused]
 
-    def assert_no_farther(self) -> None:
+    @property
+    def masks(self) -> tuple[str, ...]:
+        """Predicates in order, without repeats."""
+        return tuple(dict.fromkeys(site.mask for site in self.sites))
+
+    def assert_no_farther(self, margin: float = MARGIN) -> None:
         """Fails unless fuse is as near to float64 as eager; a NaN is near to nothing."""
-        assert self.fuse <= MARGIN * self.eager, f"error {self.fuse:.3g} against float64; eager has {self.eager:.3g}"
+        assert self.fuse <= margin * self.eager, f"error {self.fuse:.3g} against float64; eager has {self.eager:.3g}"
+
+
+class Case(NamedTuple):
+    """One row of the table at the end of the run."""
+
+    model: str
+    attention: str
+    dtype: str
+    target: str
+
+    def __str__(self) -> str:
+        return "-".join(self)
+
+    def prepared(self) -> tuple[nn.Module, Inputs]:
+        return prepared(*MODELS[self.model].build(self.attention), getattr(torch, self.dtype))
+
+    def assert_fused(self, measured: Measured, record: Record) -> None:
+        """Fails unless every attention layer is fused with the mask that the architecture has; ``record`` adds the row."""
+        model, masks = MODELS[self.model], "; ".join(mask or "none" for mask in measured.masks)
+        errors = (f"{measured.eager:.2e}", f"{measured.fuse:.2e}")
+        record("row", (*self, str(model.sites), str(measured.fused), *errors, masks))
+        assert not measured.declined
+        assert measured.fused == model.sites
+        assert measured.masks == model.masks
 
 
 def prepared(model: nn.Module, inputs: Inputs, dtype: torch.dtype) -> tuple[nn.Module, Inputs]:
@@ -78,8 +108,6 @@ def tensors(output: Mapping[str, Any]) -> Iterator[Tensor]:
 
 def measure_gradients(model: nn.Module, inputs: Inputs, **options: str) -> Measured:
     """As ``measure``, for the gradients of all parameters."""
-    if getattr(model, "_can_set_experts_implementation", bool)():
-        model.set_experts_implementation("batched_mm")  # with gradients, the default one breaks the graph in each layer
     compiled = torch.compile(model, backend="fuse", options=options)
     result, eager = gradients(compiled, model, inputs), gradients(model, model, inputs)
     with Wide():
