@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import subprocess
+import sys
+import threading
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,7 +16,7 @@ from problems import problem
 from specs import CASES
 
 from fuse import reference, runtime
-from fuse.runtime.cpp import CppKernel
+from fuse.runtime.cpp import BuildFailed, CppKernel
 
 
 @pytest.fixture(autouse=True)
@@ -131,3 +133,23 @@ def test_length_beyond_the_kernels_limit_takes_the_reference(folder: Path, monke
     assert isinstance(kernel, CppKernel)
     found = kernel(made.operands, made.sizes)
     assert torch.equal(found, reference.attention(made.spec, made.operands, made.sizes, "eager"))
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="there is no priority of one thread")
+def test_a_backward_kernel_that_nobody_has_asked_for_gives_way(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Evaluation without torch.no_grad() prepares one, and waits for the forward kernel only."""
+    priorities: list[int] = []
+
+    def seen(*args: object) -> None:
+        priorities.append(os.getpriority(os.PRIO_PROCESS, threading.get_native_id()))
+        raise BuildFailed("nothing is built here")
+
+    monkeypatch.setattr(runtime, "build", seen)
+    monkeypatch.setattr(runtime, "build_backward", seen)
+    spec, wanted = CASES["plain"]("float32").spec, (True, True, True)
+    with pytest.warns(RuntimeWarning, match="nothing is built"):
+        runtime.kernel(spec, "cpp")
+    runtime.prepare_backward(spec, "cpp", wanted)
+    runtime.backward_kernel(spec, "cpp", wanted)
+    forward, backward = priorities
+    assert backward > forward == os.getpriority(os.PRIO_PROCESS, 0)

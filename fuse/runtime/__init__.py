@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 import threading
 import warnings
 from collections.abc import Callable, Iterable, Sequence
@@ -75,7 +76,7 @@ _map_kernels: dict[tuple[TileMap, str], Future[MapKernel]] = {}
 _backward_kernels: dict[tuple[Gradient, str], Future[Backward]] = {}
 _CPP = ("auto", "cpp")
 _lock = threading.Lock()
-_pool: ThreadPoolExecutor | None = None
+_pools: dict[bool, ThreadPoolExecutor] = {}
 _warned = False
 
 
@@ -114,28 +115,37 @@ def prepare(specs: Iterable[AttentionSpec], target: str) -> None:
 
 
 def prepare_backward(spec: AttentionSpec, target: str, wanted: tuple[bool, ...]) -> None:
-    """As ``prepare``, for the kernel that ``backward_kernel`` will give."""
-    _begun(_backward_kernels, (gradient(spec, wanted), target), _make_backward)
+    """As ``prepare``, for the kernel that ``backward_kernel`` will give. It gives way to all else: nobody may ask for it."""
+    _begun(_backward_kernels, (gradient(spec, wanted), target), _make_backward, later=True)
 
 
 def reset() -> None:
     """Forgets loaded kernels; what is on disk stays."""
-    global _pool, _lock, _warned
+    global _lock, _warned
     _kernels.clear()
     _map_kernels.clear()
     _backward_kernels.clear()
+    _pools.clear()
     kept.reset()
-    _pool, _lock, _warned = None, threading.Lock(), False
+    _lock, _warned = threading.Lock(), False
 
 
-def _begun(futures: dict[tuple[S, str], Future[K]], key: tuple[S, str], make: Callable[[S, str], K]) -> Future[K]:
-    global _pool
+def _begun(
+    futures: dict[tuple[S, str], Future[K]], key: tuple[S, str], make: Callable[[S, str], K], later: bool = False
+) -> Future[K]:
     with _lock:
         if key not in futures:
-            if _pool is None:
-                _pool = ThreadPoolExecutor(max_workers=os.cpu_count(), thread_name_prefix="fuse-build")
-            futures[key] = _pool.submit(make, *key)
+            if later not in _pools:
+                initializer = _give_way if later else None
+                _pools[later] = ThreadPoolExecutor(os.cpu_count(), thread_name_prefix="fuse-build", initializer=initializer)
+            futures[key] = _pools[later].submit(make, *key)
         return futures[key]
+
+
+def _give_way() -> None:
+    """Lowers the priority of this thread, which the compilers that it starts inherit; only Linux has one for each thread."""
+    if sys.platform == "linux":
+        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), min(os.getpriority(os.PRIO_PROCESS, 0) + 5, 19))
 
 
 def _make_backward(of: Gradient, target: str) -> Backward:
