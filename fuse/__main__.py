@@ -1,8 +1,10 @@
-"""python -m fuse: what fuse would do with a model, the kernels it has built, and where they are kept."""
+"""python -m fuse: what fuse would do with a model, its tuning, the kernels it has built, and where they are kept."""
 
 from __future__ import annotations
 
 import argparse
+import json
+import os
 import shutil
 import sys
 from collections.abc import Iterator, Sequence
@@ -11,7 +13,7 @@ from pathlib import Path
 import torch
 
 from fuse import models
-from fuse.errors import FuseError
+from fuse.errors import FuseError, NoDevice
 from fuse.options import TARGETS, settings
 from fuse.report import explain
 
@@ -29,16 +31,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m fuse", description=__doc__)
-    commands = parser.add_subparsers(required=True, metavar="explain | kernels | cache")
+    commands = parser.add_subparsers(required=True, metavar="explain | tune | kernels | cache")
 
-    sub = commands.add_parser("explain", help="find the attention of a model, and say what is fused and why the rest is not")
-    sub.add_argument("model", help="module:callable or file.py:callable, which returns (model, args), or a transformers type")
-    sub.add_argument("--layers", type=int, help="of a transformers type; its configuration's own number if not given")
-    sub.add_argument("--attention", choices=("eager", "sdpa"), default="eager", help="of a transformers type")
-    sub.add_argument("--train", action="store_true", help="as in training: with gradients and dropout")
+    named = argparse.ArgumentParser(add_help=False)
+    named.add_argument("model", help="module:callable or file.py:callable, which returns (model, args), or a transformers type")
+    named.add_argument("--layers", type=int, help="of a transformers type; its configuration's own number if not given")
+    named.add_argument("--attention", choices=("eager", "sdpa"), default="eager", help="of a transformers type")
+    named.add_argument("--train", action="store_true", help="as in training: with gradients and dropout")
+
+    about = "find the attention of a model, and say what is fused and why the rest is not"
+    sub = commands.add_parser("explain", parents=[named], help=about)
     sub.add_argument("--json", action="store_true", help="print JSON")
     sub.add_argument("--html", type=Path, metavar="FILE", help="write a page instead")
     sub.set_defaults(run=_explain)
+
+    about = "run a model once on the GPU, measure which tile sizes its attention is fastest with, and keep that"
+    sub = commands.add_parser("tune", parents=[named], help=about)
+    sub.set_defaults(run=_tune)
 
     sub = commands.add_parser("kernels", help="list the generated sources in the cache")
     sub.set_defaults(run=_kernels)
@@ -60,6 +69,34 @@ def _explain(args: argparse.Namespace) -> int:
     else:
         print(report.to_json() if args.json else report)
     return 0
+
+
+def _tune(args: argparse.Namespace) -> int:
+    interpreted = os.environ.get("TRITON_INTERPRET") == "1"
+    if not torch.cuda.is_available() and not interpreted:
+        raise NoDevice(what="tuning")
+    loaded = models.load(args.model, layers=args.layers, attention=args.attention)
+    if isinstance(loaded.model, torch.nn.Module):
+        loaded.model.train(args.train)
+        if ":" not in args.model:
+            models.fill(loaded.model)
+    model, inputs, named = models.on("cpu" if interpreted else "cuda", loaded)
+    before = set(_tuned())
+    compiled = torch.compile(model, backend="fuse", options={"target": "triton", "tune": True})
+    with torch.set_grad_enabled(args.train):
+        compiled(*inputs, **named)
+    for path in sorted(set(_tuned()) - before):
+        found = json.loads(path.read_text())
+        times = {x["seconds"]: f"{x['block_q']}x{x['block_k']}, {x['warps']} warps" for x in found["measured"]}
+        print(
+            f"{found['kernel']}: {times[min(times)]}, {min(times) * 1e6:.1f} us; slowest of {len(times)} {max(times) * 1e6:.1f}"
+        )
+        print(f"    {path}")
+    return 0
+
+
+def _tuned() -> Iterator[Path]:
+    return (settings().cache_dir / "triton").glob("tuned-*.json")
 
 
 def _kernels(args: argparse.Namespace) -> int:

@@ -46,7 +46,7 @@ def fuse(
     original = verify.keep(gm) if chosen.verify else None
     sites = rewrite(gm, example_inputs, chosen)
     specs = [(site.spec, site.wanted) for site in sites if site.fused and site.spec is not None]
-    runtime.prepare((spec for spec, _ in specs), chosen.target)  # builds run beside the inner compiler
+    runtime.prepare((spec for spec, _ in specs), chosen.target, chosen.tune)  # builds run beside the inner compiler
     for spec, wanted in specs:
         if any(wanted):
             runtime.prepare_backward(spec, chosen.target, wanted)

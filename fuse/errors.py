@@ -30,6 +30,17 @@ class InductorOnly(FuseError):
     )
 
 
+class TritonOnly(FuseError):
+    message = (
+        "option {what!r} is for kernels that have something to choose from, but the target is {target!r}: "
+        'drop it, or use options={{"target": "triton"}}.'
+    )
+
+
+class NoDevice(FuseError):
+    message = "{what} needs a GPU that torch can use, and there is none."
+
+
 class UnknownVariable(FuseError):
     message = "fuse reads no environment variable {name!r}.{hint} It reads {allowed}; correct or unset it."
 

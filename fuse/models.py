@@ -27,6 +27,25 @@ def load(name: str, *, layers: int | None = None, attention: str = "eager") -> C
     return _from_callable(name) if ":" in name else _from_transformers(name, layers, attention)
 
 
+def on(device: str, call: Call) -> Call:
+    """The model and its tensors on ``device``."""
+    moved = [_moved(x, device) for x in call.args]
+    model = call.model.to(device) if isinstance(call.model, torch.nn.Module) else call.model
+    return Call(model, tuple(moved), {name: _moved(x, device) for name, x in call.kwargs.items()})
+
+
+def _moved(x: Any, device: str) -> Any:
+    return x.to(device) if isinstance(x, torch.Tensor) else x
+
+
+def fill(model: torch.nn.Module) -> None:
+    """Small random numbers in the place of whatever the memory of a transformers type held."""
+    with torch.no_grad():
+        for tensor in (*model.parameters(), *model.buffers()):
+            if tensor.is_floating_point():
+                tensor.normal_(std=0.02)
+
+
 def _from_callable(name: str) -> Call:
     source, _, attribute = name.rpartition(":")
     try:

@@ -11,7 +11,15 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from fuse.errors import InductorOnly, InvalidOption, InvalidVariable, UnknownOption, UnknownVariable, did_you_mean
+from fuse.errors import (
+    InductorOnly,
+    InvalidOption,
+    InvalidVariable,
+    TritonOnly,
+    UnknownOption,
+    UnknownVariable,
+    did_you_mean,
+)
 
 TARGETS = ("auto", "cpp", "triton", "reference")
 INNER = ("inductor", "aot_eager", "eager")
@@ -25,6 +33,7 @@ class Options:
     inner     the compiler of everything that is not attention
     disable   find and rewrite nothing
     verify    run every graph a second time as eager does and compare; slow, for finding out who is wrong
+    tune      measure which tile sizes are the fastest, on the first calls' operands; kept on disk. For target "triton"
     mode      Inductor's mode, as torch.compile got it
     inductor  Inductor's own options
     """
@@ -33,6 +42,7 @@ class Options:
     inner: str = "inductor"
     disable: bool = False
     verify: bool = False
+    tune: bool = False
     mode: str | None = None
     inductor: Mapping[str, Any] = field(default_factory=dict)
 
@@ -42,13 +52,15 @@ class Options:
             if (type(value), value) not in [(type(a), a) for a in allowed]:  # 1 == True
                 hint = did_you_mean(str(value), _names(allowed))
                 raise InvalidOption(name=name, value=value, allowed=_listed(allowed), hint=hint)
+        if self.tune and self.target != "triton":
+            raise TritonOnly(what="tune", target=self.target)
         if self.inner != "inductor" and (self.mode or self.inductor):
             what = f"mode={self.mode!r}" if self.mode else f"option {next(iter(self.inductor))!r}"
             raise InductorOnly(what=what, inner=self.inner)
 
 
 CHOICES: dict[str, tuple[str | bool, ...]] = {
-    "target": TARGETS, "inner": INNER, "disable": (False, True), "verify": (False, True),
+    "target": TARGETS, "inner": INNER, "disable": (False, True), "verify": (False, True), "tune": (False, True),
 }  # fmt: skip
 
 

@@ -13,7 +13,7 @@ from fuse.options import Options, resolve, settings
 
 @pytest.fixture(autouse=True)
 def no_variables(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("FUSE_TARGET", "FUSE_INNER", "FUSE_DISABLE", "FUSE_VERIFY", "FUSE_DUMP", "FUSE_CACHE_DIR"):
+    for name in ("FUSE_TARGET", "FUSE_INNER", "FUSE_DISABLE", "FUSE_VERIFY", "FUSE_TUNE", "FUSE_DUMP", "FUSE_CACHE_DIR"):
         monkeypatch.delenv(name, raising=False)
 
 
@@ -79,6 +79,13 @@ def test_a_misspelt_variable_is_refused(monkeypatch: pytest.MonkeyPatch) -> None
 def test_variables_of_other_software_are_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FUSE_LIBRARY_PATH", "/usr/lib/libfuse.so")  # fusepy
     assert resolve(None, None) == Options()
+
+
+@pytest.mark.parametrize("target", ["auto", "cpp", "reference"])
+def test_tuning_is_for_kernels_that_have_a_choice(target: str) -> None:
+    assert resolve(None, {"target": "triton", "tune": True}).tune
+    with pytest.raises(errors.TritonOnly, match=f"'tune'.*'{target}'.*drop it"):
+        resolve(None, {"target": target, "tune": True})
 
 
 @pytest.mark.parametrize(("mode", "given"), [("max-autotune", {}), (None, {"max_autotune": True})])

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
-from typing import Protocol, TypeVar
+from typing import Protocol, TypeVar, runtime_checkable
 
 from torch import Tensor
 
@@ -47,6 +47,13 @@ class Kernel(Protocol):
     def forward(self, operands: Sequence[Tensor], sizes: Sequence[int]) -> tuple[Tensor, Tensor]:
         """The result and the log-sum-exp of its rows, as fuse.gradient defines it."""
         ...
+
+
+@runtime_checkable
+class Tunable(Protocol):
+    """A kernel that can measure which of its plans is the fastest."""
+
+    def tune(self) -> None: ...
 
 
 class ReferenceKernel:
@@ -106,10 +113,12 @@ def map_kernel(spec: TileMap, target: str) -> MapKernel:
     return _begun(_map_kernels, (spec, target), _make_map).result()
 
 
-def prepare(specs: Iterable[AttentionSpec], target: str) -> None:
-    """Starts building the kernels of ``specs`` in parallel and returns at once."""
+def prepare(specs: Iterable[AttentionSpec], target: str, tune: bool = False) -> None:
+    """Starts building the kernels of ``specs`` in parallel and returns at once. ``tune``: those that have plans to measure."""
     for spec in specs:
-        _begun(_kernels, (spec, target), _make)
+        made = _begun(_kernels, (spec, target), _make)
+        if tune:
+            made.add_done_callback(_tune)
         if spec.mask is not None and spec.mask.tiles is not None and (use := tiles.map_of(spec)) is not None:
             _begun(_map_kernels, (use.tile_map, target), _make_map)
 
@@ -183,6 +192,11 @@ def _make(spec: AttentionSpec, target: str) -> Kernel:
         return ReferenceKernel(spec, str(error))
     except Exception as error:  # a defect of code generation must not cost the user the model
         return ReferenceKernel(spec, f"rendering failed, please report it: {type(error).__name__}: {error}")
+
+
+def _tune(made: Future[Kernel]) -> None:
+    if isinstance(kernel := made.result(), Tunable):
+        kernel.tune()
 
 
 def _triton(spec: AttentionSpec) -> Kernel:

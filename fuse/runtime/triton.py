@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from functools import cached_property
-from typing import Any
+from functools import cached_property, partial
 
 import torch
 from torch import Tensor
@@ -14,34 +13,32 @@ from fuse import decode, sharing
 from fuse.codegen.render import ENTRY
 from fuse.codegen.render_triton import render_triton
 from fuse.decode import Route
-from fuse.planner_triton import Architecture, TritonPlan, candidates
+from fuse.planner_triton import TritonPlan, candidates, plan_triton
 from fuse.runtime.cache import write_once
 from fuse.runtime.triton_decode import TritonDecode
 from fuse.runtime.triton_launch import Function
-from fuse.runtime.triton_module import current_architecture, launched, load, processors
+from fuse.runtime.triton_module import current_architecture, load, processors
+from fuse.runtime.triton_plans import Plans
 from fuse.spec import AttentionSpec
 
 
 class TritonKernel:
-    """A loaded kernel of an attention spec, planned for ``arch``, by default that of the current device."""
+    """A loaded kernel of an attention spec."""
 
-    def __init__(self, spec: AttentionSpec, arch: Architecture | None = None) -> None:
+    def __init__(self, spec: AttentionSpec) -> None:
         self._spec = spec
-        self._arch = arch or current_architecture()
-        self._plans = candidates(spec, self._arch)
+        self.plans = Plans(partial(candidates, spec))
         name = f"attention_{spec.out_dtype}_{spec.qk_dim}x{spec.v_dim}"
-        self.source = write_once("triton", name, ".py", render_triton(spec, self.plan))
+        self.source = write_once("triton", name, ".py", render_triton(spec, plan_triton(spec, current_architecture())))
         self.function = Function(getattr(load(self.source), ENTRY))
         self._runs = sharing.runs(spec)
 
     @cached_property
     def decode(self) -> TritonDecode:
         """Kernels for few queries, made when the first call has few."""
-        return TritonDecode(self._spec, self._arch)
-
-    @property
-    def plan(self) -> TritonPlan:
-        return self._plans[0]
+        made = TritonDecode(self._spec)
+        made.plans.tune = self.plans.tune
+        return made
 
     def __call__(self, operands: Sequence[Tensor], sizes: Sequence[int]) -> Tensor:
         """``operands`` as the spec numbers them, ``sizes`` as ``spec.symbols``; the result has ``spec.out_strides``."""
@@ -54,7 +51,8 @@ class TritonKernel:
         return self.launch(operands, sizes, lse, self._route(operands, sizes)), lse
 
     def _route(self, operands: Sequence[Tensor], sizes: Sequence[int]) -> Route | None:
-        return decode.route(self._runs, sizes, self.plan.block_q, processors(operands[0].device))
+        device = operands[0].device
+        return decode.route(self._runs, sizes, self.plans.planned(device).block_q, processors(device))
 
     def launch(self, operands: Sequence[Tensor], sizes: Sequence[int], lse: Tensor | None, route: Route | None) -> Tensor:
         """The result by one of two ways: with a ``route`` rows are packed and keys cut, else blocks are of queries."""
@@ -69,16 +67,19 @@ class TritonKernel:
         given = (*views, *sizes, *strides, *extents)
         precision = "tf32" if torch.backends.cuda.matmul.allow_tf32 else "ieee"
         if route is not None:
-            self.decode.attend(route, out, lse, given, precision)
+            self.decode.attend(route, sizes, out, lse, given, precision)
             return out
-        arguments = (out, out if lse is None else lse, *given)
-        self._plans = launched(self._plans, lambda plan: self._launch(plan, arguments, sizes, lse is not None, precision))
+
+        def launch(plan: TritonPlan) -> None:
+            grid = (-(-sizes[spec.batch] // plan.block_q) * math.prod(sizes[: spec.batch]),)
+            self.function[grid](
+                out, out if lse is None else lse, *given, HAS_LSE=lse is not None, PRECISION=precision, BM=plan.block_q,
+                BN=plan.block_k, num_warps=plan.warps, num_stages=plan.stages,
+            )  # fmt: skip
+
+        self.plans.launch(self.source, out.device, sizes[: spec.batch + 2], launch)
         return out
 
-    def _launch(self, plan: TritonPlan, arguments: Sequence[Any], sizes: Sequence[int], has_lse: bool, precision: str) -> None:
-        batch = self._spec.batch
-        grid = (-(-sizes[batch] // plan.block_q) * math.prod(sizes[:batch]),)
-        self.function[grid](
-            *arguments, HAS_LSE=has_lse, PRECISION=precision, BM=plan.block_q, BN=plan.block_k, num_warps=plan.warps,
-            num_stages=plan.stages,
-        )  # fmt: skip
+    def tune(self) -> None:
+        """Measures plans on the operands of the next calls, where no earlier process has."""
+        self.plans.tune = True

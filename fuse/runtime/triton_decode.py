@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,30 +13,29 @@ from fuse import decode
 from fuse.codegen.render import ENTRY
 from fuse.codegen.render_decode import MERGE, render_decode
 from fuse.decode import Route
-from fuse.planner_triton import Architecture, TritonPlan
+from fuse.planner_triton import TritonPlan
 from fuse.runtime.cache import write_once
 from fuse.runtime.triton_launch import Function
-from fuse.runtime.triton_module import launched, load
+from fuse.runtime.triton_module import current_architecture, load
+from fuse.runtime.triton_plans import Plans
 from fuse.spec import AttentionSpec
 
 
 class TritonDecode:
     """A loaded pair of kernels of an attention spec."""
 
-    def __init__(self, spec: AttentionSpec, arch: Architecture) -> None:
+    def __init__(self, spec: AttentionSpec) -> None:
         self._spec = spec
-        self._plans = decode.plans(spec, arch)
+        self.plans = Plans(partial(decode.plans, spec))
         name = f"decode_{spec.out_dtype}_{spec.qk_dim}x{spec.v_dim}"
-        self.source = write_once("triton", name, ".py", render_decode(spec, self.plan))
+        self.source = write_once("triton", name, ".py", render_decode(spec, decode.plans(spec, current_architecture())[0]))
         module = load(self.source)
         self.function = Function(getattr(module, ENTRY))
         self.merge = Function(getattr(module, MERGE))
 
-    @property
-    def plan(self) -> TritonPlan:
-        return self._plans[0]
-
-    def attend(self, route: Route, out: Tensor, lse: Tensor | None, arguments: Sequence[Any], precision: str) -> None:
+    def attend(
+        self, route: Route, sizes: Sequence[int], out: Tensor, lse: Tensor | None, arguments: Sequence[Any], precision: str
+    ) -> None:
         """Writes ``out``, and ``lse`` where it is wanted. ``arguments``: operands, sizes, strides, as of the forward kernel."""
         spec, whole = self._spec, route.parts == 1
         dtype: torch.dtype = getattr(torch, spec.lse_dtype)
@@ -53,4 +53,4 @@ class TritonDecode:
             if not whole:
                 self.merge[(programs,)](*given, route.parts, num_stages=1, **options)
 
-        self._plans = launched(self._plans, launch)
+        self.plans.launch(self.source, out.device, sizes[: spec.batch + 2], launch)

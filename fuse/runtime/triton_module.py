@@ -1,18 +1,16 @@
-"""Rendered Triton modules: loaded, and launched with plans that fit."""
+"""Rendered Triton modules, loaded; and the devices that they are rendered for."""
 
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 from types import ModuleType
 
 import torch
 from triton.runtime import driver
-from triton.runtime.errors import OutOfResources
 
-from fuse.planner_triton import ARCHITECTURES, Architecture, TritonPlan, architecture
+from fuse.planner_triton import ARCHITECTURES, Architecture, architecture
 
 
 def load(path: Path) -> ModuleType:
@@ -23,18 +21,6 @@ def load(path: Path) -> ModuleType:
     return module
 
 
-def launched(plans: tuple[TritonPlan, ...], launch: Callable[[TritonPlan], None]) -> tuple[TritonPlan, ...]:
-    """Launches with the first plan that the device has resources for, and gives the plans from that one on."""
-    while True:
-        try:
-            launch(plans[0])
-            return plans
-        except OutOfResources:  # the planner's model is no proof
-            if len(plans) == 1:
-                raise
-            plans = plans[1:]
-
-
 def current_architecture() -> Architecture:
     """Of the current device; without one, as in Triton's interpreter, a common one."""
     try:
@@ -42,6 +28,14 @@ def current_architecture() -> Architecture:
     except RuntimeError:
         return ARCHITECTURES["sm_80"]
     return architecture(target.arch if target.backend == "hip" else f"sm_{target.arch}")
+
+
+def architecture_of(device: torch.device) -> Architecture:
+    """That of the current device for tensors that are on none."""
+    if device.type != "cuda":
+        return current_architecture()
+    with torch.cuda.device(device):
+        return current_architecture()
 
 
 @cache

@@ -1,0 +1,61 @@
+"""Which plan a kernel is launched with: by device and by the magnitude of sizes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+from triton.runtime.errors import OutOfResources
+
+from fuse import tuning
+from fuse.planner_triton import Architecture, TritonPlan
+from fuse.runtime.triton_module import architecture_of
+from fuse.tuning import Launch, Subject
+
+
+class Plans:
+    """Of one kernel: what fits the device, the fastest first where that was measured, now or by an earlier process.
+
+    tune  measure where nobody has
+    """
+
+    def __init__(self, make: Callable[[Architecture], tuple[TritonPlan, ...]]) -> None:
+        self._make = make
+        self._chosen: dict[tuple[object, ...], tuple[TritonPlan, ...]] = {}
+        self.tune = False
+
+    def planned(self, device: torch.device) -> TritonPlan:
+        """What the planner prefers, whatever was measured."""
+        key = (device.index, device.type)
+        if key not in self._chosen:
+            self._chosen[key] = self._make(architecture_of(device))
+        return self._chosen[key][0]
+
+    def launch(self, source: Path, device: torch.device, sizes: Sequence[int], launch: Launch) -> None:
+        """By the first plan that the device has resources for: the planner's model is no proof."""
+        key = (device.index, device.type, self.tune, *[n.bit_length() for n in sizes])
+        plans = self._chosen.get(key)
+        if plans is None:
+            plans = self._first(source, device, sizes, launch)
+        while True:
+            try:
+                launch(plans[0])
+                break
+            except OutOfResources:
+                if len(plans) == 1:
+                    raise
+                plans = plans[1:]
+        self._chosen[key] = plans
+
+    def _first(self, source: Path, device: torch.device, sizes: Sequence[int], launch: Launch) -> tuple[TritonPlan, ...]:
+        self.planned(device)
+        plans = self._chosen[device.index, device.type]
+        if device.type == "meta" or torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
+            return plans
+        name = torch.cuda.get_device_name(device) if device.type == "cuda" else architecture_of(device).name
+        subject = Subject(source, name, tuple(n.bit_length() for n in sizes))
+        best = tuning.kept(subject, plans)
+        if best is None and self.tune:
+            best = tuning.fastest(subject, plans, launch, tuning.seconds)
+        return plans if best is None else (best, *[plan for plan in plans if plan != best])
