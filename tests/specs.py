@@ -205,6 +205,22 @@ def relative_table(dtype: str) -> Problem:
 
 
 @case
+def decomposed_positions(dtype: str) -> Problem:
+    """One bias for the key's row in a grid of 11 x 13, one for its column; pairs of rows that are tempered."""
+    rows, columns = rand(2, 3, 13, 11, 11, dtype=dtype), rand(2, 3, 11, 13, 13, dtype=dtype)
+    tempered = rand(11, 11) > 0
+    (q_row, q_column), (k_row, k_column) = (
+        (op("floordiv", i, const(13, "int64")), op("mod", i, const(13, "int64"))) for i in (Q, K)
+    )
+
+    def score(s: Expr) -> Expr:
+        by_row, by_column = load(rows, 3, B0, B1, q_column, q_row, k_row), load(columns, 4, B0, B1, q_row, q_column, k_column)
+        return op("add", op("add", op("where", load(tempered, 5, q_row, k_row), op("mul", s, 0.5), s), by_row), by_column)
+
+    return problem(dtype, rows, columns, tempered, q_len=143, score=score)
+
+
+@case
 def soft_cap(dtype: str) -> Problem:
     return problem(dtype, score=lambda s: op("mul", op("tanh", op("div", s, 2.0)), 2.0))
 

@@ -56,8 +56,8 @@ GRADIENTS = (
     "value_narrower_than_key", "grouped_query", "features_strided", "packed_qkv", "causal_long", "causal_offset",
     "causal_more_queries_than_keys", "window", "left_padding_and_causal", "documents", "dense_additive",
     "integer_mask_product", "masked_rows_infinite_fill", "masked_rows_added_fill", "masked_rows_are_zero",
-    "two_lowest_masks_overflow", "masked_rows_with_sink", "alibi", "t5_bias", "relative_table", "soft_cap_causal",
-    "scalar_tensor_scale", "two_extra_logits", "weight_factor", "weight_masked_after_softmax",
+    "two_lowest_masks_overflow", "masked_rows_with_sink", "alibi", "t5_bias", "relative_table", "decomposed_positions",
+    "soft_cap_causal", "scalar_tensor_scale", "two_extra_logits", "weight_factor", "weight_masked_after_softmax",
 )  # fmt: skip
 CHOSEN = [(n, "float32", LANES) for n in GRADIENTS]
 CHOSEN += [(n, d, LANES) for n in ("transposed_output", "left_padding_and_causal") for d in ("float16", "bfloat16", "float64")]

@@ -34,8 +34,8 @@ def causal(s: Expr) -> tuple[Expr, Mask]:
 # What test_amx_emulated.py does not run through the same core: other reads along the keys, masks, rows that are redone.
 NAMES = (
     "vit_length", "one_query", "three_batch_dimensions", "packed_qkv", "features_strided", "transposed_output", "prefix",
-    "dilated", "padding", "documents", "dense_bool", "t5_bias", "relative_table", "soft_cap_causal", "sinks",
-    "masked_rows_are_zero", "masked_rows_added_fill", "masked_rows_with_sink", "two_lowest_masks_overflow",
+    "dilated", "padding", "documents", "dense_bool", "t5_bias", "relative_table", "decomposed_positions", "soft_cap_causal",
+    "sinks", "masked_rows_are_zero", "masked_rows_added_fill", "masked_rows_with_sink", "two_lowest_masks_overflow",
     "integer_mask_product",
 )  # fmt: skip
 

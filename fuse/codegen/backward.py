@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from fuse import expr
 from fuse.codegen.cpp import C_TYPES, HALVES, Value, Writer, scalar_function
-from fuse.codegen.keys import KeyProgram, KeyWriter, bound
+from fuse.codegen.keys import KeyProgram, KeyRuns, KeyWriter, bound
 from fuse.codegen.render import (
     Program,
     Source,
@@ -82,6 +82,7 @@ class _Programs:
     source: Source
     of: Gradient
     scale: float
+    runs: KeyRuns = field(default_factory=KeyRuns)
 
     def lanes(self, name: str, exact: bool = False, predicate: Expr | None = None) -> Entries:
         program = Entries(f"entries_{name}", _COMMENTS[name])
@@ -92,7 +93,7 @@ class _Programs:
 
     def keys(self, name: str, predicate: Expr | None = None) -> KeyEntries:
         program = KeyEntries(f"Entries{name.title()}", _COMMENTS[name], "score")
-        writer = KeyWriter(self.source.site, program, self.source.count)
+        writer = KeyWriter(self.source.site, program, self.runs, self.source.count)
         mask = self.of.spec.mask
         names = [n for n in ("lower", "upper") if predicate is not None and mask is not None and getattr(mask, n) is not None]
         allowed = [bound(program, n) for n in names]
@@ -196,8 +197,8 @@ def render_backward(spec: AttentionSpec, wanted: Sequence[bool], plan: Plan) -> 
     lines = (f"gradients of {names}, as fuse.gradient has them, of", *header_lines(spec), *origin(plan))
     context = call_context(source, plan) | {
         "header": "\n".join(f"// {line}" for line in lines),
-        "programs": [p for p in programs if isinstance(p, Entries)], "key_programs": key_programs, "masked": mask is not None,
-        "exact": exact is not None, "threshold": exact,
+        "programs": [p for p in programs if isinstance(p, Entries)], "key_programs": key_programs,
+        "key_runs": write.runs.context(), "masked": mask is not None, "exact": exact is not None, "threshold": exact,
         "exact_scores": next((p for p in programs if not isinstance(p, Entries)), None),
         "extra_logits": source.extra_logits(), "wanted": matrices, "factor": repr(scale),
         "sinks": [_sink_context(source, of, i, s) for i, s in enumerate(found)],

@@ -79,13 +79,14 @@ class Value:
 class Stage:
     """A tile of an operand laid out as the lanes need it, before the program that reads it runs.
 
-    offset, inside  bodies of functions of (q, k): the element's position, and whether every coordinate is in range
+    place   bodies of two functions. If the place is linear, of (q, k): the element's position, and whether every
+            coordinate is in range; if it is separable, the query's part of the position, and the key's
     """
 
     load: Load
     name: str
-    offset: str
-    inside: str
+    linear: bool
+    place: tuple[str, str]
     ctype: str
     element: str
 
@@ -146,16 +147,27 @@ class Writer:
     def _load(self, node: Load, body: Body) -> str:
         ctype = C_TYPES[node.dtype]
         kind = kind_of(node, body.lanes)
-        if body.lanes and {"q", "k"} <= _axes(node) and all(is_affine(c) for c in node.coords):
+        linear = all(is_affine(c) for c in node.coords)
+        if body.lanes and {"q", "k"} <= _axes(node) and (linear or is_separable(node)):
             name = f"tile{self._name()[1:]}"
-            offset, inside = (scalar_function(f, self.count) for f in (lambda w: w.offset(node), lambda w: w.inside(node)))
+            place = self._linear_place(node) if linear else self.separate_place(node)
             element = {"real": "R", "bool": "R", "int": "I", "long": "int64_t"}[kind]
-            self.stages.append(Stage(node, name, offset, inside, ctype, element))
+            self.stages.append(Stage(node, name, linear, place, ctype, element))
             return f"load_lanes({name} + (i * N + v) * W)" + (" != 0" if kind == "bool" else "")
         if not body.lanes:
             read = {"real": "read_real", "long": "read_int", "bool": "read_int"}[kind]
             return f"{read}<{ctype}>(c.data[{node.operand}], {self.offset(node)})" + (" != 0" if kind == "bool" else "")
         return f"gather_{kind}<{ctype}>(c.data[{node.operand}], {self.offset(node, lanes=True)})"
+
+    def _linear_place(self, node: Load) -> tuple[str, str]:
+        return scalar_function(lambda w: w.offset(node), self.count), scalar_function(lambda w: w.inside(node), self.count)
+
+    def separate_place(self, node: Load) -> tuple[str, str]:
+        """Bodies of functions of q and of k, which add up to the position."""
+        of_key = {dim for dim, c in enumerate(node.coords) if "k" in axes(c)}
+        parts = (set(range(len(node.coords))) - of_key, of_key)
+        row, column = (scalar_function(lambda w, dims=dims: w.offset(node, dims=dims), self.count) for dims in parts)  # type: ignore[misc]
+        return row, column
 
     def offset(self, node: Load, lanes: bool = False, strides: str | None = None, dims: Iterable[int] | None = None) -> str:
         """Position of the element in its operand, every coordinate held inside the operand.
@@ -311,6 +323,11 @@ def is_affine(node: Expr, over: frozenset[str] = frozenset({"q", "k"})) -> bool:
     if node.op == "mul":
         return parts and any(not axes(a) & over for a in node.operands)
     return node.op in ("add", "sub", "neg", "cast") and parts and all(a.dtype == "int64" for a in node.operands)
+
+
+def is_separable(node: Load) -> bool:
+    """Whether no coordinate depends on both the query and the key."""
+    return all(len(axes(c) & {"q", "k"}) < 2 for c in node.coords)
 
 
 def anywhere(leaf: Expr) -> Interval:

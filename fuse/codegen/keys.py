@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from fuse.codegen.cpp import C_TYPES, Body, K, Q, Value, Writer, is_affine, kind_of, scalar_function
+from fuse.codegen.cpp import C_TYPES, Body, K, Q, Value, Writer, is_affine, is_separable, kind_of, scalar_function
 from fuse.expr import Expr, Load, Prob, Score, walk
 
 
@@ -20,22 +20,46 @@ class KeyProgram:
     entry: Body = field(default_factory=lambda: Body(lanes=True))
 
 
-class KeyWriter(Writer):
-    """Loads that are linear in the key are read along the keys; others are gathered, lane by lane."""
+@dataclass
+class KeyRuns:
+    """Loads at a place that is a part of the query plus a part of the key, shared by the programs of a source: see runs.h.
 
-    def __init__(self, site: Body, program: KeyProgram, count: list[int]) -> None:
+    found   name and body of a function of k, the key's part, by load
+    """
+
+    found: dict[Load, tuple[str, str]] = field(default_factory=dict)
+
+    def name(self, node: Load, column: str) -> str:
+        return self.found.setdefault(node, (f"run{len(self.found)}", column))[0]
+
+    def context(self) -> list[dict[str, str]]:
+        """What ``key_runs.h.jinja`` needs, once all programs are written."""
+        return [{"name": name, "text": text} for name, text in self.found.values()]
+
+
+class KeyWriter(Writer):
+    """Loads that are linear in the key, or piecewise so, are read along the keys; others are gathered, lane by lane."""
+
+    def __init__(self, site: Body, program: KeyProgram, runs: KeyRuns, count: list[int]) -> None:
         def place(found: frozenset[str]) -> Body:
             return program.entry if "k" in found else program.row if "q" in found else site
 
         leaves: dict[Expr, Value] = {Q: Value("q", "long", False), K: Value("k", "int", True)}
         super().__init__(place, leaves=leaves, count=count)
-        self._row = program.row
+        self._row, self._runs = program.row, runs
 
     def _load(self, node: Load, body: Body) -> str:
-        if not body.lanes or not all(is_affine(c, frozenset("k")) for c in node.coords):
+        affine = all(is_affine(c, frozenset("k")) for c in node.coords)
+        if not body.lanes or not (affine or is_separable(node)):
             return super()._load(node, body)
         name = f"along{self._name()[1:]}"
         ctype = C_TYPES[node.dtype]
+        if not affine:
+            row, column = self.separate_place(node)
+            self._row.members.append((f"Along<{ctype}>", name))
+            first = f"(const {ctype}*)c.data[{node.operand}] + [&]() -> int64_t {{ {' '.join(row.splitlines())} }}()"
+            self._row.lines.append(f"r.{name}.read({first}, t.{self._runs.name(node, column)});")
+            return f"along_{kind_of(node, True)}(r.{name}, n)"
         offset, inside = (scalar_function(f, self.count) for f in (lambda w: w.offset(node), lambda w: w.inside(node)))
         self._row.members.append((f"Along<{ctype}>", name))
         parts = ", ".join(f"[&](int64_t k) {{ {' '.join(body.splitlines())} }}" for body in (offset, inside))
@@ -59,6 +83,7 @@ class KeyWriter(Writer):
 
 def key_program(
     site: Body,
+    runs: KeyRuns,
     count: list[int],
     name: str,
     comment: str,
@@ -69,7 +94,7 @@ def key_program(
     """The score or weight ``node`` of every entry; -inf outside the mask's ``bounds`` and where ``predicate`` is false."""
     argument = "prob" if name == "Weight" else "score"
     program = KeyProgram(name, comment, argument)
-    writer = KeyWriter(site, program, count)
+    writer = KeyWriter(site, program, runs, count)
     writer.leaves |= {leaf: Value(argument, "real", True) for leaf in walk(node) if isinstance(leaf, (Score, Prob))}
     program.result = writer.value(node).spread("real")
     allowed = [bound(program, name) for name in bounds]

@@ -213,7 +213,8 @@ def residual_of(spec: AttentionSpec) -> Expr | None:
 def _matrix_context(source: Source, visible: Expr, residual: Expr | None, threshold: float | None) -> dict[str, object]:
     """What ``forward_matrix.cpp.jinja`` needs besides; the lanes core stays in it, for rows that need more than bfloat16."""
     spec = source.spec
-    program = partial(keys.key_program, source.site, source.count)
+    runs = keys.KeyRuns()
+    program = partial(keys.key_program, source.site, runs, source.count)
     programs = [program("ScoreFull", "Every entry is visible.", visible)]
     if spec.mask is not None:
         names = tuple(bound.name for bound in _bound_functions(source))
@@ -222,7 +223,7 @@ def _matrix_context(source: Source, visible: Expr, residual: Expr | None, thresh
     if weighted:
         programs.append(program("Weight", "What the product with the values takes in place of the probability.", spec.weight))
     return {
-        "key_programs": programs, "masked": spec.mask is not None, "weighted": weighted,
+        "key_programs": programs, "key_runs": runs.context(), "masked": spec.mask is not None, "weighted": weighted,
         "masked_below": repr(max(_MASKED_SCORE, threshold if spec.mask is not None and threshold is not None else -math.inf)),
         "extra_functions": [source.function(node) for node in spec.extra_logits],
     }  # fmt: skip

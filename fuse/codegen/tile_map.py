@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from fuse import tiles
 from fuse.codegen.cpp import MAX_LENGTH, Body, scalar_function
-from fuse.codegen.keys import key_program
+from fuse.codegen.keys import KeyRuns, key_program
 from fuse.codegen.render import ENTRY, environment, origin
 from fuse.expr import Apply, Expr, Load, apply, axes, const, index
 from fuse.planner import Plan
@@ -36,14 +36,15 @@ def _bytes(predicate: Expr, count: list[int]) -> Bytes | None:
 
 def render_tile_map(spec: TileMap, plan: Plan) -> str:
     """One self-contained C++ source with the entry point ``ENTRY(const int64_t* arguments)``."""
-    site, count = Body(prefix="s."), [0]
+    site, runs, count = Body(prefix="s."), KeyRuns(), [0]
     shown = apply("where", spec.predicate, const(1.0, "float32"), const(0.0, "float32"), dtype="float32")
     lines = [f"which tiles hold an entry where {spec.predicate}", f"spec  {spec.to_json()}", *origin(plan)]
+    program = key_program(site, runs, count, "Visible", "1 where seen.", shown)
     context = {
         "header": "\n".join(f"// {line}" for line in lines), "plan": plan, "entry": ENTRY, "max_length": MAX_LENGTH,
         "batch": spec.batch, "symbols": spec.symbols, "batch_sizes": [f"B{i}" for i in range(spec.batch)],
-        "ranks": [o.rank for o in spec.operands], "key_programs": [key_program(site, count, "Visible", "1 where seen.", shown)],
-        "site": site, "bytes": _bytes(spec.predicate, count), "rows": tiles.ROWS, "keys": tiles.KEYS,
-        "empty": tiles.EMPTY, "partial": tiles.PARTIAL, "full": tiles.FULL,
+        "ranks": [o.rank for o in spec.operands], "key_programs": [program], "key_runs": runs.context(),
+        "site": site, "bytes": _bytes(spec.predicate, count), "rows": tiles.ROWS, "keys": tiles.KEYS, "empty": tiles.EMPTY,
+        "partial": tiles.PARTIAL, "full": tiles.FULL,
     }  # fmt: skip
     return environment().get_template("cpp/tile_map.cpp.jinja").render(context)

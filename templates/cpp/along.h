@@ -1,7 +1,7 @@
 // A row of an operand along the keys of a tile: in place where they are whole vectors of neighbours, else copied.
 template <class T> struct Along {
     const T* at;
-    T copy[BK];
+    T copy[BK + kPiece / sizeof(T)];
 
     // ``offset`` is linear in k wherever ``inside`` holds at both ends; elsewhere it stays within the operand.
     template <class Offset, class Inside> inline __attribute__((always_inline)) void read(const void* data, int64_t k0, int nk, Offset offset, Inside inside) {
@@ -11,6 +11,15 @@ template <class T> struct Along {
         if (neighbours && nk % (2 * W) == 0) return;  // two vectors are read at a time
         if (neighbours) memcpy(copy, at, nk * sizeof(T));
         else for (int i = 0; i < nk; i++) copy[i] = ((const T*)data)[offset(k0 + i)];
+        at = copy;
+    }
+    // ``row`` is where the part of the place that depends on the query lies.
+    inline __attribute__((always_inline)) void read(const T* row, const Runs& runs) {
+        for (int i = 0; i < runs.count; i++) {
+            const Runs::Run& r = runs.run[i];
+            if (r.step == 0) fill_pieces(copy + r.first, row[r.at], r.length);
+            else copy_pieces(copy + r.first, row + r.at, r.length);
+        }
         at = copy;
     }
 };
