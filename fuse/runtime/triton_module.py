@@ -1,16 +1,21 @@
-"""Rendered Triton modules, loaded; and the devices that they are rendered for."""
+"""Rendered Triton modules: loaded, and launched with plans that fit the device."""
 
 from __future__ import annotations
 
 import importlib.util
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 from types import ModuleType
+from typing import TypeVar
 
 import torch
 from triton.runtime import driver
+from triton.runtime.errors import OutOfResources
 
 from fuse.planner_triton import ARCHITECTURES, Architecture, architecture
+
+P = TypeVar("P")  # a plan
 
 
 def load(path: Path) -> ModuleType:
@@ -19,6 +24,18 @@ def load(path: Path) -> ModuleType:
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+def launched(plans: tuple[P, ...], launch: Callable[[P], None]) -> tuple[P, ...]:
+    """Launches with the first plan that the device has resources for, and gives the plans from that one on."""
+    while True:
+        try:
+            launch(plans[0])
+            return plans
+        except OutOfResources:  # the planner's model is no proof
+            if len(plans) == 1:
+                raise
+            plans = plans[1:]
 
 
 def current_architecture() -> Architecture:

@@ -6,11 +6,10 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
-from triton.runtime.errors import OutOfResources
 
 from fuse import tuning
 from fuse.planner_triton import Architecture, TritonPlan
-from fuse.runtime.triton_module import architecture_of
+from fuse.runtime.triton_module import architecture_of, launched
 from fuse.tuning import Launch, Subject
 
 
@@ -33,20 +32,12 @@ class Plans:
         return self._chosen[key][0]
 
     def launch(self, source: Path, device: torch.device, sizes: Sequence[int], launch: Launch) -> None:
-        """By the first plan that the device has resources for: the planner's model is no proof."""
+        """By the first plan that the device has resources for; ``sizes`` are those that the choice depends on."""
         key = (device.index, device.type, self.tune, *[n.bit_length() for n in sizes])
         plans = self._chosen.get(key)
         if plans is None:
             plans = self._first(source, device, sizes, launch)
-        while True:
-            try:
-                launch(plans[0])
-                break
-            except OutOfResources:
-                if len(plans) == 1:
-                    raise
-                plans = plans[1:]
-        self._chosen[key] = plans
+        self._chosen[key] = launched(plans, launch)
 
     def _first(self, source: Path, device: torch.device, sizes: Sequence[int], launch: Launch) -> tuple[TritonPlan, ...]:
         self.planned(device)
