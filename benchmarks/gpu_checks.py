@@ -10,9 +10,13 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
 
+import gradients
 from decode_specs import DECODING
 from problems import Problem
 from specs import CASES, RANDOM_CASES
+from torch.utils import _pytree as pytree
+
+from fuse.codegen.sinks import Unsupported
 
 DTYPES = ("bfloat16", "float32", "float16")
 PARTS = 3  # of the keys, in the route of few queries
@@ -22,13 +26,16 @@ def every(device: str) -> list[tuple[str, str, str]]:
     """Route, name and dtype of every check, the most telling first."""
     forward = [("forward", name, dtype) for dtype in DTYPES for name in (*CASES, *RANDOM_CASES)]
     lse = [("log-sum-exp", name, "bfloat16") for name in CASES]
+    backward = [("backward", name, dtype) for dtype in DTYPES[:2] for name in (*CASES, *RANDOM_CASES)]
     few = [("few queries", name, dtype) for dtype in DTYPES[:2] for name in (*DECODING, *CASES)]
-    return forward + lse + (few if device == "cuda" else [])
+    return forward + backward + lse + (few if device == "cuda" else [])
 
 
 def check(route: str, name: str, dtype: str, device: str) -> str:
     """The kernel that was right. Raises AssertionError where the result is not as close to float64 as eager's."""
     problem: Problem = (CASES | RANDOM_CASES | DECODING)[name](dtype)
+    if route == "backward":
+        return _check_backward(problem, device)
     kernel = _kernel(problem, device)
     operands = [t.to(device) for t in problem.operands]
     if route == "few queries":
@@ -60,3 +67,25 @@ def _check_with_lse(problem: Problem, out: torch.Tensor, lse: torch.Tensor) -> N
     problem.check(out)
     expected = reference.attention_with_lse(problem.spec, problem.operands, problem.sizes, "eager")[1]
     torch.testing.assert_close(lse, expected.to(lse.dtype), rtol=2e-2, atol=2e-2, equal_nan=True)
+
+
+def _check_backward(problem: Problem, device: str) -> str:
+    wanted = gradients.floats(problem)
+    backward: Any
+    try:
+        if device == "cpu":
+            from fuse.runtime.cpp_backward import CppBackward, build_backward
+
+            backward = CppBackward(problem.spec, wanted, build_backward(problem.spec, wanted))
+        else:
+            from fuse.runtime.triton_backward import TritonBackward
+
+            backward = TritonBackward(problem.spec, wanted)
+    except Unsupported as error:  # which the reference then computes
+        return f"no kernel: {error}"
+
+    def there_and_back(*call: Any) -> list[torch.Tensor]:
+        return [x.cpu() for x in backward(*pytree.tree_map_only(torch.Tensor, lambda t: t.to(device), call))]
+
+    gradients.check(problem, gradients.run(problem, there_and_back), wanted)
+    return type(backward).__name__

@@ -1,7 +1,8 @@
 """Compiles Triton kernels for GPUs that need not be there, and prints what can be read off the code as JSON.
 
 python compile_triton.py NAME[@WIDTH][/PARTS]:DTYPE:ARCH …
-    a named spec with its own head dimension, or with WIDTH; with PARTS by the decoding kernels, else by the forward kernel
+    a named spec with its own head dimension, or with WIDTH; by the forward kernel, with PARTS by those of decoding, and with
+    the word "backward" in the place of PARTS by those of gradients
 python compile_triton.py --gated                        those in GATED
 python compile_triton.py --write-budgets                what they take becomes the budget of this version of Triton
 """
@@ -18,15 +19,19 @@ from typing import Any
 
 os.environ.pop("TRITON_INTERPRET", None)
 
+import torch
 import triton
 from decode_specs import DECODING
+from gradients import floats, grad_out
 from machine_code import read
 from problems import Problem
 from specs import CASES, RANDOM_CASES
 from stub_driver import launched, with_driver
 
 from fuse import decode, sharing
+from fuse.codegen.render import ENTRY
 from fuse.runtime.triton import TritonKernel
+from fuse.runtime.triton_backward import TritonBackward
 
 GATED = (
     *(f"causal@{width}:bfloat16:{arch}" for width in (64, 128) for arch in ("sm_80", "sm_90", "sm_100", "gfx942")),
@@ -57,10 +62,17 @@ def compiled(asked: str) -> Iterator[tuple[str, dict[str, Any]]]:
     if width:
         problem = widened(problem, int(width))
     with_driver(arch)
-    route = decode.packed(sharing.runs(problem.spec), problem.sizes, int(parts)) if parts else None
-    TritonKernel(problem.spec).launch(problem.operands, problem.sizes, None, route)
-    for number, files in enumerate(launched()):
-        yield f"{asked}{f' {number}' if number else ''}", read(files)
+    if parts == "backward":
+        lse = torch.empty(problem.spec.lse_shape(problem.sizes))
+        out = torch.empty(problem.spec.out_shape(problem.sizes), dtype=getattr(torch, problem.spec.out_dtype))
+        backward = TritonBackward(problem.spec, floats(problem))
+        backward(grad_out(problem), problem.operands, problem.sizes, out, lse)
+    else:
+        route = decode.packed(sharing.runs(problem.spec), problem.sizes, int(parts)) if parts else None
+        TritonKernel(problem.spec).launch(problem.operands, problem.sizes, None, route)
+    for files in launched():
+        kernel = json.loads(files["json"].read_text())["name"].removeprefix(ENTRY).strip("_")
+        yield f"{asked} {kernel}".strip(), read(files)
 
 
 def widened(problem: Problem, width: int) -> Problem:
