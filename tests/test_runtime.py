@@ -7,7 +7,8 @@ import subprocess
 import sys
 import threading
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -15,8 +16,11 @@ import torch
 from problems import problem
 from specs import CASES
 
-from fuse import reference, runtime
-from fuse.runtime.cpp import BuildFailed, CppKernel
+from fuse import planner, reference, runtime, tiles
+from fuse.codegen.backward import render_backward
+from fuse.codegen.render import render
+from fuse.codegen.tile_map import render_tile_map
+from fuse.runtime.cpp import BuildFailed, CppKernel, instruction_set
 
 
 @pytest.fixture(autouse=True)
@@ -86,22 +90,43 @@ def test_edited_dump_is_used_in_place_of_the_kernel(folder: Path, monkeypatch: p
     torch.testing.assert_close(out, 2 * reference.attention(made.spec, made.operands, made.sizes, "eager"))
 
 
+def sources() -> dict[str, tuple[str, Callable[[], str]]]:
+    """What the first line says, and the source, of kernels of each kind."""
+
+    def forward(name: str) -> str:
+        spec = CASES[name]("float32").spec
+        return render(spec, planner.plan(spec, instruction_set()))
+
+    def backward(name: str, dtype: str, terms: bool) -> str:
+        made = CASES[name](dtype)
+        plan = planner.backward_plan(made.spec, instruction_set(), terms)
+        return render_backward(made.spec, [t.is_floating_point() for t in made.operands], plan)
+
+    def tile_map() -> str:
+        use = tiles.map_of(CASES["mapped_bool"]("float32").spec)
+        assert use is not None
+        return render_tile_map(use.tile_map, planner.plan_tile_map(use.tile_map, instruction_set()))
+
+    return {
+        **{name: ("out = sum over k of", partial(forward, name)) for name in ("causal", "padding", "relative_table")},
+        "gradients in float32": ("gradients of query", partial(backward, "relative_table", "float32", True)),
+        "gradients in bfloat16": ("gradients of query", partial(backward, "sinks", "bfloat16", False)),
+        "tile map": ("which tiles hold", tile_map),
+    }
+
+
 @pytest.mark.compiler
-@pytest.mark.parametrize("name", ["causal", "padding", "relative_table"])
+@pytest.mark.parametrize("name", sources())
 def test_source_says_what_it_is_and_runs_alone(name: str, tmp_path: Path) -> None:
-    kernel = runtime.kernel(CASES[name]("float32").spec, "cpp")
-    assert isinstance(kernel, CppKernel)
-    text = kernel.source.read_text()
-    assert text.startswith("// out = sum over k of")
+    first, source = sources()[name]
+    file, binary, text = tmp_path / "kernel.cpp", tmp_path / "kernel", source()
+    file.write_text(text)
+    assert text.startswith(f"// {first}")
     assert '"expr"' in text and "torch-fuse" in text
     command = next(line for line in text.splitlines() if line.startswith("// alone: ")).removeprefix("// alone: ")
-    build = (
-        command.partition(" && ")[0]
-        .replace("<this file>", str(kernel.source))
-        .replace("-o kernel", f"-o {tmp_path / 'kernel'}")
-    )
+    build = command.partition(" && ")[0].replace("<this file>", str(file)).replace("-o kernel", f"-o {binary}")
     subprocess.run(build.replace("c++ ", "g++ "), shell=True, check=True)
-    printed = subprocess.run([tmp_path / "kernel", "1"], capture_output=True, text=True, check=True).stdout
+    printed = subprocess.run([binary, "1"], capture_output=True, text=True, check=True).stdout
     assert " ms, sum of the result " in printed and "nan" not in printed
 
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 
 from fuse import expr
 from fuse.codegen.cpp import C_TYPES, HALVES, Value, Writer, scalar_function
+from fuse.codegen.example import example_of_gradients
 from fuse.codegen.keys import KeyProgram, KeyRuns, KeyWriter, bound
 from fuse.codegen.render import (
     Program,
@@ -202,6 +203,9 @@ def render_backward(spec: AttentionSpec, wanted: Sequence[bool], plan: Plan) -> 
         "exact_scores": next((p for p in programs if not isinstance(p, Entries)), None),
         "extra_logits": source.extra_logits(), "wanted": matrices, "factor": repr(scale),
         "sinks": [_sink_context(source, of, i, s) for i, s in enumerate(found)],
+        "example": example_of_gradients(
+            spec, [(s.load.operand, C_TYPES[s.load.dtype] if s.kind == "matrix" else "R", s.order) for s in found]
+        ),
         "needs_scores": bool(matrices & {"query", "key"}) or entries, "slice_limit": _SLICE_LIMIT,
         "slices": any(s.kind in ("row", "key", "entry", "logit") for s in found), "argument_count": argument_count(spec),
         "stage_count": max((len(p.stages) for p in programs), default=0) + sum(s.kind == "dense" for s in found),

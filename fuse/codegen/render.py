@@ -237,8 +237,7 @@ def _bound_functions(source: Source) -> list[Bound]:
 
 def header(spec: AttentionSpec, plan: Plan) -> str:
     """What the kernel computes, from what, made by which versions, and how to run it alone."""
-    alone = "alone: c++ -std=c++17 -O3 -march=native -w -fopenmp -DFUSE_STANDALONE <this file> -o kernel && ./kernel [threads]"
-    return "\n".join(f"// {line}" for line in [*header_lines(spec), *origin(plan), alone])
+    return "\n".join(f"// {line}" for line in [*header_lines(spec), *origin(plan)])
 
 
 def header_lines(spec: AttentionSpec) -> list[str]:
@@ -252,7 +251,8 @@ def header_lines(spec: AttentionSpec) -> list[str]:
 
 
 def origin(plan: Plan) -> list[str]:
-    return [f"plan  {plan}", f"made by torch-fuse {_version()}, torch {torch.__version__}"]
+    alone = "alone: c++ -std=c++17 -O3 -march=native -w -fopenmp -DFUSE_STANDALONE <this file> -o kernel && ./kernel [threads]"
+    return [f"plan  {plan}", f"made by torch-fuse {_version()}, torch {torch.__version__}", alone]
 
 
 @cache

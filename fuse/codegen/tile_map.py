@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from fuse import tiles
 from fuse.codegen.cpp import MAX_LENGTH, Body, scalar_function
+from fuse.codegen.example import example
 from fuse.codegen.keys import KeyRuns, key_program
 from fuse.codegen.render import ENTRY, environment, origin
 from fuse.expr import Apply, Expr, Load, apply, axes, const, index
@@ -44,7 +45,7 @@ def render_tile_map(spec: TileMap, plan: Plan) -> str:
         "header": "\n".join(f"// {line}" for line in lines), "plan": plan, "entry": ENTRY, "max_length": MAX_LENGTH,
         "batch": spec.batch, "symbols": spec.symbols, "batch_sizes": [f"B{i}" for i in range(spec.batch)],
         "ranks": [o.rank for o in spec.operands], "key_programs": [program], "key_runs": runs.context(),
-        "site": site, "bytes": _bytes(spec.predicate, count), "rows": tiles.ROWS, "keys": tiles.KEYS, "empty": tiles.EMPTY,
-        "partial": tiles.PARTIAL, "full": tiles.FULL,
+        "example": example(spec), "site": site, "bytes": _bytes(spec.predicate, count), "rows": tiles.ROWS, "keys": tiles.KEYS,
+        "empty": tiles.EMPTY, "partial": tiles.PARTIAL, "full": tiles.FULL,
     }  # fmt: skip
     return environment().get_template("cpp/tile_map.cpp.jinja").render(context)
