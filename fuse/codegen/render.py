@@ -16,7 +16,7 @@ from fuse import expr, tiles
 from fuse.codegen import keys
 from fuse.codegen.cpp import C_TYPES, HALVES, MAX_LENGTH, Body, Draw, Stage, Value, Writer, scalar_function
 from fuse.codegen.example import example
-from fuse.codegen.ranges import Ranges, ranges_of
+from fuse.codegen.ranges_cpp import Ranges, ranges_of
 from fuse.expr import Apply, Const, Expr, Load, Prob, Score, const
 from fuse.planner import Plan
 from fuse.spec import AttentionSpec

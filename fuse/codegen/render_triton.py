@@ -99,14 +99,29 @@ def bounds_of(spec: AttentionSpec) -> list[tuple[str, Expr]]:
     return [(name, node) for name, node in named if node is not None]
 
 
+def mask_axes(spec: AttentionSpec) -> tuple[int, ...]:
+    """The batch dimensions that tell which tiles are visited."""
+    mask = spec.mask
+    roots = [] if mask is None else [n for n in (mask.lower, mask.upper, mask.residual, mask.tiles) if n is not None]
+    return tuple(i for i in range(spec.batch) if any(f"b{i}" in expr.axes(root) for root in roots))
+
+
+def arguments(spec: AttentionSpec) -> dict[str, object]:
+    """Names of what every kernel takes."""
+    return {
+        "symbols": spec.symbols, "pointers": [f"p{i}" for i in range(len(spec.operands))],
+        "strides": [f"{x}{i}_{d}" for i, o in enumerate(spec.operands) for x in "ns" for d in range(o.rank)],
+    }  # fmt: skip
+
+
 def call_context(source: Source) -> dict[str, object]:
     """What every kernel that attends to keys needs: its arguments, and the pieces of ``tile.py.jinja``."""
     spec, threshold = source.spec, threshold_of(source.spec)
     visible, factor = peel(spec.score if spec.mask is None else spec.mask.visible)
     residual = residual_of(spec)
     masked = bool(bounds_of(spec)) or residual is not None
-    return {
-        "batch": spec.batch, "qk_dim": spec.qk_dim, "v_dim": spec.v_dim, "symbols": spec.symbols, "real": source.real,
+    return arguments(spec) | {
+        "batch": spec.batch, "qk_dim": spec.qk_dim, "v_dim": spec.v_dim, "real": source.real, "mask_axes": mask_axes(spec),
         "double": source.double, "residual": residual is not None, "masked": masked,
         "query": source.matrix(spec.query), "key": source.matrix(spec.key), "value": source.matrix(spec.value, {"k": "row"}),
         "full": source.program(visible, factor, [] if masked else ["k_ok"]),
@@ -114,8 +129,6 @@ def call_context(source: Source) -> dict[str, object]:
         "exact": None if threshold is None else source.program(spec.score, 1.0, ["k_ok"], exact=True),
         "weight": source.weight(), "extras": [source.extra(x) for x in spec.extra_logits], "factor": repr(factor),
         "threshold": repr(threshold), "empty_row": spec.empty_row, "site": source.site, "rows": source.rows,
-        "pointers": [f"p{i}" for i in range(len(spec.operands))],
-        "strides": [f"{x}{i}_{d}" for i, o in enumerate(spec.operands) for x in "ns" for d in range(o.rank)],
         "out_strides": [f"to_{i}" for i in range(spec.batch + 2)], "out_offset": _out_offset(spec),
     }  # fmt: skip
 

@@ -19,6 +19,7 @@ from fuse.runtime.triton_decode import TritonDecode
 from fuse.runtime.triton_launch import Function
 from fuse.runtime.triton_module import current_architecture, load, processors
 from fuse.runtime.triton_plans import Plans
+from fuse.runtime.triton_tiles import TritonTiles
 from fuse.spec import AttentionSpec
 
 
@@ -32,6 +33,7 @@ class TritonKernel:
         self.source = write_once("triton", name, ".py", render_triton(spec, plan_triton(spec, current_architecture())))
         self.function = Function(getattr(load(self.source), ENTRY))
         self._runs = sharing.runs(spec)
+        self._tiles = TritonTiles(spec)
 
     @cached_property
     def decode(self) -> TritonDecode:
@@ -72,9 +74,10 @@ class TritonKernel:
 
         def launch(plan: TritonPlan) -> None:
             grid = (-(-sizes[spec.batch] // plan.block_q) * math.prod(sizes[: spec.batch]),)
+            lists, listed = self._tiles.of((*views, *sizes, *extents), sizes, plan, out)
             self.function[grid](
-                out, out if lse is None else lse, *given, HAS_LSE=lse is not None, PRECISION=precision, BM=plan.block_q,
-                BN=plan.block_k, num_warps=plan.warps, num_stages=plan.stages,
+                out, out if lse is None else lse, *given, *lists, LISTED=listed, HAS_LSE=lse is not None, PRECISION=precision,
+                BM=plan.block_q, BN=plan.block_k, num_warps=plan.warps, num_stages=plan.stages,
             )  # fmt: skip
 
         self.plans.launch(self.source, out.device, sizes[: spec.batch + 2], launch)
