@@ -215,7 +215,7 @@ class Reader:
                 return self.space.mod(*args)
         if isinstance(e, expr.Apply) and e.op == "cast" and (inner := _unchanged(e)) is not None:
             return self.index(inner)
-        return self.atom(e)
+        return self.atom(e if e.dtype == "int64" else apply("cast", e, dtype="int64"))
 
     def gathered(self, index_value: Value, coords: Sequence[Index], size: Index, wraps: bool) -> Index:
         """A coordinate that is read from a tensor; ``wraps``: negative ones count from the end."""

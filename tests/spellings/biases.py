@@ -76,6 +76,16 @@ def table_by_index_tensor(q: Tensor, k: Tensor, v: Tensor, table: Tensor, places
     return attend(scores(q, k) + table[places].permute(2, 0, 1), v)
 
 
+@spelling(extra=lambda: (rand(26, 3, seed=5), torch.tensor([0, 0, 1, 1, 1, 0, 2, 2, 2], dtype=torch.int32)))
+def table_by_segments_and_distances(q: Tensor, k: Tensor, v: Tensor, table: Tensor, segments: Tensor) -> Tensor:
+    """CPM-Ant's: places in int32, of the distance within a segment, of both segments beyond."""
+    at = torch.arange(9, dtype=torch.int32)
+    distance = at[None, :] - at[:, None] + 8
+    across = segments[:, None] * 3 + segments[None, :] + 17
+    bias = F.embedding(torch.where(segments[:, None] == segments[None, :], distance, across), table)
+    return attend(scores(q, k) + bias.permute(2, 0, 1), v)
+
+
 def swin() -> tuple[Tensor, ...]:
     """Windows of 3 × 3: a table of 25 distances, 3 heads, its index, a mask for each of 2 windows."""
     places = torch.arange(81).reshape(9, 9) % 25
