@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -299,3 +303,37 @@ def test_training_under_symbolic_sizes_compiles_once() -> None:
         expected = torch.autograd.grad(attend(*x).square().sum(), (q, k, v))
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
     assert fuse.report().fused == 1
+
+
+@pytest.mark.parametrize("inner", INNERS)
+@pytest.mark.parametrize("use_reentrant", [False, True])
+def test_a_checkpoint_draws_the_dropout_of_its_forward_pass_again(use_reentrant: bool, inner: str) -> None:
+    """With one seed, gradients are those without the checkpoint."""
+
+    def dropped(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return torch.nn.functional.dropout((q @ k.mT / 4).softmax(-1), 0.4) @ v
+
+    def saved(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return dropped(q, k, v).square().sum()
+
+    def again(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        out: Tensor = checkpoint(dropped, q, k, v, use_reentrant=use_reentrant)
+        return out.square().sum()
+
+    x = [t.requires_grad_() for t in heads()]
+    grads = []
+    for program in (saved, again):
+        torch.manual_seed(3)
+        grads.append(torch.autograd.grad(compiled(program, inner)(*x), x))
+    torch.testing.assert_close(grads[1], grads[0], rtol=1e-5, atol=1e-6)
+    assert (len(fuse.report().sites), fuse.report().fused) == (2, 2)
+
+
+def test_a_second_process_takes_its_graphs_from_torch_s_caches_and_gives_the_same_bits(tmp_path: Path) -> None:
+    environment = os.environ | {"TORCHINDUCTOR_CACHE_DIR": str(tmp_path)}
+    command = [sys.executable, str(Path(__file__).with_name("train_once.py"))]
+    first, second = (
+        subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=True).stdout.split() for _ in range(2)
+    )
+    assert first[1:] == ["1", "0", "0"]
+    assert second == [first[0], "1", "1", "2"]  # AOTAutograd's entry, and the forward and the backward graph in it
