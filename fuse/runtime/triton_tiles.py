@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fuse.codegen.render import ENTRY, residual_of
-from fuse.codegen.render_tiles import render_tiles
+from fuse.codegen.render import residual_of
+from fuse.codegen.render_tiles import TILES, render_tiles
 from fuse.codegen.render_triton import mask_axes
 from fuse.planner_triton import TritonPlan
 from fuse.runtime.cache import write_once
@@ -32,7 +32,7 @@ class TritonTiles:
         self._batch, self._axes, self._needed = spec.batch, mask_axes(spec), residual_of(spec) is not None
         if self._needed:
             self.source = write_once("triton", "tiles", ".py", render_tiles(spec))
-            self.function = Function(getattr(load(self.source), ENTRY))
+            self.function = Function(getattr(load(self.source), TILES))
 
     def of(
         self, operands: Sequence[Any], sizes: Sequence[int], plan: TritonPlan, out: Tensor
