@@ -15,8 +15,9 @@ from torch._subclasses import FakeTensor
 from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException
 from torch.fx import GraphModule
 
-from fuse import op, opaque, passes, runtime, verify  # noqa: F401  (op registers torch.ops.fuse.attention)
+from fuse import op, opaque, passes, runtime, verify
 from fuse.options import Options, resolve
+from fuse.runtime import warm
 from fuse.site import Site
 
 log = logging.getLogger("fuse")
@@ -28,11 +29,9 @@ PLAIN = (torch.Tensor, torch.nn.Parameter, torch.nn.Buffer, FakeTensor)
 
 
 # Where kernels run. Triton's interpreter, for tests, takes tensors on the CPU.
+_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 _GPU = frozenset({"cuda"})
-_DEVICES = {
-    "auto": frozenset({"cpu"}), "cpp": frozenset({"cpu"}),
-    "triton": _GPU | {"cpu"} if os.environ.get("TRITON_INTERPRET") == "1" else _GPU,
-}  # fmt: skip
+_DEVICES = {"auto": frozenset({"cpu"}), "cpp": frozenset({"cpu"}), "triton": _GPU | {"cpu"} if _INTERPRETED else _GPU}
 
 
 def fuse(
@@ -50,6 +49,9 @@ def fuse(
     for spec, wanted in specs:
         if any(wanted):
             runtime.prepare_backward(spec, chosen.target, wanted)
+    if chosen.target == "triton" and not _INTERPRETED:
+        for call in warm.calls(gm):
+            runtime.beside(warm.compile_for, call, dict(specs).get(op.parsed(call.spec), ()))
     compiled = _compiled(gm, example_inputs, chosen)
     compiled_sites.extend(_with_kernel(site, chosen.target) for site in sites)
     return compiled if original is None else verify.against(original, compiled, sites)

@@ -42,5 +42,11 @@ def test_a_call_with_meta_tensors_compiles_what_a_later_call_launches(found: dic
     assert found["meta"] == [1, 0] and found["cpu"] == [0, 1]
 
 
+def test_what_a_graph_will_launch_is_compiled_beforehand(found: dict[str, Any]) -> None:
+    """Forward and the three kernels of gradients; two attentions that are alike share them."""
+    by_backend, by_step = found["compiled beforehand"]
+    assert by_backend == [4, 0] and by_step[0] == 0 and by_step[1] >= 8
+
+
 def test_a_launch_costs_little_on_the_host(found: dict[str, Any]) -> None:
     assert found["microseconds"] < 100  # 10 on an idle machine; Triton's own way took 16

@@ -144,11 +144,21 @@ def _begun(
 ) -> Future[K]:
     with _lock:
         if key not in futures:
-            if later not in _pools:
-                initializer = _give_way if later else None
-                _pools[later] = ThreadPoolExecutor(os.cpu_count(), thread_name_prefix="fuse-build", initializer=initializer)
-            futures[key] = _pools[later].submit(make, *key)
+            futures[key] = _pool(later).submit(make, *key)
         return futures[key]
+
+
+def beside(function: Callable[..., None], *arguments: object) -> Future[None]:
+    """Runs ``function`` after the builds that were begun, in parallel."""
+    with _lock:
+        return _pool(later=True).submit(function, *arguments)
+
+
+def _pool(later: bool) -> ThreadPoolExecutor:
+    if later not in _pools:
+        initializer = _give_way if later else None
+        _pools[later] = ThreadPoolExecutor(os.cpu_count(), thread_name_prefix="fuse-build", initializer=initializer)
+    return _pools[later]
 
 
 def _give_way() -> None:

@@ -19,6 +19,7 @@ from fuse.planner_backward import Launch, plan_triton_backward
 from fuse.runtime.cache import write_once
 from fuse.runtime.gradients import Gradients
 from fuse.runtime.groups import Groups, groups_of
+from fuse.runtime.triton_launch import Function
 from fuse.runtime.triton_module import load
 from fuse.spec import AttentionSpec
 
@@ -36,7 +37,7 @@ class TritonBackward:
         name = f"attention_backward_{spec.out_dtype}_{spec.qk_dim}x{spec.v_dim}"
         self.source = write_once("triton", name, ".py", render_backward(spec, wanted, self.plan))
         module = load(self.source)
-        self.functions: dict[str, Any] = {name: getattr(module, f"{ENTRY}_{name}") for name in ("rows", "keys", "queries")}
+        self.functions = {name: Function(getattr(module, f"{ENTRY}_{name}")) for name in ("rows", "keys", "queries")}
 
     def __call__(
         self, grad_out: Tensor, operands: Sequence[Tensor], sizes: Sequence[int], out: Tensor, lse: Tensor
