@@ -2,7 +2,7 @@
 
 python compile_triton.py NAME[@WIDTH][/PARTS]:DTYPE:ARCH …
     a named spec with its own head dimension, or with WIDTH; by the forward kernel, with PARTS by those of decoding, and with
-    the word "backward" in the place of PARTS by those of gradients
+    the word "backward" in the place of PARTS by those of gradients, "map" by the one of its map of tiles
 python compile_triton.py --gated                        those in GATED
 python compile_triton.py --write-budgets                what they take becomes the budget of this version of Triton
 """
@@ -28,10 +28,11 @@ from problems import Problem
 from specs import CASES, RANDOM_CASES
 from stub_driver import launched, with_driver
 
-from fuse import decode, sharing
+from fuse import decode, sharing, tiles
 from fuse.codegen.render import ENTRY
 from fuse.runtime.triton import TritonKernel
 from fuse.runtime.triton_backward import TritonBackward
+from fuse.runtime.triton_map import TritonTileMap
 
 GATED = (
     *(f"causal@{width}:bfloat16:{arch}" for width in (64, 128) for arch in ("sm_80", "sm_90", "sm_100", "gfx942")),
@@ -44,6 +45,7 @@ GATED = (
     *(f"groups_of_8@128/2:bfloat16:{arch}" for arch in ("sm_80", "sm_90", "sm_100", "gfx942")),
     *(f"heads_71_to_1@128/1:bfloat16:{arch}" for arch in ("sm_80", "gfx942")), "left_padding@128/2:bfloat16:sm_90",
     *(f"documents_in_any_order@128:bfloat16:{arch}" for arch in ("sm_80", "sm_90", "gfx942")),
+    "mapped_bool/map:bfloat16:sm_90", "mapped_bool/map:bfloat16:gfx942",
     "dropout@64:bfloat16:sm_90", "head_dim_256:bfloat16:sm_90", "head_dim_80:bfloat16:sm_80",
 )  # fmt: skip
 
@@ -68,6 +70,11 @@ def compiled(asked: str) -> Iterator[tuple[str, dict[str, Any]]]:
         out = torch.empty(problem.spec.out_shape(problem.sizes), dtype=getattr(torch, problem.spec.out_dtype))
         backward = TritonBackward(problem.spec, floats(problem))
         backward(grad_out(problem), problem.operands, problem.sizes, out, lse)
+    elif parts == "map":
+        use = tiles.map_of(problem.spec)
+        assert use is not None
+        sizes = dict(zip(problem.spec.symbols, problem.sizes, strict=True))
+        TritonTileMap(use.tile_map)([problem.operands[i] for i in use.operands], [sizes[name] for name in use.symbols])
     else:
         route = decode.packed(sharing.runs(problem.spec), problem.sizes, int(parts)) if parts else None
         TritonKernel(problem.spec).launch(problem.operands, problem.sizes, None, route)

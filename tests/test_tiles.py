@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import replace
 
 import pytest
@@ -12,6 +13,7 @@ from torch import Tensor
 
 from fuse import kept, map_op, reference, tiles
 from fuse.expr import Expr, Load, apply, const, index
+from fuse.runtime import MapKernel
 from fuse.runtime.cpp import CppTileMap, build_tile_map, instruction_set
 from fuse.spec import Operand
 from fuse.tiles import EMPTY, FULL, PARTIAL, TileMap
@@ -126,16 +128,33 @@ def test_the_references_map_says_what_the_cells_hold(shape: tuple[int, int, int]
     assert torch.equal(reference.tile_map(_map("bool"), [mask], list(shape)), _expected(mask))
 
 
+def check_map(spec: TileMap, kernel: MapKernel, dtype: str, shapes: Iterable[tuple[int, int, int]]) -> None:
+    for shape in shapes:
+        mask = (torch.rand(shape, generator=torch.Generator().manual_seed(0)) < 0.999).cumprod(-1).to(getattr(torch, dtype))
+        for operand in (mask, mask.mT.contiguous().mT):
+            assert torch.equal(kernel([operand], list(shape)), reference.tile_map(spec, [operand], list(shape)))
+
+
+def _negated(spec: TileMap) -> TileMap:
+    return replace(spec, predicate=apply("not", spec.predicate, dtype="bool"))
+
+
 @pytest.mark.compiler
 @pytest.mark.parametrize("dtype", ["bool", "float32", "bfloat16", "int64"])
 @pytest.mark.parametrize("isa", ISAS)
 @pytest.mark.parametrize("negated", [False, True])
 def test_the_kernels_map_is_the_references(dtype: str, isa: str, negated: bool) -> None:
-    spec = _map(dtype)
-    if negated:
-        spec = replace(spec, predicate=apply("not", spec.predicate, dtype="bool"))
-    kernel = CppTileMap(spec, build_tile_map(spec, isa))
-    for shape in [(2, 33, 130), (1, 1, 1), (2, 100, 700), (1, 48, 512)]:
-        mask = (torch.rand(shape, generator=torch.Generator().manual_seed(0)) < 0.999).cumprod(-1).to(getattr(torch, dtype))
-        for operand in (mask, mask.mT.contiguous().mT):
-            assert torch.equal(kernel([operand], list(shape)), reference.tile_map(spec, [operand], list(shape)))
+    spec = _negated(_map(dtype)) if negated else _map(dtype)
+    check_map(spec, CppTileMap(spec, build_tile_map(spec, isa)), dtype, [(2, 33, 130), (1, 1, 1), (2, 100, 700), (1, 48, 512)])
+
+
+@pytest.mark.triton
+@pytest.mark.parametrize("dtype", ["bool", "float32", "bfloat16", "int64"])
+def test_the_triton_kernels_map_is_the_references(dtype: str) -> None:
+    pytest.importorskip("triton", reason="no Triton on this platform")
+    import triton_interpreter  # noqa: F401  mends the interpreter
+
+    from fuse.runtime.triton_map import TritonTileMap
+
+    for spec in (_map(dtype), _negated(_map(dtype))):
+        check_map(spec, TritonTileMap(spec), dtype, [(2, 33, 130), (1, 1, 1), (1, 17, 700)])

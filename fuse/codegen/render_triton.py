@@ -11,6 +11,7 @@ from fuse.codegen.triton import Block, TritonWriter
 from fuse.expr import Expr, Load, Prob, Score
 from fuse.planner_triton import TritonPlan
 from fuse.spec import AttentionSpec
+from fuse.tiles import TileMap
 
 _LOG2_E = 1.4426950408889634
 
@@ -106,7 +107,7 @@ def mask_axes(spec: AttentionSpec) -> tuple[int, ...]:
     return tuple(i for i in range(spec.batch) if any(f"b{i}" in expr.axes(root) for root in roots))
 
 
-def arguments(spec: AttentionSpec) -> dict[str, object]:
+def arguments(spec: AttentionSpec | TileMap) -> dict[str, object]:
     """Names of what every kernel takes."""
     return {
         "symbols": spec.symbols, "pointers": [f"p{i}" for i in range(len(spec.operands))],

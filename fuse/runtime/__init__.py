@@ -185,11 +185,11 @@ def _make_backward(of: Gradient, target: str) -> Backward:
 
 
 def _make_map(spec: TileMap, target: str) -> MapKernel:
-    if target in _CPP:
-        try:
-            return CppTileMap(spec, build_tile_map(spec))
-        except (BuildFailed, OSError):
-            pass  # the site's own kernel fails likewise, and warns
+    try:
+        if target != "reference":
+            return CppTileMap(spec, build_tile_map(spec)) if target in _CPP else _triton_map(spec)
+    except (BuildFailed, ImportError, OSError):
+        pass  # the site's own kernel fails likewise, and warns
     return partial(reference.tile_map, spec)
 
 
@@ -219,6 +219,12 @@ def _triton_backward(of: Gradient) -> Backward:
     from fuse.runtime.triton_backward import TritonBackward
 
     return TritonBackward(of.spec, of.wanted)
+
+
+def _triton_map(spec: TileMap) -> MapKernel:
+    from fuse.runtime.triton_map import TritonTileMap
+
+    return TritonTileMap(spec)
 
 
 def _warn(reason: str) -> None:

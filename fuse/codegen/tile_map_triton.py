@@ -1,0 +1,26 @@
+"""The map of a mask's tiles as one Triton module."""
+
+from __future__ import annotations
+
+from fuse import tiles
+from fuse.codegen.render import environment
+from fuse.codegen.render_triton import arguments
+from fuse.codegen.triton import Block, TritonWriter
+from fuse.expr import walk
+from fuse.tiles import TileMap
+
+TILE_MAP = "fuse_tile_map"
+
+
+def render_tile_map_triton(spec: TileMap) -> str:
+    """The kernel TILE_MAP; its arguments are those of ``fuse.runtime.triton_map``."""
+    site, entries = Block(), Block()
+    real = "tl.float64" if any(node.dtype == "float64" for node in walk(spec.predicate)) else "tl.float32"
+    writer = TritonWriter(lambda axes: entries if axes & {"q", "k"} else site, real, [0])
+    lines = (f"which tiles hold an entry where {spec.predicate}", f"spec  {spec.to_json()}")
+    context = arguments(spec) | {
+        "header": "\n".join(f"# {line}" for line in lines), "entry": TILE_MAP, "batch": spec.batch,
+        "predicate": writer.value(spec.predicate), "site": site, "entries": entries, "map_rows": tiles.ROWS,
+        "map_keys": tiles.KEYS, "empty": tiles.EMPTY, "partial": tiles.PARTIAL, "full": tiles.FULL,
+    }  # fmt: skip
+    return environment().get_template("triton/tile_map.py.jinja").render(context)
