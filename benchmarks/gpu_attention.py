@@ -209,6 +209,8 @@ def check_fused() -> None:
 def measure(c: Case, device: str, peers: list[str], gradients: bool, seconds: float) -> dict[str, Any]:
     """Seconds of each way forward, and backward where there are ``gradients``; and why ways are missing.
 
+    With gradients forward is that of training, which keeps what backward needs.
+
     With no ``seconds``, ways are only built and run once, which leaves what they compile in the caches on disk.
     """
     torch._dynamo.reset()

@@ -19,16 +19,18 @@ from torch.utils import _pytree as pytree
 from fuse.codegen.sinks import Unsupported
 
 DTYPES = ("bfloat16", "float32", "float16")
+ONLY = {"backward": DTYPES[:2], "few queries": DTYPES[:2], "log-sum-exp": DTYPES[:1]}
 PARTS = 3  # of the keys, in the route of few queries
 
 
 def every(device: str) -> list[tuple[str, str, str]]:
-    """Route, name and dtype of every check, the most telling first."""
-    forward = [("forward", name, dtype) for dtype in DTYPES for name in (*CASES, *RANDOM_CASES)]
-    lse = [("log-sum-exp", name, "bfloat16") for name in CASES]
-    backward = [("backward", name, dtype) for dtype in DTYPES[:2] for name in (*CASES, *RANDOM_CASES)]
-    few = [("few queries", name, dtype) for dtype in DTYPES[:2] for name in (*DECODING, *CASES)]
-    return forward + backward + lse + (few if device == "cuda" else [])
+    """Route, name and dtype of every check; those of the first dtype come first."""
+    named = (*CASES, *RANDOM_CASES)
+    routes = {"forward": named, "backward": named, "log-sum-exp": tuple(CASES)}
+    if device == "cuda":
+        routes["few queries"] = (*DECODING, *CASES)
+    found = [(route, name, dtype) for dtype in DTYPES for route, names in routes.items() for name in names]
+    return [c for c in found if c[2] in ONLY.get(c[0], DTYPES)]
 
 
 def check(route: str, name: str, dtype: str, device: str) -> str:

@@ -95,7 +95,8 @@ def _with_kernel(site: Site, target: str) -> Site:
 @cache
 def _warn_of_device(devices: str, target: str) -> None:
     log.warning(
-        "graphs with tensors on %s run without fuse: target %r has kernels for %s. On a GPU, choose target \"triton\".",
+        "graphs with tensors on %s run without fuse: target %r has kernels for %s. "
+        "For GPUs there is target \"triton\" to try, which has not been measured yet.",
         devices, target, " and ".join(sorted(_DEVICES[target])),
     )  # fmt: skip
 
