@@ -11,17 +11,20 @@ from dataclasses import asdict, dataclass
 from functools import cache
 from importlib import metadata
 from pathlib import Path
+from typing import TYPE_CHECKING, TypeVar
 
 import torch
 from triton.runtime.errors import OutOfResources
 
 from fuse.options import settings
-from fuse.planner_triton import TritonPlan
 from fuse.runtime.cache import write_atomically
 
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+
 VERSION = 1
-Launch = Callable[[TritonPlan], None]
 Clock = Callable[[Callable[[], None]], float]
+P = TypeVar("P", bound="DataclassInstance")  # a plan, which is frozen
 _ROUNDS, _ENOUGH = 7, 2e-3  # batches of launches, and the seconds that one takes
 
 
@@ -44,21 +47,21 @@ class Subject:
         return settings().cache_dir / "triton" / f"tuned-{hashlib.sha256(facts.encode()).hexdigest()[:20]}.json"
 
 
-def kept(subject: Subject, plans: Sequence[TritonPlan]) -> TritonPlan | None:
+def kept(subject: Subject, plans: Sequence[P]) -> P | None:
     """The result of an earlier run, if it is one of ``plans``; a file that cannot be read is none."""
     try:
-        plan = TritonPlan(**json.loads(subject.path.read_text())["fastest"])
+        fastest = json.loads(subject.path.read_text())["fastest"]
     except (OSError, ValueError, TypeError, KeyError):
         return None
-    return plan if plan in plans else None
+    return next((plan for plan in plans if asdict(plan) == fastest), None)
 
 
-def fastest(subject: Subject, plans: Sequence[TritonPlan], launch: Launch, clock: Clock) -> TritonPlan:
+def fastest(subject: Subject, plans: Sequence[P], launch: Callable[[P], None], clock: Clock) -> P:
     """The plan with which ``launch`` takes the least time, by ``clock``; it is kept. Plans that do not fit are left out.
 
     ``launch`` must give the same however often it runs. Raises OutOfResources where no plan fits.
     """
-    found: dict[TritonPlan, float] = {}
+    found: dict[P, float] = {}
     for number, plan in enumerate(plans):
         _show(subject, number, len(plans))
         try:

@@ -42,6 +42,11 @@ def test_a_call_with_meta_tensors_compiles_what_a_later_call_launches(found: dic
     assert found["meta"] == [1, 0] and found["cpu"] == [0, 1]
 
 
+def test_a_plan_that_a_device_has_no_resources_for_gives_way_to_the_next(found: dict[str, Any]) -> None:
+    (shared,) = found["shared"]
+    assert shared <= 24 * 1024
+
+
 def test_what_a_graph_will_launch_is_compiled_beforehand(found: dict[str, Any]) -> None:
     """Forward and the three kernels of gradients; two attentions that are alike share them."""
     by_backend, by_step = found["compiled beforehand"]

@@ -57,5 +57,7 @@ def architecture_of(device: torch.device) -> Architecture:
 
 @cache
 def processors(device: torch.device) -> int:
-    """Multiprocessors; one where Triton's interpreter runs."""
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
+    """Multiprocessors, of the current device for tensors that are on none; one where Triton's interpreter runs."""
+    if device.type == "cpu" or not torch.cuda.is_available():
+        return 1
+    return torch.cuda.get_device_properties(device if device.type == "cuda" else None).multi_processor_count
