@@ -118,6 +118,8 @@ class TritonWriter:
             return f"tl.cast(f_uniform({', '.join(args)}), {self.real})"
         if op in ("floordiv", "mod", "sign", "isnan", "isinf", "reciprocal"):
             return f"f_{op}{'_real' if source in FLOATS and op in ('floordiv', 'mod') else ''}({', '.join(args)})"
+        if op == "tanh" and node.dtype in HALVES and self.real == "tl.float32" and not self.exact:
+            return f"f_tanh_half({args[0]})"
         if op in _TL:
             return f"tl.{op}({args[0]})"
         return f"libdevice.{_LIBDEVICE[op]}({', '.join(args)})"
