@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from fuse.expr import Load, axes, walk
+from fuse.expr import Apply, Load, axes, walk
+from fuse.planner_triton import Architecture
 from fuse.spec import AttentionSpec
 
 
@@ -22,26 +23,47 @@ class Launch:
 class TritonBackwardPlan:
     """Choices for the kernels of one spec.
 
-    width, v_width  powers of two that hold qk_dim and v_dim, as matrix products want them
-    rows            what is known of a row, once
-    keys            a program owns block_k keys and visits all queries
-    queries         a program owns block_q queries and visits all keys
+    rows     what is known of a row, once
+    keys     a program owns block_k keys and visits all queries
+    queries  a program owns block_q queries and visits all keys
     """
 
-    width: int
-    v_width: int
     rows: Launch
     keys: Launch
     queries: Launch
 
 
-def plan_triton_backward(spec: AttentionSpec) -> TritonBackwardPlan:
-    """The plan for ``spec``, that fits registers and shared memory from sm_80 on."""
-    width, v_width = (max(16, 1 << (n - 1).bit_length()) for n in (spec.qk_dim, spec.v_dim))
+# block_q, block_k, warps. Half as much each, about; found by compiling: the first that does not spill for a level of demand.
+_KEYS = ((64, 128, 8), (32, 128, 8), (32, 64, 8), (16, 64, 8), (16, 32, 4), (16, 16, 4))
+_QUERIES = ((128, 64, 8), (128, 64, 8), (128, 32, 8), (64, 32, 8), (32, 32, 4), (16, 16, 4))
+# Where operands lie in shared memory, or results beside the registers, more is left for sums.
+_LEVELS = {"wgmma": 0, "tcgen05": 1, "mma": 1, "mfma": 2, "none": 3}
+
+
+def candidates_backward(spec: AttentionSpec, arch: Architecture) -> tuple[TritonBackwardPlan, ...]:
+    """Plans for ``spec`` on ``arch``, the most promising first; never empty. The last one asks for least."""
+    width = widened(max(spec.qk_dim, spec.v_dim))
     size = {"float64": 8, "float32": 4}.get(spec.query.dtype, 2)
-    row = max(width, v_width) * size  # bytes
-    gathers = any(isinstance(n, Load) and {"q", "k"} <= axes(n) for n in walk(spec.score))  # an address for each entry
-    if row > 256 or gathers:
-        small = Launch(32, 32, 4, 1)
-        return TritonBackwardPlan(width, v_width, small, small, small)
-    return TritonBackwardPlan(width, v_width, Launch(64, 32, 4, 1), Launch(64, 128, 8, 2), Launch(128, 64, 8, 2))
+    first = _LEVELS[arch.units if size == 2 else "none"] + (width * size // 256).bit_length() + _demand(spec)
+    stages = 2 if size == 2 else 1
+    rows = Launch(32, 32, 4, 1)
+    return tuple(
+        TritonBackwardPlan(rows, Launch(*_KEYS[level], stages), Launch(*_QUERIES[level], stages))
+        for level in range(min(first, len(_KEYS) - 1), len(_KEYS))
+    )
+
+
+def _demand(spec: AttentionSpec) -> int:
+    """What entries need beside their scores: addresses of their own; conditions, or random numbers."""
+    nodes = list(walk(spec.score, spec.weight))
+    if any(isinstance(n, Load) and {"q", "k"} <= axes(n) for n in nodes):
+        return 2
+    return int(
+        (spec.mask is not None and spec.mask.residual is not None)
+        or any(isinstance(n, Apply) and n.op == "uniform" for n in nodes)
+    )
+
+
+def widened(features: int) -> int:
+    """A power of two, as matrix products want it."""
+    return max(16, 1 << (features - 1).bit_length())

@@ -46,6 +46,8 @@ GATED = (
     *(f"heads_71_to_1@128/1:bfloat16:{arch}" for arch in ("sm_80", "gfx942")), "left_padding@128/2:bfloat16:sm_90",
     *(f"documents_in_any_order@128:bfloat16:{arch}" for arch in ("sm_80", "sm_90", "gfx942")),
     "mapped_bool/map:bfloat16:sm_90", "mapped_bool/map:bfloat16:gfx942",
+    *(f"causal@64/backward:bfloat16:{arch}" for arch in ("sm_80", "sm_90", "sm_100", "gfx942")),
+    *(f"causal@128/backward:bfloat16:{arch}" for arch in ("sm_80", "sm_90", "sm_100")),
     "dropout@64:bfloat16:sm_90", "head_dim_256:bfloat16:sm_90", "head_dim_80:bfloat16:sm_80",
 )  # fmt: skip
 

@@ -19,7 +19,7 @@ from fuse.codegen.sinks import Sink, Unsupported, sinks
 from fuse.codegen.triton import Block, TritonWriter, depends
 from fuse.expr import Apply, Const, Expr, Index, Load, Prob, Score, apply, const
 from fuse.gradient import Gradient, gradient
-from fuse.planner_backward import TritonBackwardPlan
+from fuse.planner_backward import widened
 from fuse.spec import AttentionSpec
 
 # Operations whose results are finite where the operands are ordinary numbers.
@@ -227,7 +227,7 @@ class _Kernel:
         return all(isinstance(n, (Index, Score, Prob)) or (isinstance(n, Apply) and _is_finite(n)) for n in found)
 
 
-def render_backward(spec: AttentionSpec, wanted: Sequence[bool], plan: TritonBackwardPlan) -> str:
+def render_backward(spec: AttentionSpec, wanted: Sequence[bool]) -> str:
     """One Python module with the kernels ENTRY_rows, ENTRY_keys and ENTRY_queries. Raises Unsupported."""
     of, found = gradient(spec, tuple(wanted)), sinks(spec, wanted)
     _check(found)
@@ -237,11 +237,11 @@ def render_backward(spec: AttentionSpec, wanted: Sequence[bool], plan: TritonBac
     kernels = {name: kernel.context() | kernel.programs(found, scale) | {"sinks": kernel.places(found)}
                for name, kernel in (("keys", keys), ("queries", queries))}  # fmt: skip
     names = ", ".join(s.name if s.kind == "matrix" else str(s.load) for s in found)
-    lines = (f"gradients of {names}, as fuse.gradient has them, of", *header_lines(spec), f"plan  {plan}")
+    lines = (f"gradients of {names}, as fuse.gradient has them, of", *header_lines(spec))
     context = {
         "header": "\n".join(f"# {line}" for line in lines), "entry": ENTRY, "batch": spec.batch, "symbols": spec.symbols,
-        "qk_dim": spec.qk_dim, "v_dim": spec.v_dim, "width": plan.width, "v_width": plan.v_width, "factor": repr(scale),
-        "real": _real(spec), "log2e": repr(_LOG2E), "exact_below": exact_below(spec),
+        "qk_dim": spec.qk_dim, "v_dim": spec.v_dim, "width": widened(spec.qk_dim), "v_width": widened(spec.v_dim),
+        "factor": repr(scale), "real": _real(spec), "log2e": repr(_LOG2E), "exact_below": exact_below(spec),
         "pointers": [f"p{i}" for i in range(len(spec.operands))],
         "strides": [f"{x}{i}_{d}" for i, o in enumerate(spec.operands) for x in "ns" for d in range(o.rank)],
         "rows": rows.context() | {"out": rows.like_out("out", "so"), "scores": rows.scores(), "extras": rows.extras()},

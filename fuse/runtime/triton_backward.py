@@ -8,19 +8,21 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from triton.runtime.errors import OutOfResources
 
+from fuse import expr
 from fuse.codegen.backward import exact_below
 from fuse.codegen.backward_triton import render_backward, written_by
 from fuse.codegen.render import ENTRY
 from fuse.codegen.sinks import Sink, sinks
 from fuse.frame import Frame
 from fuse.gradient import gradient
-from fuse.planner_backward import Launch, plan_triton_backward
+from fuse.planner_backward import Launch, TritonBackwardPlan, candidates_backward
 from fuse.runtime.cache import write_once
 from fuse.runtime.gradients import Gradients
 from fuse.runtime.groups import Groups, groups_of
 from fuse.runtime.triton_launch import Function
-from fuse.runtime.triton_module import load
+from fuse.runtime.triton_module import architecture_of, load
 from fuse.spec import AttentionSpec
 
 
@@ -32,10 +34,10 @@ class TritonBackward:
         self._sinks = sinks(spec, wanted)
         self._gradients = Gradients(spec, self._sinks)
         self._real: torch.dtype = getattr(torch, spec.lse_dtype)
-        self._groups: dict[tuple[object, ...], list[Groups]] = {}
-        self.plan = plan_triton_backward(spec)
+        self._groups: dict[str, tuple[tuple[object, ...], list[Groups]]] = {}
+        self._plans: dict[torch.device, tuple[TritonBackwardPlan, ...]] = {}
         name = f"attention_backward_{spec.out_dtype}_{spec.qk_dim}x{spec.v_dim}"
-        self.source = write_once("triton", name, ".py", render_backward(spec, wanted, self.plan))
+        self.source = write_once("triton", name, ".py", render_backward(spec, wanted))
         module = load(self.source)
         self.functions = {name: Function(getattr(module, f"{ENTRY}_{name}")) for name in ("rows", "keys", "queries")}
 
@@ -43,22 +45,39 @@ class TritonBackward:
         self, grad_out: Tensor, operands: Sequence[Tensor], sizes: Sequence[int], out: Tensor, lse: Tensor
     ) -> list[Tensor]:
         """The gradients of the wanted operands, with the layout that ``torch.empty_like`` gives these."""
+        device = grad_out.device
+        plans = self._plans.get(device) or candidates_backward(self._spec, architecture_of(device))
+        while True:
+            try:
+                found = self._with(plans[0], grad_out, operands, sizes, out, lse)
+                break
+            except OutOfResources:  # the planner's table is no proof
+                if len(plans) == 1:
+                    raise
+                plans = plans[1:]
+        self._plans[device] = plans
+        return found
+
+    def _with(
+        self, plan: TritonBackwardPlan, grad_out: Tensor, operands: Sequence[Tensor], sizes: Sequence[int], out: Tensor,
+        lse: Tensor,
+    ) -> list[Tensor]:  # fmt: skip
         gradients = self._gradients.zeros(operands, sizes)
         *batch, q_len, kv_len = sizes[: self._spec.batch + 2]
         if math.prod((*batch, q_len, kv_len)):
             delta = torch.empty_like(lse)
-            arguments = self._rows(grad_out, operands, sizes, out, lse, delta)
+            arguments = self._rows(plan.rows, grad_out, operands, sizes, out, lse, delta)
             sums = {"row": (*batch, q_len, 1), "key": (*batch, 1, kv_len)}
             partial = {s.name: lse.new_empty(sums[s.kind]) for s in self._sinks if s.kind in sums}
-            written = gradients | partial
-            self._launch("k", -(-kv_len // self.plan.keys.block_k), arguments, sizes, written)
-            self._launch("q", -(-q_len // self.plan.queries.block_q), arguments, sizes, written)
+            self._launch("k", plan.keys, -(-kv_len // plan.keys.block_k), arguments, sizes, gradients | partial)
+            self._launch("q", plan.queries, -(-q_len // plan.queries.block_q), arguments, sizes, gradients | partial)
             self._scatter(operands, sizes, lse, delta, partial, gradients)
         return self._gradients.totals(operands, self._wanted, gradients)
 
     def _rows(
-        self, grad_out: Tensor, operands: Sequence[Tensor], sizes: Sequence[int], out: Tensor, lse: Tensor, delta: Tensor
-    ) -> list[Any]:
+        self, plan: Launch, grad_out: Tensor, operands: Sequence[Tensor], sizes: Sequence[int], out: Tensor, lse: Tensor,
+        delta: Tensor,
+    ) -> list[Any]:  # fmt: skip
         """Computes what is known of each row; the arguments that the kernels have in common."""
         views = [t.view(torch.uint8) if t.dtype == torch.bool else t for t in operands]
         extents = [n for t in views for n in (*t.shape, *t.stride())]
@@ -67,42 +86,34 @@ class TritonBackward:
         if exact_below(self._spec) is not None:
             tops, rests = torch.empty_like(lse), torch.empty_like(lse)
             flags = torch.zeros(sites, dtype=torch.int32, device=lse.device)
-        arguments = [
-            grad_out,
-            lse,
-            torch.empty_like(lse),
-            delta,
-            tops,
-            rests,
-            flags,
-            *views,
-            *sizes,
-            *grad_out.stride(),
-            *extents,
-        ]
-        blocks = -(-sizes[self._spec.batch] // self.plan.rows.block_q)
-        self.functions["rows"][(sites * blocks,)](out, *arguments, *out.stride(), **_options(self.plan.rows))
+        normal = torch.empty_like(lse)
+        known = (grad_out, lse, normal, delta, tops, rests, flags)
+        arguments = [*known, *views, *sizes, *grad_out.stride(), *extents]
+        blocks = -(-sizes[self._spec.batch] // plan.block_q)
+        self.functions["rows"][(sites * blocks,)](out, *arguments, *out.stride(), **_options(plan))
         return arguments
 
     def _launch(
-        self, owner: str, tiles: int, arguments: Sequence[Any], sizes: Sequence[int], gradients: Mapping[str, Tensor]
-    ) -> None:
+        self, owner: str, plan: Launch, tiles: int, arguments: Sequence[Any], sizes: Sequence[int],
+        gradients: Mapping[str, Tensor],
+    ) -> None:  # fmt: skip
         """The kernel of keys ("k") or queries ("q"), as often as it takes."""
         found = written_by(owner, self._sinks)
         name = {"k": "keys", "q": "queries"}[owner]
         outputs = [x for s in found for x in (gradients[s.name], *gradients[s.name].stride()[: len(s.order)])]
         for groups in self._grouped(owner, found, sizes, arguments[0].device):
-            flags = {f"HAS_{s.name}": s.name in groups.written for s in found}
+            flags = {f"HAS_{s.name}": s.name in groups.written for s in found} | {"ALONE": groups.count == len(groups.sites)}
             self.functions[name][(groups.count * tiles,)](
-                *arguments, groups.sites, groups.starts, *outputs, **flags, **_options(getattr(self.plan, name))
+                *arguments, groups.sites, groups.starts, *outputs, **flags, **_options(plan)
             )
 
     def _grouped(self, owner: str, found: Sequence[Sink], sizes: Sequence[int], device: torch.device) -> list[Groups]:
-        key = (owner, tuple(sizes), device)
-        if key not in self._groups:
-            by_name = dict(zip(self._spec.symbols, sizes, strict=True))
-            self._groups[key] = groups_of(self._spec, found, by_name, device)
-        return self._groups[key]
+        by_name = dict(zip(self._spec.symbols, sizes, strict=True))
+        read = {f"B{i}" for i in range(self._spec.batch)}.union(expr.symbols(*(c for s in found for c in s.load.coords)))
+        key = (device, *(by_name[name] for name in sorted(read)))
+        if owner not in self._groups or self._groups[owner][0] != key:
+            self._groups[owner] = key, groups_of(self._spec, found, by_name, device)
+        return self._groups[owner][1]
 
     def _scatter(
         self, operands: Sequence[Tensor], sizes: Sequence[int], lse: Tensor, delta: Tensor, partial: Mapping[str, Tensor],
