@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -146,10 +147,13 @@ def registers(spec: AttentionSpec, plan: TritonPlan, arch: Architecture) -> int:
 
 def _entry_registers(spec: AttentionSpec) -> float:
     """A 64-bit address for each load, conditions, and a share of the operations that follow the product."""
-    conditional = spec.mask is not None and spec.mask.residual is not None
-    score = spec.score if spec.mask is None else spec.mask.visible
+    score, conditions = spec.score, 0.0
+    if spec.mask is not None:
+        score = spec.mask.visible
+        if spec.mask.residual is not None:  # with a finite fill, rows that see nothing are computed again
+            conditions = 2.0 if math.isfinite(spec.mask.fill) else 0.75
     operations = sum(isinstance(node, Apply) and contains(node, Score) for node in walk(score)) - 1
-    return 9 * len(_entry_loads(spec)) + 2 * conditional + 0.25 * operations
+    return 9 * len(_entry_loads(spec)) + conditions + 0.25 * operations
 
 
 def _has_units(spec: AttentionSpec, arch: Architecture) -> bool:

@@ -4,7 +4,7 @@ python compile_triton.py NAME[@WIDTH][/PARTS]:DTYPE:ARCH …
     a named spec with its own head dimension, or with WIDTH; by the forward kernel, with PARTS by those of decoding, and with
     the word "backward" in the place of PARTS by those of gradients, "map" by the one of its map of tiles
 python compile_triton.py --gated                        those in GATED
-python compile_triton.py --write-budgets                what they take becomes the budget of this version of Triton
+python compile_triton.py --write-budgets [NAME…]        what they take becomes the budget of this version of Triton
 """
 
 from __future__ import annotations
@@ -44,7 +44,9 @@ GATED = (
     )),
     *(f"groups_of_8@128/2:bfloat16:{arch}" for arch in ("sm_80", "sm_90", "sm_100", "gfx942")),
     *(f"heads_71_to_1@128/1:bfloat16:{arch}" for arch in ("sm_80", "gfx942")), "left_padding@128/2:bfloat16:sm_90",
-    *(f"documents_in_any_order@128:bfloat16:{arch}" for arch in ("sm_80", "sm_90", "gfx942")),
+    *(f"documents_in_any_order@128:bfloat16:{arch}" for arch in ("sm_80", "gfx942")),
+    "documents_in_any_order@256:bfloat16:sm_90", "causal@128:float16:sm_75",
+    *(f"causal@128:bfloat16:{arch}" for arch in ("sm_86", "sm_120", "gfx90a")),
     "mapped_bool/map:bfloat16:sm_90", "mapped_bool/map:bfloat16:gfx942",
     *(f"causal@64/backward:bfloat16:{arch}" for arch in ("sm_80", "sm_90", "sm_100", "gfx942")),
     *(f"causal@128/backward:bfloat16:{arch}" for arch in ("sm_80", "sm_90", "sm_100")),
@@ -92,11 +94,13 @@ def widened(problem: Problem, width: int) -> Problem:
 
 
 def main(arguments: list[str]) -> None:
-    chosen = GATED if arguments in (["--gated"], ["--write-budgets"]) else arguments
-    found = dict(kernel for asked in chosen for kernel in compiled(asked))
-    if arguments == ["--write-budgets"]:
-        lines = ",\n".join(f"{json.dumps(name)}: {json.dumps(facts)}" for name, facts in found.items())
-        budgets_file().write_text(f"{{\n{lines}\n}}\n")
+    write, named = arguments[:1] == ["--write-budgets"], [a for a in arguments if not a.startswith("--")]
+    found = dict(kernel for asked in named or GATED for kernel in compiled(asked))
+    if write:
+        path = budgets_file()
+        budgets = (json.loads(path.read_text()) if named else {}) | found
+        lines = ",\n".join(f"{json.dumps(name)}: {json.dumps(facts)}" for name, facts in budgets.items())
+        path.write_text(f"{{\n{lines}\n}}\n")
     print(json.dumps(found))
 
 
