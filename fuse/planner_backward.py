@@ -23,14 +23,16 @@ class Launch:
 class TritonBackwardPlan:
     """Choices for the kernels of one spec.
 
-    rows     what is known of a row, once
-    keys     a program owns block_k keys and visits all queries
-    queries  a program owns block_q queries and visits all keys
+    rows       what is known of a row, once
+    keys       a program owns block_k keys and visits all queries
+    queries    a program owns block_q queries and visits all keys
+    distances  a program owns block_k distances of query and key, and visits block_q queries and twice as many keys at a time
     """
 
     rows: Launch
     keys: Launch
     queries: Launch
+    distances: Launch
 
 
 # block_q, block_k, warps. Half as much each, about; found by compiling: the first that does not spill for a level of demand.
@@ -46,9 +48,9 @@ def candidates_backward(spec: AttentionSpec, arch: Architecture) -> tuple[Triton
     size = {"float64": 8, "float32": 4}.get(spec.query.dtype, 2)
     first = _LEVELS[arch.units if size == 2 else "none"] + (width * size // 256).bit_length() + _demand(spec)
     stages = 2 if size == 2 else 1
-    rows = Launch(32, 32, 4, 1)
+    small = Launch(32, 32, 4, 1)
     return tuple(
-        TritonBackwardPlan(rows, Launch(*_KEYS[level], stages), Launch(*_QUERIES[level], stages))
+        TritonBackwardPlan(small, Launch(*_KEYS[level], stages), Launch(*_QUERIES[level], stages), small)
         for level in range(min(first, len(_KEYS) - 1), len(_KEYS))
     )
 

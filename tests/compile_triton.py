@@ -50,6 +50,7 @@ GATED = (
     "mapped_bool/map:bfloat16:sm_90", "mapped_bool/map:bfloat16:gfx942",
     *(f"causal@64/backward:bfloat16:{arch}" for arch in ("sm_80", "sm_90", "sm_100", "gfx942")),
     *(f"causal@128/backward:bfloat16:{arch}" for arch in ("sm_80", "sm_90", "sm_100")),
+    "relative_table@64/backward:bfloat16:sm_90",
     "dropout@64:bfloat16:sm_90", "head_dim_256:bfloat16:sm_90", "head_dim_80:bfloat16:sm_80",
 )  # fmt: skip
 

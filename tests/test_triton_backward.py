@@ -8,13 +8,13 @@ from dataclasses import replace
 import pytest
 import torch
 from gradients import check, floats, grad_out, run
-from problems import B0, B1, D, E, K, Problem, Q, both, hide, load, op, problem, rand
+from problems import B0, B1, KV_LEN, LOWEST, Q_LEN, D, E, K, Problem, Q, both, hide, load, op, problem, rand
 from specs import CASES, RANDOM_CASES
 
 from fuse import reference, runtime
 from fuse.codegen.sinks import Unsupported
-from fuse.expr import const
-from fuse.spec import Operand
+from fuse.expr import Expr, const
+from fuse.spec import Mask, Operand
 
 pytest.importorskip("triton", reason="no Triton on this platform")
 pytestmark = [pytest.mark.triton, pytest.mark.filterwarnings("ignore:.*encountered in.*:RuntimeWarning")]
@@ -29,7 +29,7 @@ GRADIENTS = (
     "features_strided", "packed_qkv", "causal_long", "causal_offset", "causal_more_queries_than_keys", "window",
     "left_padding_and_causal", "documents", "dense_additive", "masked_rows_infinite_fill", "masked_rows_added_fill",
     "masked_rows_are_zero", "two_lowest_masks_overflow", "masked_rows_with_sink", "alibi", "soft_cap_causal",
-    "scalar_tensor_scale", "two_extra_logits", "weight_factor", "weight_masked_after_softmax",
+    "scalar_tensor_scale", "two_extra_logits", "weight_factor", "weight_masked_after_softmax", "relative_table",
 )  # fmt: skip
 CHOSEN = [(n, "float32") for n in GRADIENTS]
 CHOSEN += [(n, d) for n in ("grouped_query", "left_padding_and_causal") for d in ("bfloat16", "float16", "float64")]
@@ -57,6 +57,19 @@ def test_bounds_that_step_are_searched() -> None:
     upper = op("minimum", op("add", first, 50), op("add", Q, 1))
     predicate = both(op("ge", K, first), op("lt", K, upper))
     p = problem("float32", batch=(1, 1), q_len=300, score=lambda s: hide(s, predicate, lower=first, upper=upper))
+    check(p, run(p, kernel(p)), floats(p))
+
+
+def test_a_table_of_distances_is_summed_over_tiles_and_over_rows_that_see_nothing() -> None:
+    """A causal mask with a finite fill, from the last query back: the first ten rows average over every key."""
+    table, last = rand(2, 119), op("add", Q, op("sub", KV_LEN, op("add", Q_LEN, 10)))
+    place = op("add", op("sub", K, Q), op("sub", Q_LEN, 1))
+
+    def score(s: Expr) -> tuple[Expr, Mask]:
+        biased = op("add", s, load(table, 3, B1, place))
+        return hide(biased, op("le", K, last), LOWEST["float32"], upper=op("add", last, 1))
+
+    p = problem("float32", table, batch=(2, 2), q_len=70, kv_len=50, score=score)
     check(p, run(p, kernel(p)), floats(p))
 
 

@@ -1,8 +1,9 @@
 """The backward kernels of a spec as one Triton module: what ``fuse.gradient`` says, by ``templates/triton/backward*.jinja``.
 
-Three kernels: what is known of each row (delta, and the softmax's sums where log-sum-exp has lost them); gradients of keys,
-a program for each tile of keys; gradients of queries, a program for each block of queries. The last two compute the scores
-again, so that every sum has one owner and one order (FlashAttention-2, Dao 2023, section 3.1.2).
+What is known of each row (delta, and the softmax's sums where log-sum-exp has lost them) comes first. Then gradients of keys,
+a program for each tile of keys; of queries, a program for each block of queries; and where a table is read by the distance of
+query and key, of these, a program for each block of distances. All of them compute the scores again, so that every sum has
+one owner and one order (FlashAttention-2, Dao 2023, section 3.1.2).
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from fuse import expr
 from fuse.codegen.backward import Added, Results, exact_below, is_one, peel_slope
 from fuse.codegen.cpp import HALVES
 from fuse.codegen.render import ENTRY, environment, header_lines, peel, residual_of
+from fuse.codegen.render_triton import bounds_of
 from fuse.codegen.sinks import Sink, Unsupported, sinks
 from fuse.codegen.triton import Block, TritonWriter, depends
 from fuse.expr import Apply, Const, Expr, Index, Load, Prob, Score, apply, const
@@ -57,7 +59,8 @@ class Search:
 
 @dataclass(frozen=True)
 class _Kernel:
-    """Writes what one kernel computes. ``owner``: "q" or "k", the position that a program keeps; it visits the other one.
+    """Writes what one kernel computes. ``owner``: "q" or "k", the position that a program keeps; it visits the other one. With
+    "k - q" it keeps distances, and visits queries and keys together.
 
     site, owned  what is computed once for a batch index, and once for each position that is kept
     """
@@ -74,7 +77,7 @@ class _Kernel:
 
     @property
     def visited(self) -> str:
-        return "k" if self.owner == "q" else "q"
+        return "q" if self.owner == "k" else "k"
 
     def writer(self, tile: Block | None = None, exact: bool = False, names: dict[str, str] | None = None) -> TritonWriter:
         def place(axes: frozenset[str]) -> Block:
@@ -99,7 +102,7 @@ class _Kernel:
 
     def like_out(self, tensor: str, strides: str) -> str:
         """A tile of a tensor of the result's shape."""
-        names = [*(f"b{i}" for i in range(self.spec.batch)), "q" if self.owner == "q" else "row", "e"]
+        names = [*(f"b{i}" for i in range(self.spec.batch)), "row" if self.owner == "k" else "q", "e"]
         offset = " + ".join(f"tl.cast({name}, tl.int64) * {strides}_{i}" for i, name in enumerate(names))
         text = f"tl.load({tensor} + {offset}, mask={names[-2]}_ok & e_ok, other=0)"
         return text if _one_dtype(self.spec) else f"tl.cast({text}, {_real(self.spec)})"
@@ -122,10 +125,10 @@ class _Kernel:
         bounds = [f"(k {'>=' if name == 'lower' else '<'} {writer.value(node)})" for name, node in bounds_of(self.spec)]
         return " & ".join([f"{self.visited}_ok", *bounds, *([] if residual is None else [writer.value(residual)])])
 
-    def skip(self) -> Text | None:
-        """Whether any entry of a tile is seen, where bounds do not tell."""
+    def any(self) -> Text:
+        """Which entries of a tile are seen."""
         tile = Block()
-        return None if residual_of(self.spec) is None else Text(tile.lines, self.seen(self.writer(tile)))
+        return Text(tile.lines, self.seen(self.writer(tile)))
 
     def visible(self) -> tuple[Expr, Expr, list[Expr]]:
         """The score of a visible entry, its derivative by the raw score, and those by what the terms read."""
@@ -217,7 +220,8 @@ class _Kernel:
         tail = self.owner == "q" or not self._harmless_tail()
         return {
             "full": self.entries(found, full=True), "partial": self.entries(found, full=False), "exact": exact,
-            "skip": self.skip(), "starts_partial": starts in bounds, "ends_partial": tail or ends in bounds,
+            "skip": self.any() if residual_of(self.spec) is not None else None,
+            "starts_partial": starts in bounds, "ends_partial": tail or ends in bounds,
         }  # fmt: skip
 
     def _harmless_tail(self) -> bool:
@@ -228,14 +232,14 @@ class _Kernel:
 
 
 def render_backward(spec: AttentionSpec, wanted: Sequence[bool]) -> str:
-    """One Python module with the kernels ENTRY_rows, ENTRY_keys and ENTRY_queries. Raises Unsupported."""
+    """One Python module with the kernels ENTRY_rows, ENTRY_keys, ENTRY_queries and ENTRY_distances. Raises Unsupported."""
     of, found = gradient(spec, tuple(wanted)), sinks(spec, wanted)
     _check(found)
     scale = peel_slope(of.score if of.visible is None else of.visible)[1]
     count = [0]
-    rows, keys, queries = (_Kernel(of, owner, count) for owner in ("q", "k", "q"))
+    rows, keys, queries, distances = (_Kernel(of, owner, count) for owner in ("q", "k", "q", "k - q"))
     kernels = {name: kernel.context() | kernel.programs(found, scale) | {"sinks": kernel.places(found)}
-               for name, kernel in (("keys", keys), ("queries", queries))}  # fmt: skip
+               for name, kernel in (("keys", keys), ("queries", queries), ("distances", distances))}  # fmt: skip
     names = ", ".join(s.name if s.kind == "matrix" else str(s.load) for s in found)
     lines = (f"gradients of {names}, as fuse.gradient has them, of", *header_lines(spec))
     context = {
@@ -247,28 +251,31 @@ def render_backward(spec: AttentionSpec, wanted: Sequence[bool]) -> str:
         "rows": rows.context() | {"out": rows.like_out("out", "so"), "scores": rows.scores(), "extras": rows.extras()},
         "keys": kernels["keys"] | {"searches": keys.searches()},
         "queries": kernels["queries"] | {"bounds": queries.bounds()},
+        "distances": kernels["distances"] | {"any": distances.any()} if written_by("k - q", found) else None,
     }  # fmt: skip
     text = environment().get_template("triton/backward.py.jinja").render(context)
     return re.sub(r"\n\s*\n(?= )", "\n", text)
 
 
 def written_by(owner: str, found: Sequence[Sink]) -> list[Sink]:
-    """The sinks whose gradients are written by the kernel that keeps keys ("k") or queries ("q")."""
-    kinds = {"k": ("key", "value", "dense"), "q": ("query", "row")}[owner]
+    """The sinks that are written by the kernel that keeps keys ("k"), queries ("q") or distances ("k - q")."""
+    kinds = {"k": ("key", "value", "dense"), "q": ("query", "row"), "k - q": ("entry",)}[owner]
     return [s for s in found if (s.name if s.kind == "matrix" else s.kind) in kinds]
 
 
 def _check(found: Sequence[Sink]) -> None:
     for sink in found:
-        if sink.kind == "entry":
-            raise Unsupported(f"entries share elements of {sink.load}")
+        if sink.kind == "entry" and not all(map(_of_distance, sink.load.coords)):
+            raise Unsupported(f"entries share elements of {sink.load} in another way than by distance")
         if sink.kind in ("matrix", "dense") and any(isinstance(n, Load) for c in sink.load.coords for n in expr.walk(c)):
             raise Unsupported(f"{sink.load} is read at a place that is read")
 
 
-def bounds_of(spec: AttentionSpec) -> list[tuple[str, Expr]]:
-    named = [] if spec.mask is None else [("lower", spec.mask.lower), ("upper", spec.mask.upper)]
-    return [(name, node) for name, node in named if node is not None]
+def _of_distance(node: Expr) -> bool:
+    """Whether entries of one distance k - q have one value."""
+    if isinstance(node, Apply) and node.op == "sub" and all(isinstance(x, Index) for x in node.operands):
+        return True
+    return not isinstance(node, Index) or node.axis not in ("q", "k") if not node.args else all(map(_of_distance, node.args))
 
 
 def _shift(node: Expr) -> Expr | None:

@@ -39,7 +39,8 @@ class TritonBackward:
         name = f"attention_backward_{spec.out_dtype}_{spec.qk_dim}x{spec.v_dim}"
         self.source = write_once("triton", name, ".py", render_backward(spec, wanted))
         module = load(self.source)
-        self.functions = {name: Function(getattr(module, f"{ENTRY}_{name}")) for name in ("rows", "keys", "queries")}
+        names = ["rows", "keys", "queries", *(["distances"] if written_by("k - q", self._sinks) else [])]
+        self.functions = {name: Function(getattr(module, f"{ENTRY}_{name}")) for name in names}
 
     def __call__(
         self, grad_out: Tensor, operands: Sequence[Tensor], sizes: Sequence[int], out: Tensor, lse: Tensor
@@ -67,10 +68,14 @@ class TritonBackward:
         if math.prod((*batch, q_len, kv_len)):
             delta = torch.empty_like(lse)
             arguments = self._rows(plan.rows, grad_out, operands, sizes, out, lse, delta)
-            sums = {"row": (*batch, q_len, 1), "key": (*batch, 1, kv_len)}
+            sums = {"row": (*batch, q_len, 1), "key": (*batch, 1, kv_len), "entry": (*batch, 1, q_len + kv_len - 1)}
             partial = {s.name: lse.new_empty(sums[s.kind]) for s in self._sinks if s.kind in sums}
             self._launch("k", plan.keys, -(-kv_len // plan.keys.block_k), arguments, sizes, gradients | partial)
             self._launch("q", plan.queries, -(-q_len // plan.queries.block_q), arguments, sizes, gradients | partial)
+            if distances := [partial[s.name] for s in written_by("k - q", self._sinks)]:
+                tiles = -(-(q_len + kv_len - 1) // plan.distances.block_k)
+                grid = (math.prod(batch) * tiles,)
+                self.functions["distances"][grid](*arguments, *distances, **_options(plan.distances))
             self._scatter(operands, sizes, lse, delta, partial, gradients)
         return self._gradients.totals(operands, self._wanted, gradients)
 
@@ -119,14 +124,15 @@ class TritonBackward:
         self, operands: Sequence[Tensor], sizes: Sequence[int], lse: Tensor, delta: Tensor, partial: Mapping[str, Tensor],
         gradients: Mapping[str, Tensor],
     ) -> None:  # fmt: skip
-        """Adds sums over rows or keys where the operands' elements are, and what the logits without a value contribute."""
+        """Adds sums of rows, keys or distances where the operands' elements are, and what logits without a value contribute."""
         *batch, q_len, kv_len = sizes[: self._spec.batch + 2]
         terms = gradient(self._spec, self._wanted).terms
         for sink, term in zip((s for s in self._sinks if s.kind != "matrix"), terms, strict=True):
             if sink.kind == "dense":
                 continue
             extents = {f"b{i}": (0, n) for i, n in enumerate(batch)}
-            extents |= {"q": (0, 1 if sink.kind == "key" else q_len), "k": (0, kv_len if sink.kind == "key" else 1)}
+            ends = {"key": ((0, 1), (0, kv_len)), "entry": ((0, 1), (1 - q_len, kv_len))}
+            extents["q"], extents["k"] = ends.get(sink.kind, ((0, q_len), (0, 1)))
             frame = Frame.over(extents, dict(zip(self._spec.symbols, sizes, strict=True)), operands)
             if sink.kind == "logit":
                 logit = frame.evaluate(self._spec.extra_logits[int(term.root.rpartition(".")[2])]).to(self._real)
