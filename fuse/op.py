@@ -16,6 +16,7 @@ from torch import Tensor
 
 from fuse.errors import SecondDerivative
 from fuse.gradient import differentiable
+from fuse.planner import lse_dtype
 from fuse.spec import AttentionSpec, IntLike
 
 # Kernels take any strides: a copy into another layout would cost and gain nothing.
@@ -97,7 +98,7 @@ def _fake(operands: list[Tensor], sizes: list[IntLike], spec: str, target: str) 
 
 def _fake_forward(operands: list[Tensor], sizes: list[IntLike], spec: str, target: str) -> tuple[Tensor, Tensor]:
     parsed_spec, out = parsed(spec), _fake(operands, sizes, spec, target)
-    return out, out.new_empty(parsed_spec.lse_shape(sizes), dtype=getattr(torch, parsed_spec.lse_dtype))
+    return out, out.new_empty(parsed_spec.lse_shape(sizes), dtype=getattr(torch, lse_dtype(parsed_spec, target)))
 
 
 def _fake_backward(

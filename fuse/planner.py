@@ -83,6 +83,15 @@ def backward_plan(spec: AttentionSpec, isa: str, terms: bool) -> Plan:
     return replace(plan(spec, "avx512") if forward.core == "matrix" else forward, block_k=96, few=0)
 
 
+def lse_dtype(spec: AttentionSpec, target: str) -> str:
+    """What the log-sum-exp of rows is kept in for backward.
+
+    Where nothing else rounds to 16 bits, its rounding to float32 would be most of the error of a row's gradients.
+    """
+    half = all(load.dtype in ("bfloat16", "float16") for load in (spec.query, spec.key, spec.value))
+    return "float64" if target in ("auto", "cpp") and not half else spec.lse_dtype
+
+
 def _is_bfloat16(spec: AttentionSpec) -> bool:
     """Whether both products take bfloat16, and nothing asks for more than float around them."""
     factors = all(load.dtype == "bfloat16" for load in (spec.query, spec.key, spec.value))

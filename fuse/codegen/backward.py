@@ -134,7 +134,7 @@ class _Programs:
         """Lanes of keys are rounded to bfloat16, and their rows have ``lse`` in base 2."""
         if isinstance(writer, KeyWriter):
             return f"exp2_near({score} * (R({factor!r}) * {_LOG2E}) - lse)"
-        return f"exp2_lanes(({score} * R({factor!r}) - lse) * {_LOG2E})"
+        return f"exp2_lanes(({score} * R({factor!r}) - lse) * {_LOG2E}) * norm.inverse[v]"
 
     def _terms(self, writer: Writer, factors: Sequence[Expr]) -> Iterator[Added]:
         found = [s for s in sinks(self.of.spec, self.of.wanted) if s.kind != "matrix"]

@@ -18,7 +18,7 @@ from fuse.codegen.cpp import C_TYPES, HALVES, MAX_LENGTH, Body, Draw, Stage, Val
 from fuse.codegen.example import example
 from fuse.codegen.ranges_cpp import Ranges, ranges_of
 from fuse.expr import Apply, Const, Expr, Load, Prob, Score, const
-from fuse.planner import Plan
+from fuse.planner import Plan, lse_dtype
 from fuse.spec import AttentionSpec
 
 ENTRY = "fuse_attention"
@@ -194,6 +194,7 @@ def call_context(source: Source, plan: Plan) -> dict[str, object]:
     tile_map = None if spec.mask is None or spec.mask.tiles is None else source.access("tile_map", spec.mask.tiles)
     return {
         "header": header(spec, plan), "plan": plan, "entry": ENTRY, "max_length": MAX_LENGTH,
+        "lse_ctype": C_TYPES[lse_dtype(spec, "cpp")],
         "batch": spec.batch, "qk_dim": spec.qk_dim, "v_dim": spec.v_dim, "symbols": spec.symbols,
         "batch_sizes": [f"B{i}" for i in range(spec.batch)], "ranks": [o.rank for o in spec.operands],
         "query": source.access("query", spec.query), "key": source.access("key", spec.key),

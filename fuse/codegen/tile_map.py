@@ -45,7 +45,8 @@ def render_tile_map(spec: TileMap, plan: Plan) -> str:
         "header": "\n".join(f"// {line}" for line in lines), "plan": plan, "entry": ENTRY, "max_length": MAX_LENGTH,
         "batch": spec.batch, "symbols": spec.symbols, "batch_sizes": [f"B{i}" for i in range(spec.batch)],
         "ranks": [o.rank for o in spec.operands], "key_programs": [program], "key_runs": runs.context(),
-        "example": example(spec), "site": site, "bytes": _bytes(spec.predicate, count), "rows": tiles.ROWS, "keys": tiles.KEYS,
+        "example": example(spec), "lse_ctype": "float",
+        "site": site, "bytes": _bytes(spec.predicate, count), "rows": tiles.ROWS, "keys": tiles.KEYS,
         "empty": tiles.EMPTY, "partial": tiles.PARTIAL, "full": tiles.FULL,
     }  # fmt: skip
     return environment().get_template("cpp/tile_map.cpp.jinja").render(context)

@@ -12,11 +12,13 @@ from functools import partial
 from pathlib import Path
 from typing import Protocol, TypeVar, runtime_checkable
 
+import torch
 from torch import Tensor
 
 from fuse import kept, reference, tiles
 from fuse.codegen.sinks import Unsupported
 from fuse.gradient import Gradient, gradient
+from fuse.planner import lse_dtype
 from fuse.runtime.cache import builds
 from fuse.runtime.cpp import BuildFailed, CppKernel, CppTileMap, build, build_tile_map
 from fuse.runtime.cpp_backward import CppBackward, build_backward
@@ -61,15 +63,17 @@ class ReferenceKernel:
 
     source: Path | None = None
 
-    def __init__(self, spec: AttentionSpec, reason: str = "") -> None:
+    def __init__(self, spec: AttentionSpec, target: str, reason: str = "") -> None:
         self._spec = spec
+        self._lse_dtype: torch.dtype = getattr(torch, lse_dtype(spec, target))
         self.reason = reason  # why there is no kernel; empty where none was asked for
 
     def __call__(self, operands: Sequence[Tensor], sizes: Sequence[int]) -> Tensor:
         return reference.attention(self._spec, operands, sizes, "eager")
 
     def forward(self, operands: Sequence[Tensor], sizes: Sequence[int]) -> tuple[Tensor, Tensor]:
-        return reference.attention_with_lse(self._spec, operands, sizes, "eager")
+        out, lse = reference.attention_with_lse(self._spec, operands, sizes, "eager")
+        return out, lse.to(self._lse_dtype)
 
 
 S = TypeVar("S")
@@ -195,13 +199,13 @@ def _make_map(spec: TileMap, target: str) -> MapKernel:
 
 def _make(spec: AttentionSpec, target: str) -> Kernel:
     if target == "reference":
-        return ReferenceKernel(spec)
+        return ReferenceKernel(spec, target)
     try:
         return CppKernel(spec, build(spec)) if target in _CPP else _triton(spec)
     except (BuildFailed, ImportError, OSError) as error:
-        return ReferenceKernel(spec, str(error))
+        return ReferenceKernel(spec, target, str(error))
     except Exception as error:  # a defect of code generation must not cost the user the model
-        return ReferenceKernel(spec, f"rendering failed, please report it: {type(error).__name__}: {error}")
+        return ReferenceKernel(spec, target, f"rendering failed, please report it: {type(error).__name__}: {error}")
 
 
 def _tune(made: Future[Kernel]) -> None:

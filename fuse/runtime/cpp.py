@@ -155,7 +155,7 @@ class CppKernel:
         self.source = built.source
         self._spec = spec
         self._dtype: torch.dtype = getattr(torch, spec.out_dtype)
-        self._lse_dtype: torch.dtype = getattr(torch, spec.lse_dtype)
+        self._lse_dtype: torch.dtype = getattr(torch, planner.lse_dtype(spec, "cpp"))
         self._loaded = _Loaded(spec, built)
 
     def __call__(self, operands: Sequence[Tensor], sizes: Sequence[int]) -> Tensor:
@@ -169,7 +169,10 @@ class CppKernel:
         out = torch.empty_strided(self._spec.out_shape(sizes), self._spec.out_strides(sizes), dtype=self._dtype)
         lse = torch.empty(self._spec.lse_shape(sizes), dtype=self._lse_dtype)
         done = self._loaded.run(out, lse, operands, sizes)
-        return (out, lse) if done else reference.attention_with_lse(self._spec, operands, sizes, "eager")
+        if done:
+            return out, lse
+        out, rounded = reference.attention_with_lse(self._spec, operands, sizes, "eager")
+        return out, rounded.to(self._lse_dtype)
 
 
 class CppTileMap:

@@ -34,6 +34,7 @@ class CppBackward:
         self.source = built.source
         found = sinks(spec, wanted)
         self._spec, self._wanted, self._gradients = spec, tuple(wanted), Gradients(spec, found)
+        self._lse_dtype: torch.dtype = getattr(torch, planner.lse_dtype(spec, "cpp"))
         self._run = getattr(ctypes.CDLL(str(built.binary)), render.ENTRY)
         self._run.argtypes, self._run.restype = (ctypes.c_char_p,), ctypes.c_int
         count = argument_count(spec) + 1 + spec.batch + 2 + sum(1 + len(s.order) for s in found)
@@ -44,6 +45,7 @@ class CppBackward:
     ) -> list[Tensor]:
         """The gradients of the wanted operands, with the layout that ``torch.empty_like`` gives these."""
         gradients = self._gradients.zeros(operands, sizes)
+        lse = lse.to(self._lse_dtype)  # the reference's, where it stood in for the forward kernel
         arguments = [torch.get_num_threads(), out.data_ptr(), lse.data_ptr(), *out.stride(), *sizes]
         for tensor in operands:
             arguments += [tensor.data_ptr(), *tensor.shape, *tensor.stride()]
