@@ -11,6 +11,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
+from torch.utils import _pytree as pytree
 
 from fuse import models
 from fuse.errors import FuseError, NoDevice
@@ -84,13 +85,14 @@ def _tune(args: argparse.Namespace) -> int:
     before = set(_tuned())
     compiled = torch.compile(model, backend="fuse", options={"target": "triton", "tune": True})
     with torch.set_grad_enabled(args.train):
-        compiled(*inputs, **named)
+        results = pytree.tree_leaves(compiled(*inputs, **named))
+    if args.train:
+        wanted = [x for x in results if isinstance(x, torch.Tensor) and x.requires_grad]
+        torch.autograd.backward(wanted, [torch.ones_like(x) for x in wanted])
     for path in sorted(set(_tuned()) - before):
         found = json.loads(path.read_text())
-        times = {x["seconds"]: f"{x['block_q']}x{x['block_k']}, {x['warps']} warps" for x in found["measured"]}
-        print(
-            f"{found['kernel']}: {times[min(times)]}, {min(times) * 1e6:.1f} us; slowest of {len(times)} {max(times) * 1e6:.1f}"
-        )
+        times = [x["seconds"] * 1e6 for x in found["measured"]]
+        print(f"{found['kernel']}: {min(times):.1f} us by the fastest of {len(times)} plans, {max(times):.1f} by the slowest")
         print(f"    {path}")
     return 0
 

@@ -48,7 +48,7 @@ def fuse(
     runtime.prepare((spec for spec, _ in specs), chosen.target, chosen.tune)  # builds run beside the inner compiler
     for spec, wanted in specs:
         if any(wanted):
-            runtime.prepare_backward(spec, chosen.target, wanted)
+            runtime.prepare_backward(spec, chosen.target, wanted, chosen.tune)
     if chosen.target == "triton" and not _INTERPRETED:
         for call in warm.calls(gm):
             runtime.beside(warm.compile_for, call, dict(specs).get(op.parsed(call.spec), ()))

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from gradients import check, floats, run
 from problems import Problem, problem
 
 pytest.importorskip("triton", reason="no Triton on this platform")
@@ -21,6 +22,7 @@ from fuse import tuning  # noqa: E402
 from fuse.__main__ import main  # noqa: E402
 from fuse.planner_triton import TritonPlan  # noqa: E402
 from fuse.runtime.triton import TritonKernel  # noqa: E402
+from fuse.runtime.triton_backward import TritonBackward  # noqa: E402
 from fuse.tuning import Subject, fastest, kept  # noqa: E402
 
 PLANS = tuple(TritonPlan(64, 64, block, 64, 4, 2) for block in (128, 64, 32, 16))
@@ -162,19 +164,29 @@ def test_the_option_tunes_what_a_model_launches(measured: list[int], folder: Pat
     assert measured and len(list(folder.glob("tuned-*.json"))) == 1
 
 
+def test_gradients_are_tuned_too_and_not_added_up(measured: list[int], folder: Path) -> None:
+    problem = made()
+    wanted = floats(problem)
+    backward = TritonBackward(problem.spec, wanted)
+    backward.tune()
+    check(problem, run(problem, backward), wanted)
+    assert len(measured) > 1 and len(list(folder.glob("tuned-*.json"))) == 1
+
+
+@pytest.mark.parametrize(("train", "length"), [(False, 40), (True, 20)])  # kernels know what they chose for a magnitude
 def test_the_command_says_what_it_measured(
-    measured: list[int], tmp_path: Path, capsys: pytest.CaptureFixture[str], folder: Path
+    measured: list[int], tmp_path: Path, capsys: pytest.CaptureFixture[str], folder: Path, train: bool, length: int
 ) -> None:
     (tmp_path / "model.py").write_text(
         "import torch\n"
         "def build():\n"
-        "    x = torch.randn(1, 2, 40, 16)\n"
+        f"    x = torch.randn(1, 2, {length}, 16, requires_grad=True)\n"
         "    return lambda q, k, v: (q @ k.mT * 0.25).softmax(-1) @ v, (x, x, x)\n"
     )
-    assert main(["tune", f"{tmp_path / 'model.py'}:build"]) == 0
-    (result,) = folder.glob("tuned-*.json")
-    shown = capsys.readouterr().out
-    assert str(result) in shown and "us; slowest of" in shown
+    assert main(["tune", f"{tmp_path / 'model.py'}:build", *["--train"] * train]) == 0
+    results, shown = list(folder.glob("tuned-*.json")), capsys.readouterr().out
+    assert len(results) == 1 + train
+    assert all(str(result) in shown for result in results) and "us by the fastest of" in shown
 
 
 def test_the_command_needs_a_gpu(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

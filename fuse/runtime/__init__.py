@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
-from typing import Protocol, TypeVar, runtime_checkable
+from typing import Any, Protocol, TypeVar, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -127,9 +127,11 @@ def prepare(specs: Iterable[AttentionSpec], target: str, tune: bool = False) -> 
             _begun(_map_kernels, (use.tile_map, target), _make_map)
 
 
-def prepare_backward(spec: AttentionSpec, target: str, wanted: tuple[bool, ...]) -> None:
+def prepare_backward(spec: AttentionSpec, target: str, wanted: tuple[bool, ...], tune: bool = False) -> None:
     """As ``prepare``, for the kernel that ``backward_kernel`` will give. It gives way to all else: nobody may ask for it."""
-    _begun(_backward_kernels, (gradient(spec, wanted), target), _make_backward, later=True)
+    made = _begun(_backward_kernels, (gradient(spec, wanted), target), _make_backward, later=True)
+    if tune:
+        made.add_done_callback(_tune)
 
 
 def reset() -> None:
@@ -208,7 +210,7 @@ def _make(spec: AttentionSpec, target: str) -> Kernel:
         return ReferenceKernel(spec, target, f"rendering failed, please report it: {type(error).__name__}: {error}")
 
 
-def _tune(made: Future[Kernel]) -> None:
+def _tune(made: Future[Any]) -> None:
     if isinstance(kernel := made.result(), Tunable):
         kernel.tune()
 

@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from triton.runtime.errors import OutOfResources
 
 from fuse import expr
 from fuse.codegen.backward import exact_below
@@ -22,7 +21,8 @@ from fuse.runtime.cache import write_once
 from fuse.runtime.gradients import Gradients
 from fuse.runtime.groups import Groups, groups_of
 from fuse.runtime.triton_launch import Function
-from fuse.runtime.triton_module import architecture_of, load
+from fuse.runtime.triton_module import load
+from fuse.runtime.triton_plans import Plans
 from fuse.spec import AttentionSpec
 
 
@@ -35,7 +35,7 @@ class TritonBackward:
         self._gradients = Gradients(spec, self._sinks)
         self._real: torch.dtype = getattr(torch, spec.lse_dtype)
         self._groups: dict[str, tuple[tuple[object, ...], list[Groups]]] = {}
-        self._plans: dict[torch.device, tuple[TritonBackwardPlan, ...]] = {}
+        self.plans = Plans(lambda arch: candidates_backward(spec, arch))
         name = f"attention_backward_{spec.out_dtype}_{spec.qk_dim}x{spec.v_dim}"
         self.source = write_once("triton", name, ".py", render_backward(spec, wanted))
         module = load(self.source)
@@ -46,18 +46,17 @@ class TritonBackward:
         self, grad_out: Tensor, operands: Sequence[Tensor], sizes: Sequence[int], out: Tensor, lse: Tensor
     ) -> list[Tensor]:
         """The gradients of the wanted operands, with the layout that ``torch.empty_like`` gives these."""
-        device = grad_out.device
-        plans = self._plans.get(device) or candidates_backward(self._spec, architecture_of(device))
-        while True:
-            try:
-                found = self._with(plans[0], grad_out, operands, sizes, out, lse)
-                break
-            except OutOfResources:  # the planner's table is no proof
-                if len(plans) == 1:
-                    raise
-                plans = plans[1:]
-        self._plans[device] = plans
+        found: list[Tensor] = []
+
+        def launch(plan: TritonBackwardPlan) -> None:
+            found[:] = self._with(plan, grad_out, operands, sizes, out, lse)
+
+        self.plans.launch(self.source, grad_out.device, sizes[: self._spec.batch + 2], launch)
         return found
+
+    def tune(self) -> None:
+        """As that of forward."""
+        self.plans.tune = True
 
     def _with(
         self, plan: TritonBackwardPlan, grad_out: Tensor, operands: Sequence[Tensor], sizes: Sequence[int], out: Tensor,
