@@ -121,3 +121,20 @@ def test_what_is_not_supported_is_left_to_the_reference() -> None:
     with pytest.raises(Unsupported):
         kernel(p)
     check(p, run(p, runtime.backward_kernel(p.spec, "triton", floats(p))), floats(p))
+
+
+def test_training_a_model_calls_the_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Heads are transposed views, and the gradient of the result has the layout of the product behind it."""
+    monkeypatch.setattr(reference, "attention_backward", None)
+    projection = torch.nn.Linear(32, 96)
+
+    def model(x: torch.Tensor) -> torch.Tensor:
+        q, k, v = projection(x).view(2, 20, 3, 2, 16).permute(2, 0, 3, 1, 4)
+        return torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).reshape(2, 20, 32)
+
+    x, grads = torch.randn(2, 20, 32), []
+    for run_it in (model, torch.compile(model, backend="fuse", options={"target": "triton", "inner": "eager"})):
+        projection.zero_grad()
+        run_it(x).square().sum().backward()
+        grads.append(projection.weight.grad.clone())
+    torch.testing.assert_close(*grads)
