@@ -25,6 +25,8 @@ from fuse.runtime.triton_module import load
 from fuse.runtime.triton_plans import Plans
 from fuse.spec import AttentionSpec
 
+_MOST = 64  # tables of groups that are kept, by batch sizes: while a CUDA graph is captured, none can be copied to the device
+
 
 class TritonBackward:
     """The loaded kernels of the gradients of ``wanted`` operands. Raises codegen.sinks.Unsupported."""
@@ -34,7 +36,7 @@ class TritonBackward:
         self._sinks = sinks(spec, wanted)
         self._gradients = Gradients(spec, self._sinks)
         self._real: torch.dtype = getattr(torch, spec.lse_dtype)
-        self._groups: dict[str, tuple[tuple[object, ...], list[Groups]]] = {}
+        self._groups: dict[tuple[object, ...], list[Groups]] = {}
         self.plans = Plans(lambda arch: candidates_backward(spec, arch))
         name = f"attention_backward_{spec.out_dtype}_{spec.qk_dim}x{spec.v_dim}"
         self.source = write_once("triton", name, ".py", render_backward(spec, wanted))
@@ -114,10 +116,12 @@ class TritonBackward:
     def _grouped(self, owner: str, found: Sequence[Sink], sizes: Sequence[int], device: torch.device) -> list[Groups]:
         by_name = dict(zip(self._spec.symbols, sizes, strict=True))
         read = {f"B{i}" for i in range(self._spec.batch)}.union(expr.symbols(*(c for s in found for c in s.load.coords)))
-        key = (device, *(by_name[name] for name in sorted(read)))
-        if owner not in self._groups or self._groups[owner][0] != key:
-            self._groups[owner] = key, groups_of(self._spec, found, by_name, device)
-        return self._groups[owner][1]
+        key = (owner, device, *(by_name[name] for name in sorted(read)))
+        if key not in self._groups:
+            if len(self._groups) >= _MOST:
+                self._groups.clear()
+            self._groups[key] = groups_of(self._spec, found, by_name, device)
+        return self._groups[key]
 
     def _scatter(
         self, operands: Sequence[Tensor], sizes: Sequence[int], lse: Tensor, delta: Tensor, partial: Mapping[str, Tensor],
