@@ -1,4 +1,4 @@
-"""fuse on a GPU: is every route right, and how fast is it beside its peers, in one command of less than nine minutes.
+"""fuse on a GPU: is every route right, and how fast is it beside its peers. Parts end by the clock, within nine minutes.
 
     python benchmarks/gpu.py [--only causal] [--parts correctness attention models] [--peers flash flex]
     python benchmarks/gpu.py --device cpu --tiny --results DIR      the same path in seconds, with the kernels of the CPU
