@@ -27,7 +27,7 @@ from fuse.runtime.triton_backward import TritonBackward  # noqa: E402
 GRADIENTS = (
     "no_batch", "one_query", "one_key", "empty_batch", "head_dim_80", "value_narrower_than_key", "grouped_query",
     "features_strided", "packed_qkv", "causal_long", "causal_offset", "causal_more_queries_than_keys", "window",
-    "left_padding_and_causal", "documents", "dense_additive", "masked_rows_infinite_fill", "masked_rows_added_fill",
+    "padding", "left_padding_and_causal", "documents", "dense_additive", "masked_rows_infinite_fill", "masked_rows_added_fill",
     "masked_rows_are_zero", "two_lowest_masks_overflow", "masked_rows_with_sink", "alibi", "soft_cap_causal",
     "scalar_tensor_scale", "two_extra_logits", "weight_factor", "weight_masked_after_softmax", "relative_table",
 )  # fmt: skip

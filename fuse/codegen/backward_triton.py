@@ -215,13 +215,15 @@ class _Kernel:
 
     def programs(self, found: Sequence[Sink], scale: float) -> dict[str, object]:
         exact = self.exact(found, scale) if exact_below(self.spec) is not None else None
-        bounds = [name for name, _ in bounds_of(self.spec)]
+        bounds, residual = [name for name, _ in bounds_of(self.spec)], residual_of(self.spec)
         starts, ends = ("upper", "lower") if self.owner == "k" else ("lower", "upper")
         tail = self.owner == "q" or not self._harmless_tail()
+        of_keys = residual is not None and self.owner == "k" and "q" not in depends(residual)
         return {
             "full": self.entries(found, full=True), "partial": self.entries(found, full=False), "exact": exact,
-            "skip": self.any() if residual_of(self.spec) is not None else None,
-            "starts_partial": starts in bounds, "ends_partial": tail or ends in bounds,
+            "skip": None if residual is None or of_keys else self.any(),
+            "shown": self.writer().value(residual) if residual is not None and of_keys else None,
+            "starts_partial": of_keys or starts in bounds, "ends_partial": tail or ends in bounds,
         }  # fmt: skip
 
     def _harmless_tail(self) -> bool:
