@@ -21,8 +21,8 @@ def render_decode(spec: AttentionSpec, plan: TritonPlan) -> str:
     runs = list(enumerate(sharing.runs(spec)))
     shared = [(i, run) for i, run in runs if run != 1]
     source = Source(sharing.grouped(spec), frozenset({"q", *(f"b{i}" for i, _ in shared)}))
-    context = call_context(source) | {
-        "header": header(spec, plan), "entry": ENTRY, "merge": MERGE, "width": plan.width, "v_width": plan.v_width,
+    context = call_context(source, plan) | {
+        "header": header(spec, plan), "entry": ENTRY, "merge": MERGE,
         "bounds": [(name, source.writer().value(node)) for name, node in bounds_of(source.spec)],
         "runs": runs, "shared": shared, "max_length": MAX_LENGTH,
     }  # fmt: skip

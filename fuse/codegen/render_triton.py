@@ -8,7 +8,7 @@ from fuse import expr
 from fuse.codegen.cpp import HALVES
 from fuse.codegen.render import ENTRY, environment, header_lines, peel, residual_of, threshold_of
 from fuse.codegen.triton import Block, TritonWriter
-from fuse.expr import Expr, Load, Prob, Score
+from fuse.expr import Expr, Index, Load, Prob, Score
 from fuse.planner_triton import TritonPlan
 from fuse.spec import AttentionSpec
 from fuse.tiles import TileMap
@@ -24,6 +24,17 @@ class Program:
     result: str = ""
     unit: str = ""
     seen: list[str] = field(default_factory=list)
+
+
+@dataclass
+class Stream:
+    """Tiles of keys or values: ``before`` the loop over tiles, ``lines`` of a tile, and its text; ``inside``, where all of its
+    keys are there."""
+
+    before: list[str]
+    lines: list[str]
+    result: str
+    inside: str
 
 
 class Source:
@@ -63,12 +74,35 @@ class Source:
         writer.leaves |= {leaf: "prob" for leaf in expr.walk(self.spec.weight) if isinstance(leaf, Prob)}
         return Program(result=writer.value(self.spec.weight), lines=tile.lines)
 
-    def matrix(self, load: Load, names: dict[str, str] | None = None) -> Program:
-        """A tile of query, key or value: in its own dtype, as tensor cores take it, where all three have the same."""
-        dtypes = {x.dtype for x in (self.spec.query, self.spec.key, self.spec.value)}
+    def matrix(self, load: Load) -> Program:
+        """The queries' features: in their own dtype, as tensor cores take it, where query, key and value have the same."""
         here = Block()
-        writer = TritonWriter(lambda axes: here if axes else self.site, self.real, self.count, names=names or {})
-        return Program(here.lines, writer.load(load, cast=len(dtypes) > 1))
+        writer = TritonWriter(lambda axes: here if axes else self.site, self.real, self.count)
+        return Program(here.lines, writer.load(load, cast=self._mixed()))
+
+    def stream(self, name: str, load: Load, column: str, full: bool, ahead: bool) -> Stream:
+        """Keys or values. ``column``: the name of their positions; ``full``: every feature of the tile is there.
+
+        ``ahead``: addresses are computed before the loop, which takes registers.
+        """
+        before, tile = Block(), Block()
+        moved = [dim for dim, coord in enumerate(load.coords) if "k" in expr.axes(coord)]
+        (dim,) = moved if ahead and len(moved) == 1 and isinstance(load.coords[moved[0]], Index) else (None,)
+        where = tile if dim is None else before
+        writer = TritonWriter(lambda axes: where if axes else self.site, self.real, self.count)
+        writer.names["k"] = column if dim is None else f"{column}_lane"
+        pointer = f"p{load.operand} + {writer.offset(load)}"
+        if dim is not None:
+            before.lines.append(f"{name}_at = {pointer}")
+            pointer = f"{name}_at + tl.cast(k0, tl.int64) * s{load.operand}_{dim}"
+        writer.names["k"] = column
+        guards = writer.guards(load)
+        inside = [g for g in guards if g != f"{column}_ok" and not full]
+        texts = [writer.read(load, pointer, chosen, cast=self._mixed()) for chosen in (guards, inside)]
+        return Stream(before.lines, tile.lines, *texts)
+
+    def _mixed(self) -> bool:
+        return len({x.dtype for x in (self.spec.query, self.spec.key, self.spec.value)}) > 1
 
     def bound(self, name: str, node: Expr) -> dict[str, object]:
         found: dict[str, object] = {"name": name}
@@ -115,17 +149,18 @@ def arguments(spec: AttentionSpec | TileMap) -> dict[str, object]:
     }  # fmt: skip
 
 
-def call_context(source: Source) -> dict[str, object]:
+def call_context(source: Source, plan: TritonPlan) -> dict[str, object]:
     """What every kernel that attends to keys needs: its arguments, and the pieces of ``tile.py.jinja``."""
     spec, threshold = source.spec, threshold_of(source.spec)
     visible, factor = peel(spec.score if spec.mask is None else spec.mask.visible)
     residual = residual_of(spec)
-    masked = bool(bounds_of(spec)) or residual is not None
+    full = (spec.qk_dim == plan.width, spec.v_dim == plan.v_width)  # else conditions on features take registers
     return arguments(spec) | {
         "batch": spec.batch, "qk_dim": spec.qk_dim, "v_dim": spec.v_dim, "real": source.real, "mask_axes": mask_axes(spec),
-        "double": source.double, "residual": residual is not None, "masked": masked,
-        "query": source.matrix(spec.query), "key": source.matrix(spec.key), "value": source.matrix(spec.value, {"k": "row"}),
-        "full": source.program(visible, factor, [] if masked else ["k_ok"]),
+        "double": source.double, "residual": residual is not None, "width": plan.width, "v_width": plan.v_width,
+        "query": source.matrix(spec.query), "key": source.stream("key", spec.key, "k", full[0], full[0] and plan.stages > 1),
+        "value": source.stream("value", spec.value, "row", full[1], full[1] and plan.stages > 1),
+        "full": source.program(visible, factor, []),
         "partial": source.program(visible, factor, source.seen(), predicate=residual), "skip": source.skip(),
         "exact": None if threshold is None else source.program(spec.score, 1.0, ["k_ok"], exact=True),
         "weight": source.weight(), "extras": [source.extra(x) for x in spec.extra_logits], "factor": repr(factor),
@@ -141,8 +176,8 @@ def header(spec: AttentionSpec, plan: object) -> str:
 def render_triton(spec: AttentionSpec, plan: TritonPlan) -> str:
     """One Python module with the kernel ENTRY; its arguments are those of ``fuse.runtime.triton``."""
     source = Source(spec)
-    context = call_context(source) | {
-        "header": header(spec, plan), "entry": ENTRY, "width": plan.width, "v_width": plan.v_width,
+    context = call_context(source, plan) | {
+        "header": header(spec, plan), "entry": ENTRY,
         "bounds": [source.bound(name, node) for name, node in bounds_of(spec)],
     }  # fmt: skip
     return environment().get_template("triton/forward.py.jinja").render(context)

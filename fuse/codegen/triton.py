@@ -73,9 +73,15 @@ class TritonWriter:
 
     def load(self, node: Load, cast: bool = True) -> str:
         """A read; what a coordinate that is no plain index points at is held inside the operand."""
-        masks = {self.value(c) for c in node.coords if isinstance(c, Index) and c.axis in ("q", "k", "d", "e")}
-        guard = f", mask={' & '.join(f'{axis}_ok' for axis in sorted(masks))}, other=0" if masks else ""
-        text = f"tl.load(p{node.operand} + {self.offset(node)}{guard})"
+        return self.read(node, f"p{node.operand} + {self.offset(node)}", self.guards(node), cast)
+
+    def guards(self, node: Load) -> list[str]:
+        """Conditions under which the plain indices of a read lie inside the operand."""
+        plain = {self.value(c) for c in node.coords if isinstance(c, Index) and c.axis in ("q", "k", "d", "e")}
+        return [f"{axis}_ok" for axis in sorted(plain)]
+
+    def read(self, node: Load, pointer: str, guards: list[str], cast: bool = True) -> str:
+        text = f"tl.load({pointer}, mask={' & '.join(guards)}, other=0)" if guards else f"tl.load({pointer})"
         if node.dtype == "bool":
             return f"{text} != 0"
         if not cast:
