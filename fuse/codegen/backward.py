@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 from fuse import expr
-from fuse.codegen.cpp import C_TYPES, HALVES, Value, Writer, scalar_function
+from fuse.codegen.cpp import C_TYPES, HALVES, Value, Writer, is_affine, is_separable, scalar_function
 from fuse.codegen.example import example_of_gradients
 from fuse.codegen.keys import KeyProgram, KeyRuns, KeyWriter, bound
 from fuse.codegen.render import (
@@ -45,11 +45,12 @@ _IMPRECISE = -1000.0
 
 @dataclass(frozen=True)
 class Added:
-    """What an entry adds to a sink."""
+    """What an entry adds to a sink; ``tiled``: a tile of entries at a time."""
 
     name: str
     kind: str
     text: str
+    tiled: bool = False
 
 
 @dataclass(frozen=True)
@@ -141,7 +142,8 @@ class _Programs:
         for sink, term, factor in zip(found, self.of.terms, factors, strict=True):
             if sink.kind != "logit":
                 outer = "d_weight" if term.root == "weight" else "d_score"
-                yield Added(sink.name, sink.kind, outer if is_one(factor) else f"{outer} * {self._real(writer, factor)}")
+                text = outer if is_one(factor) else f"{outer} * {self._real(writer, factor)}"
+                yield Added(sink.name, sink.kind, text, _tiled(sink))
 
     def _slope(self, writer: Writer, slope: Expr, exact: bool) -> str:
         """Where nothing depends on the raw score, its gradient is zero even in a row of NaN."""
@@ -154,6 +156,11 @@ class _Programs:
     @staticmethod
     def _real(writer: Writer, node: Expr) -> str:
         return writer.value(node).spread("real")
+
+
+def _tiled(sink: Sink) -> bool:
+    """Whether entries add at a part of the query plus a part of the key."""
+    return sink.kind in ("dense", "entry") and (is_separable(sink.load) or all(is_affine(c) for c in sink.load.coords))
 
 
 def _true(node: Expr) -> bool:
@@ -208,7 +215,7 @@ def render_backward(spec: AttentionSpec, wanted: Sequence[bool], plan: Plan) -> 
         ),
         "needs_scores": bool(matrices & {"query", "key"}) or entries, "slice_limit": _SLICE_LIMIT,
         "slices": any(s.kind in ("row", "key", "entry", "logit") for s in found), "argument_count": argument_count(spec),
-        "stage_count": max((len(p.stages) for p in programs), default=0) + sum(s.kind == "dense" for s in found),
+        "stage_count": max((len(p.stages) for p in programs), default=0) + sum(map(_tiled, found)),
     }  # fmt: skip
     return environment().get_template(f"cpp/backward_{plan.core}.cpp.jinja").render(context)
 
@@ -240,7 +247,10 @@ def _sink_context(source: Source, of: Gradient, number: int, sink: Sink) -> dict
     size = " * ".join(f"c.size[{sink.load.operand}][{d}]" for d in sink.dims) or "1"
     outer = tuple(d for d in range(len(sink.load.coords)) if d not in inner)
     found |= {"comment": f"Gradient of {sink.load}.", "base": place(outer), "place": place(inner), "size": size,
-              "sliced": sink.kind != "dense"}  # fmt: skip
+              "sliced": sink.kind != "dense", "inside": ""}  # fmt: skip
+    if _tiled(sink):
+        always = is_separable(sink.load)
+        found["inside"] = scalar_function(lambda w: "true" if always else w.inside(sink.load), source.count)
     if sink.kind == "logit":
         term = of.terms[int(sink.name.removeprefix("term"))]
         logit = of.spec.extra_logits[int(term.root.rpartition(".")[2])]
