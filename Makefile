@@ -37,6 +37,7 @@ types: venv
 
 bench: venv
 	$(BIN)/python benchmarks/cpu_forward.py
+	$(BIN)/python benchmarks/cpu_backward.py
 	$(BIN)/python benchmarks/masks.py
 	$(BIN)/python benchmarks/cpu_small.py
 	$(BIN)/python benchmarks/cpu_memory.py

@@ -19,6 +19,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import torch
@@ -159,8 +160,8 @@ def plot(curves: dict[str, list[float]], path: Path) -> None:
 
 def measured(way: str, length: int, dropout: float) -> tuple[float, float]:
     """Milliseconds and megabytes of one step on a single text; the process ends with it."""
-    with mp.get_context("spawn").Pool(1) as pool:
-        return pool.apply(_measure, (way, length, dropout))
+    with ProcessPoolExecutor(1, mp.get_context("spawn")) as pool:
+        return pool.submit(_measure, way, length, dropout).result()
 
 
 def _measure(way: str, length: int, dropout: float) -> tuple[float, float]:
