@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from fuse import sharing
-from fuse.planner_triton import Architecture, TritonPlan, registers, shared_memory
+from fuse.planner_triton import Architecture, TritonPlan, registers, shared_memory, widened
 from fuse.spec import AttentionSpec
 
 # Queries up to which a block of the forward kernel is mostly empty.
@@ -22,7 +22,7 @@ _STAGES = (3, 2)
 
 def plans(spec: AttentionSpec, arch: Architecture) -> tuple[TritonPlan, ...]:
     """As ``planner_triton.candidates``; ``block_q`` is the number of rows that a tile may have."""
-    width, v_width = (max(16, 1 << (n - 1).bit_length()) for n in (spec.qk_dim, spec.v_dim))
+    width, v_width = widened(spec.qk_dim), widened(spec.v_dim)
     tiles = [(rows, *keys, stages) for rows in reversed(_ROWS) for keys in _KEYS for stages in _STAGES]
     found = [TritonPlan(width, v_width, *tile) for tile in tiles]
     return (*[p for p in found if _fits(spec, p, arch)][:3], TritonPlan(width, v_width, 16, 16, 4, 1))

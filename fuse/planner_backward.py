@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from fuse.expr import Apply, Load, axes, walk
-from fuse.planner_triton import Architecture
+from fuse.planner_triton import Architecture, widened
 from fuse.spec import AttentionSpec
 
 
@@ -46,7 +46,7 @@ def candidates_backward(spec: AttentionSpec, arch: Architecture) -> tuple[Triton
     """Plans for ``spec`` on ``arch``, the most promising first; never empty. The last one asks for least."""
     width = widened(max(spec.qk_dim, spec.v_dim))
     size = {"float64": 8, "float32": 4}.get(spec.query.dtype, 2)
-    first = _LEVELS[arch.units if size == 2 else "none"] + (width * size // 256).bit_length() + _demand(spec)
+    first = _LEVELS[arch.units if size == 2 else "none"] + (width * size // 256).bit_length() + _demand(spec, arch)
     stages = 2 if size == 2 else 1
     small = Launch(32, 32, 4, 1)
     return tuple(
@@ -55,17 +55,11 @@ def candidates_backward(spec: AttentionSpec, arch: Architecture) -> tuple[Triton
     )
 
 
-def _demand(spec: AttentionSpec) -> int:
-    """What entries need beside their scores: addresses of their own; conditions, or random numbers."""
+def _demand(spec: AttentionSpec, arch: Architecture) -> int:
+    """What entries need beside their scores: addresses of their own, or random numbers; conditions."""
     nodes = list(walk(spec.score, spec.weight))
     if any(isinstance(n, Load) and {"q", "k"} <= axes(n) for n in nodes):
         return 2
-    return int(
-        (spec.mask is not None and spec.mask.residual is not None)
-        or any(isinstance(n, Apply) and n.op == "uniform" for n in nodes)
-    )
-
-
-def widened(features: int) -> int:
-    """A power of two, as matrix products want it."""
-    return max(16, 1 << (features - 1).bit_length())
+    if any(isinstance(n, Apply) and n.op == "uniform" for n in nodes):
+        return 1 if arch.from_shared else 2
+    return int(spec.mask is not None and spec.mask.residual is not None)

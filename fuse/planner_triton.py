@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import islice
 
+from fuse.descriptors import describable
 from fuse.expr import Apply, Expr, Load, Score, axes, contains, walk
 from fuse.spec import AttentionSpec
 
@@ -74,6 +75,7 @@ class TritonPlan:
     block_q         queries of a program
     block_k         keys of a tile
     warps, stages   of the launch
+    described       tiles may be copied by tensor descriptors
     """
 
     width: int
@@ -82,6 +84,7 @@ class TritonPlan:
     block_k: int
     warps: int
     stages: int
+    described: bool = False
 
 
 # block_q, block_k, warps, in the order of preference. Where operands of products lie in shared memory, larger tiles pay.
@@ -98,7 +101,7 @@ def plan_triton(spec: AttentionSpec, arch: Architecture) -> TritonPlan:
 
 def candidates(spec: AttentionSpec, arch: Architecture) -> tuple[TritonPlan, ...]:
     """Plans that fit ``arch``, the most promising first; never empty. The last one asks for least."""
-    least = _plan(spec, 16, 16, 4, 1)
+    least = _plan(spec, arch, 16, 16, 4, 1)
     fitting = islice(_fitting(spec, arch), _FEW)
     return tuple(dict.fromkeys((*fitting, least)))
 
@@ -106,15 +109,20 @@ def candidates(spec: AttentionSpec, arch: Architecture) -> tuple[TritonPlan, ...
 def _fitting(spec: AttentionSpec, arch: Architecture) -> Iterator[TritonPlan]:
     for block_q, block_k, warps in (*_WIDE, *_TILES) if arch.from_shared else _TILES:
         for stages in (3, 2) if _size(spec) == 2 and arch.units != "mfma" else (2,):
-            plan = _plan(spec, block_q, block_k, warps, stages)
+            plan = _plan(spec, arch, block_q, block_k, warps, stages)
             if shared_memory(spec, plan, arch) <= arch.shared and registers(spec, plan, arch) <= arch.registers:
                 yield plan
                 break
 
 
-def _plan(spec: AttentionSpec, block_q: int, block_k: int, warps: int, stages: int) -> TritonPlan:
-    width, v_width = (max(16, 1 << (n - 1).bit_length()) for n in (spec.qk_dim, spec.v_dim))
-    return TritonPlan(width, v_width, block_q, block_k, warps, stages)
+def _plan(spec: AttentionSpec, arch: Architecture, block_q: int, block_k: int, warps: int, stages: int) -> TritonPlan:
+    described = arch.descriptors and describable(spec)
+    return TritonPlan(widened(spec.qk_dim), widened(spec.v_dim), block_q, block_k, warps, stages, described)
+
+
+def widened(features: int) -> int:
+    """A power of two, as matrix products want it."""
+    return max(16, 1 << (features - 1).bit_length())
 
 
 def shared_memory(spec: AttentionSpec, plan: TritonPlan, arch: Architecture) -> int:
@@ -146,14 +154,15 @@ def registers(spec: AttentionSpec, plan: TritonPlan, arch: Architecture) -> int:
 
 
 def _entry_registers(spec: AttentionSpec) -> float:
-    """A 64-bit address for each load, conditions, and a share of the operations that follow the product."""
+    """A 64-bit address for each load, conditions, random numbers, and a share of the operations that follow the product."""
     score, conditions = spec.score, 0.0
     if spec.mask is not None:
         score = spec.mask.visible
         if spec.mask.residual is not None:  # with a finite fill, rows that see nothing are computed again
             conditions = 2.0 if math.isfinite(spec.mask.fill) else 0.75
     operations = sum(isinstance(node, Apply) and contains(node, Score) for node in walk(score)) - 1
-    return 9 * len(_entry_loads(spec)) + conditions + 0.25 * operations
+    drawn = 0.75 * any(isinstance(node, Apply) and node.op == "uniform" for node in walk(spec.weight))
+    return 9 * len(_entry_loads(spec)) + conditions + drawn + 0.25 * operations
 
 
 def _has_units(spec: AttentionSpec, arch: Architecture) -> bool:

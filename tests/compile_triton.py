@@ -51,7 +51,10 @@ GATED = (
     *(f"causal@64/backward:bfloat16:{arch}" for arch in ("sm_80", "sm_90", "sm_100", "gfx942")),
     *(f"causal@128/backward:bfloat16:{arch}" for arch in ("sm_80", "sm_90", "sm_100")),
     "relative_table@64/backward:bfloat16:sm_90",
-    "dropout@64:bfloat16:sm_90", "head_dim_256:bfloat16:sm_90", "head_dim_80:bfloat16:sm_80",
+    *(f"dropout_causal_two_tiles@64{part}:bfloat16:{arch}" for part in ("", "/backward")
+      for arch in ("sm_80", "sm_90", "sm_100")),
+    "dropout_causal_two_tiles@128:bfloat16:sm_90", "dropout@64:bfloat16:sm_90", "head_dim_256:bfloat16:sm_90",
+    "head_dim_80:bfloat16:sm_80",
 )  # fmt: skip
 
 

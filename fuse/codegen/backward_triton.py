@@ -21,7 +21,7 @@ from fuse.codegen.sinks import Sink, Unsupported, sinks
 from fuse.codegen.triton import Block, TritonWriter, depends
 from fuse.expr import Apply, Const, Expr, Index, Load, Prob, Score, apply, const
 from fuse.gradient import Gradient, gradient
-from fuse.planner_backward import widened
+from fuse.planner_triton import widened
 from fuse.spec import AttentionSpec
 
 # Operations whose results are finite where the operands are ordinary numbers.
@@ -84,7 +84,8 @@ class _Kernel:
             varying = axes & {"q", "k", "d", "e"}
             return self.site if not varying else self.owned if varying == {self.owner} or tile is None else tile
 
-        return TritonWriter(place, _real(self.spec), self.count, exact, names=names or {})
+        drawn = {"q": "f_uniform_along({}, k0, BN)", "k": "f_uniform_down({}, first, BN, BM)"}.get(self.owner, "")
+        return TritonWriter(place, _real(self.spec), self.count, exact, names=names or {}, drawn=drawn)
 
     def value(self, node: Expr, **names: str) -> Text:
         """``node``, of positions that have other names."""

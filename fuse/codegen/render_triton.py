@@ -8,40 +8,54 @@ from fuse import expr
 from fuse.codegen.cpp import HALVES
 from fuse.codegen.render import ENTRY, environment, header_lines, peel, residual_of, threshold_of
 from fuse.codegen.triton import Block, TritonWriter
-from fuse.expr import Expr, Index, Load, Prob, Score
-from fuse.planner_triton import TritonPlan
+from fuse.descriptors import rows_of
+from fuse.expr import Const, Expr, Index, Load, Prob, Score
+from fuse.planner_triton import TritonPlan, widened
 from fuse.spec import AttentionSpec
 from fuse.tiles import TileMap
 
 _LOG2_E = 1.4426950408889634
+# Numbers above this may be added to scores to mask them.
+_ORDINARY = 1e3
 
 
 @dataclass
 class Program:
-    """One score program of a tile. ``seen``: texts of what must hold for an entry to count."""
+    """One score program of a tile.
+
+    unit   what turns its scores into powers of two
+    power  that of an entry, less that of the largest score
+    seen   texts of what must hold for an entry to count
+    """
 
     lines: list[str] = field(default_factory=list)
     result: str = ""
     unit: str = ""
+    power: str = ""
     seen: list[str] = field(default_factory=list)
 
 
 @dataclass
 class Stream:
     """Tiles of keys or values: ``before`` the loop over tiles, ``lines`` of a tile, and its text; ``inside``, where all of its
-    keys are there."""
+    keys are there; ``copied``, by its tensor descriptor, if there may be one."""
 
     before: list[str]
     lines: list[str]
     result: str
     inside: str
+    copied: str
 
 
 class Source:
-    """Collects the pieces of one source. ``row_axes``: loop indices that differ between the rows of a tile."""
+    """Collects the pieces of one source.
 
-    def __init__(self, spec: AttentionSpec, row_axes: frozenset[str] = frozenset({"q"})) -> None:
-        self.spec = spec
+    row_axes   loop indices that differ between the rows of a tile
+    described  tiles of query, key and value may be copied by tensor descriptors
+    """
+
+    def __init__(self, spec: AttentionSpec, row_axes: frozenset[str] = frozenset({"q"}), described: bool = False) -> None:
+        self.spec, self.described = spec, described
         self.row_axes = row_axes
         self.count = [0]
         self.site, self.rows = Block(), Block()
@@ -53,7 +67,9 @@ class Source:
             varying = axes & (self.row_axes | {"k"})
             return self.site if not varying else self.rows if varying <= self.row_axes or tile is None else tile
 
-        return TritonWriter(place, self.real, self.count, exact)
+        # Tiles of the forward kernel begin at multiples of their size, those of parts of the keys anywhere.
+        drawn = "f_uniform_along({}, k0, BN)" if self.row_axes == {"q"} else ""
+        return TritonWriter(place, self.real, self.count, exact, drawn=drawn)
 
     def program(
         self, node: Expr, factor: float, seen: list[str], exact: bool = False, predicate: Expr | None = None
@@ -66,13 +82,17 @@ class Source:
                 writer.leaves[leaf] = f"tl.cast(tl.cast(raw, tl.{leaf.dtype}), {self.real})" if rounded else "raw"
         result = writer.value(node)
         conditions = [*seen, *([] if predicate is None else [writer.value(predicate)])]
-        return Program(tile.lines, result, repr(factor * _LOG2_E), conditions)
+        unit = repr(factor * _LOG2_E)
+        power = f"score * {unit} - (reference * {unit})[:, None]"  # one instruction
+        if exact or _may_be_huge(node):
+            power = f"(score - reference[:, None]) * {unit}"
+        return Program(tile.lines, result, unit, power, conditions)
 
     def weight(self) -> Program:
         tile = Block()
         writer = self.writer(tile)
         writer.leaves |= {leaf: "prob" for leaf in expr.walk(self.spec.weight) if isinstance(leaf, Prob)}
-        return Program(result=writer.value(self.spec.weight), lines=tile.lines)
+        return Program(tile.lines, writer.value(self.spec.weight))
 
     def matrix(self, load: Load) -> Program:
         """The queries' features: in their own dtype, as tensor cores take it, where query, key and value have the same."""
@@ -99,7 +119,15 @@ class Source:
         guards = writer.guards(load)
         inside = [g for g in guards if g != f"{column}_ok" and not full]
         texts = [writer.read(load, pointer, chosen, cast=self._mixed()) for chosen in (guards, inside)]
-        return Stream(before.lines, tile.lines, *texts)
+        return Stream(before.lines, tile.lines, *texts, copied=self.copied(name, load))
+
+    def copied(self, name: str, load: Load, start: str = "k0", size: str = "BN") -> str:
+        """A tile of ``size`` rows by the tensor descriptor NAME_rows; empty where there is none."""
+        rows = rows_of(load) if self.described else None
+        if rows is None:
+            return ""
+        width = widened(self.spec.qk_dim if name in ("query", "key") else self.spec.v_dim)
+        return self.writer().copied(load, rows, f"{name}_rows", start, f"{size}, {width}")
 
     def _mixed(self) -> bool:
         return len({x.dtype for x in (self.spec.query, self.spec.key, self.spec.value)}) > 1
@@ -127,6 +155,15 @@ class Source:
         tile, residual = Block(), residual_of(self.spec)
         conditions = [*self.seen(), "q_ok", *([] if residual is None else [self.writer(tile).value(residual)])]
         return Program(tile.lines, " & ".join(conditions))
+
+
+def _may_be_huge(node: Expr) -> bool:
+    """Whether scores may have been masked by addition: digits of what remains, or all, would be lost in a multiplication."""
+    return any(
+        (isinstance(n, Load) and n.dtype in expr.FLOATS and expr.axes(n) & {"q", "k"})
+        or (isinstance(n, Const) and n.dtype in expr.FLOATS and abs(n.value) > _ORDINARY)
+        for n in expr.walk(node)
+    )
 
 
 def bounds_of(spec: AttentionSpec) -> list[tuple[str, Expr]]:
@@ -158,7 +195,8 @@ def call_context(source: Source, plan: TritonPlan) -> dict[str, object]:
     return arguments(spec) | {
         "batch": spec.batch, "qk_dim": spec.qk_dim, "v_dim": spec.v_dim, "real": source.real, "mask_axes": mask_axes(spec),
         "double": source.double, "residual": residual is not None, "width": plan.width, "v_width": plan.v_width,
-        "query": source.matrix(spec.query), "key": source.stream("key", spec.key, "k", full[0], full[0] and plan.stages > 1),
+        "query": source.matrix(spec.query), "query_copied": source.copied("query", spec.query, "q0", "BM"),
+        "key": source.stream("key", spec.key, "k", full[0], full[0] and plan.stages > 1),
         "value": source.stream("value", spec.value, "row", full[1], full[1] and plan.stages > 1),
         "full": source.program(visible, factor, []),
         "partial": source.program(visible, factor, source.seen(), predicate=residual), "skip": source.skip(),
@@ -175,9 +213,9 @@ def header(spec: AttentionSpec, plan: object) -> str:
 
 def render_triton(spec: AttentionSpec, plan: TritonPlan) -> str:
     """One Python module with the kernel ENTRY; its arguments are those of ``fuse.runtime.triton``."""
-    source = Source(spec)
+    source = Source(spec, described=plan.described)
     context = call_context(source, plan) | {
-        "header": header(spec, plan), "entry": ENTRY,
+        "header": header(spec, plan), "entry": ENTRY, "described": plan.described,
         "bounds": [source.bound(name, node) for name, node in bounds_of(spec)],
     }  # fmt: skip
     return environment().get_template("triton/forward.py.jinja").render(context)

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from fuse.codegen.cpp import HALVES, interval
+from fuse.descriptors import Rows
 from fuse.expr import COMPARISONS, FLOATS, Apply, Const, Expr, Index, Load, Prob, Score, Symbol, axes, contains, walk
 
 _INFIX = {"add": "+", "sub": "-", "mul": "*", "div": "/", "and": "&", "or": "|", "xor": "^", "eq": "==", "ne": "!=",
@@ -36,6 +37,7 @@ class TritonWriter:
     exact   also perform the roundings of 16-bit dtypes, as eager does after every operation
     leaves  texts of nodes that are there already
     names   variables of indices, where they have other names
+    drawn   how random numbers are drawn whose columns are the keys of a tile: a call that lacks its first three arguments
     """
 
     place: Callable[[frozenset[str]], Block]
@@ -44,6 +46,7 @@ class TritonWriter:
     exact: bool = False
     leaves: dict[Expr, str] = field(default_factory=dict)
     names: dict[str, str] = field(default_factory=dict)
+    drawn: str = ""
 
     def value(self, node: Expr) -> str:
         if node in self.leaves:
@@ -91,12 +94,20 @@ class TritonWriter:
     def offset(self, node: Load, strides: str | None = None) -> str:
         """Position of the element in its operand; ``strides``: what names begin with that are those of another such tensor."""
         terms = []
-        for dim, coord in enumerate(node.coords):
-            text = self.value(coord)
-            if not isinstance(coord, (Const, Index)):
-                text = f"tl.minimum(tl.maximum({text}, 0), n{node.operand}_{dim} - 1)"
-            terms.append(f"tl.cast({text}, tl.int64) * {strides or f's{node.operand}'}_{dim}")
+        for dim in range(len(node.coords)):
+            terms.append(f"tl.cast({self.coordinate(node, dim)}, tl.int64) * {strides or f's{node.operand}'}_{dim}")
         return " + ".join(terms) or "0"
+
+    def coordinate(self, node: Load, dim: int) -> str:
+        text = self.value(node.coords[dim])
+        if isinstance(node.coords[dim], (Const, Index)):
+            return text
+        return f"tl.minimum(tl.maximum({text}, 0), n{node.operand}_{dim} - 1)"
+
+    def copied(self, node: Load, rows: Rows, descriptor: str, start: str, shape: str) -> str:
+        """A tile from row ``start`` on, by its tensor descriptor."""
+        places = [f"tl.cast({self.coordinate(node, dim)}, tl.int32)" for dim in rows.places]
+        return f"tl.reshape({descriptor}.load([{', '.join([*places, start, '0'])}]), [{shape}])"
 
     # -------------------------------------------------------------------------------------------------- operations
 
@@ -121,7 +132,7 @@ class TritonWriter:
             nan = ", propagate_nan=tl.PropagateNan.ALL" if source in FLOATS else ""
             return f"tl.{op}({args[0]}, {args[1]}{nan})"
         if op == "uniform":
-            return f"tl.cast(f_uniform({', '.join(args)}), {self.real})"
+            return f"tl.cast({self._uniform(node, args)}, {self.real})"
         if op in ("floordiv", "mod", "sign", "isnan", "isinf", "reciprocal"):
             return f"f_{op}{'_real' if source in FLOATS and op in ('floordiv', 'mod') else ''}({', '.join(args)})"
         if op == "tanh" and node.dtype in HALVES and self.real == "tl.float32" and not self.exact:
@@ -129,6 +140,13 @@ class TritonWriter:
         if op in _TL:
             return f"tl.{op}({args[0]})"
         return f"libdevice.{_LIBDEVICE[op]}({', '.join(args)})"
+
+    def _uniform(self, node: Apply, args: list[str]) -> str:
+        _, plane, row, column = node.operands
+        of_keys = isinstance(column, Index) and column.axis == "k" and not depends(plane) & {"q", "k"}
+        if self.drawn and of_keys and depends(row) & {"q", "k"} == {"q"}:
+            return self.drawn.format(", ".join(args[:3]))
+        return f"f_uniform({', '.join(args)})"
 
     def _widened(self, node: Apply, args: list[str]) -> list[str]:
         """Operands of integer arithmetic in 64 bits, unless every value is known to fit 32."""

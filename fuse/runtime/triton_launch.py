@@ -13,11 +13,12 @@ _MOST = 1024  # compiled specialisations that are remembered, in which sizes are
 
 
 class Function:
-    """A Triton function, launched as ``function[grid](*arguments, **constants)``; a tensor comes first.
+    """A Triton function, launched as ``function[grid](*arguments, **constants)``: tensors, of which one comes first, integers,
+    and tensor descriptors.
 
     Triton finds the kernel that it compiled by taking every argument apart. Here what it found is kept by the arguments'
-    integers and the alignment of the tensors, which is all that it depends on: dtypes belong to the function. On AMD it also
-    depends on the sizes of tensors, and Triton's own way is taken.
+    integers and the alignment of the tensors, which is all that it depends on: dtypes belong to the function, and the shapes
+    of tiles to its constants. On AMD it also depends on the sizes of tensors, and Triton's own way is taken.
     """
 
     def __init__(self, function: Any) -> None:
@@ -43,7 +44,7 @@ class Function:
         if not isinstance(self._function, JITFunction):  # Triton's interpreter
             self._function[grid](*arguments, **constants)
             return
-        facts = [a if type(a) is int else a.data_ptr() % 16 for a in arguments]
+        facts = [a if type(a) is int else a.data_ptr() % 16 if isinstance(a, Tensor) else 0 for a in arguments]
         key = (driver.active.get_current_device(), *facts, *constants.values())
         compiled = self._compiled.get(key)
         if compiled is not None:
