@@ -16,7 +16,8 @@ from fuse import expr
 from fuse.codegen.backward import Added, Results, exact_below, is_one, peel_slope
 from fuse.codegen.cpp import HALVES
 from fuse.codegen.render import ENTRY, environment, header_lines, peel, residual_of
-from fuse.codegen.render_triton import bounds_of
+from fuse.codegen.render_tiles import is_listed
+from fuse.codegen.render_triton import arguments, bounds_of, mask_axes
 from fuse.codegen.sinks import Sink, Unsupported, sinks
 from fuse.codegen.triton import Block, TritonWriter, depends
 from fuse.expr import Apply, Const, Expr, Index, Load, Prob, Score, apply, const
@@ -219,12 +220,12 @@ class _Kernel:
         bounds, residual = [name for name, _ in bounds_of(self.spec)], residual_of(self.spec)
         starts, ends = ("upper", "lower") if self.owner == "k" else ("lower", "upper")
         tail = self.owner == "q" or not self._harmless_tail()
-        of_keys = residual is not None and self.owner == "k" and "q" not in depends(residual)
+        listed = is_listed(self.spec, self.owner)
+        shown = None if residual is None or listed or self.owner != "k" else self.writer().value(residual)
         return {
             "full": self.entries(found, full=True), "partial": self.entries(found, full=False), "exact": exact,
-            "skip": None if residual is None or of_keys else self.any(),
-            "shown": self.writer().value(residual) if residual is not None and of_keys else None,
-            "starts_partial": of_keys or starts in bounds, "ends_partial": tail or ends in bounds,
+            "listed": listed, "shown": shown,
+            "starts_partial": shown is not None or starts in bounds, "ends_partial": tail or ends in bounds,
         }  # fmt: skip
 
     def _harmless_tail(self) -> bool:
@@ -245,12 +246,10 @@ def render_backward(spec: AttentionSpec, wanted: Sequence[bool]) -> str:
                for name, kernel in (("keys", keys), ("queries", queries), ("distances", distances))}  # fmt: skip
     names = ", ".join(s.name if s.kind == "matrix" else str(s.load) for s in found)
     lines = (f"gradients of {names}, as fuse.gradient has them, of", *header_lines(spec))
-    context = {
-        "header": "\n".join(f"# {line}" for line in lines), "entry": ENTRY, "batch": spec.batch, "symbols": spec.symbols,
+    context = arguments(spec) | {
+        "header": "\n".join(f"# {line}" for line in lines), "entry": ENTRY, "batch": spec.batch, "mask_axes": mask_axes(spec),
         "qk_dim": spec.qk_dim, "v_dim": spec.v_dim, "width": widened(spec.qk_dim), "v_width": widened(spec.v_dim),
         "factor": repr(scale), "real": _real(spec), "log2e": repr(_LOG2E), "exact_below": exact_below(spec),
-        "pointers": [f"p{i}" for i in range(len(spec.operands))],
-        "strides": [f"{x}{i}_{d}" for i, o in enumerate(spec.operands) for x in "ns" for d in range(o.rank)],
         "rows": rows.context() | {"out": rows.like_out("out", "so"), "scores": rows.scores(), "extras": rows.extras()},
         "keys": kernels["keys"] | {"searches": keys.searches()},
         "queries": kernels["queries"] | {"bounds": queries.bounds()},

@@ -1,7 +1,7 @@
 """Interval arithmetic on tiles as Triton, with the functions of ``templates/triton/ranges.py.jinja``.
 
-A range is a tuple: (can, must) of a truth value, (low, high) of an integer. Those of keys hold one value for each of the
-tiles that are looked at together. Of reals that depend on queries and keys nothing is known.
+A range is a tuple: (can, must) of a truth value, (low, high) of an integer. Those of the positions that a program visits hold
+one value for each of the tiles that are looked at together. Of reals that depend on queries and keys nothing is known.
 """
 
 from __future__ import annotations
@@ -15,12 +15,13 @@ _INT_LIMITS = {"int64": 2**63 - 1, "int32": 2**31 - 1, "int16": 2**15 - 1, "int8
 
 
 class TritonRanges(RangeWriter):
-    """``rows``, ``keys``: where values of queries and keys, their summaries and what follows from them are written."""
+    """``owned``, ``visited``: where values of the positions of ``owner``, "q" or "k", and of the others are written with their
+    summaries, and what follows from both behind the latter."""
 
-    def __init__(self, writer: TritonWriter, rows: Block, keys: Block, count: list[int]) -> None:
+    def __init__(self, writer: TritonWriter, owner: str, owned: Block, visited: Block, count: list[int]) -> None:
         super().__init__(count)
-        self._writer = writer
-        self._rows, self._keys = rows, keys
+        self._writer, self._owner = writer, owner
+        self._owned, self._visited = owned, visited
 
     def constant(self, node: Expr, kind: str) -> str:
         return self.anything(kind) if kind == "real" else f"{_PREFIX[kind]}_point({self._writer.value(node)})"
@@ -31,9 +32,10 @@ class TritonRanges(RangeWriter):
     def summary(self, node: Expr, of_keys: bool, kind: str) -> str:
         if kind == "real":
             return self.anything(kind)
-        block, where = (self._keys, "k_ok, 1") if of_keys else (self._rows, "q_ok, 0")
+        at = "k" if of_keys else "q"
+        block, axis = (self._owned, 0) if at == self._owner else (self._visited, 1)
         value, name = self._writer.value(node), self.new_name()
-        block.lines.append(f"{name} = {_PREFIX[kind]}_over({value}, {where})")
+        block.lines.append(f"{name} = {_PREFIX[kind]}_over({value}, {at}_ok, {axis})")
         return name
 
     def operation(self, node: Apply) -> str | None:
@@ -56,5 +58,5 @@ class TritonRanges(RangeWriter):
 
     def define(self, kind: str, text: str) -> str:
         name = self.new_name()
-        self._keys.lines.append(f"{name} = {text}")
+        self._visited.lines.append(f"{name} = {text}")
         return name

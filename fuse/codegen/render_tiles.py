@@ -1,33 +1,56 @@
-"""Which tiles of keys a block of queries visits, as one Triton module, for masks that have more than bounds."""
+"""Which tiles a block visits, as one Triton module, for masks that have more than bounds: the tiles of keys that a block of
+queries sees or, transposed, the tiles of queries that see a block of keys."""
 
 from __future__ import annotations
+
+from dataclasses import dataclass
 
 from fuse import tiles
 from fuse.codegen.ranges_triton import TritonRanges
 from fuse.codegen.render import environment, residual_of
 from fuse.codegen.render_triton import Source, arguments, bounds_of, header, mask_axes
-from fuse.codegen.triton import Block, TritonWriter
+from fuse.codegen.triton import Block, TritonWriter, depends
 from fuse.spec import AttentionSpec
 
 TILES = "fuse_attention_tiles"
 
 
-def render_tiles(spec: AttentionSpec) -> str:
-    """The kernel TILES; its arguments are those of ``fuse.runtime.triton_tiles``."""
-    source, keys = Source(spec), Block()
+@dataclass(frozen=True)
+class Side:
+    """Names of one side of a tile, its positions ``at``, and how many of them a cell of a map has."""
+
+    at: str
+    length: str
+    size: str
+    cell: int
+
+
+_SIDES = {"q": Side("q", "q_len", "BM", tiles.ROWS), "k": Side("k", "kv_len", "BN", tiles.KEYS)}
+
+
+def is_listed(spec: AttentionSpec, owner: str) -> bool:
+    """Whether what owns queries ("q") or keys ("k") has lists. What a mask asks of keys alone, their owner asks itself."""
+    residual = residual_of(spec)
+    return residual is not None and (owner == "q" or "q" in depends(residual))
+
+
+def render_tiles(spec: AttentionSpec, owner: str) -> str:
+    """The kernel TILES_owner; its arguments are those of ``fuse.runtime.triton_tiles``."""
+    own, other = _SIDES[owner], _SIDES["k" if owner == "q" else "q"]
+    source, visited = Source(spec, frozenset(owner)), Block()
     bounds = [source.bound(name, node) for name, node in bounds_of(spec)]
     residual = residual_of(spec)
     assert residual is not None
     cells, result = "", ""
     if spec.mask is not None and spec.mask.tiles is not None:
-        names = {"q": "cell_q", "k": "cell_k"}
-        writer = TritonWriter(lambda axes: keys if axes & {"q", "k"} else source.site, source.real, source.count, names=names)
-        cells = writer.value(spec.mask.tiles)
+        place, names = lambda axes: visited if axes & {"q", "k"} else source.site, {"q": "cell_q", "k": "cell_k"}
+        cells = TritonWriter(place, source.real, source.count, names=names).value(spec.mask.tiles)
     else:
-        result = TritonRanges(source.writer(keys), source.rows, keys, source.count).range(residual)
+        result = TritonRanges(source.writer(visited), owner, source.rows, visited, source.count).range(residual)
     context = arguments(spec) | {
-        "header": header(spec, "tiles that are visited"), "entry": TILES, "bounds": bounds, "mask_axes": mask_axes(spec),
-        "site": source.site, "rows": source.rows, "keys": keys, "cells": cells, "result": result, "empty": tiles.EMPTY,
-        "full_cell": tiles.FULL, "map_rows": tiles.ROWS, "map_keys": tiles.KEYS,
+        "header": header(spec, "tiles that are visited"), "entry": f"{TILES}_{owner}", "own": own, "other": other,
+        "bounds": bounds, "mask_axes": mask_axes(spec), "site": source.site, "owned": source.rows, "visited": visited,
+        "cells": cells, "result": result, "empty": tiles.EMPTY, "full_cell": tiles.FULL, "map_rows": tiles.ROWS,
+        "map_keys": tiles.KEYS,
     }  # fmt: skip
     return environment().get_template("triton/tiles.py.jinja").render(context)

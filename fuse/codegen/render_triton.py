@@ -50,7 +50,7 @@ class Stream:
 class Source:
     """Collects the pieces of one source.
 
-    row_axes   loop indices that differ between the rows of a tile
+    row_axes   loop indices that differ between the rows that a program owns
     described  tiles of query, key and value may be copied by tensor descriptors
     """
 
@@ -64,7 +64,7 @@ class Source:
 
     def writer(self, tile: Block | None = None, exact: bool = False) -> TritonWriter:
         def place(axes: frozenset[str]) -> Block:
-            varying = axes & (self.row_axes | {"k"})
+            varying = axes & (self.row_axes | {"q", "k"})
             return self.site if not varying else self.rows if varying <= self.row_axes or tile is None else tile
 
         # Tiles of the forward kernel begin at multiples of their size, those of parts of the keys anywhere.

@@ -37,7 +37,7 @@ class TritonKernel:
         self.source = write_once("triton", name, ".py", render_triton(spec, plan))
         self.function = Function(getattr(load(self.source), ENTRY))
         self._runs = sharing.runs(spec)
-        self._tiles = TritonTiles(spec)
+        self._tiles = TritonTiles(spec, "q")
 
     @cached_property
     def decode(self) -> TritonDecode:

@@ -23,6 +23,7 @@ from fuse.runtime.groups import Groups, groups_of
 from fuse.runtime.triton_launch import Function
 from fuse.runtime.triton_module import load
 from fuse.runtime.triton_plans import Plans
+from fuse.runtime.triton_tiles import TritonTiles
 from fuse.spec import AttentionSpec
 
 _MOST = 64  # tables of groups that are kept, by batch sizes: while a CUDA graph is captured, none can be copied to the device
@@ -38,6 +39,7 @@ class TritonBackward:
         self._real: torch.dtype = getattr(torch, spec.lse_dtype)
         self._groups: dict[tuple[object, ...], list[Groups]] = {}
         self.plans = Plans(lambda arch: candidates_backward(spec, arch))
+        self._tiles = {owner: TritonTiles(spec, owner) for owner in ("k", "q")}
         name = f"attention_backward_{spec.out_dtype}_{spec.qk_dim}x{spec.v_dim}"
         self.source = write_once("triton", name, ".py", render_backward(spec, wanted))
         module = load(self.source)
@@ -68,49 +70,51 @@ class TritonBackward:
         *batch, q_len, kv_len = sizes[: self._spec.batch + 2]
         if math.prod((*batch, q_len, kv_len)):
             delta = torch.empty_like(lse)
-            arguments = self._rows(plan.rows, grad_out, operands, sizes, out, lse, delta)
+            views = [t.view(torch.uint8) if t.dtype == torch.bool else t for t in operands]
+            given = [*views, *sizes, *(n for t in views for n in (*t.shape, *t.stride()))]
+            known = self._rows(plan.rows, grad_out, given, sizes, out, lse, delta)
             sums = {"row": (*batch, q_len, 1), "key": (*batch, 1, kv_len), "entry": (*batch, 1, q_len + kv_len - 1)}
             partial = {s.name: lse.new_empty(sums[s.kind]) for s in self._sinks if s.kind in sums}
-            self._launch("k", plan.keys, -(-kv_len // plan.keys.block_k), arguments, sizes, gradients | partial)
-            self._launch("q", plan.queries, -(-q_len // plan.queries.block_q), arguments, sizes, gradients | partial)
+            self._launch("k", plan.keys, -(-kv_len // plan.keys.block_k), known, given, sizes, gradients | partial)
+            self._launch("q", plan.queries, -(-q_len // plan.queries.block_q), known, given, sizes, gradients | partial)
             if distances := [partial[s.name] for s in written_by("k - q", self._sinks)]:
                 tiles = -(-(q_len + kv_len - 1) // plan.distances.block_k)
                 grid = (math.prod(batch) * tiles,)
-                self.functions["distances"][grid](*arguments, *distances, **_options(plan.distances))
+                self.functions["distances"][grid](*known, *given, *distances, **_options(plan.distances))
             self._scatter(operands, sizes, lse, delta, partial, gradients)
         return self._gradients.totals(operands, self._wanted, gradients)
 
     def _rows(
-        self, plan: Launch, grad_out: Tensor, operands: Sequence[Tensor], sizes: Sequence[int], out: Tensor, lse: Tensor,
+        self, plan: Launch, grad_out: Tensor, given: Sequence[Any], sizes: Sequence[int], out: Tensor, lse: Tensor,
         delta: Tensor,
     ) -> list[Any]:  # fmt: skip
-        """Computes what is known of each row; the arguments that the kernels have in common."""
-        views = [t.view(torch.uint8) if t.dtype == torch.bool else t for t in operands]
-        extents = [n for t in views for n in (*t.shape, *t.stride())]
+        """Computes what is known of each row; what the kernels have in common before the ``given`` operands and integers."""
         sites = math.prod(sizes[: self._spec.batch])
         tops = rests = flags = lse  # never read
         if exact_below(self._spec) is not None:
             tops, rests = torch.empty_like(lse), torch.empty_like(lse)
             flags = torch.zeros(sites, dtype=torch.int32, device=lse.device)
         normal = torch.empty_like(lse)
-        known = (grad_out, lse, normal, delta, tops, rests, flags)
-        arguments = [*known, *views, *sizes, *grad_out.stride(), *extents]
+        known = [grad_out, lse, normal, delta, tops, rests, flags, *grad_out.stride()]
         blocks = -(-sizes[self._spec.batch] // plan.block_q)
-        self.functions["rows"][(sites * blocks,)](out, *arguments, *out.stride(), **_options(plan))
-        return arguments
+        self.functions["rows"][(sites * blocks,)](out, *known, *given, *out.stride(), **_options(plan))
+        return known
 
     def _launch(
-        self, owner: str, plan: Launch, tiles: int, arguments: Sequence[Any], sizes: Sequence[int],
+        self, owner: str, plan: Launch, blocks: int, known: Sequence[Any], given: Sequence[Any], sizes: Sequence[int],
         gradients: Mapping[str, Tensor],
     ) -> None:  # fmt: skip
         """The kernel of keys ("k") or queries ("q"), as often as it takes."""
         found = written_by(owner, self._sinks)
+        if not found:
+            return
         name = {"k": "keys", "q": "queries"}[owner]
+        lists, listed = self._tiles[owner].of(given, sizes, plan, known[0])
         outputs = [x for s in found for x in (gradients[s.name], *gradients[s.name].stride()[: len(s.order)])]
-        for groups in self._grouped(owner, found, sizes, arguments[0].device):
+        for groups in self._grouped(owner, found, sizes, known[0].device):
             flags = {f"HAS_{s.name}": s.name in groups.written for s in found} | {"ALONE": groups.count == len(groups.sites)}
-            self.functions[name][(groups.count * tiles,)](
-                *arguments, groups.sites, groups.starts, *outputs, **flags, **_options(plan)
+            self.functions[name][(groups.count * blocks,)](
+                *known, *given, groups.sites, groups.starts, *lists, *outputs, **flags, LISTED=listed, **_options(plan)
             )
 
     def _grouped(self, owner: str, found: Sequence[Sink], sizes: Sequence[int], device: torch.device) -> list[Groups]:
