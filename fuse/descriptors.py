@@ -39,7 +39,7 @@ def rows_of(load: Load) -> Rows | None:
 
 
 def describable(spec: AttentionSpec) -> bool:
-    """Whether tiles of query, key and value are rectangles, and of 16 bits, as matrix units take them from shared memory."""
+    """Whether tiles of query, key and value are rectangles, and of the 16 bits that matrix units take from shared memory."""
     loads = (spec.query, spec.key, spec.value)
-    dtypes = {load.dtype for load in loads}
+    dtypes = {spec.out_dtype, *(load.dtype for load in loads)}
     return len(dtypes) == 1 and dtypes <= {"bfloat16", "float16"} and all(rows_of(load) is not None for load in loads)

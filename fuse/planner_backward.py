@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from fuse.expr import Apply, Load, axes, walk
-from fuse.planner_triton import Architecture, widened
+from fuse.planner_triton import Architecture, described, widened
 from fuse.spec import AttentionSpec
 
 
@@ -27,12 +27,14 @@ class TritonBackwardPlan:
     keys       a program owns block_k keys and visits all queries
     queries    a program owns block_q queries and visits all keys
     distances  a program owns block_k distances of query and key, and visits block_q queries and twice as many keys at a time
+    described  what the kernels of keys and queries visit may be copied by tensor descriptors
     """
 
     rows: Launch
     keys: Launch
     queries: Launch
     distances: Launch
+    described: bool = False
 
 
 # block_q, block_k, warps. Half as much each, about; found by compiling: the first that does not spill for a level of demand.
@@ -50,7 +52,7 @@ def candidates_backward(spec: AttentionSpec, arch: Architecture) -> tuple[Triton
     stages = 2 if size == 2 else 1
     small = Launch(32, 32, 4, 1)
     return tuple(
-        TritonBackwardPlan(small, Launch(*_KEYS[level], stages), Launch(*_QUERIES[level], stages), small)
+        TritonBackwardPlan(small, Launch(*_KEYS[level], stages), Launch(*_QUERIES[level], stages), small, described(spec, arch))
         for level in range(min(first, len(_KEYS) - 1), len(_KEYS))
     )
 

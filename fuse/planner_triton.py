@@ -116,8 +116,13 @@ def _fitting(spec: AttentionSpec, arch: Architecture) -> Iterator[TritonPlan]:
 
 
 def _plan(spec: AttentionSpec, arch: Architecture, block_q: int, block_k: int, warps: int, stages: int) -> TritonPlan:
-    described = arch.descriptors and describable(spec)
-    return TritonPlan(widened(spec.qk_dim), widened(spec.v_dim), block_q, block_k, warps, stages, described)
+    width, v_width = widened(spec.qk_dim), widened(spec.v_dim)
+    return TritonPlan(width, v_width, block_q, block_k, warps, stages, described(spec, arch))
+
+
+def described(spec: AttentionSpec, arch: Architecture) -> bool:
+    """Whether tiles may be copied by tensor descriptors."""
+    return arch.descriptors and describable(spec)
 
 
 def widened(features: int) -> int:

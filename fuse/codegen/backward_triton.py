@@ -20,6 +20,7 @@ from fuse.codegen.render_tiles import is_listed
 from fuse.codegen.render_triton import arguments, bounds_of, mask_axes
 from fuse.codegen.sinks import Sink, Unsupported, sinks
 from fuse.codegen.triton import Block, TritonWriter, depends
+from fuse.descriptors import rows_of
 from fuse.expr import Apply, Const, Expr, Index, Load, Prob, Score, apply, const
 from fuse.gradient import Gradient, gradient
 from fuse.planner_triton import widened
@@ -28,16 +29,19 @@ from fuse.spec import AttentionSpec
 # Operations whose results are finite where the operands are ordinary numbers.
 _FINITE = ("add", "sub", "mul", "neg", "abs", "minimum", "maximum", "cast", "where", "tanh", "sigmoid", "uniform", "and", "or",
            "xor", "not", *expr.COMPARISONS)  # fmt: skip
+# What the kernel of queries may copy by tensor descriptors. That of keys, whose tiles are smaller, would gain nothing.
+COPIED = ("key", "value")
 # log2(e)
 _LOG2E = 1.4426950408889634
 
 
 @dataclass(frozen=True)
 class Text:
-    """A value, and the statements that it needs."""
+    """A value, and the statements that it needs; ``copied``: a tile by its tensor descriptor, if there may be one."""
 
     lines: Sequence[str]
     result: str
+    copied: str = ""
 
 
 @dataclass(frozen=True)
@@ -63,12 +67,14 @@ class _Kernel:
     """Writes what one kernel computes. ``owner``: "q" or "k", the position that a program keeps; it visits the other one. With
     "k - q" it keeps distances, and visits queries and keys together.
 
+    described    tiles may be copied by tensor descriptors
     site, owned  what is computed once for a batch index, and once for each position that is kept
     """
 
     of: Gradient
     owner: str
     count: list[int]
+    described: bool = False
     site: Block = field(default_factory=Block)
     owned: Block = field(default_factory=Block)
 
@@ -96,11 +102,14 @@ class _Kernel:
 
     # ------------------------------------------------------------------------------------------------------- tiles
 
-    def matrix(self, load: Load) -> Text:
+    def matrix(self, name: str) -> Text:
         """A tile of query, key or value, in the dtype of the products; positions that are visited are ``row``, a column."""
-        here = Block()
+        here, load = Block(), getattr(self.spec, name)
         writer = TritonWriter(lambda _: here, _real(self.spec), self.count, names={self.visited: "row"})
-        return Text(here.lines, writer.load(load, cast=not _one_dtype(self.spec)))
+        loaded, rows = writer.load(load, cast=not _one_dtype(self.spec)), rows_of(load)
+        width = widened(self.spec.v_dim if name == "value" else self.spec.qk_dim)
+        copied = writer.copied(load, rows, name, width) if rows is not None and self.described and name in COPIED else ""
+        return Text(here.lines, loaded, copied)
 
     def like_out(self, tensor: str, strides: str) -> str:
         """A tile of a tensor of the result's shape."""
@@ -211,7 +220,7 @@ class _Kernel:
 
     def context(self) -> dict[str, object]:
         return {
-            "query": self.matrix(self.spec.query), "key": self.matrix(self.spec.key), "value": self.matrix(self.spec.value),
+            **{name: self.matrix(name) for name in ("query", "key", "value")}, "described": self.described,
             "grad": self.like_out("grad_out", "sg"), "site": self.site, "owned": self.owned,
         }  # fmt: skip
 
@@ -235,13 +244,17 @@ class _Kernel:
         return all(isinstance(n, (Index, Score, Prob)) or (isinstance(n, Apply) and _is_finite(n)) for n in found)
 
 
-def render_backward(spec: AttentionSpec, wanted: Sequence[bool]) -> str:
-    """One Python module with the kernels ENTRY_rows, ENTRY_keys, ENTRY_queries and ENTRY_distances. Raises Unsupported."""
+def render_backward(spec: AttentionSpec, wanted: Sequence[bool], described: bool = False) -> str:
+    """One Python module with the kernels ENTRY_rows, ENTRY_keys, ENTRY_queries and ENTRY_distances. Raises Unsupported.
+
+    described  the kernel of queries may copy tiles by tensor descriptors
+    """
     of, found = gradient(spec, tuple(wanted)), sinks(spec, wanted)
     _check(found)
     scale = peel_slope(of.score if of.visible is None else of.visible)[1]
     count = [0]
-    rows, keys, queries, distances = (_Kernel(of, owner, count) for owner in ("q", "k", "q", "k - q"))
+    rows, keys, distances = (_Kernel(of, owner, count) for owner in ("q", "k", "k - q"))
+    queries = _Kernel(of, "q", count, described)
     kernels = {name: kernel.context() | kernel.programs(found, scale) | {"sinks": kernel.places(found)}
                for name, kernel in (("keys", keys), ("queries", queries), ("distances", distances))}  # fmt: skip
     names = ", ".join(s.name if s.kind == "matrix" else str(s.load) for s in found)

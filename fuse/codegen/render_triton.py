@@ -118,16 +118,14 @@ class Source:
         writer.names["k"] = column
         guards = writer.guards(load)
         inside = [g for g in guards if g != f"{column}_ok" and not full]
-        texts = [writer.read(load, pointer, chosen, cast=self._mixed()) for chosen in (guards, inside)]
-        return Stream(before.lines, tile.lines, *texts, copied=self.copied(name, load))
+        result, whole = (writer.read(load, pointer, chosen, cast=self._mixed()) for chosen in (guards, inside))
+        return Stream(before.lines, tile.lines, result, whole, self.copied(name, load))
 
-    def copied(self, name: str, load: Load, start: str = "k0", size: str = "BN") -> str:
-        """A tile of ``size`` rows by the tensor descriptor NAME_rows; empty where there is none."""
+    def copied(self, name: str, load: Load) -> str:
+        """A tile by its tensor descriptor; empty where there is none."""
         rows = rows_of(load) if self.described else None
-        if rows is None:
-            return ""
-        width = widened(self.spec.qk_dim if name in ("query", "key") else self.spec.v_dim)
-        return self.writer().copied(load, rows, f"{name}_rows", start, f"{size}, {width}")
+        width = widened(self.spec.v_dim if name == "value" else self.spec.qk_dim)
+        return "" if rows is None else self.writer().copied(load, rows, name, width)
 
     def _mixed(self) -> bool:
         return len({x.dtype for x in (self.spec.query, self.spec.key, self.spec.value)}) > 1
@@ -195,7 +193,7 @@ def call_context(source: Source, plan: TritonPlan) -> dict[str, object]:
     return arguments(spec) | {
         "batch": spec.batch, "qk_dim": spec.qk_dim, "v_dim": spec.v_dim, "real": source.real, "mask_axes": mask_axes(spec),
         "double": source.double, "residual": residual is not None, "width": plan.width, "v_width": plan.v_width,
-        "query": source.matrix(spec.query), "query_copied": source.copied("query", spec.query, "q0", "BM"),
+        "query": source.matrix(spec.query), "query_copied": source.copied("query", spec.query),
         "key": source.stream("key", spec.key, "k", full[0], full[0] and plan.stages > 1),
         "value": source.stream("value", spec.value, "row", full[1], full[1] and plan.stages > 1),
         "full": source.program(visible, factor, []),

@@ -104,10 +104,11 @@ class TritonWriter:
             return text
         return f"tl.minimum(tl.maximum({text}, 0), n{node.operand}_{dim} - 1)"
 
-    def copied(self, node: Load, rows: Rows, descriptor: str, start: str, shape: str) -> str:
-        """A tile from row ``start`` on, by its tensor descriptor."""
-        places = [f"tl.cast({self.coordinate(node, dim)}, tl.int32)" for dim in rows.places]
-        return f"tl.reshape({descriptor}.load([{', '.join([*places, start, '0'])}]), [{shape}])"
+    def copied(self, node: Load, rows: Rows, name: str, width: int) -> str:
+        """A tile of "query", "key" or "value" by its tensor descriptor, NAME_rows."""
+        start, size = ("q0", "BM") if name == "query" else ("k0", "BN")
+        corner = [*(f"tl.cast({self.coordinate(node, dim)}, tl.int32)" for dim in rows.places), start, "0"]
+        return f"tl.reshape({name}_rows.load([{', '.join(corner)}]), [{size}, {width}])"
 
     # -------------------------------------------------------------------------------------------------- operations
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from functools import cached_property, partial
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,7 +16,7 @@ from fuse.decode import Route
 from fuse.planner_triton import TritonPlan, candidates, plan_triton
 from fuse.runtime.cache import write_once
 from fuse.runtime.triton_decode import TritonDecode
-from fuse.runtime.triton_descriptors import copied, matrices
+from fuse.runtime.triton_descriptors import Copies
 from fuse.runtime.triton_launch import Function
 from fuse.runtime.triton_module import current_architecture, load, processors
 from fuse.runtime.triton_plans import Plans
@@ -33,10 +32,10 @@ class TritonKernel:
         self.plans = Plans(partial(candidates, spec))
         name = f"attention_{spec.out_dtype}_{spec.qk_dim}x{spec.v_dim}"
         plan = plan_triton(spec, current_architecture())
-        self._described = plan.described
         self.source = write_once("triton", name, ".py", render_triton(spec, plan))
         self.function = Function(getattr(load(self.source), ENTRY))
         self._runs = sharing.runs(spec)
+        self._copies = Copies(spec, ("query", "key", "value"), plan.described)
         self._tiles = TritonTiles(spec, "q")
 
     @cached_property
@@ -79,7 +78,7 @@ class TritonKernel:
         def launch(plan: TritonPlan) -> None:
             grid = (-(-sizes[spec.batch] // plan.block_q) * math.prod(sizes[: spec.batch]),)
             lists, listed = self._tiles.of((*views, *sizes, *extents), sizes, plan, out)
-            rows, flags = self._rows(operands, sizes, plan, out)
+            rows, flags = self._copies.of(operands, sizes, plan, plan.described)
             self.function[grid](
                 out, out if lse is None else lse, *rows, *given, *lists, **flags, LISTED=listed, HAS_LSE=lse is not None,
                 PRECISION=precision, BM=plan.block_q, BN=plan.block_k, num_warps=plan.warps, num_stages=plan.stages,
@@ -87,21 +86,6 @@ class TritonKernel:
 
         self.plans.launch(self.source, out.device, sizes[: spec.batch + 2], launch)
         return out
-
-    def _rows(
-        self, operands: Sequence[Tensor], sizes: Sequence[int], plan: TritonPlan, out: Tensor
-    ) -> tuple[tuple[Any, ...], dict[str, bool]]:
-        """What a kernel that may copy tiles by tensor descriptors takes beside the operands."""
-        spec = self._spec
-        if not self._described:
-            return (), {}
-        *batch, q_len, kv_len = sizes[: spec.batch + 2]
-        queries = matrices(operands, spec.query, q_len, spec.qk_dim, plan.block_q)
-        keys = matrices(operands, spec.key, kv_len, spec.qk_dim, plan.block_k)
-        values = matrices(operands, spec.value, kv_len, spec.v_dim, plan.block_k)
-        entries = math.prod((*batch, q_len, kv_len)) if plan.described else 0
-        rows, found = copied((queries, keys, values), entries, out)
-        return rows, {"DESCRIBED": found}
 
     def tune(self) -> None:
         """Measures plans on the operands of the next calls, where no earlier process has."""

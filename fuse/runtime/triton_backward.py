@@ -11,17 +11,19 @@ from torch import Tensor
 
 from fuse import expr
 from fuse.codegen.backward import exact_below
-from fuse.codegen.backward_triton import render_backward, written_by
+from fuse.codegen.backward_triton import COPIED, render_backward, written_by
 from fuse.codegen.render import ENTRY
 from fuse.codegen.sinks import Sink, sinks
 from fuse.frame import Frame
 from fuse.gradient import gradient
 from fuse.planner_backward import Launch, TritonBackwardPlan, candidates_backward
+from fuse.planner_triton import described
 from fuse.runtime.cache import write_once
 from fuse.runtime.gradients import Gradients
 from fuse.runtime.groups import Groups, groups_of
+from fuse.runtime.triton_descriptors import Copies
 from fuse.runtime.triton_launch import Function
-from fuse.runtime.triton_module import load
+from fuse.runtime.triton_module import current_architecture, load
 from fuse.runtime.triton_plans import Plans
 from fuse.runtime.triton_tiles import TritonTiles
 from fuse.spec import AttentionSpec
@@ -41,7 +43,9 @@ class TritonBackward:
         self.plans = Plans(lambda arch: candidates_backward(spec, arch))
         self._tiles = {owner: TritonTiles(spec, owner) for owner in ("k", "q")}
         name = f"attention_backward_{spec.out_dtype}_{spec.qk_dim}x{spec.v_dim}"
-        self.source = write_once("triton", name, ".py", render_backward(spec, wanted))
+        rendered = described(spec, current_architecture())
+        self._copies = Copies(spec, COPIED, rendered)
+        self.source = write_once("triton", name, ".py", render_backward(spec, wanted, rendered))
         module = load(self.source)
         names = ["rows", "keys", "queries", *(["distances"] if written_by("k - q", self._sinks) else [])]
         self.functions = {name: Function(getattr(module, f"{ENTRY}_{name}")) for name in names}
@@ -75,8 +79,8 @@ class TritonBackward:
             known = self._rows(plan.rows, grad_out, given, sizes, out, lse, delta)
             sums = {"row": (*batch, q_len, 1), "key": (*batch, 1, kv_len), "entry": (*batch, 1, q_len + kv_len - 1)}
             partial = {s.name: lse.new_empty(sums[s.kind]) for s in self._sinks if s.kind in sums}
-            self._launch("k", plan.keys, -(-kv_len // plan.keys.block_k), known, given, sizes, gradients | partial)
-            self._launch("q", plan.queries, -(-q_len // plan.queries.block_q), known, given, sizes, gradients | partial)
+            self._launch("k", plan, -(-kv_len // plan.keys.block_k), known, given, sizes, gradients | partial)
+            self._launch("q", plan, -(-q_len // plan.queries.block_q), known, given, sizes, gradients | partial)
             if distances := [partial[s.name] for s in written_by("k - q", self._sinks)]:
                 tiles = -(-(q_len + kv_len - 1) // plan.distances.block_k)
                 grid = (math.prod(batch) * tiles,)
@@ -101,20 +105,22 @@ class TritonBackward:
         return known
 
     def _launch(
-        self, owner: str, plan: Launch, blocks: int, known: Sequence[Any], given: Sequence[Any], sizes: Sequence[int],
-        gradients: Mapping[str, Tensor],
+        self, owner: str, plans: TritonBackwardPlan, blocks: int, known: Sequence[Any], given: Sequence[Any],
+        sizes: Sequence[int], gradients: Mapping[str, Tensor],
     ) -> None:  # fmt: skip
         """The kernel of keys ("k") or queries ("q"), as often as it takes."""
         found = written_by(owner, self._sinks)
         if not found:
             return
-        name = {"k": "keys", "q": "queries"}[owner]
+        name, plan = ("keys", plans.keys) if owner == "k" else ("queries", plans.queries)
+        rows, kind = self._copies.of(given, sizes, plan, plans.described) if owner == "q" else ((), {})
         lists, listed = self._tiles[owner].of(given, sizes, plan, known[0])
         outputs = [x for s in found for x in (gradients[s.name], *gradients[s.name].stride()[: len(s.order)])]
         for groups in self._grouped(owner, found, sizes, known[0].device):
-            flags = {f"HAS_{s.name}": s.name in groups.written for s in found} | {"ALONE": groups.count == len(groups.sites)}
+            flags = kind | {f"HAS_{s.name}": s.name in groups.written for s in found}
+            flags |= {"ALONE": groups.count == len(groups.sites), "LISTED": listed}
             self.functions[name][(groups.count * blocks,)](
-                *known, *given, groups.sites, groups.starts, *lists, *outputs, **flags, LISTED=listed, **_options(plan)
+                *known, *given, *rows, groups.sites, groups.starts, *lists, *outputs, **flags, **_options(plan)
             )
 
     def _grouped(self, owner: str, found: Sequence[Sink], sizes: Sequence[int], device: torch.device) -> list[Groups]:
