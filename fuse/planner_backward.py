@@ -44,11 +44,15 @@ _QUERIES = ((128, 64, 8), (128, 64, 8), (128, 32, 8), (64, 32, 8), (32, 32, 4), 
 _LEVELS = {"wgmma": 0, "tcgen05": 1, "mma": 1, "mfma": 2, "none": 3}
 
 
-def candidates_backward(spec: AttentionSpec, arch: Architecture) -> tuple[TritonBackwardPlan, ...]:
-    """Plans for ``spec`` on ``arch``, the most promising first; never empty. The last one asks for least."""
+def candidates_backward(spec: AttentionSpec, arch: Architecture, shared: bool = False) -> tuple[TritonBackwardPlan, ...]:
+    """Plans for ``spec`` on ``arch``, the most promising first; never empty. The last one asks for least.
+
+    shared  entries add to elements that they share
+    """
     width = widened(max(spec.qk_dim, spec.v_dim))
     size = {"float64": 8, "float32": 4}.get(spec.query.dtype, 2)
-    first = _LEVELS[arch.units if size == 2 else "none"] + (width * size // 256).bit_length() + _demand(spec, arch)
+    level = _LEVELS[arch.units if size == 2 else "none"]
+    first = level + (width * size // 256).bit_length() + _demand(spec, arch) + shared
     stages = 2 if size == 2 else 1
     small = Launch(32, 32, 4, 1)
     return tuple(

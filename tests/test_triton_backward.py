@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import pytest
@@ -71,6 +71,47 @@ def test_a_table_of_distances_is_summed_over_tiles_and_over_rows_that_see_nothin
 
     p = problem("float32", table, batch=(2, 2), q_len=70, kv_len=50, score=score)
     check(p, run(p, kernel(p)), floats(p))
+
+
+def decomposed(dtype: str) -> Problem:
+    """Positions on a grid of rows of 8: a bias by the row of the key, and one by its column, as SAM has them."""
+    rows, columns = rand(2, 2, 70, 7, dtype=dtype, seed=5), rand(2, 2, 70, 8, dtype=dtype, seed=6)
+
+    def score(s: Expr) -> Expr:
+        of_row, of_column = load(rows, 3, B0, B1, Q, op("floordiv", K, 8)), load(columns, 4, B0, B1, Q, op("mod", K, 8))
+        return op("add", op("add", s, of_row), of_column)
+
+    return problem(dtype, rows, columns, batch=(2, 2), q_len=70, kv_len=50, score=score)
+
+
+def looked_up(dtype: str) -> Problem:
+    """A table read where another tensor says, as Swin reads it; seen from a prefix on with a finite fill."""
+    table, places = rand(9, 2, dtype=dtype), torch.randint(9, (37, 37), generator=torch.Generator().manual_seed(0))
+
+    def score(s: Expr) -> tuple[Expr, Mask]:
+        biased = op("add", s, load(table, 3, load(places, 4, Q, K), B1))
+        return hide(biased, op("le", op("add", K, 4), Q), LOWEST[dtype], upper=op("sub", Q, 3))
+
+    return problem(dtype, table, places, batch=(2, 2), score=score)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64", "bfloat16"])
+@pytest.mark.parametrize("make", [decomposed, looked_up])
+def test_elements_that_entries_share_in_any_way_get_their_sum(make: Callable[[str], Problem], dtype: str) -> None:
+    p = make(dtype)
+    check(p, run(p, kernel(p)), floats(p))
+
+
+def test_sums_in_no_determined_order_are_left_to_the_reference_where_torch_is_to_be_deterministic(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    p, asked = decomposed("float32"), []
+    real = reference.attention_backward
+    monkeypatch.setattr(reference, "attention_backward", lambda *a: asked.append(a) or real(*a))
+    monkeypatch.setattr(torch, "are_deterministic_algorithms_enabled", lambda: True)
+    found = run(p, kernel(p))
+    assert asked
+    check(p, found, floats(p))
 
 
 def test_backward_drops_what_forward_dropped() -> None:

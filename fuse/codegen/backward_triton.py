@@ -124,8 +124,9 @@ class _Kernel:
         for sink in written_by(self.owner, found):
             here = Block()
             writer = TritonWriter(lambda _, here=here: here, _real(self.spec), self.count)  # type: ignore[misc]
-            offset = writer.offset(sink.load, strides=f"s_{sink.name}") if sink.kind in ("matrix", "dense") else ""
-            places.append({"name": sink.name, "kind": sink.kind, "rank": len(sink.order), "place": Text(here.lines, offset)})
+            kind = kind_of(sink)
+            offset = writer.offset(sink.load, strides=f"s_{sink.name}") if kind in ("matrix", "dense", "shared") else ""
+            places.append({"name": sink.name, "kind": kind, "rank": len(sink.order), "place": Text(here.lines, offset)})
         return places
 
     # ----------------------------------------------------------------------------------------------------- entries
@@ -186,7 +187,7 @@ class _Kernel:
             if sink.kind != "logit":
                 outer = "d_weight" if term.root == "weight" else "d_score"
                 text = outer if is_one(factor) else f"{outer} * {writer.value(factor)}"
-                terms.append(Added(sink.name, sink.kind, visible.format(text)))
+                terms.append(Added(sink.name, kind_of(sink), visible.format(text)))
         slope = slope if slope == "d_score" else visible.format(slope)
         return Entries(tile.lines, Results(weighed, gated, slope, tuple(terms)))
 
@@ -274,14 +275,17 @@ def render_backward(spec: AttentionSpec, wanted: Sequence[bool], described: bool
 
 def written_by(owner: str, found: Sequence[Sink]) -> list[Sink]:
     """The sinks that are written by the kernel that keeps keys ("k"), queries ("q") or distances ("k - q")."""
-    kinds = {"k": ("key", "value", "dense"), "q": ("query", "row"), "k - q": ("entry",)}[owner]
-    return [s for s in found if (s.name if s.kind == "matrix" else s.kind) in kinds]
+    kinds = {"k": ("key", "value", "dense"), "q": ("query", "row", "shared"), "k - q": ("entry",)}[owner]
+    return [s for s in found if (s.name if s.kind == "matrix" else kind_of(s)) in kinds]
+
+
+def kind_of(sink: Sink) -> str:
+    """That of the sink; "shared" where entries share elements in another way than by distance, and add to them atomically."""
+    return "shared" if sink.kind == "entry" and not all(map(_of_distance, sink.load.coords)) else sink.kind
 
 
 def _check(found: Sequence[Sink]) -> None:
     for sink in found:
-        if sink.kind == "entry" and not all(map(_of_distance, sink.load.coords)):
-            raise Unsupported(f"entries share elements of {sink.load} in another way than by distance")
         if sink.kind in ("matrix", "dense") and any(isinstance(n, Load) for c in sink.load.coords for n in expr.walk(c)):
             raise Unsupported(f"{sink.load} is read at a place that is read")
 

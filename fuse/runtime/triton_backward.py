@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fuse import expr
+from fuse import expr, reference
 from fuse.codegen.backward import exact_below
-from fuse.codegen.backward_triton import COPIED, render_backward, written_by
+from fuse.codegen.backward_triton import COPIED, kind_of, render_backward, written_by
 from fuse.codegen.render import ENTRY
 from fuse.codegen.sinks import Sink, sinks
 from fuse.frame import Frame
@@ -37,10 +37,11 @@ class TritonBackward:
     def __init__(self, spec: AttentionSpec, wanted: Sequence[bool]) -> None:
         self._spec, self._wanted = spec, tuple(wanted)
         self._sinks = sinks(spec, wanted)
+        self._shared = any(kind_of(s) == "shared" for s in self._sinks)
         self._gradients = Gradients(spec, self._sinks)
         self._real: torch.dtype = getattr(torch, spec.lse_dtype)
         self._groups: dict[tuple[object, ...], list[Groups]] = {}
-        self.plans = Plans(lambda arch: candidates_backward(spec, arch))
+        self.plans = Plans(lambda arch: candidates_backward(spec, arch, self._shared))
         self._tiles = {owner: TritonTiles(spec, owner) for owner in ("k", "q")}
         name = f"attention_backward_{spec.out_dtype}_{spec.qk_dim}x{spec.v_dim}"
         rendered = described(spec, current_architecture())
@@ -53,7 +54,13 @@ class TritonBackward:
     def __call__(
         self, grad_out: Tensor, operands: Sequence[Tensor], sizes: Sequence[int], out: Tensor, lse: Tensor
     ) -> list[Tensor]:
-        """The gradients of the wanted operands, with the layout that ``torch.empty_like`` gives these."""
+        """The gradients of the wanted operands, with the layout that ``torch.empty_like`` gives these.
+
+        Where entries share elements of a tensor in another way than by distance, their order in its sums is not determined; if
+        torch is told to be deterministic, the reference computes them.
+        """
+        if self._shared and torch.are_deterministic_algorithms_enabled():
+            return reference.attention_backward(self._spec, grad_out, operands, sizes, self._wanted, "eager")
         found: list[Tensor] = []
 
         def launch(plan: TritonBackwardPlan) -> None:
@@ -78,7 +85,7 @@ class TritonBackward:
             given = [*views, *sizes, *(n for t in views for n in (*t.shape, *t.stride()))]
             known = self._rows(plan.rows, grad_out, given, sizes, out, lse, delta)
             sums = {"row": (*batch, q_len, 1), "key": (*batch, 1, kv_len), "entry": (*batch, 1, q_len + kv_len - 1)}
-            partial = {s.name: lse.new_empty(sums[s.kind]) for s in self._sinks if s.kind in sums}
+            partial = {s.name: lse.new_empty(sums[kind]) for s in self._sinks if (kind := kind_of(s)) in sums}
             self._launch("k", plan, -(-kv_len // plan.keys.block_k), known, given, sizes, gradients | partial)
             self._launch("q", plan, -(-q_len // plan.queries.block_q), known, given, sizes, gradients | partial)
             if distances := [partial[s.name] for s in written_by("k - q", self._sinks)]:
@@ -141,7 +148,7 @@ class TritonBackward:
         *batch, q_len, kv_len = sizes[: self._spec.batch + 2]
         terms = gradient(self._spec, self._wanted).terms
         for sink, term in zip((s for s in self._sinks if s.kind != "matrix"), terms, strict=True):
-            if sink.kind == "dense":
+            if kind_of(sink) in ("dense", "shared"):
                 continue
             extents = {f"b{i}": (0, n) for i, n in enumerate(batch)}
             ends = {"key": ((0, 1), (0, kv_len)), "entry": ((0, 1), (1 - q_len, kv_len))}
