@@ -14,10 +14,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
 import torch
-from triton.runtime.errors import OutOfResources
 
 from fuse.options import settings
 from fuse.runtime.cache import write_atomically
+from fuse.runtime.triton_launch import REFUSALS
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
@@ -57,9 +57,9 @@ def kept(subject: Subject, plans: Sequence[P]) -> P | None:
 
 
 def fastest(subject: Subject, plans: Sequence[P], launch: Callable[[P], None], clock: Clock) -> P:
-    """The plan with which ``launch`` takes the least time, by ``clock``; it is kept. Plans that do not fit are left out.
+    """The plan with which ``launch`` takes the least time, by ``clock``; it is kept. Plans that are refused are left out.
 
-    ``launch`` must give the same however often it runs. Raises OutOfResources where no plan fits.
+    ``launch`` must give the same however often it runs. Raises one of REFUSALS where all are.
     """
     found: dict[P, float] = {}
     for number, plan in enumerate(plans):
@@ -67,7 +67,7 @@ def fastest(subject: Subject, plans: Sequence[P], launch: Callable[[P], None], c
         try:
             launch(plan)
             found[plan] = clock(lambda plan=plan: launch(plan))  # type: ignore[misc]
-        except OutOfResources:
+        except REFUSALS:
             if number == len(plans) - 1 and not found:
                 raise
     _show(subject, len(plans), len(plans))

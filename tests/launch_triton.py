@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import time
+import warnings
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import replace
@@ -19,8 +20,10 @@ from problems import Problem, problem
 from stub_driver import StubDriver, launched, with_driver
 from torch import Tensor
 from torch.fx import GraphModule
+from triton.runtime import JITFunction
 
-from fuse import backend, runtime
+from fuse import backend, reference, runtime
+from fuse.runtime import triton_descriptors
 from fuse.runtime.triton import TritonKernel
 
 MADE = problem("bfloat16", batch=(1, 2), q_len=64, qk_dim=32)
@@ -78,6 +81,28 @@ def on_a_small_device() -> list[int]:
     return [json.loads(files["json"].read_text())["shared"] for files in launched()]
 
 
+def refused() -> list[Any]:
+    """(whether results and gradients are those of the reference, warnings) where Triton compiles nothing."""
+    made = problem("bfloat16", batch=(1, 2), q_len=40, qk_dim=16)
+    wanted = (True, True, True)
+    exact = reference.attention(made.spec, made.operands, made.sizes, "eager")
+    warmup = JITFunction.warmup
+
+    def fail(*_: Any, **__: Any) -> None:
+        raise RuntimeError("PassManager::run failed")
+
+    JITFunction.warmup = fail
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        out = runtime.kernel(made.spec, "triton")(made.operands, made.sizes)
+        again, lse = runtime.forward_kernel(made.spec, "triton")(made.operands, made.sizes)
+        grads = runtime.backward_kernel(made.spec, "triton", wanted)(out, made.operands, made.sizes, out, lse)
+    JITFunction.warmup = warmup
+    expected = reference.attention_backward(made.spec, out, made.operands, made.sizes, wanted, "eager")
+    same = [torch.equal(a, b) for a, b in zip((out, again, *grads), (exact, exact, *expected), strict=True)]
+    return [all(same), [str(w.message) for w in caught]]
+
+
 def main() -> None:
     found: dict[str, Any] = {}
     compilations: list[object] = []
@@ -95,15 +120,17 @@ def main() -> None:
             kernel(MADE.operands, MADE.sizes)
         seconds.append((time.perf_counter() - start) / 20)
     found["microseconds"] = min(seconds) * 1e6
-    warmed = TritonKernel(problem("bfloat16", batch=(1, 2), q_len=64, qk_dim=48).spec)
-    for device in ("meta", "cpu"):
+    for kind, triton_descriptors.WORTH in (("loaded", 2**24), ("copied", 0)):
         made = problem("bfloat16", batch=(1, 2), q_len=64, qk_dim=48)
-        before = (len(compilations), driver.launches)
-        warmed([t.to(device) for t in made.operands], made.sizes)
-        found[device] = (len(compilations) - before[0], driver.launches - before[1])
+        warmed = TritonKernel(made.spec)
+        for device in ("meta", "cpu"):
+            before = (len(compilations), driver.launches)
+            warmed([t.to(device) for t in made.operands], made.sizes)
+            found[f"{kind}, {device}"] = (len(compilations) - before[0], driver.launches - before[1])
     found["shared"] = on_a_small_device()
     driver = with_driver("sm_90")
     found["compiled beforehand"] = beforehand(driver, compilations)
+    found["refused"] = refused()
     print(json.dumps(found))
 
 

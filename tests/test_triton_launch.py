@@ -38,8 +38,15 @@ def test_a_tensor_that_is_not_aligned_gets_a_kernel_of_its_own(found: dict[str, 
     assert found["misaligned"] == [1, 1]
 
 
-def test_a_call_with_meta_tensors_compiles_what_a_later_call_launches(found: dict[str, Any]) -> None:
-    assert found["meta"] == [1, 0] and found["cpu"] == [0, 1]
+@pytest.mark.parametrize("kind", ["loaded", "copied"])
+def test_a_call_with_meta_tensors_compiles_what_a_later_call_launches(kind: str, found: dict[str, Any]) -> None:
+    """Be tiles loaded, or copied by tensor descriptors."""
+    assert found[f"{kind}, meta"] == [1, 0] and found[f"{kind}, cpu"] == [0, 1]
+
+
+def test_what_triton_cannot_compile_is_left_to_the_reference_with_one_warning(found: dict[str, Any]) -> None:
+    same, (warning,) = found["refused"]
+    assert same and "PassManager::run failed" in warning
 
 
 def test_a_plan_that_a_device_has_no_resources_for_gives_way_to_the_next(found: dict[str, Any]) -> None:

@@ -22,6 +22,7 @@ from fuse.planner import lse_dtype
 from fuse.runtime.cache import builds
 from fuse.runtime.cpp import BuildFailed, CppKernel, CppTileMap, build, build_tile_map
 from fuse.runtime.cpp_backward import CppBackward, build_backward
+from fuse.runtime.refused import KernelOrElse, OrElse
 from fuse.spec import AttentionSpec
 from fuse.tiles import TileMap
 
@@ -184,6 +185,10 @@ def _make_backward(of: Gradient, target: str) -> Backward:
     except Exception as error:  # a defect of code generation must not cost the user the model
         _warn(f"rendering failed, please report it: {type(error).__name__}: {error}")
 
+    return _reference_backward(of)
+
+
+def _reference_backward(of: Gradient) -> Backward:
     def run(grad_out: Tensor, operands: Sequence[Tensor], sizes: Sequence[int], out: Tensor, lse: Tensor) -> list[Tensor]:
         return reference.attention_backward(of.spec, grad_out, operands, sizes, of.wanted, "eager")
 
@@ -217,20 +222,23 @@ def _tune(made: Future[Any]) -> None:
 
 def _triton(spec: AttentionSpec) -> Kernel:
     from fuse.runtime.triton import TritonKernel  # Triton is not there for every platform
+    from fuse.runtime.triton_launch import REFUSALS
 
-    return TritonKernel(spec)
+    return KernelOrElse(TritonKernel(spec), ReferenceKernel(spec, "triton"), REFUSALS, _warn)
 
 
 def _triton_backward(of: Gradient) -> Backward:
     from fuse.runtime.triton_backward import TritonBackward
+    from fuse.runtime.triton_launch import REFUSALS
 
-    return TritonBackward(of.spec, of.wanted)
+    return OrElse(TritonBackward(of.spec, of.wanted), _reference_backward(of), REFUSALS, _warn)
 
 
 def _triton_map(spec: TileMap) -> MapKernel:
+    from fuse.runtime.triton_launch import REFUSALS
     from fuse.runtime.triton_map import TritonTileMap
 
-    return TritonTileMap(spec)
+    return OrElse(TritonTileMap(spec), partial(reference.tile_map, spec), REFUSALS, _warn)
 
 
 def _warn(reason: str) -> None:

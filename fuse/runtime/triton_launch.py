@@ -8,7 +8,15 @@ from typing import Any
 import torch
 from torch import Tensor
 from triton.runtime import JITFunction, driver
+from triton.runtime.errors import OutOfResources
 
+
+class CannotCompile(RuntimeError):
+    """Triton failed at a kernel; the message says how."""
+
+
+# What keeps a kernel from being launched, whatever its operands hold.
+REFUSALS = (CannotCompile, OutOfResources)
 _MOST = 1024  # compiled specialisations that are remembered, in which sizes are counted one by one
 
 
@@ -47,11 +55,16 @@ class Function:
         facts = [a if type(a) is int else a.data_ptr() % 16 if isinstance(a, Tensor) else 0 for a in arguments]
         key = (driver.active.get_current_device(), *facts, *constants.values())
         compiled = self._compiled.get(key)
-        if compiled is not None:
-            compiled[(*grid, 1, 1)[:3]](*arguments, *[constants[name] for name in self._function.arg_names[len(arguments) :]])
-            return
-        compiled = self._function[grid](*arguments, **constants)
-        if torch.version.hip is None:
-            if len(self._compiled) == _MOST:
-                self._compiled.clear()
-            self._compiled[key] = compiled
+        if compiled is None:
+            compiled = self._compile(grid, arguments, constants)
+            if torch.version.hip is None:
+                if len(self._compiled) == _MOST:
+                    self._compiled.clear()
+                self._compiled[key] = compiled
+        compiled[(*grid, 1, 1)[:3]](*arguments, *[constants[name] for name in self._function.arg_names[len(arguments) :]])
+
+    def _compile(self, grid: tuple[int, ...], arguments: Sequence[Any], constants: dict[str, Any]) -> Any:
+        try:
+            return self._function.warmup(*arguments, grid=grid, **constants)
+        except Exception as error:  # of many kinds: of Triton's language, of LLVM, of an assembler
+            raise CannotCompile(f"Triton cannot compile {self._function.__name__}: {error}") from error

@@ -11,9 +11,9 @@ from typing import TypeVar
 
 import torch
 from triton.runtime import driver
-from triton.runtime.errors import OutOfResources
 
 from fuse.planner_triton import ARCHITECTURES, Architecture, architecture
+from fuse.runtime.triton_launch import REFUSALS
 
 P = TypeVar("P")  # a plan
 
@@ -27,12 +27,12 @@ def load(path: Path) -> ModuleType:
 
 
 def launched(plans: tuple[P, ...], launch: Callable[[P], None]) -> tuple[P, ...]:
-    """Launches with the first plan that the device has resources for, and gives the plans from that one on."""
+    """Launches with the first plan that is not refused, and gives the plans from that one on."""
     while True:
         try:
             launch(plans[0])
             return plans
-        except OutOfResources:  # the planner's model is no proof
+        except REFUSALS:  # the planner's model is no proof
             if len(plans) == 1:
                 raise
             plans = plans[1:]
