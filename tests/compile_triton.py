@@ -2,7 +2,8 @@
 
 python compile_triton.py NAME[@WIDTH][/PARTS]:DTYPE:ARCH …
     a named spec with its own head dimension, or with WIDTH; by the forward kernel, with PARTS by those of decoding, and with
-    the word "backward" in the place of PARTS by those of gradients, "map" by the one of its map of tiles
+    the word "backward" in the place of PARTS by those of gradients, "map" by the one of its map of tiles; with "loaded" by
+    the forward kernel of calls that are not worth tensor descriptors, else they are taken where the architecture has them
 python compile_triton.py --gated                        those in GATED
 python compile_triton.py --write-budgets [NAME…]        what they take becomes the budget of this version of Triton
 """
@@ -30,12 +31,14 @@ from stub_driver import launched, with_driver
 
 from fuse import decode, sharing, tiles
 from fuse.codegen.render import ENTRY
+from fuse.runtime import triton_descriptors
 from fuse.runtime.triton import TritonKernel
 from fuse.runtime.triton_backward import TritonBackward
 from fuse.runtime.triton_map import TritonTileMap
 
 GATED = (
     *(f"causal@{width}:bfloat16:{arch}" for width in (64, 128) for arch in ("sm_80", "sm_90", "sm_100", "gfx942")),
+    *(f"causal@{width}/loaded:bfloat16:sm_90" for width in (64, 128)),
     *(f"plain@128:float16:{arch}" for arch in ("sm_80", "sm_90")),
     *(f"plain@64:float32:{arch}" for arch in ("sm_90", "gfx942")),
     *(f"{name}@128:bfloat16:sm_90" for name in (
@@ -75,6 +78,7 @@ def compiled(asked: str) -> Iterator[tuple[str, dict[str, Any]]]:
     if width:
         problem = widened(problem, int(width))
     with_driver(arch)
+    triton_descriptors.WORTH = 2**62 if parts == "loaded" else 0
     if parts == "backward":
         lse = torch.empty(problem.spec.lse_shape(problem.sizes))
         out = torch.empty(problem.spec.out_shape(problem.sizes), dtype=getattr(torch, problem.spec.out_dtype))
@@ -86,7 +90,7 @@ def compiled(asked: str) -> Iterator[tuple[str, dict[str, Any]]]:
         sizes = dict(zip(problem.spec.symbols, problem.sizes, strict=True))
         TritonTileMap(use.tile_map)([problem.operands[i] for i in use.operands], [sizes[name] for name in use.symbols])
     else:
-        route = decode.packed(sharing.runs(problem.spec), problem.sizes, int(parts)) if parts else None
+        route = decode.packed(sharing.runs(problem.spec), problem.sizes, int(parts)) if parts.isdecimal() else None
         TritonKernel(problem.spec).launch(problem.operands, problem.sizes, None, route)
     for files in launched():
         kernel = json.loads(files["json"].read_text())["name"].removeprefix(ENTRY).strip("_")
