@@ -1,7 +1,8 @@
-"""Triton's interpreter, mended for what kernels need: bfloat16 products and the functions of libdevice.
+"""Triton's interpreter, mended for what kernels need: bfloat16 products, the functions of libdevice, and bounds of loops.
 
 The interpreter keeps bfloat16 as raw 16-bit words, of which numpy would multiply
-the bits; it has no libdevice.
+the bits; it has no libdevice; that of Triton 3.6 makes integers of arrays with an
+axis, which numpy 2.5 refuses.
 """
 
 from __future__ import annotations
@@ -13,9 +14,11 @@ import numpy as np
 import triton.language as tl
 from triton.language import target_info
 from triton.language.extra import libdevice
+from triton.runtime import interpreter
 from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
 
 _product = InterpreterBuilder.create_dot
+_patch_tensor = interpreter._patch_lang_tensor
 
 
 def _as_float32(x: TensorHandle) -> TensorHandle:
@@ -37,7 +40,13 @@ def _elementwise(function: Callable[..., np.ndarray]) -> Callable[..., tl.tensor
     return call
 
 
+def _patch_with_index(tensor: type, scope: Any) -> None:
+    _patch_tensor(tensor, scope)
+    scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
+
+
 InterpreterBuilder.create_dot = _dot
+interpreter._patch_lang_tensor = _patch_with_index
 target_info.current_target = lambda: None  # it runs no instructions of a GPU, though there may be one
 for _name, _function in {
     "tanh": np.tanh, "expm1": np.expm1, "log1p": np.log1p, "pow": np.power, "trunc": np.trunc, "rint": np.rint,
