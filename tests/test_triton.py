@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+import torch
 from specs import CASES, RANDOM_CASES
 
 pytest.importorskip("triton", reason="no Triton on this platform")
@@ -11,6 +12,7 @@ pytestmark = pytest.mark.triton
 import triton_interpreter  # noqa: E402, F401  mends the interpreter
 
 from fuse.runtime.triton import TritonKernel  # noqa: E402
+from fuse.runtime.triton_module import precision  # noqa: E402
 
 # What is read, rounded and multiplied by dtype; and rows whose result depends on eager's roundings.
 BY_DTYPE = (
@@ -34,3 +36,13 @@ def test_kernel_is_as_close_to_float64_as_eager(name: str, dtype: str) -> None:
 def test_what_is_dropped_is_what_the_reference_drops(name: str, dtype: str) -> None:
     problem = RANDOM_CASES[name](dtype)
     problem.check(TritonKernel(problem.spec)(problem.operands, problem.sizes))
+
+
+@pytest.mark.parametrize("name, tf32, ieee", [("fp32_precision", "tf32", "ieee"), ("allow_tf32", True, False)])
+def test_products_in_float32_are_as_precise_as_torch_is_told_by_either_name(name: str, tf32: object, ieee: object) -> None:
+    try:
+        setattr(torch.backends.cuda.matmul, name, tf32)
+        assert precision() == "tf32"
+    finally:
+        setattr(torch.backends.cuda.matmul, name, ieee)
+    assert precision() == "ieee"

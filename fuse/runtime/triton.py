@@ -18,7 +18,7 @@ from fuse.runtime.cache import write_once
 from fuse.runtime.triton_decode import TritonDecode
 from fuse.runtime.triton_descriptors import Copies
 from fuse.runtime.triton_launch import Function
-from fuse.runtime.triton_module import current_architecture, load, processors
+from fuse.runtime.triton_module import current_architecture, load, precision, processors
 from fuse.runtime.triton_plans import Plans
 from fuse.runtime.triton_tiles import TritonTiles
 from fuse.spec import AttentionSpec
@@ -70,9 +70,8 @@ class TritonKernel:
         views = [t.view(torch.uint8) if t.dtype == torch.bool else t for t in operands]
         extents = [n for t in views for n in (*t.shape, *t.stride())]
         given = (*views, *sizes, *strides, *extents)
-        precision = "tf32" if torch.backends.cuda.matmul.allow_tf32 else "ieee"
         if route is not None:
-            self.decode.attend(route, sizes, out, lse, given, precision)
+            self.decode.attend(route, sizes, out, lse, given)
             return out
 
         def launch(plan: TritonPlan) -> None:
@@ -81,7 +80,7 @@ class TritonKernel:
             rows, flags = self._copies.of(operands, sizes, plan, plan.described)
             self.function[grid](
                 out, out if lse is None else lse, *rows, *given, *lists, **flags, LISTED=listed, HAS_LSE=lse is not None,
-                PRECISION=precision, BM=plan.block_q, BN=plan.block_k, num_warps=plan.warps, num_stages=plan.stages,
+                PRECISION=precision(), BM=plan.block_q, BN=plan.block_k, num_warps=plan.warps, num_stages=plan.stages,
             )  # fmt: skip
 
         self.plans.launch(self.source, out.device, sizes[: spec.batch + 2], launch)

@@ -23,7 +23,7 @@ from fuse.runtime.gradients import Gradients
 from fuse.runtime.groups import Groups, groups_of
 from fuse.runtime.triton_descriptors import Copies
 from fuse.runtime.triton_launch import Function
-from fuse.runtime.triton_module import current_architecture, load
+from fuse.runtime.triton_module import current_architecture, load, precision
 from fuse.runtime.triton_plans import Plans
 from fuse.runtime.triton_tiles import TritonTiles
 from fuse.spec import AttentionSpec
@@ -164,6 +164,6 @@ class TritonBackward:
 
 def _options(launch: Launch) -> dict[str, Any]:
     return {
-        "PRECISION": "tf32" if torch.backends.cuda.matmul.allow_tf32 else "ieee", "BM": launch.block_q, "BN": launch.block_k,
+        "PRECISION": precision(), "BM": launch.block_q, "BN": launch.block_k,
         "num_warps": launch.warps, "num_stages": launch.stages,
     }  # fmt: skip

@@ -16,7 +16,7 @@ from fuse.decode import Route
 from fuse.planner_triton import TritonPlan
 from fuse.runtime.cache import write_once
 from fuse.runtime.triton_launch import Function
-from fuse.runtime.triton_module import current_architecture, load
+from fuse.runtime.triton_module import current_architecture, load, precision
 from fuse.runtime.triton_plans import Plans
 from fuse.spec import AttentionSpec
 
@@ -33,9 +33,7 @@ class TritonDecode:
         self.function = Function(getattr(module, ENTRY))
         self.merge = Function(getattr(module, MERGE))
 
-    def attend(
-        self, route: Route, sizes: Sequence[int], out: Tensor, lse: Tensor | None, arguments: Sequence[Any], precision: str
-    ) -> None:
+    def attend(self, route: Route, sizes: Sequence[int], out: Tensor, lse: Tensor | None, arguments: Sequence[Any]) -> None:
         """Writes ``out``, and ``lse`` where it is wanted. ``arguments``: operands, sizes, strides, as of the forward kernel."""
         spec, whole = self._spec, route.parts == 1
         dtype: torch.dtype = getattr(torch, spec.lse_dtype)
@@ -47,7 +45,7 @@ class TritonDecode:
         def launch(plan: TritonPlan) -> None:
             rows = decode.block(route.rows, plan.block_q)
             programs = route.groups * -(-route.rows // rows)
-            options = {"HAS_LSE": lse is not None, "PRECISION": precision, "BM": rows, "BN": plan.block_k,
+            options = {"HAS_LSE": lse is not None, "PRECISION": precision(), "BM": rows, "BN": plan.block_k,
                        "num_warps": plan.warps}  # fmt: skip
             self.function[(programs, route.parts)](*given, WHOLE=whole, num_stages=plan.stages, **options)
             if not whole:

@@ -55,6 +55,11 @@ def architecture_of(device: torch.device) -> Architecture:
         return current_architecture()
 
 
+def precision() -> str:
+    """Of products in float32, as torch is told. It can be told by two names; the older, allow_tf32, raises after the newer."""
+    return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
+
+
 @cache
 def processors(device: torch.device) -> int:
     """Multiprocessors, of the current device for tensors that are on none; one where Triton's interpreter runs."""
