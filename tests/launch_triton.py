@@ -13,6 +13,7 @@ from itertools import pairwise
 from typing import Any
 
 os.environ.pop("TRITON_INTERPRET", None)
+os.environ["TRITON_DEFAULT_FP_FUSION"] = "0"  # as from Triton 3.10 on
 
 import torch
 import triton
@@ -43,7 +44,7 @@ def counted(driver: StubDriver, kernel: TritonKernel, made: Problem) -> tuple[in
     return len(launched()), driver.launches - before
 
 
-def beforehand(driver: StubDriver, compilations: list[object]) -> list[tuple[int, int]]:
+def beforehand(driver: StubDriver, compilations: list[dict[str, Any]]) -> list[tuple[int, int]]:
     """(kernels that are compiled, launches) by the backend for a model of two attentions, then by a step of training."""
     counts = [(len(compilations), driver.launches)]
     begun: list[Future[None]] = []
@@ -105,7 +106,7 @@ def refused() -> list[Any]:
 
 def main() -> None:
     found: dict[str, Any] = {}
-    compilations: list[object] = []
+    compilations: list[dict[str, Any]] = []
     triton.knobs.runtime.jit_post_compile_hook = lambda **facts: compilations.append(facts)
     driver = with_driver("sm_90")
     kernel = TritonKernel(MADE.spec)
@@ -130,6 +131,7 @@ def main() -> None:
     found["shared"] = on_a_small_device()
     driver = with_driver("sm_90")
     found["compiled beforehand"] = beforehand(driver, compilations)
+    found["fused sums"] = sum(facts["compile"]["enable_fp_fusion"] for facts in compilations) / len(compilations)
     found["refused"] = refused()
     print(json.dumps(found))
 

@@ -49,6 +49,9 @@ class StubDriver(DriverBase):
     def load_binary(self, name: str, binary: bytes, shared: int, device: int) -> tuple[int, int, int, int, int]:
         return 0, 0, 0, 0, 1024  # module, function, registers, spills, threads of a program at most
 
+    def unload_module(self, module: int) -> None:
+        """From Triton 3.9 on, when a kernel is freed."""
+
     def map_python_to_cpp_type(self, ty: str) -> str:
         return ty
 

@@ -60,5 +60,9 @@ def test_what_a_graph_will_launch_is_compiled_beforehand(found: dict[str, Any]) 
     assert by_backend == [4, 0] and by_step[0] == 0 and by_step[1] >= 8
 
 
+def test_products_and_sums_become_one_instruction_whatever_tritons_default(found: dict[str, Any]) -> None:
+    assert found["fused sums"] == 1
+
+
 def test_a_launch_costs_little_on_the_host(found: dict[str, Any]) -> None:
     assert found["microseconds"] < 100  # 10 on an idle machine; Triton's own way took 16

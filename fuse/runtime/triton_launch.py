@@ -17,6 +17,8 @@ class CannotCompile(RuntimeError):
 
 # What keeps a kernel from being launched, whatever its operands hold.
 REFUSALS = (CannotCompile, OutOfResources)
+# A product and a sum become one instruction: Triton 3.9 warns where nobody says whether, later ones will not do it unasked.
+_FUSION = {"enable_fp_fusion": True}
 _MOST = 1024  # compiled specialisations that are remembered, in which sizes are counted one by one
 
 
@@ -47,7 +49,7 @@ class Function:
     def _launch(self, grid: tuple[int, ...], arguments: Sequence[Any], constants: dict[str, Any]) -> None:
         if arguments[0].is_meta:
             dtypes = (a.dtype if isinstance(a, Tensor) else a for a in arguments)
-            self._function.warmup(*dtypes, grid=grid, **constants)
+            self._function.warmup(*dtypes, grid=grid, **constants, **_FUSION)
             return
         if not isinstance(self._function, JITFunction):  # Triton's interpreter
             self._function[grid](*arguments, **constants)
@@ -65,6 +67,6 @@ class Function:
 
     def _compile(self, grid: tuple[int, ...], arguments: Sequence[Any], constants: dict[str, Any]) -> Any:
         try:
-            return self._function.warmup(*arguments, grid=grid, **constants)
+            return self._function.warmup(*arguments, grid=grid, **constants, **_FUSION)
         except Exception as error:  # of many kinds: of Triton's language, of LLVM, of an assembler
             raise CannotCompile(f"Triton cannot compile {self._function.__name__}: {error}") from error
