@@ -95,6 +95,8 @@ def _splice(graph: Graph, node: Node, body: Graph, inputs: list[Node]) -> Expans
             if n.op != "call_function":
                 continue
             copy = graph.node_copy(n, lambda x: env[x])
+            if copy.target is torch.ops.aten.view.default:  # relies on strides that what is fused need not have: in torch 2.11
+                copy.target = torch.ops.aten.reshape.default
             copy.meta = {k: v for k, v in node.meta.items() if k != "example_value"} | {"example_value": n.meta.get("val")}
             if flowing:
                 _inherit_gradient(copy)
