@@ -66,3 +66,18 @@ def test_products_and_sums_become_one_instruction_whatever_tritons_default(found
 
 def test_a_launch_costs_little_on_the_host(found: dict[str, Any]) -> None:
     assert found["microseconds"] < 100  # 10 on an idle machine; Triton's own way took 16
+
+
+def test_tritons_own_launcher_gives_the_driver_every_parameter_in_its_place(tmp_path: Path) -> None:
+    """And tensor maps that a device would take. The driver is one without a device."""
+    here = Path(__file__).parent
+    build = ["cc", "-shared", "-fPIC", "-w", "-o", tmp_path / "libcuda.so.1", here / "fake_cuda.c"]
+    subprocess.run(build, check=True)
+    env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    env |= {"LD_LIBRARY_PATH": str(tmp_path), "TRITON_LIBCUDA_PATH": str(tmp_path)}
+    script = [sys.executable, here / "launch_fake_cuda.py"]
+    done = subprocess.run(script, capture_output=True, text=True, timeout=600, env=env, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    facts = json.loads(done.stdout.splitlines()[-1])
+    assert facts["wrong"] == [] and facts["refused"] == 0
+    assert facts["launches"] > 60 and facts["maps"] > 40
