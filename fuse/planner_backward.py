@@ -40,6 +40,7 @@ class TritonBackwardPlan:
 # block_q, block_k, warps. Half as much each, about; found by compiling: the first that does not spill for a level of demand.
 _KEYS = ((64, 128, 8), (32, 128, 8), (32, 64, 8), (16, 64, 8), (16, 32, 4), (16, 16, 4))
 _QUERIES = ((128, 64, 8), (128, 64, 8), (128, 32, 8), (64, 32, 8), (32, 32, 4), (16, 16, 4))
+_ROWS, _DISTANCES = Launch(32, 16, 4, 1), Launch(32, 32, 4, 1)
 # Where operands lie in shared memory, or results beside the registers, more is left for sums.
 _LEVELS = {"wgmma": 0, "tcgen05": 1, "mma": 1, "mfma": 2, "none": 3}
 
@@ -54,9 +55,9 @@ def candidates_backward(spec: AttentionSpec, arch: Architecture, shared: bool = 
     level = _LEVELS[arch.units if size == 2 else "none"]
     first = level + (width * size // 256).bit_length() + _demand(spec, arch) + shared
     stages = 2 if size == 2 else 1
-    small = Launch(32, 32, 4, 1)
+    copied = described(spec, arch)
     return tuple(
-        TritonBackwardPlan(small, Launch(*_KEYS[level], stages), Launch(*_QUERIES[level], stages), small, described(spec, arch))
+        TritonBackwardPlan(_ROWS, Launch(*_KEYS[level], stages), Launch(*_QUERIES[level], stages), _DISTANCES, copied)
         for level in range(min(first, len(_KEYS) - 1), len(_KEYS))
     )
 

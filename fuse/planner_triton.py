@@ -24,7 +24,6 @@ class Architecture:
     shared       bytes of shared memory; AMD's local data share
     registers    of 32 bits, of one thread
     warp         threads; AMD's wavefront
-    descriptors  tiles are copied by hardware that knows their tensor's shape
     """
 
     name: str
@@ -32,7 +31,6 @@ class Architecture:
     shared: int
     registers: int = 255
     warp: int = 32
-    descriptors: bool = False
 
     @property
     def from_shared(self) -> bool:
@@ -48,9 +46,9 @@ ARCHITECTURES = {
         Architecture("sm_80", "mma", 163 * 1024),
         Architecture("sm_86", "mma", 99 * 1024),
         Architecture("sm_89", "mma", 99 * 1024),
-        Architecture("sm_90", "wgmma", 227 * 1024, descriptors=True),
-        Architecture("sm_100", "tcgen05", 227 * 1024, descriptors=True),
-        Architecture("sm_120", "mma", 99 * 1024, descriptors=True),
+        Architecture("sm_90", "wgmma", 227 * 1024),
+        Architecture("sm_100", "tcgen05", 227 * 1024),
+        Architecture("sm_120", "mma", 99 * 1024),
         Architecture("gfx90a", "mfma", 64 * 1024, registers=512, warp=64),
         Architecture("gfx942", "mfma", 64 * 1024, registers=512, warp=64),
     )
@@ -121,8 +119,8 @@ def _plan(spec: AttentionSpec, arch: Architecture, block_q: int, block_k: int, w
 
 
 def described(spec: AttentionSpec, arch: Architecture) -> bool:
-    """Whether tiles may be copied by tensor descriptors."""
-    return arch.descriptors and describable(spec)
+    """Whether tiles may be copied by tensor descriptors. sm_120 has them, too, but there kernels spill with them."""
+    return arch.from_shared and describable(spec)
 
 
 def widened(features: int) -> int:

@@ -212,9 +212,10 @@ def header(spec: AttentionSpec, plan: object) -> str:
 def render_triton(spec: AttentionSpec, plan: TritonPlan) -> str:
     """One Python module with the kernel ENTRY; its arguments are those of ``fuse.runtime.triton``."""
     source = Source(spec, described=plan.described)
+    bounds = [source.bound(name, node) for name, node in bounds_of(spec)]
+    whole = (spec.qk_dim, spec.v_dim) == (plan.width, plan.v_width)
     context = call_context(source, plan) | {
-        "header": header(spec, plan), "entry": ENTRY, "described": plan.described,
-        "bounds": [source.bound(name, node) for name, node in bounds_of(spec)],
+        "header": header(spec, plan), "entry": ENTRY, "described": plan.described, "bounds": bounds, "whole": whole,
     }  # fmt: skip
     return environment().get_template("triton/forward.py.jinja").render(context)
 
