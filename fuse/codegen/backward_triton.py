@@ -17,7 +17,7 @@ from fuse.codegen.backward import Added, Results, exact_below, is_one, peel_slop
 from fuse.codegen.cpp import HALVES
 from fuse.codegen.render import ENTRY, environment, header_lines, peel, residual_of
 from fuse.codegen.render_tiles import is_listed
-from fuse.codegen.render_triton import arguments, bounds_of, mask_axes
+from fuse.codegen.render_triton import arguments, bounds_of, lanes_within, mask_axes
 from fuse.codegen.sinks import Sink, Unsupported, sinks
 from fuse.codegen.triton import Block, TritonWriter, depends
 from fuse.descriptors import rows_of
@@ -134,8 +134,12 @@ class _Kernel:
     def seen(self, writer: TritonWriter) -> str:
         """What must hold for an entry of a tile that is not seen entirely, or has fewer positions than others."""
         residual = residual_of(self.spec)
-        bounds = [f"(k {'>=' if name == 'lower' else '<'} {writer.value(node)})" for name, node in bounds_of(self.spec)]
-        return " & ".join([f"{self.visited}_ok", *bounds, *([] if residual is None else [writer.value(residual)])])
+        if self.owner == "q":
+            bounds = lanes_within(self.spec, writer)
+        else:
+            bounds = [f"(k {'>=' if name == 'lower' else '<'} {writer.value(node)})" for name, node in bounds_of(self.spec)]
+            bounds = [f"{self.visited}_ok", *bounds]
+        return " & ".join([*bounds, *([] if residual is None else [writer.value(residual)])])
 
     def any(self) -> Text:
         """Which entries of a tile are seen."""

@@ -7,9 +7,9 @@ from dataclasses import dataclass, field
 from fuse import expr
 from fuse.codegen.cpp import HALVES
 from fuse.codegen.render import ENTRY, environment, header_lines, peel, residual_of, threshold_of
-from fuse.codegen.triton import Block, TritonWriter
+from fuse.codegen.triton import Block, TritonWriter, fits_a_word
 from fuse.descriptors import rows_of
-from fuse.expr import Const, Expr, Index, Load, Prob, Score
+from fuse.expr import Const, Expr, Index, Load, Prob, Score, apply, const, symbol
 from fuse.planner_triton import TritonPlan, widened
 from fuse.spec import AttentionSpec
 from fuse.tiles import TileMap
@@ -145,8 +145,7 @@ class Source:
 
     def seen(self) -> list[str]:
         """What must hold for an entry, beside the residual."""
-        texts = [(name, self.writer().value(node)) for name, node in bounds_of(self.spec)]
-        return ["k_ok", *(f"(k {'>=' if name == 'lower' else '<'} {text})" for name, text in texts)]
+        return lanes_within(self.spec, self.writer())
 
     def skip(self) -> Program:
         """Whether an entry is seen, with the residual."""
@@ -167,6 +166,23 @@ def _may_be_huge(node: Expr) -> bool:
 def bounds_of(spec: AttentionSpec) -> list[tuple[str, Expr]]:
     named = [] if spec.mask is None else [("lower", spec.mask.lower), ("upper", spec.mask.upper)]
     return [(name, node) for name, node in named if node is not None]
+
+
+def lanes_within(spec: AttentionSpec, writer: TritonWriter) -> list[str]:
+    """What the mask's bounds ask of the keys k0 + k_lane of a tile, and that they are there. Threads know their lanes, so that
+    they compare constants with a limit of the row."""
+    bounds = dict(bounds_of(spec))
+    upper = "kv_len" if "upper" not in bounds else _held(writer, bounds["upper"], always=True)
+    lower = [f"(k_lane >= {_held(writer, bounds['lower'])} - k0)"] if "lower" in bounds else []
+    return [*lower, f"(k_lane < {upper} - k0)"]
+
+
+def _held(writer: TritonWriter, bound: Expr, always: bool = False) -> str:
+    """A bound in 32 bits: held within the keys that there are if it may take more, or ``always``."""
+    if always or not fits_a_word(bound):
+        within = apply("minimum", apply("maximum", bound, const(0), dtype="int64"), symbol("kv_len"), dtype="int64")
+        bound = apply("cast", within, dtype="int32")
+    return writer.value(bound)
 
 
 def mask_axes(spec: AttentionSpec) -> tuple[int, ...]:

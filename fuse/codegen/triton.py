@@ -107,8 +107,9 @@ class TritonWriter:
     def copied(self, node: Load, rows: Rows, name: str, width: int) -> str:
         """A tile of "query", "key" or "value" by its tensor descriptor, NAME_rows."""
         start, size = ("q0", "BM") if name == "query" else ("k0", "BN")
-        corner = [*(f"tl.cast({self.coordinate(node, dim)}, tl.int32)" for dim in rows.places), start, "0"]
-        return f"tl.reshape({name}_rows.load([{', '.join(corner)}]), [{size}, {width}])"
+        corner = [*(self.coordinate(node, dim) for dim in rows.places), start]
+        places = ", ".join(f"tl.cast({place}, tl.int32)" for place in corner)
+        return f"tl.reshape({name}_rows.load([{places}, 0]), [{size}, {width}])"
 
     # -------------------------------------------------------------------------------------------------- operations
 
@@ -151,12 +152,7 @@ class TritonWriter:
 
     def _widened(self, node: Apply, args: list[str]) -> list[str]:
         """Operands of integer arithmetic in 64 bits, unless every value is known to fit 32."""
-        bounds = (
-            [interval(n) for n in (node, *node.operands)]
-            if node.op not in COMPARISONS
-            else [interval(n) for n in node.operands]
-        )
-        if all(b is not None and b[0] >= -_WORD and b[1] <= _WORD for b in bounds):
+        if all(map(fits_a_word, node.operands if node.op in COMPARISONS else (node, *node.operands))):
             return args
         return [f"tl.cast({a}, tl.int64)" for a in args]
 
@@ -167,6 +163,12 @@ class TritonWriter:
         if target == "bool":
             return f"{arg} != 0"
         return f"tl.cast({arg}, {_type(target)})"
+
+
+def fits_a_word(node: Expr) -> bool:
+    """Whether every value of an integer is known to fit 32 bits."""
+    bounds = interval(node)
+    return bounds is not None and bounds[0] >= -_WORD and bounds[1] <= _WORD
 
 
 def depends(node: Expr) -> frozenset[str]:
