@@ -38,7 +38,8 @@ from fuse.runtime.triton_map import TritonTileMap
 
 GATED = (
     *(f"causal@{width}:bfloat16:{arch}" for width in (64, 128) for arch in ("sm_80", "sm_90", "sm_100", "gfx942")),
-    *(f"causal@{width}/loaded:bfloat16:sm_90" for width in (64, 128)), *(f"window@128{part}:bfloat16:sm_90" for part in ("", "/loaded")),
+    *(f"causal@{width}/loaded:bfloat16:sm_90" for width in (64, 128)),
+    *(f"window@128{part}:bfloat16:sm_90" for part in ("", "/loaded")),
     *(f"plain@128:float16:{arch}" for arch in ("sm_80", "sm_90")),
     *(f"plain@64:float32:{arch}" for arch in ("sm_90", "gfx942")),
     *(f"{name}@128:bfloat16:sm_90" for name in (

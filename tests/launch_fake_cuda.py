@@ -28,7 +28,7 @@ from fuse.runtime.triton import TritonKernel
 from fuse.runtime.triton_backward import TritonBackward
 from fuse.runtime.triton_launch import Function
 
-NAMES = ("causal_long", "grouped_query", "documents_in_any_order", "relative_table", "dropout_causal_two_tiles")
+NAMES = ("window", "grouped_query", "documents_in_any_order", "relative_table", "dropout_causal_two_tiles")
 FAKE = ctypes.CDLL("libcuda.so.1")
 torch.cuda.current_device = lambda: 0
 torch.cuda.get_device_capability = lambda device=None: (9, 0)
