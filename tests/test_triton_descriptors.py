@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import gradients
 import pytest
 import torch
-from problems import B0, B1, D, K, load, op, problem
+from problems import B0, B1, D, K, Problem, Q, load, op, problem, rand
 from specs import CASES
 from torch import Tensor
 
@@ -24,9 +25,10 @@ from fuse.runtime import triton_descriptors, triton_launch  # noqa: E402
 from fuse.runtime.triton import TritonKernel  # noqa: E402
 from fuse.runtime.triton_backward import TritonBackward  # noqa: E402
 from fuse.runtime.triton_descriptors import descriptor  # noqa: E402
+from fuse.spec import Operand  # noqa: E402
 
 COPIED = (
-    "plain", "head_dim_24", "grouped_query", "causal_long", "window", "documents_in_any_order", "mapped_bool", "relative_table",
+    "plain", "head_dim_24", "grouped_query", "packed_qkv", "causal_long", "window", "documents_in_any_order", "mapped_bool", "relative_table",
     "soft_cap_causal", "left_padding_and_causal", "masked_rows_lowest_fill",
 )  # fmt: skip
 Launches = list[tuple[str, bool]]
@@ -74,6 +76,17 @@ def test_gradients_are_as_close_to_float64_as_eager(name: str, launches: Launche
     assert launches == [("queries", True)]
 
 
+def test_heads_that_lie_side_by_side_in_a_row_are_copied(launches: Launches, worth_it: None) -> None:
+    """As GPT-2's queries are, a part of one product: query[q, d + 16 b1]."""
+    made = problem("bfloat16", batch=(1, 3))
+    rows = rand(37, 80, dtype="bfloat16")
+    query = load(rows, 0, Q, op("add", D, op("mul", B1, 16)))
+    spec = replace(made.spec, query=query, operands=(Operand(2, "bfloat16"), *made.spec.operands[1:]))
+    packed = Problem(spec, [rows, *made.operands[1:]], made.sizes)
+    packed.check(TritonKernel(spec)(packed.operands, packed.sizes))
+    assert launches == [("", True)]
+
+
 def test_a_call_that_is_too_short_takes_none(launches: Launches) -> None:
     made = problem("bfloat16")
     made.check(TritonKernel(made.spec)(made.operands, made.sizes))
@@ -119,6 +132,7 @@ def test_rows_and_features_come_last_wherever_they_are_in_the_tensor() -> None:
 
 def test_only_rectangles_of_16_bits_are_copied() -> None:
     assert rows_of(load(TENSOR, 0, B0, B1, op("add", K, 1), D)) is None
+    assert rows_of(load(TENSOR[0], 0, B0, K, op("add", D, op("mul", B1, 20)))) is None  # heads of 40 bytes
     assert rows_of(load(TENSOR, 0, B0, K, K, D)) is None
     assert rows_of(load(TENSOR[None, None], 0, B0, B0, B0, B1, K, D)) is None  # too many dimensions
     assert describable(CASES["plain"]("bfloat16").spec) and not describable(CASES["plain"]("float32").spec)

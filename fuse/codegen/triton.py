@@ -109,7 +109,8 @@ class TritonWriter:
         start, size = ("q0", "BM") if name == "query" else ("k0", "BN")
         corner = [*(self.coordinate(node, dim) for dim in rows.places), start]
         places = ", ".join(f"tl.cast({place}, tl.int32)" for place in corner)
-        return f"tl.reshape({name}_rows.load([{places}, 0]), [{size}, {width}])"
+        first = "0" if rows.apart else f"tl.cast({self.value(rows.start)}, tl.int32)"
+        return f"tl.reshape({name}_rows.load([{places}, {first}]), [{size}, {width}])"
 
     # -------------------------------------------------------------------------------------------------- operations
 

@@ -54,7 +54,8 @@ def descriptor(tensor: Tensor, load: Load, length: int, features: int, block: in
     if rows is None:
         return None
     dims = rows.dims
-    shape = [*(tensor.shape[dim] for dim in rows.places), length, features]
+    width = features if rows.apart else tensor.shape[dims[-1]]
+    shape = [*(tensor.shape[dim] for dim in rows.places), length, width]
     unit = _BYTES // tensor.element_size()
     strides = [tensor.stride(dim) if n > 1 else unit for dim, n in zip(dims[:-1], shape, strict=False)]
     if tensor.stride(dims[-1]) != 1 or tensor.data_ptr() % _BYTES or any(n <= 0 or n % unit for n in strides):
