@@ -106,7 +106,7 @@ def _forward(run: Any, tokens: torch.Tensor) -> Callable[[], torch.Tensor]:
 
 
 def _optimizer(model: Any, device: str) -> torch.optim.Optimizer:
-    """Learns nothing, so that every way computes the same loss."""
+    """Learns nothing, so that every step of every way has the same weights."""
     return torch.optim.AdamW(model.parameters(), lr=0.0, weight_decay=0.0, fused=device == "cuda")
 
 

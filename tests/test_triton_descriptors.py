@@ -28,8 +28,8 @@ from fuse.runtime.triton_descriptors import descriptor  # noqa: E402
 from fuse.spec import Operand  # noqa: E402
 
 COPIED = (
-    "plain", "head_dim_24", "grouped_query", "packed_qkv", "causal_long", "window", "documents_in_any_order", "mapped_bool", "relative_table",
-    "soft_cap_causal", "left_padding_and_causal", "masked_rows_lowest_fill",
+    "plain", "head_dim_24", "grouped_query", "packed_qkv", "causal_long", "window", "documents_in_any_order", "mapped_bool",
+    "relative_table", "soft_cap_causal", "left_padding_and_causal", "masked_rows_lowest_fill",
 )  # fmt: skip
 Launches = list[tuple[str, bool]]
 
