@@ -8,14 +8,14 @@ import torch
 import fuse
 from models import MODELS, decoders, encoders, pairs, text  # noqa: F401  (they register the models)
 from models.decoders import hf, llama_like
-from models.measure import AVX512, Case, Record, gradients, measure_gradients, prepared
+from models.measure import Case, Record, gradients, measure_gradients, prepared
 
 # Where scores have learned parts beside queries and keys, kernels sum gradients of their own.
 LEARNED = ("DeBERTa-v2", "XLNet", "Swin", "T5", "GPT-OSS")
 
 # Most of the error of all gradients is that of a few tensors, so draws of it differ more than those of results do: the
-# largest ratio is 1.11 with AVX-512, and as many are below one as above. Without it one, OPT's in bfloat16, is 1.24.
-MARGIN = 1.15 if AVX512 else 1.3
+# largest ratio is 1.11, and as many are below one as above.
+MARGIN = 1.15
 
 
 def cases() -> list[Case]:
