@@ -10,6 +10,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from fuse.expr import Apply, Expr, walk
+
 ROUNDS = 10
 MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 KEY_STEPS = (0x9E3779B9, 0xBB67AE85)  # the golden ratio, sqrt(3) - 1
@@ -51,3 +53,8 @@ def _round(c: Words, key: tuple[Tensor, Tensor]) -> Words:
 
 def _high(product: Tensor) -> Tensor:
     return (product >> 32) & _WORD
+
+
+def drawn_in(*roots: Expr) -> bool:
+    """Whether expressions read random numbers."""
+    return any(isinstance(n, Apply) and n.op == "uniform" for n in walk(*roots))

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from fuse.expr import Apply, Load, axes, walk
+from fuse.expr import Load, axes, walk
+from fuse.philox import drawn_in
 from fuse.planner_triton import Architecture, described, widened
 from fuse.spec import AttentionSpec
 
@@ -67,6 +68,6 @@ def _demand(spec: AttentionSpec, arch: Architecture) -> int:
     nodes = list(walk(spec.score, spec.weight))
     if any(isinstance(n, Load) and {"q", "k"} <= axes(n) for n in nodes):
         return 2
-    if any(isinstance(n, Apply) and n.op == "uniform" for n in nodes):
+    if drawn_in(*nodes):
         return 1 if arch.from_shared else 2
     return int(spec.mask is not None and spec.mask.residual is not None)

@@ -10,6 +10,7 @@ from itertools import islice
 
 from fuse.descriptors import describable
 from fuse.expr import Apply, Expr, Load, Score, axes, contains, walk
+from fuse.philox import drawn_in
 from fuse.spec import AttentionSpec
 
 _SIZES = {"float64": 8, "float32": 4, "int64": 8, "int32": 4, "bfloat16": 2, "float16": 2}  # bytes; 1 for the rest
@@ -164,7 +165,7 @@ def _entry_registers(spec: AttentionSpec) -> float:
         if spec.mask.residual is not None:  # with a finite fill, rows that see nothing are computed again
             conditions = 2.0 if math.isfinite(spec.mask.fill) else 0.75
     operations = sum(isinstance(node, Apply) and contains(node, Score) for node in walk(score)) - 1
-    drawn = 0.75 * any(isinstance(node, Apply) and node.op == "uniform" for node in walk(spec.weight))
+    drawn = 0.75 * drawn_in(spec.weight)
     return 9 * len(_entry_loads(spec)) + conditions + drawn + 0.25 * operations
 
 

@@ -68,8 +68,3 @@ def with_scaled_choices(weight: Expr) -> Expr:
         return None
 
     return expr.rewrite(weight, rule)
-
-
-def drawn_in(*roots: Expr) -> bool:
-    """Whether random numbers are read."""
-    return any(isinstance(n, Apply) and n.op == "uniform" for n in expr.walk(*roots))

@@ -17,11 +17,12 @@ from fuse import expr
 from fuse.expr import Apply, Expr, Load, Score, apply, const
 from fuse.index import Index, linear
 from fuse.passes import pointwise, views  # noqa: F401  the readers register themselves
-from fuse.passes.dropout import drawn_in, with_scaled_choices
+from fuse.passes.dropout import with_scaled_choices
 from fuse.passes.elements import PRODUCTS, Opaque, Reader, as_index, dims, op_name
 from fuse.passes.lookups import looked_up_once
 from fuse.passes.softmax import Late, Softmax, recognise
 from fuse.passes.trace import Trace, Value
+from fuse.philox import drawn_in
 from fuse.reasons import (
     Declined,
     NoScoreProduct,

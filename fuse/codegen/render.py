@@ -18,6 +18,7 @@ from fuse.codegen.cpp import C_TYPES, HALVES, MAX_LENGTH, Body, Draw, Stage, Val
 from fuse.codegen.example import example
 from fuse.codegen.ranges_cpp import Ranges, ranges_of
 from fuse.expr import Apply, Const, Expr, Load, Prob, Score, const
+from fuse.philox import drawn_in
 from fuse.planner import Plan, lse_dtype
 from fuse.spec import AttentionSpec
 
@@ -200,6 +201,7 @@ def call_context(source: Source, plan: Plan) -> dict[str, object]:
         "query": source.access("query", spec.query), "key": source.access("key", spec.key),
         "value": source.access("value", spec.value), "out_ctype": C_TYPES[spec.out_dtype],
         "bounds": _bound_functions(source), "residual": residual is not None, "empty_row": spec.empty_row,
+        "drawn": drawn_in(*spec.roots().values()),
         "tile_map": tile_map, "map_rows": tiles.ROWS, "map_keys": tiles.KEYS,
         "ranges": Ranges() if residual is None or tile_map is not None else ranges_of(residual, source.writer, source.count),
         "site": source.site, "rows": source.rows,

@@ -1,5 +1,8 @@
 // Random numbers without a state, Philox-4x32-10, as fuse/philox.py has them: the number at (plane, row, column) for a seed.
 // One call gives four: the columns c, c + 16, c + 32 and c + 48 of a group of 64.
+#ifdef __AVX2__
+#include <immintrin.h>
+#endif
 constexpr int kDrawn = 64, kDrawnLanes = 16;
 constexpr uint32_t kPhilox[2] = {0xD2511F53, 0xCD9E8D57}, kPhiloxKey[2] = {0x9E3779B9, 0xBB67AE85};
 

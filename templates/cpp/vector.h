@@ -8,7 +8,7 @@
 #ifdef _OPENMP
 #include <omp.h>
 #endif
-#if defined(__x86_64__)
+#ifdef __AVX512F__  // only where needed: reading this header can take a third of a build
 #include <immintrin.h>
 #endif
 
@@ -107,8 +107,8 @@ template <int H = W / 2> INLINE void transpose(VR (&x)[W]) {
 struct FlushDenormals {
     uint64_t saved;
 #if defined(__x86_64__)
-    FlushDenormals() : saved(_mm_getcsr()) { _mm_setcsr(unsigned(saved) | 0x8040); }
-    ~FlushDenormals() { _mm_setcsr(unsigned(saved)); }
+    FlushDenormals() : saved(__builtin_ia32_stmxcsr()) { __builtin_ia32_ldmxcsr(unsigned(saved) | 0x8040); }
+    ~FlushDenormals() { __builtin_ia32_ldmxcsr(unsigned(saved)); }
 #elif defined(__aarch64__)
     FlushDenormals() { asm volatile("mrs %0, fpcr" : "=r"(saved)); asm volatile("msr fpcr, %0" ::"r"(saved | (1 << 24))); }
     ~FlushDenormals() { asm volatile("msr fpcr, %0" ::"r"(saved)); }

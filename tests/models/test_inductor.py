@@ -17,4 +17,4 @@ def test_sites_stay_fused_and_right_inside_inductor(name: str, attention: str, d
     network, inputs = prepared(*MODELS[name].build(attention), getattr(torch, dtype))
     measured = measure(network, inputs, target="cpp", inner="inductor")
     assert measured.fused == len(measured.sites) == MODELS[name].sites
-    measured.assert_no_farther()
+    measured.errors.assert_no_farther()

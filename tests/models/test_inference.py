@@ -27,4 +27,4 @@ def test_every_site_is_fused_and_no_error_grows(case: Case, record_property: Rec
     network, inputs = case.prepared()
     measured = measure(network, inputs, target=case.target, inner="aot_eager")
     case.assert_fused(measured, record_property)
-    measured.assert_no_farther()
+    measured.errors.assert_no_farther()

@@ -30,7 +30,7 @@ def test_gradients_of_all_parameters_have_no_larger_error(case: Case, record_pro
     network, inputs = case.prepared()
     measured = measure_gradients(network, inputs, target=case.target, inner="aot_eager")
     case.assert_fused(measured, record_property)
-    measured.assert_no_farther(MARGIN)
+    measured.errors.assert_no_farther(MARGIN)
 
 
 def test_experts_that_are_chosen_get_the_same_gradients() -> None:

@@ -12,9 +12,9 @@ from torch import nn
 GAIN, TABLE, BIAS = 1.2, 0.5, 0.1
 
 
-def redraw(model: nn.Module) -> None:
-    """Draws all weights of ``model`` but those of its normalisations, the same ones on every call."""
-    generator = torch.Generator().manual_seed(0)
+def redraw(model: nn.Module, draw: int = 0) -> None:
+    """Draws all weights of ``model`` but those of its normalisations, the same ones for the same ``draw``."""
+    generator = torch.Generator().manual_seed(draw)
     with torch.no_grad():
         for module in model.modules():
             if "Norm" not in type(module).__name__:
