@@ -24,6 +24,7 @@ logging.getLogger("torch.__trace").propagate = True
 # Compiling a graph makes many objects and few cycles: looking for them as often as Python does takes a tenth of the time.
 gc.set_threshold(200_000, 20, 100)
 
+pytest_plugins = ["models.table"]  # here, since the process that prints it collects no tests of its own
 CXX = shutil.which("g++") or shutil.which("clang++")
 
 
