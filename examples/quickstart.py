@@ -6,7 +6,7 @@
     python examples/quickstart.py --markdown               the table as README.md shows it
 
 Each way runs in a process of its own, so that peak memory is its own; the timed calls of the three alternate. Without
-AVX-512, x86 processors get no bfloat16 unless ``--dtypes`` asks for it: eager takes minutes for a call there.
+AVX-512, x86 processors get no bfloat16 unless ``--dtypes`` asks for it: eager took 17 s for one layer of GPT-2 there.
 """
 
 from __future__ import annotations

@@ -65,9 +65,8 @@ def candidates_backward(spec: AttentionSpec, arch: Architecture, shared: bool = 
 
 def _demand(spec: AttentionSpec, arch: Architecture) -> int:
     """What entries need beside their scores: addresses of their own, or random numbers; conditions."""
-    nodes = list(walk(spec.score, spec.weight))
-    if any(isinstance(n, Load) and {"q", "k"} <= axes(n) for n in nodes):
+    if any(isinstance(n, Load) and {"q", "k"} <= axes(n) for n in walk(spec.score, spec.weight)):
         return 2
-    if drawn_in(*nodes):
+    if drawn_in(spec.score, spec.weight):
         return 1 if arch.from_shared else 2
     return int(spec.mask is not None and spec.mask.residual is not None)

@@ -7,7 +7,7 @@ import torch
 
 import fuse
 from models import MODELS, decoders, encoders, pairs, text, tokens  # noqa: F401  (they register the models)
-from models.measure import errors_of, exact, outputs, pooled, prepared
+from models.measure import errors_over_draws, outputs, prepared
 
 LENGTHS = (33, 77, 120, 64, 29)  # all longer than the windows, where the models take another way
 
@@ -23,13 +23,11 @@ def test_one_graph_serves_every_length(name: str, attention: str, side: str | No
     model = MODELS[name]
     network, _ = prepared(*model.build(attention), torch.float32)
     compiled = torch.compile(network, backend="fuse", dynamic=True, options={"target": "cpp", "inner": "aot_eager"})
-    errors = []
     for length in LENGTHS:
         inputs = text(side, length)
         if name == "T5":
             inputs["decoder_input_ids"] = tokens(length - 4, seed=2)
-        errors.append(errors_of(outputs(compiled, inputs), outputs(network, inputs), exact(network, inputs)))
-    pooled(errors).assert_no_farther()
+        errors_over_draws(compiled, network, inputs).assert_no_farther()
     report = fuse.report()  # a recompilation would count its sites anew
     assert (len(report.sites), report.fused) == (model.sites, model.sites), str(report)
 

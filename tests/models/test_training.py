@@ -13,8 +13,8 @@ from models.measure import Case, Record, gradients, measure_gradients, prepared
 # Where scores have learned parts beside queries and keys, kernels sum gradients of their own.
 LEARNED = ("DeBERTa-v2", "XLNet", "Swin", "T5", "GPT-OSS")
 
-# Most of the error of all gradients is that of a few tensors, so draws of it differ more than those of results do: four of
-# OPT's, of which one may be 1.3 times eager's or 0.8 times. The largest ratio of four was 1.03.
+# Most of the error of all gradients is that of a few tensors, so draws of it differ more than those of results do: single
+# ones of OPT's were 0.8 to 1.3 times eager's. The largest ratio of four together was 1.03.
 MARGIN = 1.15
 
 
