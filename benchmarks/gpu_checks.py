@@ -16,7 +16,7 @@ from problems import Problem
 from specs import CASES, RANDOM_CASES
 from torch.utils import _pytree as pytree
 
-from fuse.codegen.sinks import Unsupported
+from fuse.kernel.sinks import Unsupported
 
 DTYPES = ("bfloat16", "float32", "float16")
 ONLY = {"backward": DTYPES[:2], "few queries": DTYPES[:2], "log-sum-exp": DTYPES[:1]}
@@ -38,18 +38,19 @@ def check(route: str, name: str, dtype: str, device: str) -> str:
     """The kernel that was right. Raises AssertionError where the result is not as close to float64 as eager's."""
     problem: Problem = (CASES | RANDOM_CASES | DECODING)[name](dtype)
     if device != "cpu":
-        from fuse.runtime import triton_descriptors
+        from fuse.targets.triton import copies
 
         # These calls are short. In one dtype they copy tiles by tensor descriptors all the same, in the others they load them.
-        triton_descriptors.WORTH = 0 if dtype == COPIED else 2**62
+        copies.WORTH = 0 if dtype == COPIED else 2**62
     if route == "backward":
         return _check_backward(problem, device)
     kernel = _kernel(problem, device)
     operands = [t.to(device) for t in problem.operands]
     if route == "few queries":
-        from fuse import decode, sharing
+        from fuse.kernel import sharing
+        from fuse.targets.triton import plan_decode
 
-        packed = decode.packed(sharing.runs(problem.spec), problem.sizes, PARTS)
+        packed = plan_decode.packed(sharing.runs(problem.spec), problem.sizes, PARTS)
         problem.check(kernel.launch(operands, problem.sizes, None, packed).cpu())
     elif route == "log-sum-exp":
         _check_with_lse(problem, *(t.cpu() for t in kernel.forward(operands, problem.sizes)))
@@ -61,16 +62,16 @@ def check(route: str, name: str, dtype: str, device: str) -> str:
 def _kernel(problem: Problem, device: str) -> Any:
     """Not by runtime.kernel, which falls back to the reference without failing."""
     if device == "cpu":
-        from fuse.runtime.cpp import CppKernel, build
+        from fuse.targets.cpp.launch import CppKernel, build
 
         return CppKernel(problem.spec, build(problem.spec))
-    from fuse.runtime.triton import TritonKernel
+    from fuse.targets.triton.launch import TritonKernel
 
     return TritonKernel(problem.spec)
 
 
 def _check_with_lse(problem: Problem, out: torch.Tensor, lse: torch.Tensor) -> None:
-    from fuse import reference
+    from fuse.targets import reference
 
     problem.check(out)
     expected = reference.attention_with_lse(problem.spec, problem.operands, problem.sizes, "eager")[1]
@@ -82,11 +83,11 @@ def _check_backward(problem: Problem, device: str) -> str:
     backward: Any
     try:
         if device == "cpu":
-            from fuse.runtime.cpp_backward import CppBackward, build_backward
+            from fuse.targets.cpp.launch_backward import CppBackward, build_backward
 
             backward = CppBackward(problem.spec, wanted, build_backward(problem.spec, wanted))
         else:
-            from fuse.runtime.triton_backward import TritonBackward
+            from fuse.targets.triton.launch_backward import TritonBackward
 
             backward = TritonBackward(problem.spec, wanted)
     except Unsupported as error:  # which the reference then computes

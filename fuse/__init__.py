@@ -5,7 +5,7 @@
 
 from fuse.errors import FuseError
 from fuse.options import Options
-from fuse.report import Report, explain, report, reset
-from fuse.site import Site
+from fuse.report.report import Report, explain, report, reset
+from fuse.report.site import Site
 
 __all__ = ["FuseError", "Options", "Report", "Site", "explain", "report", "reset"]

@@ -16,7 +16,7 @@ from torch.utils import _pytree as pytree
 from fuse import models
 from fuse.errors import FuseError, NoDevice
 from fuse.options import TARGETS, settings
-from fuse.report import explain
+from fuse.report.report import explain
 
 SOURCES = (".cpp", ".py", ".cu")
 

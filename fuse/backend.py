@@ -14,10 +14,13 @@ from torch._subclasses import FakeTensor
 from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException
 from torch.fx import GraphModule
 
-from fuse import inner, op, opaque, passes, runtime, verify
+from fuse import inner, passes, targets
+from fuse.ops import opaque
+from fuse.ops.attention import parsed
 from fuse.options import Options, resolve
-from fuse.runtime import warm
-from fuse.site import Site
+from fuse.report import check
+from fuse.report.site import Site
+from fuse.targets.triton import warm
 
 log = logging.getLogger("fuse")
 compiled_sites: list[Site] = []
@@ -41,19 +44,19 @@ def fuse(
     Dynamo calls a backend again where an inner compiler asked for a graph break, so sites are recorded only when that is done.
     """
     chosen = resolve(mode, options)
-    original = verify.keep(gm) if chosen.verify else None
+    original = check.keep(gm) if chosen.verify else None
     sites = rewrite(gm, example_inputs, chosen)
     specs = [(site.spec, site.wanted) for site in sites if site.fused and site.spec is not None]
-    runtime.prepare((spec for spec, _ in specs), chosen.target, chosen.tune)  # builds run beside the inner compiler
+    targets.prepare((spec for spec, _ in specs), chosen.target, chosen.tune)  # builds run beside the inner compiler
     for spec, wanted in specs:
         if any(wanted):
-            runtime.prepare_backward(spec, chosen.target, wanted, chosen.tune)
+            targets.prepare_backward(spec, chosen.target, wanted, chosen.tune)
     if chosen.target == "triton" and not _INTERPRETED:
         for call in warm.calls(gm):
-            runtime.beside(warm.compile_for, call, dict(specs).get(op.parsed(call.spec), ()))
+            targets.beside(warm.compile_for, call, dict(specs).get(parsed(call.spec), ()))
     compiled = _compiled(gm, example_inputs, chosen)
     compiled_sites.extend(_with_kernel(site, chosen.target) for site in sites)
-    return compiled if original is None else verify.against(original, compiled, sites)
+    return compiled if original is None else check.against(original, compiled, sites)
 
 
 def _compiled(gm: GraphModule, example_inputs: Sequence[Any], chosen: Options) -> Callable[..., Any]:
@@ -94,7 +97,7 @@ def rewrite(gm: GraphModule, example_inputs: Sequence[Any], chosen: Options) -> 
 def _with_kernel(site: Site, target: str) -> Site:
     if not site.fused or site.spec is None:
         return site
-    source = runtime.kernel(site.spec, target).source
+    source = targets.kernel(site.spec, target).source
     return replace(site, kernels={} if source is None else {"cpp" if target == "auto" else target: source})
 
 

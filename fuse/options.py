@@ -11,15 +11,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from fuse.errors import (
-    InductorOnly,
-    InvalidOption,
-    InvalidVariable,
-    TritonOnly,
-    UnknownOption,
-    UnknownVariable,
-    did_you_mean,
-)
+from fuse.errors import InductorOnly, InvalidOption, InvalidVariable, TritonOnly, UnknownOption, UnknownVariable, did_you_mean
 
 TARGETS = ("auto", "cpp", "triton", "reference")
 INNER = ("inductor", "aot_eager", "eager")

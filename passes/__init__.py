@@ -20,20 +20,20 @@ from dataclasses import dataclass
 import torch
 from torch.fx import Graph, GraphModule, Node
 
-import fuse.map_op
-import fuse.op  # noqa: F401  registers fuse::attention
+import fuse.ops.attention
+import fuse.ops.tile_map  # noqa: F401  both register their ops
 from fuse.options import Options
 from fuse.passes.expand import expand
 from fuse.passes.find import Candidate, find
-from fuse.passes.graph import State, location, module_path, operator_name, states, user_name
 from fuse.passes.layout import keys_innermost
 from fuse.passes.lift import Lifted, lift
 from fuse.passes.masks import recover_mask
+from fuse.passes.read.graph import State, location, module_path, operator_name, states, user_name
+from fuse.passes.read.trace import Seed, Trace, size_hint, trace
 from fuse.passes.replace import Replacement, insert, live_nodes, remove, unread_nodes
 from fuse.passes.tables import tabulated
 from fuse.passes.tiles import with_tile_map
-from fuse.passes.trace import Seed, Trace, size_hint, trace
-from fuse.reasons import (
+from fuse.report.reasons import (  # fmt: skip
     Declined,
     InternalError,
     NoScoreProduct,
@@ -41,9 +41,9 @@ from fuse.reasons import (
     ProbabilitiesUsed,
     Reason,
     StateChanges,
-)  # fmt: skip
-from fuse.site import Site
-from fuse.wording import mask_text, score_text
+)
+from fuse.report.site import Site
+from fuse.report.wording import mask_text, score_text
 
 # Higher-order operations whose bodies are ordinary code that runs as written.
 _BODIES = ("checkpoint", "invoke_subgraph", "wrap", "cond")

@@ -9,11 +9,11 @@ from dataclasses import dataclass
 import sympy
 from torch.utils._sympy.functions import FloorDiv
 
-from fuse import expr
-from fuse.expr import Apply, Const, Expr, apply, const
-from fuse.index import Index, Space, linear, variable
-from fuse.passes.elements import Reader, spec_reader
-from fuse.spec import AttentionSpec
+from fuse.ir import expr
+from fuse.ir.expr import Apply, Const, Expr, apply, const
+from fuse.ir.index import Index, Space, linear, variable
+from fuse.ir.spec import AttentionSpec
+from fuse.passes.read.elements import Reader, spec_reader
 
 _SWAPPED = {"le": "ge", "lt": "gt", "ge": "le", "gt": "lt"}
 _NEGATED = {"le": "gt", "gt": "le", "lt": "ge", "ge": "lt", "eq": "ne", "ne": "eq"}

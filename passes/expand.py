@@ -17,7 +17,7 @@ from torch.fx import Graph, Node
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils import _pytree as pytree
 
-from fuse.passes.graph import operator_name, tensor_of
+from fuse.passes.read.graph import operator_name, tensor_of
 from fuse.passes.replace import remove
 
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch.fx import Graph, Node
 
-from fuse.passes.graph import State, operator_name, storage_of, tensor_of, writes
+from fuse.passes.read.graph import State, operator_name, storage_of, tensor_of, writes
 
 NORMALISATIONS = {
     "softmax", "_softmax", "log_softmax", "_log_softmax", "_safe_softmax", "special_softmax", "special_log_softmax", "softmin",

@@ -13,9 +13,9 @@ from dataclasses import dataclass
 
 import torch
 
-from fuse import expr
-from fuse.expr import Apply, Const, Expr, Index, Load, Score, Symbol
-from fuse.frame import OPS
+from fuse.ir import expr
+from fuse.ir.expr import Apply, Const, Expr, Index, Load, Score, Symbol
+from fuse.ir.grid import OPS
 
 _NOTHING: Mapping[Expr, Range] = {}
 

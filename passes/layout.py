@@ -11,12 +11,12 @@ from collections.abc import Sequence
 
 from torch.fx import Node
 
-from fuse import expr
-from fuse.expr import Expr, Load
-from fuse.passes.graph import operator_name, tensor_of
+from fuse.ir import expr
+from fuse.ir.expr import Expr, Load
+from fuse.ir.spec import AttentionSpec
 from fuse.passes.lift import Lifted
-from fuse.passes.trace import Value, computed
-from fuse.spec import AttentionSpec
+from fuse.passes.read.graph import operator_name, tensor_of
+from fuse.passes.read.trace import Value, computed
 
 # Only what accepts any strides may stand behind the transposition: ``view`` would not.
 _RESTRIDE = {"contiguous", "reshape", "clone", "flatten"}

@@ -13,17 +13,18 @@ from dataclasses import dataclass
 import sympy
 from torch.fx import Node
 
-from fuse import expr
-from fuse.expr import Apply, Expr, Load, Score, apply, const
-from fuse.index import Index, linear
-from fuse.passes import pointwise, views  # noqa: F401  the readers register themselves
-from fuse.passes.dropout import with_scaled_choices
-from fuse.passes.elements import PRODUCTS, Opaque, Reader, as_index, dims, op_name
+from fuse.ir import expr
+from fuse.ir.expr import Apply, Expr, Load, Score, apply, const
+from fuse.ir.index import Index, linear
+from fuse.ir.philox import drawn_in
+from fuse.ir.spec import AttentionSpec, Operand
 from fuse.passes.lookups import looked_up_once
-from fuse.passes.softmax import Late, Softmax, recognise
-from fuse.passes.trace import Trace, Value
-from fuse.philox import drawn_in
-from fuse.reasons import (
+from fuse.passes.read import pointwise, views  # noqa: F401  the readers register themselves
+from fuse.passes.read.elements import PRODUCTS, Opaque, Reader, as_index, dims, op_name
+from fuse.passes.read.random import with_scaled_choices
+from fuse.passes.read.softmax import Late, Softmax, recognise
+from fuse.passes.read.trace import Trace, Value
+from fuse.report.reasons import (  # fmt: skip
     Declined,
     NoScoreProduct,
     NotLinear,
@@ -32,8 +33,7 @@ from fuse.reasons import (
     ScoresUsed,
     UnsupportedShape,
     UnsupportedType,
-)  # fmt: skip
-from fuse.spec import AttentionSpec, Operand
+)
 
 _SPECIALISATIONS = 4  # feature dimensions of query and value, with something to spare
 SUPPORTED = ("float32", "bfloat16", "float16", "float64")

@@ -11,11 +11,11 @@ from collections.abc import Set
 
 import sympy
 
-from fuse import expr
-from fuse.expr import FLOATS, Apply, Const, Expr, Load
-from fuse.index import Index
-from fuse.passes.elements import Opaque, Reader
-from fuse.passes.trace import Value
+from fuse.ir import expr
+from fuse.ir.expr import FLOATS, Apply, Const, Expr, Load
+from fuse.ir.index import Index
+from fuse.passes.read.elements import Opaque, Reader
+from fuse.passes.read.trace import Value
 
 
 def looked_up_once(r: Reader, score: Expr, positions: Set[str], batch: Set[str]) -> Expr:

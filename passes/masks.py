@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 
+from fuse.ir.spec import AttentionSpec, Mask
 from fuse.passes.bounds import bounds, pushed
 from fuse.passes.predicate import separate
-from fuse.spec import AttentionSpec, Mask
 
 
 def recover_mask(spec: AttentionSpec) -> AttentionSpec:

@@ -12,8 +12,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import lru_cache, reduce
 
-from fuse import expr
-from fuse.expr import Apply, Const, Expr, Load, Score, apply, const, index
+from fuse.ir import expr
+from fuse.ir.expr import Apply, Const, Expr, Load, Score, apply, const, index
 from fuse.passes.intervals import Range, constant, highest, largest, value_range
 
 # A score of this size vanishes beside any score above it by 256.

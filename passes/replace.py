@@ -12,15 +12,15 @@ import torch
 from torch.fx import Graph, Node
 from torch.utils._sympy.functions import CleanDiv, FloorDiv
 
-from fuse.gradient import differentiable
-from fuse.index import Index
-from fuse.passes.elements import as_index
-from fuse.passes.graph import MADE, location, operator_name, storage_of, tensor_of, writes
+from fuse.ir.gradient import differentiable
+from fuse.ir.index import Index
+from fuse.ir.spec import AttentionSpec, verify
 from fuse.passes.layout import memory_order
 from fuse.passes.lift import Lifted
-from fuse.passes.trace import Seed, Trace, Value
-from fuse.reasons import Declined, Mutated, NotTraceable, UnsupportedShape
-from fuse.spec import AttentionSpec, verify
+from fuse.passes.read.elements import as_index
+from fuse.passes.read.graph import MADE, location, operator_name, storage_of, tensor_of, writes
+from fuse.passes.read.trace import Seed, Trace, Value
+from fuse.report.reasons import Declined, Mutated, NotTraceable, UnsupportedShape
 
 _SEED_OF = "seed of fuse"  # marks the seed of what a node draws
 _RANDOM = ("rand", "dropout", "bernoulli", "normal", "multinomial", "uniform", "exponential")

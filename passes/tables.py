@@ -12,14 +12,14 @@ from collections.abc import Sequence
 
 import sympy
 
-from fuse import expr
-from fuse.expr import COMPARISONS, INTS, Apply, Expr, Load, Prob, Score, apply, const
-from fuse.frame import Frame, Range
-from fuse.index import variable
-from fuse.passes.elements import Reader, spec_reader
+from fuse.ir import expr
+from fuse.ir.expr import COMPARISONS, INTS, Apply, Expr, Load, Prob, Score, apply, const
+from fuse.ir.grid import Frame, Range
+from fuse.ir.index import variable
+from fuse.ir.spec import AttentionSpec, IntLike, Operand
 from fuse.passes.lift import Lifted
-from fuse.passes.trace import Value, as_size, computed
-from fuse.spec import AttentionSpec, IntLike, Operand
+from fuse.passes.read.elements import Reader, spec_reader
+from fuse.passes.read.trace import Value, as_size, computed
 
 CHEAP = 6  # operations for each query and key that cost no more than loading the result
 _COSTLY = {

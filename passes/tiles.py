@@ -6,12 +6,12 @@ from dataclasses import replace
 
 import torch
 
-from fuse.index import Index
-from fuse.passes.graph import is_state
+from fuse.ir.index import Index
+from fuse.ir.spec import Operand
+from fuse.ir.tile_map import KEYS, ROWS, Use, map_of
 from fuse.passes.lift import Lifted
-from fuse.passes.trace import Trace, Value
-from fuse.spec import Operand
-from fuse.tiles import KEYS, ROWS, Use, map_of
+from fuse.passes.read.graph import is_state
+from fuse.passes.read.trace import Trace, Value
 
 # Calls that are smaller than some cells, such as those of windows and of decoding, cost less than the map.
 _SMALLEST_ROWS, _SMALLEST_KEYS = 4 * ROWS, 4 * KEYS

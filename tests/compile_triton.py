@@ -29,12 +29,13 @@ from problems import Problem
 from specs import CASES, RANDOM_CASES
 from stub_driver import launched, with_driver
 
-from fuse import decode, sharing, tiles
-from fuse.codegen.render import ENTRY
-from fuse.runtime import triton_descriptors
-from fuse.runtime.triton import TritonKernel
-from fuse.runtime.triton_backward import TritonBackward
-from fuse.runtime.triton_map import TritonTileMap
+from fuse.ir import tile_map
+from fuse.kernel import sharing
+from fuse.targets.cpp.render import ENTRY
+from fuse.targets.triton import copies, plan_decode
+from fuse.targets.triton.launch import TritonKernel
+from fuse.targets.triton.launch_backward import TritonBackward
+from fuse.targets.triton.launch_tile_map import TritonTileMap
 
 GATED = (
     *(f"causal@{width}:bfloat16:{arch}" for width in (64, 128) for arch in ("sm_80", "sm_90", "sm_100", "gfx942")),
@@ -79,19 +80,19 @@ def compiled(asked: str) -> Iterator[tuple[str, dict[str, Any]]]:
     if width:
         problem = widened(problem, int(width))
     with_driver(arch)
-    triton_descriptors.WORTH = 2**62 if parts == "loaded" else 0
+    copies.WORTH = 2**62 if parts == "loaded" else 0
     if parts == "backward":
         lse = torch.empty(problem.spec.lse_shape(problem.sizes))
         out = torch.empty(problem.spec.out_shape(problem.sizes), dtype=getattr(torch, problem.spec.out_dtype))
         backward = TritonBackward(problem.spec, floats(problem))
         backward(grad_out(problem), problem.operands, problem.sizes, out, lse)
     elif parts == "map":
-        use = tiles.map_of(problem.spec)
+        use = tile_map.map_of(problem.spec)
         assert use is not None
         sizes = dict(zip(problem.spec.symbols, problem.sizes, strict=True))
         TritonTileMap(use.tile_map)([problem.operands[i] for i in use.operands], [sizes[name] for name in use.symbols])
     else:
-        route = decode.packed(sharing.runs(problem.spec), problem.sizes, int(parts)) if parts.isdecimal() else None
+        route = plan_decode.packed(sharing.runs(problem.spec), problem.sizes, int(parts)) if parts.isdecimal() else None
         TritonKernel(problem.spec).launch(problem.operands, problem.sizes, None, route)
     for files in launched():
         kernel = json.loads(files["json"].read_text())["name"].removeprefix(ENTRY).strip("_")

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from problems import B0, B1, B2, KV_LEN, LOWEST, Q_LEN, Case, K, Problem, Q, both, hide, load, op, problem, rand
 
-from fuse.expr import Expr, const, symbol
-from fuse.spec import Mask
+from fuse.ir.expr import Expr, const, symbol
+from fuse.ir.spec import Mask
 
 DECODING: dict[str, Case] = {}
 

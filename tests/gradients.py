@@ -8,7 +8,7 @@ import torch
 from problems import Problem, rand
 from torch import Tensor
 
-from fuse import reference
+from fuse.targets import reference
 
 
 def floats(p: Problem) -> tuple[bool, ...]:

@@ -22,11 +22,11 @@ from triton.backends.nvidia.driver import CudaDriver
 from triton.runtime import driver
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from fuse import decode, sharing
-from fuse.runtime import triton_descriptors
-from fuse.runtime.triton import TritonKernel
-from fuse.runtime.triton_backward import TritonBackward
-from fuse.runtime.triton_launch import Function
+from fuse.kernel import sharing
+from fuse.targets.triton import copies, plan_decode
+from fuse.targets.triton.function import Function
+from fuse.targets.triton.launch import TritonKernel
+from fuse.targets.triton.launch_backward import TritonBackward
 
 NAMES = ("window", "grouped_query", "documents_in_any_order", "relative_table", "dropout_causal_two_tiles")
 FAKE = ctypes.CDLL("libcuda.so.1")
@@ -71,11 +71,11 @@ def checked(self: Any, grid: tuple[int, ...], arguments: Sequence[Any], constant
 def main() -> None:
     driver.set_active(CudaDriver())
     Function._launch = checked  # type: ignore[method-assign]
-    triton_descriptors.WORTH = 0
+    copies.WORTH = 0
     for name in NAMES:
         made = (CASES | RANDOM_CASES | DECODING)[name]("bfloat16")
         kernel, backward = TritonKernel(made.spec), TritonBackward(made.spec, floats(made))
-        few = decode.packed(sharing.runs(made.spec), made.sizes, 3)
+        few = plan_decode.packed(sharing.runs(made.spec), made.sizes, 3)
         for _ in range(2):  # by what Triton compiled, and by what is remembered
             out, lse = kernel.forward(made.operands, made.sizes)
             kernel.launch(made.operands, made.sizes, None, few)

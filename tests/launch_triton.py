@@ -23,9 +23,10 @@ from torch import Tensor
 from torch.fx import GraphModule
 from triton.runtime import JITFunction
 
-from fuse import backend, reference, runtime
-from fuse.runtime import triton_descriptors
-from fuse.runtime.triton import TritonKernel
+from fuse import backend, targets
+from fuse.targets import reference
+from fuse.targets.triton import copies
+from fuse.targets.triton.launch import TritonKernel
 
 MADE = problem("bfloat16", batch=(1, 2), q_len=64, qk_dim=32)
 
@@ -48,8 +49,8 @@ def beforehand(driver: StubDriver, compilations: list[dict[str, Any]]) -> list[t
     """(kernels that are compiled, launches) by the backend for a model of two attentions, then by a step of training."""
     counts = [(len(compilations), driver.launches)]
     begun: list[Future[None]] = []
-    beside = runtime.beside
-    runtime.beside = lambda *work: begun.append(beside(*work)) or begun[-1]
+    beside = targets.beside
+    targets.beside = lambda *work: begun.append(beside(*work)) or begun[-1]
     backend._DEVICES["triton"] = frozenset({"cpu"})
 
     def model(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -95,9 +96,9 @@ def refused() -> list[Any]:
     JITFunction.warmup = fail
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        out = runtime.kernel(made.spec, "triton")(made.operands, made.sizes)
-        again, lse = runtime.forward_kernel(made.spec, "triton")(made.operands, made.sizes)
-        grads = runtime.backward_kernel(made.spec, "triton", wanted)(out, made.operands, made.sizes, out, lse)
+        out = targets.kernel(made.spec, "triton")(made.operands, made.sizes)
+        again, lse = targets.forward_kernel(made.spec, "triton")(made.operands, made.sizes)
+        grads = targets.backward_kernel(made.spec, "triton", wanted)(out, made.operands, made.sizes, out, lse)
     JITFunction.warmup = warmup
     expected = reference.attention_backward(made.spec, out, made.operands, made.sizes, wanted, "eager")
     same = [torch.equal(a, b) for a, b in zip((out, again, *grads), (exact, exact, *expected), strict=True)]
@@ -121,7 +122,7 @@ def main() -> None:
             kernel(MADE.operands, MADE.sizes)
         seconds.append((time.perf_counter() - start) / 20)
     found["microseconds"] = min(seconds) * 1e6
-    for kind, triton_descriptors.WORTH in (("loaded", 2**24), ("copied", 0)):
+    for kind, copies.WORTH in (("loaded", 2**24), ("copied", 0)):
         made = problem("bfloat16", batch=(1, 2), q_len=64, qk_dim=48)
         warmed = TritonKernel(made.spec)
         for device in ("meta", "cpu"):

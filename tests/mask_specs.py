@@ -25,7 +25,7 @@ from problems import (
     rand,
 )
 
-from fuse.expr import const, symbol
+from fuse.ir.expr import const, symbol
 
 # ------------------------------------------------------------------------------------------------------------- masks
 

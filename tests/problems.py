@@ -9,9 +9,10 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from fuse import expr, reference, tiles
-from fuse.expr import COMPARISONS, Expr, Load, Prob, Score, const, index, symbol
-from fuse.spec import AttentionSpec, Mask, Operand, verify
+from fuse.ir import expr, tile_map
+from fuse.ir.expr import COMPARISONS, Expr, Load, Prob, Score, const, index, symbol
+from fuse.ir.spec import AttentionSpec, Mask, Operand, verify
+from fuse.targets import reference
 
 B0, B1, B2, Q, K, D, E = (index(axis) for axis in ("b0", "b1", "b2", "q", "k", "d", "e"))
 Q_LEN, KV_LEN = symbol("q_len"), symbol("kv_len")
@@ -128,7 +129,7 @@ def causal_mask(s: Expr) -> tuple[Expr, Mask]:
 
 def mapped(made: Problem) -> Problem:
     """With a map of the residual's tiles as last operand."""
-    use, mask = tiles.map_of(made.spec), made.spec.mask
+    use, mask = tile_map.map_of(made.spec), made.spec.mask
     assert use is not None and mask is not None
     sizes = dict(zip(made.spec.symbols, made.sizes, strict=True))
     cells = reference.tile_map(use.tile_map, [made.operands[i] for i in use.operands], [sizes[n] for n in use.symbols])

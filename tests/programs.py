@@ -11,9 +11,9 @@ from torch import Tensor
 from torch.fx import GraphModule, Interpreter, Node
 
 from fuse import passes
+from fuse.ir.spec import AttentionSpec
 from fuse.options import Options
-from fuse.site import Site
-from fuse.spec import AttentionSpec
+from fuse.report.site import Site
 
 
 @dataclass(frozen=True)

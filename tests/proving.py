@@ -12,8 +12,9 @@ import torch
 import z3
 from hypothesis import settings
 
-from fuse import expr, frame
-from fuse.expr import Apply, Const, Expr, Load, const
+from fuse.ir import expr
+from fuse.ir.expr import Apply, Const, Expr, Load, const
+from fuse.ir.grid import OPS
 
 # ------------------------------------------------------------------------------------------------------ from Expr to z3
 
@@ -131,7 +132,7 @@ def torch_value(e: Expr) -> torch.Tensor:
     assert isinstance(e, Apply)
     args = [torch_value(x) for x in e.operands]
     dtype: torch.dtype = getattr(torch, e.dtype)
-    return args[0].to(dtype) if e.op == "cast" else frame.OPS[e.op](*args).to(dtype)
+    return args[0].to(dtype) if e.op == "cast" else OPS[e.op](*args).to(dtype)
 
 
 def agrees(e: Expr, found: Expr) -> None:
@@ -152,7 +153,7 @@ def evaluated(e: Expr, leaves: dict[Expr, torch.Tensor]) -> torch.Tensor:
         else:
             assert isinstance(n, Apply)
             args, dtype = [known[a] for a in n.operands], getattr(torch, n.dtype)
-            known[n] = args[0].to(dtype) if n.op == "cast" else frame.OPS[n.op](*args).to(dtype)
+            known[n] = args[0].to(dtype) if n.op == "cast" else OPS[n.op](*args).to(dtype)
     return known[e]
 
 

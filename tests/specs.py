@@ -34,9 +34,9 @@ from problems import (
 )
 from torch import Tensor
 
-from fuse import expr
-from fuse.expr import Expr, Load, Prob, Score, const, symbol
-from fuse.spec import Operand
+from fuse.ir import expr
+from fuse.ir.expr import Expr, Load, Prob, Score, const, symbol
+from fuse.ir.spec import Operand
 
 __all__ = ["CASES", "RANDOM_CASES"]
 

@@ -15,7 +15,7 @@ from triton.backends.compiler import GPUTarget
 from triton.backends.driver import DriverBase
 from triton.runtime import driver
 
-from fuse.planner_triton import ARCHITECTURES, architecture
+from fuse.targets.triton.plan import ARCHITECTURES, architecture
 
 _loaded: list[dict[str, Path]] = []
 _names = list(ARCHITECTURES)

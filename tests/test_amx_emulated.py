@@ -11,10 +11,9 @@ import pytest
 import torch
 from specs import CASES
 
-from fuse import planner
-from fuse.codegen import render
-from fuse.codegen.backward import render_backward
-from fuse.runtime import cpp, cpu
+from fuse.targets.cpp import cpu, launch, render
+from fuse.targets.cpp.plan import backward_plan, plan
+from fuse.targets.cpp.render_backward import render_backward
 
 pytestmark = pytest.mark.compiler
 needs_avx512_bf16 = pytest.mark.skipif(cpu.matrix_unit() is None, reason="no AVX512-BF16")
@@ -31,7 +30,7 @@ NAMES = (
 @pytest.mark.parametrize("name", NAMES)
 def test_emulated_tiles_are_as_close_to_float64_as_eager(name: str) -> None:
     problem = CASES[name]("bfloat16")
-    kernel = cpp.CppKernel(problem.spec, cpp.build(problem.spec, "amx_emulated"))
+    kernel = launch.CppKernel(problem.spec, launch.build(problem.spec, "amx_emulated"))
     problem.check(kernel(problem.operands, problem.sizes))
 
 
@@ -40,12 +39,12 @@ def test_emulated_tiles_are_as_close_to_float64_as_eager(name: str) -> None:
 def test_tile_instructions_assemble(tmp_path: Path, way: str) -> None:
     """What runs on AMX itself: every instruction of the emulation is there, in asm that this compiler takes."""
     spec = CASES["causal"]("bfloat16").spec
-    wanted, plan = (True, True, True), planner.backward_plan(spec, "amx", terms=False)
-    text = render.render(spec, planner.plan(spec, "amx")) if way == "forward" else render_backward(spec, wanted, plan)
+    wanted, of_backward = (True, True, True), backward_plan(spec, "amx", terms=False)
+    text = render.render(spec, plan(spec, "amx")) if way == "forward" else render_backward(spec, wanted, of_backward)
     source = tmp_path / "amx.cpp"
     source.write_text(text)
     flags = ["-std=c++17", "-O3", "-w", "-fopenmp", "-march=sapphirerapids", "-S", "-o", "-"]
-    done = subprocess.run([*cpp.compiler(), *flags, str(source)], capture_output=True, text=True, check=True)
+    done = subprocess.run([*launch.compiler(), *flags, str(source)], capture_output=True, text=True, check=True)
     for instruction in ("ldtilecfg", "tilezero", "tileloadd", "tilestored", "tdpbf16ps", "tilerelease"):
         assert instruction in done.stdout, instruction
 
@@ -65,9 +64,9 @@ extern "C" void product(const Bf16* a, const uint32_t* b, float* c, int rows, in
 def test_tile_product_adds_pairs_in_float(tmp_path: Path, rows: int, cols: int, depth: int) -> None:
     spec = CASES["plain"]("bfloat16").spec
     source, binary = tmp_path / "product.cpp", tmp_path / "product.so"
-    source.write_text(render.render(spec, planner.plan(spec, "amx_emulated")) + _PRODUCT)
+    source.write_text(render.render(spec, plan(spec, "amx_emulated")) + _PRODUCT)
     flags = ["-std=c++17", "-O1", "-w", "-march=native", "-shared", "-fPIC"]
-    subprocess.run([*cpp.compiler(), *flags, str(source), "-o", str(binary)], check=True)
+    subprocess.run([*launch.compiler(), *flags, str(source), "-o", str(binary)], check=True)
     a, b = torch.randn(rows, depth).bfloat16(), torch.randn(depth, cols).bfloat16()
     c = torch.randn(rows, cols)
     expected = c.double() + a.double() @ b.double()
@@ -83,7 +82,7 @@ def test_emulation_faults_on_an_unconfigured_tile(tmp_path: Path) -> None:
     """The instructions fault there too; a core that forgets to configure must not pass its tests."""
     spec = CASES["plain"]("bfloat16").spec
     source, binary = tmp_path / "fault.cpp", tmp_path / "fault"
-    source.write_text(render.render(spec, planner.plan(spec, "amx_emulated")) + "\nint main() { tile_zero<0>(); }\n")
-    subprocess.run([*cpp.compiler(), "-std=c++17", "-O1", "-w", "-march=native", str(source), "-o", str(binary)], check=True)
+    source.write_text(render.render(spec, plan(spec, "amx_emulated")) + "\nint main() { tile_zero<0>(); }\n")
+    subprocess.run([*launch.compiler(), "-std=c++17", "-O1", "-w", "-march=native", str(source), "-o", str(binary)], check=True)
     done = subprocess.run([str(binary)], capture_output=True, text=True, check=False)
     assert done.returncode != 0 and "tile is not configured" in done.stderr

@@ -14,7 +14,7 @@ from torch.fx import GraphModule
 import fuse
 from fuse import backend, errors, inner, passes
 from fuse.options import Options
-from fuse.site import Site
+from fuse.report.site import Site
 
 SITE = Site(fused=True, reason=None, where="model.py:7", module="h.0.attn")
 Run = Callable[[GraphModule, Options], list[Site]]

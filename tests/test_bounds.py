@@ -14,10 +14,11 @@ from proving import (
     repeatable,
 )
 
-from fuse import expr, reference
-from fuse.expr import Expr, Load, const, symbol
+from fuse.ir import expr
+from fuse.ir.expr import Expr, Load, const, symbol
+from fuse.ir.spec import Mask, verify
 from fuse.passes import bounds
-from fuse.spec import Mask, verify
+from fuse.targets import reference
 
 
 def leaves() -> st.SearchStrategy[Expr]:

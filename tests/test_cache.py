@@ -9,12 +9,12 @@ from pathlib import Path
 
 import pytest
 
-from fuse.runtime.cache import builds, entry
+from fuse.targets.cache import builds, entry
 
 PROGRAM = """
 import sys, time
 from pathlib import Path
-from fuse.runtime.cache import builds, entry
+from fuse.targets.cache import builds, entry
 
 def build(source, binary):
     time.sleep(0.3)

@@ -20,7 +20,7 @@ from torch.nn import functional as F
 import fuse
 from fuse import passes
 from fuse.options import Options
-from fuse.passes.graph import location
+from fuse.passes.read.graph import location
 
 
 def compiled(program: Callable[..., Any], inner: str = "aot_eager", **options: Any) -> Callable[..., Any]:

@@ -13,8 +13,8 @@ from programs import heads, pass_over
 from random_masks import forms
 from torch import Tensor
 
-from fuse.coverage import Coverage, coverage
-from fuse.spec import AttentionSpec
+from fuse.ir.spec import AttentionSpec
+from fuse.report.sparsity import Coverage, coverage
 
 Predicate = Callable[[Tensor, Tensor], Tensor]
 PREDICATES = forms(of_data=False).map(lambda form: lambda q, k: form(q, k, {}))

@@ -7,8 +7,8 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 from specs import CASES
 
-from fuse.runtime import cpu
-from fuse.runtime.cpp import CppKernel, build, instruction_set
+from fuse.targets.cpp import cpu
+from fuse.targets.cpp.launch import CppKernel, build, instruction_set
 
 pytestmark = pytest.mark.compiler
 

@@ -12,13 +12,14 @@ from gradients import check, floats, grad_out, run
 from problems import B0, B1, D, E, K, Problem, Q, hide, load, op, problem, rand
 from specs import CASES
 
-from fuse import reference, runtime
-from fuse.codegen.sinks import Unsupported
-from fuse.expr import Expr
-from fuse.runtime import cpu
-from fuse.runtime.cpp import CppKernel, build, instruction_set
-from fuse.runtime.cpp_backward import CppBackward, build_backward
-from fuse.spec import Mask, Operand
+from fuse import targets
+from fuse.ir.expr import Expr
+from fuse.ir.spec import Mask, Operand
+from fuse.kernel.sinks import Unsupported
+from fuse.targets import reference
+from fuse.targets.cpp import cpu
+from fuse.targets.cpp.launch import CppKernel, build, instruction_set
+from fuse.targets.cpp.launch_backward import CppBackward, build_backward
 
 pytestmark = pytest.mark.compiler
 
@@ -99,7 +100,7 @@ def test_every_length_around_the_tiles(dtype: str) -> None:
     for q_len in (1, 15, 17, 47, 49, 97, 145):
         for kv_len in (2, 7, 95, 97, 383, 385):
             p = problem(dtype, batch=(1, 1), q_len=q_len, kv_len=kv_len, qk_dim=24, v_dim=40)
-            check(p, run(p, runtime.backward_kernel(p.spec, "cpp", floats(p))), floats(p))
+            check(p, run(p, targets.backward_kernel(p.spec, "cpp", floats(p))), floats(p))
 
 
 @pytest.mark.parametrize("scale", [1.0, 3.0])
@@ -110,8 +111,8 @@ def test_gradients_in_float32_have_no_larger_mean_error_than_eager(scale: float)
     leaves = [t.clone().requires_grad_() for t in p.operands]
     eager = torch.autograd.grad((leaves[0] @ leaves[1].mT / 8).softmax(-1) @ leaves[2], leaves, grad_out(p))
     exact = reference.attention_backward(p.spec, grad_out(p), p.operands, p.sizes, floats(p), "exact")
-    out, lse = runtime.forward_kernel(p.spec, "cpp")(p.operands, p.sizes)
-    found = runtime.backward_kernel(p.spec, "cpp", floats(p))(grad_out(p), p.operands, p.sizes, out, lse)
+    out, lse = targets.forward_kernel(p.spec, "cpp")(p.operands, p.sizes)
+    found = targets.backward_kernel(p.spec, "cpp", floats(p))(grad_out(p), p.operands, p.sizes, out, lse)
     for x, e, s in zip(found, exact, eager, strict=True):
         assert (x - e).square().mean().sqrt() <= 1.05 * (s - e).square().mean().sqrt()
 
@@ -186,4 +187,4 @@ def test_overlapping_keys_of_batches_are_left_to_the_reference() -> None:
     p = Problem(spec, [base.operands[0], key, value], base.sizes)
     with pytest.raises(Unsupported):
         build_backward(p.spec, floats(p), LANES)
-    check(p, run(p, runtime.backward_kernel(p.spec, "cpp", floats(p))), floats(p))
+    check(p, run(p, targets.backward_kernel(p.spec, "cpp", floats(p))), floats(p))

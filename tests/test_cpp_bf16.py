@@ -10,12 +10,11 @@ from problems import B0, B1, Q_LEN, K, Problem, Q, cast, hide, load, op, problem
 from specs import CASES
 from torch import Tensor
 
-from fuse import planner
-from fuse.codegen.cpp import C_TYPES
-from fuse.expr import Expr, const
-from fuse.runtime import cpu
-from fuse.runtime.cpp import CppKernel, build
-from fuse.spec import Mask
+from fuse.ir.expr import Expr, const
+from fuse.ir.spec import Mask
+from fuse.targets.cpp import cpu, plan
+from fuse.targets.cpp.launch import CppKernel, build
+from fuse.targets.cpp.write import C_TYPES
 
 pytestmark = [
     pytest.mark.compiler,
@@ -48,7 +47,7 @@ def test_kernel_is_as_close_to_float64_as_eager(name: str) -> None:
 
 @pytest.mark.parametrize("isa", ["avx512_bf16", "amx"])
 def test_plan_takes_the_matrix_core_for_bfloat16_only(isa: str) -> None:
-    cores = {dtype: planner.plan(CASES["plain"](dtype).spec, isa).core for dtype in C_TYPES if "float" in dtype}
+    cores = {dtype: plan.plan(CASES["plain"](dtype).spec, isa).core for dtype in C_TYPES if "float" in dtype}
     assert cores == {"bfloat16": "matrix", "float32": "lanes", "float16": "lanes", "float64": "lanes"}
 
 

@@ -7,10 +7,10 @@ import torch
 from problems import rand
 from specs import RANDOM_CASES
 
-from fuse import reference
-from fuse.runtime import cpu
-from fuse.runtime.cpp import CppKernel, build, instruction_set
-from fuse.runtime.cpp_backward import CppBackward, build_backward
+from fuse.targets import reference
+from fuse.targets.cpp import cpu
+from fuse.targets.cpp.launch import CppKernel, build, instruction_set
+from fuse.targets.cpp.launch_backward import CppBackward, build_backward
 
 pytestmark = pytest.mark.compiler
 

@@ -8,8 +8,9 @@ from functools import reduce
 import pytest
 from problems import B0, B1, KV_LEN, K, Problem, Q, both, cast, load, op, problem, rand
 
-from fuse import expr, runtime
-from fuse.expr import Expr, const
+from fuse import targets
+from fuse.ir import expr
+from fuse.ir.expr import Expr, const
 
 pytestmark = pytest.mark.compiler
 
@@ -77,7 +78,7 @@ KINDS: dict[str, Callable[[Expr, Expr], list[Expr]]] = {
 @pytest.mark.parametrize("kind", KINDS)
 def test_operators_are_those_of_pytorch(kind: str, level: str) -> None:
     made = _real(KINDS[kind], level, "float32")
-    made.check(runtime.kernel(made.spec, "cpp")(made.operands, made.sizes))
+    made.check(targets.kernel(made.spec, "cpp")(made.operands, made.sizes))
 
 
 def test_integers_beyond_32_bits_keep_their_value() -> None:
@@ -85,10 +86,10 @@ def test_integers_beyond_32_bits_keep_their_value() -> None:
     ids = (rand(37) > 0).long() * 2**40 + (rand(37, seed=1) > 0).long()
     same = op("eq", load(ids, 3, Q), load(ids, 3, K))
     made = problem("float32", ids, score=lambda s: op("where", same, s, const(-1.0, "float32")))
-    made.check(runtime.kernel(made.spec, "cpp")(made.operands, made.sizes))
+    made.check(targets.kernel(made.spec, "cpp")(made.operands, made.sizes))
 
 
 def test_index_arithmetic_does_not_overflow() -> None:
     product = op("mul", op("mul", op("add", Q, 50000), op("add", K, 50000)), KV_LEN)
     made = problem("float32", score=lambda s: op("add", s, cast(op("mod", product, 11), "float32")))
-    made.check(runtime.kernel(made.spec, "cpp")(made.operands, made.sizes))
+    made.check(targets.kernel(made.spec, "cpp")(made.operands, made.sizes))

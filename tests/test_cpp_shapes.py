@@ -11,9 +11,9 @@ import torch
 from problems import B0, K, Problem, Q, both, const, hide, load, op, problem, symbol
 from specs import CASES
 
-from fuse import runtime
-from fuse.expr import Expr
-from fuse.runtime.cpp import CppKernel, build, instruction_set
+from fuse import targets
+from fuse.ir.expr import Expr
+from fuse.targets.cpp.launch import CppKernel, build, instruction_set
 
 pytestmark = pytest.mark.compiler
 
@@ -28,7 +28,7 @@ SCORES: dict[str, Callable[[Expr], object]] = {
 
 
 def check(made: Problem) -> torch.Tensor:
-    out = runtime.kernel(made.spec, "cpp")(made.operands, made.sizes)
+    out = targets.kernel(made.spec, "cpp")(made.operands, made.sizes)
     made.check(out)
     return out
 
@@ -76,7 +76,7 @@ def test_result_does_not_depend_on_the_number_of_threads() -> None:
     results = []
     for count in (1, 2, 3):
         torch.set_num_threads(count)
-        results.append(runtime.kernel(made.spec, "cpp")(made.operands, made.sizes))
+        results.append(targets.kernel(made.spec, "cpp")(made.operands, made.sizes))
     torch.set_num_threads(threads)
     assert torch.equal(results[0], results[1])
     assert torch.equal(results[0], results[2])
@@ -122,7 +122,7 @@ def test_read_past_an_operand_stays_inside_it() -> None:
     place = op("sub", Q, K)
     score = lambda s: op("where", op("ge", place, 0), op("add", s, load(bias, 3, place)), const(-math.inf, "float32"))  # noqa: E731
     made = problem("float32", bias, batch=(1, 1), q_len=10, score=score)
-    out = runtime.kernel(made.spec, "cpp")(made.operands, made.sizes)
+    out = targets.kernel(made.spec, "cpp")(made.operands, made.sizes)
     scores = (made.operands[0] @ made.operands[1].mT) * 0.25
     distance = torch.arange(10)[:, None] - torch.arange(10)
     expected = (scores + bias[distance.clamp(min=0)]).masked_fill(distance < 0, -math.inf).softmax(-1) @ made.operands[2]

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 import fuse
-from fuse import runtime
+from fuse import targets
 
 pytestmark = pytest.mark.compiler
 
@@ -25,7 +25,7 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[], Path]:
     monkeypatch.setenv("FUSE_DUMP", str(tmp_path / "dump"))
 
     def body() -> Path:
-        runtime.reset()
+        targets.reset()
         torch.compiler.reset()
         x = torch.randn(2, 64, 16)
         with torch.no_grad():

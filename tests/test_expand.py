@@ -7,7 +7,7 @@ import torch
 from programs import pass_over
 from torch import nn
 
-from fuse.passes.graph import operator_name
+from fuse.passes.read.graph import operator_name
 
 
 def layer(**options: object) -> nn.TransformerEncoderLayer:

@@ -10,8 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from problems import B0, KV_LEN, K, Q, both, cast, op
 
-from fuse import expr, serial, welltyped
-from fuse.expr import Apply, Const, Expr, Index, Load, Prob, Score, const, index, symbol
+from fuse.ir import expr, serial, welltyped
+from fuse.ir.expr import Apply, Const, Expr, Index, Load, Prob, Score, const, index, symbol
 
 # ------------------------------------------------------------------------------------------------------ random nodes
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.fx import GraphModule
 
 from fuse.passes.find import Candidate, find
-from fuse.passes.graph import operator_name, states
+from fuse.passes.read.graph import operator_name, states
 
 
 def candidates(program: Any, *args: Any) -> list[Candidate]:

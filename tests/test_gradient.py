@@ -13,9 +13,10 @@ from problems import B0, B1, K, Problem, Q, cast, op, problem
 from specs import CASES, RANDOM_CASES
 from torch import Tensor
 
-from fuse import expr, reference
-from fuse.expr import FLOATS, Expr, Load, Prob, Score, const
-from fuse.gradient import Gradient, Term, derivative, gradient
+from fuse.ir import expr
+from fuse.ir.expr import FLOATS, Expr, Load, Prob, Score, const
+from fuse.ir.gradient import Gradient, Term, derivative, gradient
+from fuse.targets import reference
 
 S, P, X = Score("float64"), Prob("float64"), Load("float64", 0, (Q, K))
 

@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 from proving import whole
 from torch.utils._sympy.functions import FloorDiv, PythonMod
 
-from fuse import index
-from fuse.index import Space, linear, size_symbol
+from fuse.ir import index
+from fuse.ir.index import Space, linear, size_symbol
 
 S, B = size_symbol("S"), size_symbol("B")
 

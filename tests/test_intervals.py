@@ -15,8 +15,9 @@ from proving import (
     torch_value,
 )
 
-from fuse import expr, frame
-from fuse.expr import Apply, Expr, Load
+from fuse.ir import expr
+from fuse.ir.expr import Apply, Expr, Load
+from fuse.ir.grid import OPS
 from fuse.passes import intervals
 from fuse.passes.intervals import Range
 
@@ -43,7 +44,7 @@ def _range_of(operator: str, dtype: str) -> None:
         columns = list(points.unbind(-1))
         for truth in (True, False) if first else (True,):
             args = [torch.tensor(truth), *columns] if first else columns
-            got = frame.OPS[operator](*args).double()
+            got = OPS[operator](*args).double()
             nan = got.isnan()
             assert found.nan or not nan.any(), (node, known, found)
             exact = operator in (*intervals.OPERATORS, "where", "floor", "ceil", "trunc", "round")

@@ -6,8 +6,8 @@ import torch
 from programs import attend, heads, pass_over
 from torch import Tensor
 
-from fuse import expr
-from fuse.expr import to_text
+from fuse.ir import expr
+from fuse.ir.expr import to_text
 
 
 def order(program: object) -> tuple[int, ...]:

@@ -7,9 +7,9 @@ import torch
 from programs import attend, heads, pass_over
 from torch import Tensor
 
-from fuse import expr
-from fuse.expr import to_text
-from fuse.reasons import ProbabilitiesUsed, RandomNumbers, ScoresUsed, WrongDimension
+from fuse.ir import expr
+from fuse.ir.expr import to_text
+from fuse.report.reasons import ProbabilitiesUsed, RandomNumbers, ScoresUsed, WrongDimension
 
 
 def test_grouped_heads_are_an_index_map_not_a_copy() -> None:

@@ -7,9 +7,9 @@ import torch
 from programs import Passed, attend, attention_calls, computed, heads, pass_over, square
 from torch import Tensor
 
-from fuse import expr
-from fuse.expr import Load, to_text
-from fuse.passes.elements import spec_reader
+from fuse.ir import expr
+from fuse.ir.expr import Load, to_text
+from fuse.passes.read.elements import spec_reader
 
 N = 36  # positions of a window of 6 x 6
 

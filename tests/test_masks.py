@@ -14,9 +14,9 @@ from programs import attend, heads, pass_over
 from random_masks import Case, cases
 from torch import Tensor
 
-from fuse import reference
-from fuse.expr import to_text
-from fuse.spec import AttentionSpec
+from fuse.ir.expr import to_text
+from fuse.ir.spec import AttentionSpec
+from fuse.targets import reference
 
 N = 9
 MIN = torch.finfo(torch.float32).min

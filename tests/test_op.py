@@ -15,9 +15,9 @@ from torch import Tensor
 from torch._dynamo.backends.common import aot_autograd
 from torch._dynamo.testing import CompileCounterWithBackend
 
-import fuse.op  # noqa: F401  (defines the op)
-from fuse import reference
+import fuse.ops.attention  # noqa: F401  (defines the op)
 from fuse.errors import SecondDerivative
+from fuse.targets import reference
 
 CHECKED = ("plain", "causal", "heads_last_output", "packed_qkv", "grouped_query", "window", "no_batch", "empty_batch")
 

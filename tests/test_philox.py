@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from fuse.philox import Words, philox, uniform
+from fuse.ir.philox import Words, philox, uniform
 
 # Known answers of Random123, the authors' implementation: counter, key, result.
 KNOWN = [

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from specs import CASES
 
-from fuse.planner import ISAS, backward_plan, plan
+from fuse.targets.cpp.plan import ISAS, backward_plan, plan
 
 REGISTERS = {"avx512": 32, "avx2": 16, "neon": 32, "sse": 16}
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from specs import CASES
 
-from fuse.planner_triton import (
+from fuse.targets.triton.plan import (
     ARCHITECTURES,
     Architecture,
     architecture,

@@ -18,8 +18,8 @@ from proving import (
     repeatable,
 )
 
-from fuse import expr
-from fuse.expr import Const, Expr, Load, Score, const
+from fuse.ir import expr
+from fuse.ir.expr import Const, Expr, Load, Score, const
 from fuse.passes import intervals, predicate
 
 DATA = (0.0, 1.0, 0.5, -3.0, -2.1e4, -65504.0, -2.1e28, -3.3e38, -math.inf)

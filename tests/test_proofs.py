@@ -36,9 +36,9 @@ from proving import (
 )
 from torch.utils._sympy.functions import FloorDiv
 
-from fuse import expr, index
-from fuse.expr import RULES, Apply, Expr, Load, Rule, const, symbol
-from fuse.index import Space, size_symbol, variable
+from fuse.ir import expr, index
+from fuse.ir.expr import RULES, Apply, Expr, Load, Rule, const, symbol
+from fuse.ir.index import Space, size_symbol, variable
 from fuse.passes import bounds, predicate
 
 

@@ -15,10 +15,12 @@ from hypothesis import strategies as st
 from problems import B0, B1, KV_LEN, LOWEST, K, Problem, Q, both, cast, hide, load, op, problem, rand
 from test_gradient import attend
 
-from fuse import expr, reference, runtime
-from fuse.expr import Expr, Prob, const
-from fuse.gradient import differentiable
-from fuse.spec import Mask
+from fuse import targets
+from fuse.ir import expr
+from fuse.ir.expr import Expr, Prob, const
+from fuse.ir.gradient import differentiable
+from fuse.ir.spec import Mask
+from fuse.targets import reference
 
 HEADS, GROUPS, Q_COUNT, KEYS = 4, 2, 19, 23
 Masking = Callable[[Expr, str], Expr | tuple[Expr, Mask]]
@@ -155,6 +157,6 @@ def test_kernels_have_the_reference_s_gradients(dtype: str) -> None:
 
     collect()
     with ThreadPoolExecutor(2) as pool:  # a kernel takes seconds to build
-        results = list(pool.map(lambda p: run(p, runtime.backward_kernel(p.spec, "cpp", differentiable(p.spec))), found))
+        results = list(pool.map(lambda p: run(p, targets.backward_kernel(p.spec, "cpp", differentiable(p.spec))), found))
     for p, grads in zip(found, results, strict=True):
         check(p, grads, differentiable(p.spec))

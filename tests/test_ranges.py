@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from fuse.runtime.cpp import compiler
+from fuse.targets.cpp.launch import compiler
 
 pytestmark = pytest.mark.compiler
 

@@ -12,9 +12,10 @@ from problems import B0, K, Problem, Q, load, op, problem
 from specs import CASES, RANDOM_CASES
 from torch import Tensor
 
-from fuse import philox, reference
-from fuse.expr import FLOATS, const
-from fuse.spec import InvalidSpec, Mask
+from fuse.ir import philox
+from fuse.ir.expr import FLOATS, const
+from fuse.ir.spec import InvalidSpec, Mask
+from fuse.targets import reference
 
 
 def oracle(made: Problem) -> Tensor:

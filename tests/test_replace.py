@@ -6,7 +6,7 @@ import torch
 from programs import Passed, attend, heads, pass_over
 from torch import Tensor
 
-from fuse.passes.graph import operator_name
+from fuse.passes.read.graph import operator_name
 
 
 def calls(passed: Passed) -> list[str]:

@@ -13,9 +13,9 @@ from torch import Tensor, nn
 
 import fuse
 from fuse import passes
-from fuse.reasons import RandomNumbers
-from fuse.report import Report, merge_paths, skipped
-from fuse.site import Site
+from fuse.report.reasons import RandomNumbers
+from fuse.report.report import Report, merge_paths, skipped
+from fuse.report.site import Site
 
 
 def fused(layer: int, **more: Any) -> Site:

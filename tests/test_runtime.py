@@ -16,18 +16,21 @@ import torch
 from problems import problem
 from specs import CASES
 
-from fuse import planner, reference, runtime, tiles
-from fuse.codegen.backward import render_backward
-from fuse.codegen.render import render
-from fuse.codegen.tile_map import render_tile_map
-from fuse.runtime.cpp import BuildFailed, CppKernel, instruction_set
+from fuse import targets
+from fuse.ir.tile_map import map_of
+from fuse.targets import reference
+from fuse.targets.cpp.launch import BuildFailed, CppKernel, instruction_set
+from fuse.targets.cpp.plan import backward_plan, plan, plan_tile_map
+from fuse.targets.cpp.render import render
+from fuse.targets.cpp.render_backward import render_backward
+from fuse.targets.cpp.render_tile_map import render_tile_map
 
 
 @pytest.fixture(autouse=True)
 def forget() -> Iterator[None]:
-    runtime.reset()
+    targets.reset()
     yield
-    runtime.reset()
+    targets.reset()
 
 
 @pytest.fixture
@@ -43,8 +46,8 @@ def test_without_compiler_one_warning_says_how_to_get_one_and_the_model_runs(
     monkeypatch.delenv("CXX", raising=False)
     first, second = CASES["causal"]("float32"), CASES["plain"]("float32")
     with pytest.warns(RuntimeWarning, match="no C.. compiler was found.*apt install g") as caught:
-        out = runtime.kernel(first.spec, "cpp")(first.operands, first.sizes)
-        runtime.kernel(second.spec, "cpp")
+        out = targets.kernel(first.spec, "cpp")(first.operands, first.sizes)
+        targets.kernel(second.spec, "cpp")
     assert len(caught) == 1
     assert torch.equal(out, reference.attention(first.spec, first.operands, first.sizes, "eager"))
 
@@ -55,38 +58,38 @@ def test_failed_build_warns_with_what_the_compiler_said(folder: Path, monkeypatc
     compiler.chmod(0o755)
     monkeypatch.setenv("CXX", str(compiler))
     with pytest.warns(RuntimeWarning, match="unsupported"):
-        assert runtime.kernel(CASES["plain"]("float32").spec, "cpp").source is None
+        assert targets.kernel(CASES["plain"]("float32").spec, "cpp").source is None
 
 
 def test_reference_target_builds_nothing(folder: Path) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert runtime.kernel(CASES["plain"]("float32").spec, "reference").source is None
+        assert targets.kernel(CASES["plain"]("float32").spec, "reference").source is None
 
 
 @pytest.mark.compiler
 def test_identical_specs_build_once_and_a_warm_cache_builds_nothing(folder: Path) -> None:
     specs = [CASES[name]("float32").spec for name in ("plain", "plain", "causal")]
-    before = runtime.builds.count
-    runtime.prepare(specs, "cpp")
+    before = targets.builds.count
+    targets.prepare(specs, "cpp")
     for spec in specs:
-        runtime.kernel(spec, "cpp")
-    assert runtime.builds.count == before + 2
-    runtime.reset()
+        targets.kernel(spec, "cpp")
+    assert targets.builds.count == before + 2
+    targets.reset()
     for spec in specs:
-        runtime.kernel(spec, "cpp")
-    assert runtime.builds.count == before + 2
+        targets.kernel(spec, "cpp")
+    assert targets.builds.count == before + 2
 
 
 @pytest.mark.compiler
 def test_edited_dump_is_used_in_place_of_the_kernel(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FUSE_DUMP", str(folder / "dump"))
     made = CASES["plain"]("float32")
-    runtime.kernel(made.spec, "cpp")
+    targets.kernel(made.spec, "cpp")
     (dumped,) = (folder / "dump").iterdir()
     dumped.write_text(dumped.read_text().replace("factor[v] = out_scale / sum[v];", "factor[v] = R(2) * out_scale / sum[v];"))
-    runtime.reset()
-    out = runtime.kernel(made.spec, "cpp")(made.operands, made.sizes)
+    targets.reset()
+    out = targets.kernel(made.spec, "cpp")(made.operands, made.sizes)
     torch.testing.assert_close(out, 2 * reference.attention(made.spec, made.operands, made.sizes, "eager"))
 
 
@@ -95,17 +98,17 @@ def sources() -> dict[str, tuple[str, Callable[[], str]]]:
 
     def forward(name: str) -> str:
         spec = CASES[name]("float32").spec
-        return render(spec, planner.plan(spec, instruction_set()))
+        return render(spec, plan(spec, instruction_set()))
 
     def backward(name: str, dtype: str, terms: bool) -> str:
         made = CASES[name](dtype)
-        plan = planner.backward_plan(made.spec, instruction_set(), terms)
-        return render_backward(made.spec, [t.is_floating_point() for t in made.operands], plan)
+        chosen = backward_plan(made.spec, instruction_set(), terms)
+        return render_backward(made.spec, [t.is_floating_point() for t in made.operands], chosen)
 
     def tile_map() -> str:
-        use = tiles.map_of(CASES["mapped_bool"]("float32").spec)
+        use = map_of(CASES["mapped_bool"]("float32").spec)
         assert use is not None
-        return render_tile_map(use.tile_map, planner.plan_tile_map(use.tile_map, instruction_set()))
+        return render_tile_map(use.tile_map, plan_tile_map(use.tile_map, instruction_set()))
 
     return {
         **{name: ("out = sum over k of", partial(forward, name)) for name in ("causal", "padding", "relative_table")},
@@ -132,7 +135,7 @@ def test_source_says_what_it_is_and_runs_alone(name: str, tmp_path: Path) -> Non
 
 @pytest.mark.compiler
 def test_source_needs_no_torch() -> None:
-    source = runtime.kernel(CASES["plain"]("float32").spec, "cpp").source
+    source = targets.kernel(CASES["plain"]("float32").spec, "cpp").source
     assert source is not None
     included = [line for line in source.read_text().splitlines() if line.startswith("#include")]
     assert included and all("<" in line and "torch" not in line and "ATen" not in line for line in included)
@@ -141,20 +144,20 @@ def test_source_needs_no_torch() -> None:
 @pytest.mark.compiler
 def test_kernel_runs_in_a_forked_child() -> None:
     made = problem("float32", batch=(2, 4), q_len=300)
-    kernel = runtime.kernel(made.spec, "cpp")
+    kernel = targets.kernel(made.spec, "cpp")
     expected = kernel(made.operands, made.sizes)
     child = os.fork()
     if child == 0:
         torch.set_num_threads(1)  # as torch's own DataLoader does in its workers
-        os._exit(0 if torch.equal(runtime.kernel(made.spec, "cpp")(made.operands, made.sizes), expected) else 1)
+        os._exit(0 if torch.equal(targets.kernel(made.spec, "cpp")(made.operands, made.sizes), expected) else 1)
     assert os.waitpid(child, 0)[1] == 0
 
 
 @pytest.mark.compiler
 def test_length_beyond_the_kernels_limit_takes_the_reference(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("fuse.codegen.render.MAX_LENGTH", 4)
+    monkeypatch.setattr("fuse.targets.cpp.render.MAX_LENGTH", 4)
     made = problem("float32", batch=(1, 1), q_len=5)
-    kernel = runtime.kernel(made.spec, "cpp")
+    kernel = targets.kernel(made.spec, "cpp")
     assert isinstance(kernel, CppKernel)
     found = kernel(made.operands, made.sizes)
     assert torch.equal(found, reference.attention(made.spec, made.operands, made.sizes, "eager"))
@@ -169,12 +172,12 @@ def test_a_backward_kernel_that_nobody_has_asked_for_gives_way(monkeypatch: pyte
         priorities.append(os.getpriority(os.PRIO_PROCESS, threading.get_native_id()))
         raise BuildFailed("nothing is built here")
 
-    monkeypatch.setattr(runtime, "build", seen)
-    monkeypatch.setattr(runtime, "build_backward", seen)
+    monkeypatch.setattr(targets, "build", seen)
+    monkeypatch.setattr(targets, "build_backward", seen)
     spec, wanted = CASES["plain"]("float32").spec, (True, True, True)
     with pytest.warns(RuntimeWarning, match="nothing is built"):
-        runtime.kernel(spec, "cpp")
-    runtime.prepare_backward(spec, "cpp", wanted)
-    runtime.backward_kernel(spec, "cpp", wanted)
+        targets.kernel(spec, "cpp")
+    targets.prepare_backward(spec, "cpp", wanted)
+    targets.backward_kernel(spec, "cpp", wanted)
     forward, backward = priorities
     assert backward > forward == os.getpriority(os.PRIO_PROCESS, 0)

@@ -12,8 +12,8 @@ import torch
 from problems import B1, D, E, K, Q, op
 from specs import CASES
 
-from fuse.expr import FLOATS, Load, Prob, Score, const, index, symbol
-from fuse.spec import AttentionSpec, InvalidSpec, Operand, verify
+from fuse.ir.expr import FLOATS, Load, Prob, Score, const, index, symbol
+from fuse.ir.spec import AttentionSpec, InvalidSpec, Operand, verify
 
 
 @pytest.mark.parametrize("dtype", FLOATS)

@@ -11,10 +11,10 @@ from specs import CASES
 from spellings.biases import bucket
 from torch import Tensor
 
-from fuse import expr
-from fuse.expr import Load, apply, const, index, symbol, to_text
-from fuse.frame import Frame
-from fuse.passes.elements import spec_reader
+from fuse.ir import expr
+from fuse.ir.expr import Load, apply, const, index, symbol, to_text
+from fuse.ir.grid import Frame
+from fuse.passes.read.elements import spec_reader
 from fuse.passes.tables import by_distance
 
 N, M = 37, 53  # queries and keys: no other size of the programs is so large

@@ -11,12 +11,14 @@ import torch
 from programs import pass_over
 from torch import Tensor
 
-from fuse import kept, map_op, reference, tiles
-from fuse.expr import Expr, Load, apply, const, index
-from fuse.runtime import MapKernel
-from fuse.runtime.cpp import CppTileMap, build_tile_map, instruction_set
-from fuse.spec import Operand
-from fuse.tiles import EMPTY, FULL, PARTIAL, TileMap
+from fuse.ir import tile_map
+from fuse.ir.expr import Expr, Load, apply, const, index
+from fuse.ir.spec import Operand
+from fuse.ir.tile_map import EMPTY, FULL, PARTIAL, TileMap
+from fuse.ops import kept
+from fuse.ops import tile_map as map_op
+from fuse.targets import MapKernel, reference
+from fuse.targets.cpp.launch import CppTileMap, build_tile_map, instruction_set
 
 N = 300
 ISAS = ["avx512", "avx2"] if instruction_set().startswith(("avx512", "amx")) else [instruction_set()]
@@ -49,7 +51,7 @@ def _map(dtype: str) -> TileMap:
 
 def _expected(mask: Tensor) -> Tensor:
     """The classes, cell by cell."""
-    rows = [block.split(tiles.KEYS, -1) for block in mask.split(tiles.ROWS, -2)]
+    rows = [block.split(tile_map.KEYS, -1) for block in mask.split(tile_map.ROWS, -2)]
     classes = [[torch.where(c.all((-1, -2)), FULL, torch.where(c.any((-1, -2)), PARTIAL, EMPTY)) for c in row] for row in rows]
     return torch.stack([torch.stack(row, -1) for row in classes], -2).byte()
 
@@ -154,7 +156,7 @@ def test_the_triton_kernels_map_is_the_references(dtype: str) -> None:
     pytest.importorskip("triton", reason="no Triton on this platform")
     import triton_interpreter  # noqa: F401  mends the interpreter
 
-    from fuse.runtime.triton_map import TritonTileMap
+    from fuse.targets.triton.launch_tile_map import TritonTileMap
 
     for spec in (_map(dtype), _negated(_map(dtype))):
         check_map(spec, TritonTileMap(spec), dtype, [(2, 33, 130), (1, 1, 1), (1, 17, 700)])

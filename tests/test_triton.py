@@ -11,8 +11,8 @@ pytestmark = pytest.mark.triton
 
 import triton_interpreter  # noqa: E402, F401  mends the interpreter
 
-from fuse.runtime.triton import TritonKernel  # noqa: E402
-from fuse.runtime.triton_module import precision  # noqa: E402
+from fuse.targets.triton.launch import TritonKernel  # noqa: E402
+from fuse.targets.triton.module import precision  # noqa: E402
 
 # What is read, rounded and multiplied by dtype; and rows whose result depends on eager's roundings.
 BY_DTYPE = (

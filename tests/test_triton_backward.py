@@ -11,17 +11,18 @@ from gradients import check, floats, grad_out, run
 from problems import B0, B1, KV_LEN, LOWEST, Q_LEN, D, E, K, Problem, Q, both, hide, load, op, problem, rand
 from specs import CASES, RANDOM_CASES
 
-from fuse import reference, runtime
-from fuse.codegen.sinks import Unsupported
-from fuse.expr import Expr, const
-from fuse.spec import Mask, Operand
+from fuse import targets
+from fuse.ir.expr import Expr, const
+from fuse.ir.spec import Mask, Operand
+from fuse.kernel.sinks import Unsupported
+from fuse.targets import reference
 
 pytest.importorskip("triton", reason="no Triton on this platform")
 pytestmark = [pytest.mark.triton, pytest.mark.filterwarnings("ignore:.*encountered in.*:RuntimeWarning")]
 
 import triton_interpreter  # noqa: E402, F401  mends the interpreter
 
-from fuse.runtime.triton_backward import TritonBackward  # noqa: E402
+from fuse.targets.triton.launch_backward import TritonBackward  # noqa: E402
 
 # Each a path of its own: shapes and strides, tiles that are skipped, rows that are computed again, what terms are summed over.
 GRADIENTS = (
@@ -149,7 +150,7 @@ def test_what_is_not_supported_is_left_to_the_reference() -> None:
     p = Problem(spec, [base.operands[0], key, value], base.sizes)
     with pytest.raises(Unsupported):
         kernel(p)
-    check(p, run(p, runtime.backward_kernel(p.spec, "triton", floats(p))), floats(p))
+    check(p, run(p, targets.backward_kernel(p.spec, "triton", floats(p))), floats(p))
 
 
 def test_training_a_model_calls_the_kernels(monkeypatch: pytest.MonkeyPatch) -> None:

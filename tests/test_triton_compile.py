@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from fuse.planner_triton import ARCHITECTURES
+from fuse.targets.triton.plan import ARCHITECTURES
 
 pytest.importorskip("triton", reason="no Triton on this platform")
 pytestmark = pytest.mark.triton

@@ -10,16 +10,18 @@ from decode_specs import DECODING
 from problems import B0, Case, K, Problem, load, op, problem
 from specs import CASES
 
-from fuse import decode, reference, sharing
-from fuse.decode import Route
-from fuse.planner_triton import ARCHITECTURES, Architecture, shared_memory
+from fuse.kernel import sharing
+from fuse.targets import reference
+from fuse.targets.triton import plan_decode
+from fuse.targets.triton.plan import ARCHITECTURES, Architecture, shared_memory
+from fuse.targets.triton.plan_decode import Route
 
 pytest.importorskip("triton", reason="no Triton on this platform")
 pytestmark = pytest.mark.triton
 
 import triton_interpreter  # noqa: E402, F401  mends the interpreter
 
-from fuse.runtime.triton import TritonKernel  # noqa: E402
+from fuse.targets.triton.launch import TritonKernel  # noqa: E402
 
 COMMON = (
     "one_query", "one_key", "empty_batch", "no_batch", "head_dim_80", "three_batch_dimensions", "cross_attention",
@@ -33,7 +35,7 @@ COMMON = (
 def attended(made: Problem, parts: int) -> torch.Tensor:
     """The result in ``parts`` parts, whatever the sizes; the rows' log-sum-exp is compared on the way."""
     kernel = TritonKernel(made.spec)
-    route = decode.packed(sharing.runs(made.spec), made.sizes, parts)
+    route = plan_decode.packed(sharing.runs(made.spec), made.sizes, parts)
     lse = torch.empty(made.spec.lse_shape(made.sizes), dtype=getattr(torch, made.spec.lse_dtype))
     out = kernel.launch(made.operands, made.sizes, lse, route)
     if out.numel():
@@ -82,29 +84,29 @@ def test_keys_and_values_that_are_shared_differently_are_shared_as_far_as_both_a
 
 
 def test_one_query_is_packed_and_cut_until_the_processors_are_busy() -> None:
-    assert decode.route((1, 8), [1, 64, 1, 8192], 128, processors=132) == Route(rows=8, groups=8, parts=32)
-    assert decode.route((1, 8), [64, 64, 1, 8192], 128, processors=132) == Route(rows=8, groups=512, parts=1)
+    assert plan_decode.route((1, 8), [1, 64, 1, 8192], 128, processors=132) == Route(rows=8, groups=8, parts=32)
+    assert plan_decode.route((1, 8), [64, 64, 1, 8192], 128, processors=132) == Route(rows=8, groups=512, parts=1)
 
 
 def test_a_part_has_some_keys_at_least() -> None:
-    route = decode.route((1, 1), [1, 2, 1, 600], 128, processors=132)
+    route = plan_decode.route((1, 1), [1, 2, 1, 600], 128, processors=132)
     assert route is not None and route.parts == 2
 
 
 @pytest.mark.parametrize("q_len, kv_len, expected", [(512, 512, False), (4096, 4096, False), (64, 32768, True), (1, 10, True)])
 def test_blocks_of_queries_that_fill_the_device_are_not_cut(q_len: int, kv_len: int, expected: bool) -> None:
-    assert (decode.route((1, 1), [1, 16, q_len, kv_len], 128, processors=108) is not None) == expected
+    assert (plan_decode.route((1, 1), [1, 16, q_len, kv_len], 128, processors=108) is not None) == expected
 
 
 @pytest.mark.parametrize(
     "rows, most, expected", [(1, 64, 16), (16, 64, 16), (17, 64, 32), (71, 64, 64), (40, 32, 32), (9, 16, 16)]
 )
 def test_a_tile_has_room_for_its_rows_and_not_much_more(rows: int, most: int, expected: int) -> None:
-    assert decode.block(rows, most) == expected
+    assert plan_decode.block(rows, most) == expected
 
 
 @pytest.mark.parametrize("arch", ARCHITECTURES.values(), ids=lambda arch: arch.name)
 @pytest.mark.parametrize("name, dtype", [("groups_of_8", "bfloat16"), ("member_bias", "float32")])
 def test_plans_fit_every_architecture(name: str, dtype: str, arch: Architecture) -> None:
     spec = DECODING[name](dtype).spec
-    assert all(shared_memory(spec, plan, arch) <= arch.shared for plan in decode.plans(spec, arch))
+    assert all(shared_memory(spec, plan, arch) <= arch.shared for plan in plan_decode.plans(spec, arch))

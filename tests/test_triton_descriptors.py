@@ -19,13 +19,13 @@ pytestmark = pytest.mark.triton
 import triton_interpreter  # noqa: E402, F401  mends the interpreter
 from triton.tools.tensor_descriptor import TensorDescriptor  # noqa: E402
 
-from fuse.descriptors import describable, rows_of  # noqa: E402
-from fuse.planner_triton import ARCHITECTURES  # noqa: E402
-from fuse.runtime import triton_descriptors, triton_launch  # noqa: E402
-from fuse.runtime.triton import TritonKernel  # noqa: E402
-from fuse.runtime.triton_backward import TritonBackward  # noqa: E402
-from fuse.runtime.triton_descriptors import descriptor  # noqa: E402
-from fuse.spec import Operand  # noqa: E402
+from fuse.ir.spec import Operand  # noqa: E402
+from fuse.kernel.rectangles import describable, rows_of  # noqa: E402
+from fuse.targets.triton import copies, function  # noqa: E402
+from fuse.targets.triton.copies import descriptor  # noqa: E402
+from fuse.targets.triton.launch import TritonKernel  # noqa: E402
+from fuse.targets.triton.launch_backward import TritonBackward  # noqa: E402
+from fuse.targets.triton.plan import ARCHITECTURES  # noqa: E402
 
 COPIED = (
     "plain", "head_dim_24", "grouped_query", "packed_qkv", "causal_long", "window", "documents_in_any_order", "mapped_bool",
@@ -38,7 +38,7 @@ Launches = list[tuple[str, bool]]
 def launches(monkeypatch: pytest.MonkeyPatch) -> Iterator[Launches]:
     """The device is one with descriptors; (function, whether it was given any) of each launch that could have been."""
     found: Launches = []
-    real = triton_launch.Function._launch
+    real = function.Function._launch
 
     def launch(self: Any, grid: tuple[int, ...], arguments: Any, constants: dict[str, Any]) -> None:
         if "DESCRIBED" in constants:
@@ -47,15 +47,15 @@ def launches(monkeypatch: pytest.MonkeyPatch) -> Iterator[Launches]:
         real(self, grid, arguments, constants)
 
     for module in ("triton", "triton_module", "triton_backward"):
-        monkeypatch.setattr(f"fuse.runtime.{module}.current_architecture", lambda: ARCHITECTURES["sm_90"])
-    monkeypatch.setattr(triton_launch.Function, "_launch", launch)
+        monkeypatch.setattr(f"fuse.targets.{module}.current_architecture", lambda: ARCHITECTURES["sm_90"])
+    monkeypatch.setattr(function.Function, "_launch", launch)
     yield found
 
 
 @pytest.fixture
 def worth_it(monkeypatch: pytest.MonkeyPatch) -> None:
     """Calls of any size are."""
-    monkeypatch.setattr(triton_descriptors, "WORTH", 0)
+    monkeypatch.setattr(copies, "WORTH", 0)
 
 
 @pytest.mark.filterwarnings("ignore:.*encountered in.*:RuntimeWarning")

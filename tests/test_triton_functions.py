@@ -8,14 +8,14 @@ import numpy as np
 import pytest
 import torch
 
-from fuse.codegen.render import environment
+from fuse.targets.cpp.render import environment
 
 pytest.importorskip("triton", reason="no Triton on this platform")
 pytestmark = pytest.mark.triton
 
 import triton_interpreter  # noqa: E402, F401  mends the interpreter
 
-from fuse.runtime.triton_module import load  # noqa: E402
+from fuse.targets.triton.module import load  # noqa: E402
 
 KERNEL = """
 @triton.jit

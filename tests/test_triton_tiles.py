@@ -15,21 +15,21 @@ from problems import B0, LOWEST, K, Problem, Q, both, hide, load, mapped, op, pr
 from specs import CASES
 from torch import Tensor
 
-from fuse.codegen.render import environment
-from fuse.codegen.render_tiles import is_listed
-from fuse.expr import const
-from fuse.frame import Frame
-from fuse.planner_backward import Launch
+from fuse.ir.expr import const
+from fuse.ir.grid import Frame
+from fuse.targets.cpp.render import environment
+from fuse.targets.triton.plan_backward import Launch
+from fuse.targets.triton.render_tiles import is_listed
 
 pytest.importorskip("triton", reason="no Triton on this platform")
 pytestmark = pytest.mark.triton
 
 import triton_interpreter  # noqa: E402, F401  mends the interpreter
 
-from fuse.runtime import triton_tiles  # noqa: E402
-from fuse.runtime.triton_backward import TritonBackward  # noqa: E402
-from fuse.runtime.triton_module import load as load_module  # noqa: E402
-from fuse.runtime.triton_tiles import TritonTiles  # noqa: E402
+from fuse.targets.triton import launch_tiles  # noqa: E402
+from fuse.targets.triton.launch_backward import TritonBackward  # noqa: E402
+from fuse.targets.triton.launch_tiles import TritonTiles  # noqa: E402
+from fuse.targets.triton.module import load as load_module  # noqa: E402
 
 PLAN = Launch(block_q=32, block_k=32, warps=4, stages=2)
 LISTED = (
@@ -43,7 +43,7 @@ EXACT = ("documents", "left_padding_and_causal", "padding", "block_diagonal_or_f
 
 @pytest.fixture(autouse=True)
 def _short_calls_have_lists(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(triton_tiles, "FEW", 0)
+    monkeypatch.setattr(launch_tiles, "FEW", 0)
 
 
 def visited(made: Problem, owner: str, plan: Launch = PLAN) -> tuple[Tensor, Tensor]:

@@ -7,8 +7,8 @@ import torch
 from programs import attend, heads, pass_over
 from torch import Tensor, nn
 
-from fuse.expr import Apply, Expr, Load, Score, apply, const, index, symbol
-from fuse.wording import mask_text, score_text
+from fuse.ir.expr import Apply, Expr, Load, Score, apply, const, index, symbol
+from fuse.report.wording import mask_text, score_text
 
 Q, K, B = index("q"), index("k"), index("b0")
 NAMES = {0: "document", 1: "attention_mask", 2: "allowed"}

@@ -1,4 +1,4 @@
-// The operators of fuse.expr, on scalars and on lanes, with PyTorch's semantics.
+// The operators of fuse.ir.expr, on scalars and on lanes, with PyTorch's semantics.
 #define F_UNARY(NAME, SCALAR) \
     INLINE R NAME(R x) { return SCALAR; } \
     INLINE VR NAME(VR v) { return lanewise(v, [](R x) { return R(SCALAR); }); }

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 import fuse
-from fuse.site import Site
+from fuse.report.site import Site
 from models import MODELS, Inputs
 from models.weights import redraw
 

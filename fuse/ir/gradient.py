@@ -1,0 +1,261 @@
+"""Derivatives of score programs, and what the backward pass of a spec computes.
+
+With dO the gradient of the result (FlashAttention-2, Dao 2023, section 3.1.2, for any ``score`` and ``weight``):
+
+    P   = exp(score - lse)                                     lse = log(sum_k exp(score) + sum exp(extra_logits))
+    W   = weight(P) = c P                                      c free of P: ``weight`` is linear, and zero where P is
+    dV  = sum over q of W dO                                   for each k, e
+    dW  = sum over e of dO V                                   for each q, k
+    dP  = c dW
+    dS  = P (dP - delta)                                       delta = sum_k P dP
+    dX  = dS * d score / d Score                               for each q, k: X = sum over d of Q K, the raw score
+    dQ  = sum over k of dX K,   dK = sum over q of dX Q
+    dz  = -exp(z - lse) delta                                  for each extra logit z, which has no value
+
+``delta`` is rowsum(dO * out) whatever ``weight`` is: out = sum_k W V, so that
+rowsum(dO * out) = sum_k W (sum_e dO V) = sum_k c P dW = sum_k P dP.
+
+A tensor that is loaded in ``score`` gets dS * d score / d Load, in ``weight`` dW * d weight / d Load, in an extra logit
+dz * d z / d Load; each at the coordinates that were loaded. What several loads, entries or batch indices add to one
+element is summed: query, key, value and the loads may all be of one tensor, and grouped queries share a key.
+
+``lse`` has the shape of ``out`` without its features. A row of ``empty_row`` "zero" without a finite score has an lse of
++inf, so that P is 0, and one of "nan" an lse of -inf, so that P is NaN. In a row that is masked entirely by a finite fill,
+lse is about as large as the fill and has lost log(kv_len): such a row, lse <= fill + 256, needs max and sum again.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cache
+
+from fuse.ir import expr
+from fuse.ir.expr import FLOATS, Apply, Const, Expr, Index, Load, Prob, Score, apply, const
+from fuse.ir.spec import AttentionSpec
+
+
+@dataclass(frozen=True)
+class Term:
+    """What one load in an expression adds to the gradient of its operand, at ``load.coords``.
+
+    root     the expression that reads it: "score", "weight", "extra_logits.0", …
+    factor   d root / d load, by which the gradient of root (dS, dW, dz) is multiplied
+    visible  the same for ``mask.visible``, where that holds; None: the spec has no mask, or root is not the score
+    """
+
+    root: str
+    load: Load
+    factor: Expr
+    visible: Expr | None
+
+    @property
+    def axes(self) -> frozenset[str]:
+        """The indices that the element depends on; over the others the gradient is summed."""
+        return frozenset().union(*(expr.axes(c) for c in self.load.coords))
+
+    @property
+    def distinct(self) -> bool:
+        """Whether different values of ``axes`` are sure to be different elements: each is a coordinate by itself."""
+        return self.axes == {c.axis for c in self.load.coords if isinstance(c, Index)}
+
+
+@dataclass(frozen=True)
+class Gradient:
+    """What the backward pass of ``spec`` computes, for the operands that are ``wanted``.
+
+    score    d score / d Score, over batch, q and k; may read Score
+    visible  d mask.visible / d Score, what the former is where the predicate holds; None: there is no mask
+    weight   d weight / d Prob, over batch, q and k: c in the module's text
+    terms    the loads of wanted operands outside of query, key and value
+    """
+
+    spec: AttentionSpec
+    wanted: tuple[bool, ...]
+    score: Expr
+    visible: Expr | None
+    weight: Expr
+    terms: tuple[Term, ...]
+
+    @property
+    def query(self) -> bool:
+        return self.wanted[self.spec.query.operand]
+
+    @property
+    def key(self) -> bool:
+        return self.wanted[self.spec.key.operand]
+
+    @property
+    def value(self) -> bool:
+        return self.wanted[self.spec.value.operand]
+
+
+@cache
+def gradient(spec: AttentionSpec, wanted: tuple[bool, ...]) -> Gradient:
+    """``wanted`` has one entry for each operand; those of integers cannot be."""
+    mask = spec.mask
+    score, visible = _of_leaf(spec.score, Score), None if mask is None else _of_leaf(mask.visible, Score)
+    return Gradient(spec, wanted, score, visible, _of_leaf(spec.weight, Prob), tuple(_terms(spec, wanted)))
+
+
+@cache
+def differentiable(spec: AttentionSpec) -> tuple[bool, ...]:
+    """For each operand whether a gradient reaches it: what only decides a condition has none."""
+    floats = tuple(o.dtype in FLOATS for o in spec.operands)
+    reached = {spec.query.operand, spec.key.operand, spec.value.operand}
+    reached |= {term.load.operand for term in gradient(spec, floats).terms}
+    return tuple(i in reached for i in range(len(floats)))
+
+
+def _of_leaf(root: Expr, kind: type[Expr]) -> Expr:
+    """The derivative by the one leaf of ``kind``, zero where there is none."""
+    leaves = [n for n in expr.walk(root) if isinstance(n, kind)]
+    return derivative(root, leaves[0]) if leaves else const(0.0, root.dtype)
+
+
+def _terms(spec: AttentionSpec, wanted: Sequence[bool]) -> list[Term]:
+    """One for each load of the score or of ``mask.visible``: what is in one of them only adds nothing in the other."""
+    terms = []
+    for name, root in spec.roots().items():
+        if name not in ("score", "weight") and not name.startswith("extra_logits"):
+            continue
+        free = spec.mask.visible if spec.mask and name == "score" else None
+        for load in expr.walk(root, *([] if free is None else [free])):
+            if not isinstance(load, Load) or load.dtype not in FLOATS or not wanted[load.operand]:
+                continue
+            if any(tangent(x, load) is not None for x in (root, free) if x is not None):
+                terms.append(Term(name, load, derivative(root, load), free and derivative(free, load)))
+    return terms
+
+
+# ------------------------------------------------------------------------------------------------------ derivatives
+
+
+def derivative(root: Expr, leaf: Expr) -> Expr:
+    """d root / d leaf in root's dtype, for a leaf that is a Score, a Prob or a Load; all other leaves are constants.
+
+    Where a function has no derivative it is what PyTorch's autograd gives: 0 for abs at 0, one half each for equal
+    operands of minimum and maximum, all of it for a value that equals a constant bound, as of clamp, 0 for pow(0, y) by y
+    and for what is rounded, compared or cast to integers.
+    """
+    found = tangent(root, leaf)
+    return const(0.0, root.dtype) if found is None else found
+
+
+def tangent(root: Expr, leaf: Expr) -> Expr | None:
+    """``derivative``, but None where it is zero whatever the operands hold."""
+    known: dict[Expr, Expr | None] = {}
+    for n in expr.walk(root):
+        if n is leaf:
+            known[n] = const(1.0, n.dtype)
+        elif isinstance(n, Apply) and n.dtype in FLOATS:
+            known[n] = _chain(n, [known[a] for a in n.operands])
+        else:
+            known[n] = None
+    return known[root]
+
+
+def _chain(n: Apply, tangents: list[Expr | None]) -> Expr | None:
+    """Only what is chosen is multiplied: an infinite derivative beside it must not turn into NaN."""
+    if all(t is None for t in tangents):
+        return None
+    if n.op == "cast":
+        return tangents[0] and apply("cast", tangents[0], dtype=n.dtype)
+    if n.op in _CHOICES:
+        return _CHOICES[n.op](n, [const(0.0, n.dtype) if t is None else t for t in tangents])
+    total: Expr | None = None
+    for i, t in enumerate(tangents):
+        partial = None if t is None else _PARTIALS[n.op][i](n)
+        if t is not None and partial is not None:
+            term = _mul(t, partial)
+            total = term if total is None else _op("add", total, term)
+    return total
+
+
+def _op(name: str, *args: Expr | float) -> Expr:
+    """Numbers take the dtype of the first operand that is an expression."""
+    dtype = next(a.dtype for a in args if isinstance(a, Expr))
+    nodes = [a if isinstance(a, Expr) else const(a, dtype) for a in args]
+    return apply(name, *nodes, dtype="bool" if name in expr.COMPARISONS else dtype)
+
+
+def _mul(a: Expr, b: Expr) -> Expr:
+    for this, other in ((a, b), (b, a)):
+        if isinstance(this, Const) and this.value == -1:
+            return _op("neg", other)
+    return _op("mul", a, b)
+
+
+def _where(n: Apply, tangents: list[Expr]) -> Expr:
+    return apply("where", n.operands[0], *tangents[1:], dtype=n.dtype)
+
+
+def _extreme(n: Apply, tangents: list[Expr]) -> Expr:
+    a, b = n.operands
+    beyond = "gt" if n.op == "maximum" else "lt"
+    for bound, value, t in ((a, b, tangents[1]), (b, a, tangents[0])):
+        if isinstance(bound, Const):
+            return apply("where", _op(beyond, bound, value), const(0.0, n.dtype), t, dtype=n.dtype)
+    mean = _op("mul", _op("add", *tangents), 0.5)
+    other = apply("where", _op("eq", a, b), mean, tangents[1], dtype=n.dtype)
+    return apply("where", _op(beyond, a, b), tangents[0], other, dtype=n.dtype)
+
+
+_CHOICES: dict[str, Callable[[Apply, list[Expr]], Expr]] = {"where": _where, "minimum": _extreme, "maximum": _extreme}
+
+
+def _pow_base(n: Apply) -> Expr | None:
+    x, y = n.operands
+    if isinstance(y, Const):
+        return None if y.value == 0 else _op("mul", y, _op("pow", x, y.value - 1))
+    slope = _op("mul", y, _op("pow", x, _op("sub", y, 1.0)))
+    return apply("where", _op("eq", y, 0.0), const(0.0, n.dtype), slope, dtype=n.dtype)
+
+
+def _pow_exponent(n: Apply) -> Expr:
+    x, y = n.operands
+    at_zero = apply("and", _op("eq", x, 0.0), _op("ge", y, 0.0), dtype="bool")
+    return apply("where", at_zero, const(0.0, n.dtype), _op("mul", n, _op("log", x)), dtype=n.dtype)
+
+
+Partial = Callable[[Apply], Expr | None]
+
+
+def _of(f: Callable[[Apply, Expr], Expr]) -> tuple[Partial]:
+    """The derivative of a function of one operand x, from its node and x."""
+    return (lambda n: f(n, n.operands[0]),)
+
+
+def _one(n: Apply) -> Expr:
+    return const(1.0, n.dtype)
+
+
+def _minus_one(n: Apply) -> Expr:
+    return const(-1.0, n.dtype)
+
+
+def _nothing(n: Apply) -> None:
+    return None
+
+
+# d n / d operand, one function for each operand; None: zero everywhere, or a jump.
+_PARTIALS: dict[str, tuple[Partial, ...]] = {
+    "add": (_one, _one), "sub": (_one, _minus_one), "neg": (_minus_one,),
+    "mul": (lambda n: n.operands[1], lambda n: n.operands[0]),
+    "div": (lambda n: _op("reciprocal", n.operands[1]), lambda n: _op("neg", _op("div", n, n.operands[1]))),
+    "pow": (_pow_base, _pow_exponent),
+    "mod": (_one, lambda n: _op("neg", _op("floor", _op("div", *n.operands)))),
+    "abs": _of(lambda n, x: _op("sign", x)),
+    "exp": _of(lambda n, x: n), "exp2": _of(lambda n, x: _op("mul", n, math.log(2))),
+    "expm1": _of(lambda n, x: _op("add", n, 1.0)),
+    "log": _of(lambda n, x: _op("reciprocal", x)), "log2": _of(lambda n, x: _op("reciprocal", _op("mul", x, math.log(2)))),
+    "log1p": _of(lambda n, x: _op("reciprocal", _op("add", x, 1.0))),
+    "tanh": _of(lambda n, x: _op("sub", 1.0, _op("mul", n, n))),
+    "sigmoid": _of(lambda n, x: _op("mul", n, _op("sub", 1.0, n))),
+    "sqrt": _of(lambda n, x: _op("div", 0.5, n)), "rsqrt": _of(lambda n, x: _op("mul", _op("div", n, x), -0.5)),
+    "reciprocal": _of(lambda n, x: _op("neg", _op("mul", n, n))),
+    "erf": _of(lambda n, x: _op("mul", _op("exp", _op("neg", _op("mul", x, x))), 2 / math.sqrt(math.pi))),
+    "sin": _of(lambda n, x: _op("cos", x)), "cos": _of(lambda n, x: _op("neg", _op("sin", x))),
+    **dict.fromkeys(("floor", "ceil", "trunc", "round", "sign"), (_nothing,)), "floordiv": (_nothing, _nothing),
+}  # fmt: skip

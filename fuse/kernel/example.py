@@ -1,0 +1,78 @@
+"""Sizes and tensors with which a kernel can be run alone."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from fuse.ir.expr import Expr, Index, Load, Symbol, walk
+from fuse.ir.spec import AttentionSpec
+from fuse.ir.tile_map import TileMap
+from fuse.targets.cpp.write import C_TYPES, Interval, interval
+
+_LENGTH, _HEADS, _BATCH, _EXTRA = 512, 8, 1, 128
+# Dimensions whose index comes from data: the tables and buckets that models have are at most this long.
+_UNKNOWN_EXTENT = 1024
+
+
+@dataclass(frozen=True)
+class ExampleTensor:
+    """Dense, its dimensions in memory from outermost to innermost as ``order`` names them."""
+
+    ctype: str
+    shape: tuple[int, ...]
+    order: tuple[int, ...]
+
+    @property
+    def is_float(self) -> bool:
+        return self.ctype in ("R", "double", "float", "Bf16", "_Float16")
+
+
+@dataclass(frozen=True)
+class Example:
+    """``sizes`` are the values of ``spec.symbols``; ``more`` follows the operands, and holds the results if it is not empty."""
+
+    sizes: tuple[int, ...]
+    operands: tuple[ExampleTensor, ...]
+    out: ExampleTensor
+    more: tuple[ExampleTensor, ...] = ()
+
+    @property
+    def results(self) -> tuple[ExampleTensor, ...]:
+        return self.more[1:] or (self.out,)
+
+
+def row_major(dtype: str, shape: Sequence[int]) -> ExampleTensor:
+    return ExampleTensor(C_TYPES[dtype], tuple(shape), tuple(range(len(shape))))
+
+
+def example(spec: AttentionSpec | TileMap) -> Example:
+    """Operands just large enough for every access of ``spec`` at the example's sizes."""
+    batch = tuple(_BATCH if i == 0 and spec.batch > 1 else _HEADS for i in range(spec.batch))
+    sizes = dict(zip(spec.symbols, (*batch, _LENGTH, _LENGTH, *(_EXTRA for _ in spec.extra)), strict=True))
+    extents = {"q": _LENGTH, "k": _LENGTH} | {f"b{i}": size for i, size in enumerate(batch)}
+    if isinstance(spec, AttentionSpec):
+        extents |= {"d": spec.qk_dim, "e": spec.v_dim}
+
+    def leaves(leaf: Expr) -> Interval:
+        if isinstance(leaf, Symbol):
+            return (sizes[leaf.name], sizes[leaf.name])
+        return (0, extents[leaf.axis] - 1) if isinstance(leaf, Index) else None
+
+    shapes = [[1] * operand.rank for operand in spec.operands]
+    for node in walk(*(spec.roots().values() if isinstance(spec, AttentionSpec) else (spec.predicate,))):
+        if isinstance(node, Load):
+            for dim, coord in enumerate(node.coords):
+                bounds = interval(coord, leaves)
+                extent = _UNKNOWN_EXTENT if bounds is None else bounds[1] + 1
+                shapes[node.operand][dim] = max(shapes[node.operand][dim], min(extent, 2 * _LENGTH + _UNKNOWN_EXTENT))
+    values = tuple(sizes.values())
+    operands = (row_major(o.dtype, s) for o, s in zip(spec.operands, shapes, strict=True))
+    return Example(values, tuple(operands), row_major(spec.out_dtype, spec.out_shape(values)))
+
+
+def example_of_gradients(spec: AttentionSpec, written: Sequence[tuple[int, str, tuple[int, ...]]]) -> Example:
+    """``written``: operand, C type and order in memory of each gradient."""
+    made = example(spec)
+    gradients = [ExampleTensor(ctype, made.operands[operand].shape, order) for operand, ctype, order in written]
+    return Example(made.sizes, made.operands, made.out, (made.out, *gradients))

@@ -1,0 +1,73 @@
+"""Which batch indices add to the same elements of a gradient: they are one program's work, one after the other."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from fuse.ir.grid import Frame
+from fuse.ir.spec import AttentionSpec
+from fuse.kernel.sinks import Sink
+
+
+@dataclass(frozen=True)
+class Groups:
+    """A launch over all batch indices, numbered in row-major order: group i are sites[starts[i]] … sites[starts[i + 1] - 1].
+
+    sites, starts  int32
+    written        names of the sinks that it writes: batch indices of different groups write to different elements
+    """
+
+    sites: Tensor
+    starts: Tensor
+    written: frozenset[str]
+
+    @property
+    def count(self) -> int:
+        return len(self.starts) - 1
+
+
+def groups_of(spec: AttentionSpec, sinks: Sequence[Sink], sizes: Mapping[str, int], device: torch.device) -> list[Groups]:
+    """As few launches as write all ``sinks``, whose coordinates read no tensor."""
+    found: list[Groups] = []
+    for sink in sinks:
+        if sink.kind in ("matrix", "dense"):
+            _join(found, _places(spec, sink, sizes))
+    # what has a place for every batch index goes with any launch
+    rest = frozenset(s.name for s in sinks if s.kind not in ("matrix", "dense"))
+    if rest:
+        first = found[0] if found else _alone(spec, sizes)
+        found[:1] = [replace(first, written=first.written | rest)]
+    return [Groups(g.sites.to(device), g.starts.to(device), g.written) for g in found]
+
+
+def _join(found: list[Groups], new: Groups) -> None:
+    for i, g in enumerate(found):
+        if torch.equal(g.sites, new.sites) and torch.equal(g.starts, new.starts):
+            found[i] = replace(g, written=g.written | new.written)
+            return
+    found.append(new)
+
+
+def _places(spec: AttentionSpec, sink: Sink, sizes: Mapping[str, int]) -> Groups:
+    """Groups by where the first element of each batch index is."""
+    shape = [sizes[f"B{i}"] for i in range(spec.batch)]
+    extents = {f"b{i}": (0, n) for i, n in enumerate(shape)} | dict.fromkeys(("q", "k", "d", "e"), (0, 1))
+    frame = Frame.over(extents, sizes)
+    places = torch.stack([frame.evaluate(c).expand(*shape, 1, 1, 1, 1).flatten() for c in sink.load.coords], 1)
+    group = places.unique(dim=0, return_inverse=True)[1]
+    return _groups(group, frozenset({sink.name}))
+
+
+def _alone(spec: AttentionSpec, sizes: Mapping[str, int]) -> Groups:
+    return _groups(torch.arange(math.prod(sizes[f"B{i}"] for i in range(spec.batch))), frozenset())
+
+
+def _groups(group: Tensor, written: frozenset[str]) -> Groups:
+    """From the number of each batch index's group."""
+    starts = torch.cat((torch.zeros(1, dtype=torch.int64), group.bincount().cumsum(0)))
+    return Groups(group.argsort(stable=True).int(), starts.int(), written)

@@ -1,0 +1,186 @@
+"""``fuse::attention``, the one op that the passes put into a graph, and the two that it runs as where gradients are needed.
+
+``fuse::attention`` has an autograd kernel: with gradients it is ``fuse::attention_forward``, whose backward is
+``fuse::attention_backward``; without, it stays what it is. So AOTAutograd, Inductor and checkpoint policies see plain ops.
+The spec travels as text: torch's graph caches are keyed on it, and a graph with the op in it can be saved. Defined with
+``torch.library.Library`` since ``custom_op`` costs several times as much per call, and ``register_autograd`` more still.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fuse.errors import SecondDerivative
+from fuse.ir.gradient import differentiable
+from fuse.ir.spec import AttentionSpec, IntLike
+from fuse.targets.cpp.plan import lse_dtype
+
+# Kernels take any strides: a copy into another layout would cost and gain nothing.
+_TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.needs_fixed_stride_order)
+
+_library: Any = torch.library.Library("fuse", "DEF")
+for _schema in (
+    "attention(Tensor[] operands, SymInt[] sizes, str spec, str target) -> Tensor",
+    "attention_forward(Tensor[] operands, SymInt[] sizes, str spec, str target) -> (Tensor, Tensor)",
+    "attention_backward(Tensor grad_out, Tensor[] operands, SymInt[] sizes, Tensor out, Tensor lse, str spec, str target, "
+    "bool[] wanted) -> Tensor[]",
+):
+    _library.define(_schema, tags=_TAGS)
+
+
+@cache
+def parsed(text: str) -> AttentionSpec:
+    return AttentionSpec.from_json(text)
+
+
+@cache
+def _differentiable(text: str) -> tuple[bool, ...]:
+    return differentiable(parsed(text))
+
+
+# --------------------------------------------------------------------------------------------------------- kernels
+
+# runtime is imported when the first kernel is run: tracing or saving a graph does not need it.
+
+
+@cache
+def _kernel(text: str, target: str) -> Any:
+    from fuse import targets
+
+    return targets.kernel(parsed(text), target)
+
+
+@cache
+def _forward_kernel(text: str, target: str) -> Any:
+    from fuse import targets
+
+    return targets.forward_kernel(parsed(text), target)
+
+
+@cache
+def _backward_kernel(text: str, target: str, wanted: tuple[bool, ...]) -> Any:
+    from fuse import targets
+
+    return targets.backward_kernel(parsed(text), target, wanted)
+
+
+def _attention(operands: list[Tensor], sizes: list[int], spec: str, target: str) -> Tensor:
+    out: Tensor = _kernel(spec, target)(operands, sizes)
+    return out
+
+
+def _forward(operands: list[Tensor], sizes: list[int], spec: str, target: str) -> tuple[Tensor, Tensor]:
+    out, lse = _forward_kernel(spec, target)(operands, sizes)
+    return out, lse
+
+
+def _backward(
+    grad_out: Tensor, operands: list[Tensor], sizes: list[int], out: Tensor, lse: Tensor, spec: str, target: str,
+    wanted: list[bool],
+) -> list[Tensor]:  # fmt: skip
+    grads: list[Tensor] = _backward_kernel(spec, target, tuple(wanted))(grad_out, operands, sizes, out, lse)
+    return grads
+
+
+# ----------------------------------------------------------------------------------------------------------- fakes
+
+
+def _fake(operands: list[Tensor], sizes: list[IntLike], spec: str, target: str) -> Tensor:
+    parsed_spec = parsed(spec)
+    dtype: torch.dtype = getattr(torch, parsed_spec.out_dtype)
+    shape, strides = parsed_spec.out_shape(sizes), parsed_spec.out_strides(sizes)
+    return torch.empty_strided(shape, strides, dtype=dtype, device=operands[0].device)
+
+
+def _fake_forward(operands: list[Tensor], sizes: list[IntLike], spec: str, target: str) -> tuple[Tensor, Tensor]:
+    parsed_spec, out = parsed(spec), _fake(operands, sizes, spec, target)
+    return out, out.new_empty(parsed_spec.lse_shape(sizes), dtype=getattr(torch, lse_dtype(parsed_spec, target)))
+
+
+def _fake_backward(
+    grad_out: Tensor, operands: list[Tensor], sizes: list[IntLike], out: Tensor, lse: Tensor, spec: str, target: str,
+    wanted: list[bool],
+) -> list[Tensor]:  # fmt: skip
+    """Gradients have the layout that ``torch.empty_like`` gives their operands."""
+    return [torch.empty_like(t) for t, w in zip(operands, wanted, strict=True) if w]
+
+
+# -------------------------------------------------------------------------------------------------------- autograd
+
+
+class _Attention(torch.autograd.Function):
+    """Saves the operands, the result and the log-sum-exp of its rows; the scores are computed again."""
+
+    @staticmethod
+    def forward(ctx: Any, sizes: list[IntLike], spec: str, target: str, *operands: Tensor) -> Tensor:
+        with torch._C._AutoDispatchBelowAutograd():
+            out: Tensor
+            out, lse = torch.ops.fuse.attention_forward.default(operands, sizes, spec, target)
+        ctx.save_for_backward(out, lse, *operands)
+        ctx.call = sizes, spec, target
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
+        (out, lse, *operands), (sizes, spec, target) = ctx.saved_tensors, ctx.call
+        wanted = [w and d for w, d in zip(ctx.needs_input_grad[3:], _differentiable(spec), strict=True)]
+        grads = iter(torch.ops.fuse.attention_backward.default(grad_out, operands, sizes, out, lse, spec, target, wanted))
+        return (None, None, None, *(next(grads) if w else None for w in wanted))
+
+
+class _Last(torch.autograd.Function):
+    """The backward pass as something that has no derivative."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, sizes: list[IntLike], spec: str, target: str, wanted: list[bool], grad_out: Tensor, out: Tensor, lse: Tensor,
+        *operands: Tensor,
+    ) -> tuple[Tensor, ...]:  # fmt: skip
+        with torch._C._AutoDispatchBelowAutograd():
+            call = torch.ops.fuse.attention_backward.default
+            return tuple(call(grad_out, operands, sizes, out, lse, spec, target, wanted))
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> None:
+        raise SecondDerivative
+
+
+def _attention_autograd(operands: list[Tensor], sizes: list[int], spec: str, target: str) -> Tensor:
+    """Runs eagerly and while AOTAutograd traces."""
+    result: Tensor
+    if torch.is_grad_enabled() and any(t.requires_grad and d for t, d in zip(operands, _differentiable(spec), strict=True)):
+        result = _Attention.apply(sizes, spec, target, *operands)  # type: ignore[no-untyped-call]
+        return result
+    with torch._C._AutoDispatchBelowAutograd():
+        result = torch.ops.fuse.attention.default(operands, sizes, spec, target)
+        return result
+
+
+def _backward_autograd(
+    grad_out: Tensor, operands: list[Tensor], sizes: list[int], out: Tensor, lse: Tensor, spec: str, target: str,
+    wanted: list[bool],
+) -> list[Tensor]:  # fmt: skip
+    """Differentiable in name: with ``create_graph`` the gradients are given, and theirs raise SecondDerivative."""
+    if torch.is_grad_enabled() and any(t.requires_grad for t in (grad_out, out, *operands)):
+        return list(_Last.apply(sizes, spec, target, wanted, grad_out, out, lse, *operands))  # type: ignore[no-untyped-call]
+    with torch._C._AutoDispatchBelowAutograd():
+        grads: list[Tensor] = torch.ops.fuse.attention_backward.default(
+            grad_out, operands, sizes, out, lse, spec, target, wanted
+        )
+        return grads
+
+
+def _register(name: str, kernel: Any, autograd: Any, fake: Any) -> None:
+    _library.impl(name, kernel, "CompositeExplicitAutograd")
+    if autograd is not None:
+        _library.impl(name, autograd, "Autograd")
+    torch.library.register_fake(f"fuse::{name}", fake, lib=_library)
+
+
+_register("attention", _attention, _attention_autograd, _fake)
+_register("attention_forward", _forward, None, _fake_forward)
+_register("attention_backward", _backward, _backward_autograd, _fake_backward)

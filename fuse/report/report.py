@@ -1,0 +1,217 @@
+"""explain() and report(): what fuse found in a model, what it made of it, and why it left the rest."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.fx import GraphModule, Node
+
+from fuse import backend
+from fuse.options import resolve
+from fuse.report.site import Site
+from fuse.report.sparsity import Coverage, coverage
+from fuse.targets.cpp.launch import instruction_set
+from fuse.targets.cpp.plan import plan
+
+# An analysis shares Dynamo's code cache with the user's compiled functions but none of its entries.
+_ANALYSIS = {"recompile_limit": 1 << 20, "accumulated_recompile_limit": 1 << 20, "automatic_dynamic_shapes": False}
+
+
+def explain(model: Callable[..., Any], *args: Any, **kwargs: Any) -> Report:
+    """What ``torch.compile(model, backend="fuse")`` would do with ``model(*args, **kwargs)``.
+
+    Nothing is built and no graph is run: where a graph ends before the model does, zeros stand in for its results. Python
+    code that branches on such values may take another way than it would.
+    """
+    sites: list[Site] = []
+    graphs = 0
+    chosen = resolve(None, None)
+
+    def analyse(gm: GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
+        nonlocal graphs
+        graphs += 1
+        results = _results(gm)  # the passes may replace the nodes that know them
+        sites.extend(backend.rewrite(gm, example_inputs, chosen))
+        return lambda *_: tuple(map(_stand_in, results))
+
+    note = ""
+    try:
+        with torch._dynamo.config.patch(_ANALYSIS):
+            torch.compile(getattr(model, "_orig_mod", model), backend=analyse)(*args, **kwargs)
+    except Exception as error:
+        if not graphs:
+            raise
+        note = f"The analysis ended after {graphs} graphs, zeros do not lead further: {type(error).__name__}: {error}"
+    return Report(tuple(sites), note)
+
+
+def report() -> Report:
+    """The sites of every graph compiled in this process since the last ``reset()``."""
+    return Report(tuple(backend.compiled_sites))
+
+
+def reset() -> None:
+    """Empties what ``report()`` gives. Compiled functions and caches stay."""
+    backend.compiled_sites.clear()
+
+
+@dataclass(frozen=True)
+class Report:
+    """``sites`` in the order of the graphs; ``note`` says why an analysis is not complete, "" where it is."""
+
+    sites: tuple[Site, ...]
+    note: str = ""
+
+    @property
+    def fused(self) -> int:
+        return sum(site.fused for site in self.sites)
+
+    def groups(self) -> list[Group]:
+        """Sites that differ in nothing but the module path, which is what the layers of a model are."""
+        alike: dict[str, list[Site]] = {}
+        for site in self.sites:
+            alike.setdefault(repr(replace(site, module="", spec=None, names={})), []).append(site)
+        return [Group(sites[0], len(sites), merge_paths([site.module for site in sites])) for sites in alike.values()]
+
+    def __str__(self) -> str:
+        return "\n".join([self.summary, *_table(self.groups()), *([self.note] if self.note else [])])
+
+    @property
+    def summary(self) -> str:
+        return f"{len(self.sites)} attention site{'s' * (len(self.sites) != 1)}, {self.fused} fused"
+
+    def to_json(self) -> str:
+        return json.dumps({"sites": [_as_data(site) for site in self.sites], "note": self.note}, indent=2)
+
+    def to_html(self, path: str | Path) -> Path:
+        """Writes one self-contained page and returns its path."""
+        from importlib.resources import files
+
+        import jinja2
+
+        source = (files("fuse.templates") / "report" / "report.html.jinja").read_text()
+        template = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True).from_string(source)
+        path = Path(path)
+        path.write_text(template.render(report=self, torch_version=torch.__version__))
+        return path
+
+
+@dataclass(frozen=True)
+class Group:
+    """``count`` sites at one line of source in modules of one name pattern."""
+
+    site: Site
+    count: int
+    modules: str
+
+    @property
+    def details(self) -> list[tuple[str, str]]:
+        """What there is to say below the line of the table: (name, text)."""
+        site, reason = self.site, self.site.reason
+        found = [
+            ("score", site.formula),
+            ("skipped", _skipped_text(site)),
+            *((f"{target} kernel", str(path)) for target, path in site.kernels.items()),
+        ]
+        if reason is not None:
+            found += [("why not", f"{reason.name}: {reason}"), ("to fuse it", reason.unblock)]
+        return [(name, text) for name, text in found if text]
+
+
+def skipped(site: Site) -> Coverage | None:
+    """The share of tiles that the site's kernel on this machine skips, for the sizes that were compiled; None without mask."""
+    if site.spec is None or site.spec.mask is None:
+        return None
+    chosen = plan(site.spec, instruction_set())
+    return coverage(site.spec, site.sizes, chosen.vectors * chosen.width, chosen.block_k)
+
+
+def _skipped_text(site: Site) -> str:
+    found = skipped(site)
+    if site.spec is None or found is None:
+        return ""
+    sizes = dict(zip(site.spec.symbols, site.sizes, strict=True))
+    return f"{found} ({sizes['q_len']} queries, {sizes['kv_len']} keys)"
+
+
+def merge_paths(paths: Sequence[str]) -> str:
+    """("h.0.attn", "h.1.attn", "h.2.attn") as "h.{0..2}.attn": no path is lost, none is invented."""
+    patterns: dict[str, list[tuple[int, ...]]] = {}
+    for path in dict.fromkeys(paths):
+        patterns.setdefault(re.sub(r"\d+", "#", path), []).append(tuple(map(int, re.findall(r"\d+", path))))
+    return ", ".join(_fill(pattern, box) for pattern, numbers in patterns.items() for box in _boxes(numbers))
+
+
+def _boxes(numbers: Sequence[tuple[int, ...]]) -> list[tuple[tuple[int, ...], ...]]:
+    """Rows of numbers as products of columns, where rows that differ in one column only become one."""
+    boxes: list[tuple[tuple[int, ...], ...]] = [tuple((n,) for n in row) for row in numbers]
+    for column in reversed(range(len(numbers[0]))):
+        alike: dict[Any, list[int]] = {}
+        for box in boxes:
+            alike.setdefault((box[:column], box[column + 1 :]), []).extend(box[column])
+        boxes = [(*before, tuple(sorted(merged)), *after) for (before, after), merged in alike.items()]
+    return boxes
+
+
+def _fill(pattern: str, box: tuple[tuple[int, ...], ...]) -> str:
+    columns = map(_ranges, box)
+    return re.sub("#", lambda _: next(columns), pattern)
+
+
+def _ranges(numbers: Sequence[int]) -> str:
+    if len(numbers) == 1:
+        return str(numbers[0])
+    spans: list[list[int]] = []
+    for n in numbers:
+        if spans and n == spans[-1][-1] + 1:
+            spans[-1][1:] = [n]
+        else:
+            spans.append([n])
+    return "{" + ",".join("..".join(map(str, span)) for span in spans) + "}"
+
+
+def _table(groups: Sequence[Group]) -> list[str]:
+    rows = [("sites", "fused", "where", "mask", "module")]
+    rows += [(str(g.count), "yes" if g.site.fused else "no", g.site.where, g.site.mask or "-", g.modules) for g in groups]
+    widths = [max(len(row[i]) for row in rows) for i in range(4)]
+    lines = []
+    for row, group in zip(rows, [None, *groups], strict=True):
+        cells = (f"{cell:>{w}}" if i == 0 else f"{cell:<{w}}" for i, (cell, w) in enumerate(zip(row, widths, strict=False)))
+        lines.append("  " + "  ".join([*cells, row[-1]]).rstrip())
+        lines += [f"{'':9}{name:<11} {text}" for name, text in (group.details if group else [])]
+    return lines if groups else []
+
+
+def _as_data(site: Site) -> dict[str, Any]:
+    reason, share = site.reason, skipped(site)
+    return {
+        "fused": site.fused, "where": site.where, "module": site.module, "formula": site.formula, "mask": site.mask,
+        "reason": None if reason is None else {"name": reason.name, "text": str(reason), "unblock": reason.unblock},
+        "skipped": None if share is None else {"share": share.skipped, "exact": share.exact},
+        "kernels": {target: str(path) for target, path in site.kernels.items()},
+        "spec": None if site.spec is None else json.loads(site.spec.to_json()),
+    }  # fmt: skip
+
+
+def _results(gm: GraphModule) -> list[Any]:
+    (outputs,) = gm.graph.find_nodes(op="output")[0].args
+    return [x.meta.get("example_value") if isinstance(x, Node) else x for x in outputs]
+
+
+def _stand_in(value: Any) -> Any:
+    if isinstance(value, torch.Tensor):
+        shape, strides = ([_hint(s) for s in sizes] for sizes in (value.shape, value.stride()))
+        zeros = torch.empty_strided(shape, strides, dtype=value.dtype, device=value.device).zero_()
+        return zeros.requires_grad_(value.requires_grad)
+    return _hint(value) if isinstance(value, torch.SymInt) else value
+
+
+def _hint(size: int | torch.SymInt) -> int:
+    """The size this call has; 1 where it would only be known after running the graph."""
+    return size if isinstance(size, int) else int(size.node.hint or 1)

@@ -1,0 +1,98 @@
+"""Which kernel serves a spec on this machine, and with what tile sizes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from fuse.ir.expr import walk
+from fuse.ir.spec import AttentionSpec
+from fuse.ir.tile_map import TileMap
+
+# Lanes of 32 bits, and accumulators (rows x vectors) that leave registers for the operands: 32 registers or 16.
+_SHAPES = {"avx512": (16, 8, 3), "avx2": (8, 4, 3), "neon": (4, 8, 3), "sse": (4, 4, 2)}
+# Units that multiply bfloat16 pairs, beside AVX-512. The emulated one gives AMX's results where there is none.
+_MATRIX_SHAPES = {"avx512_bf16": (16, 6, 3), "amx": (16, 32, 2), "amx_emulated": (16, 32, 2)}
+ISAS = (*_SHAPES, *_MATRIX_SHAPES)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Choices that one kernel source is rendered with.
+
+    core         template ``forward_<core>.cpp.jinja``
+    isa          instruction set, one of ISAS
+    real         C type of scores and sums
+    width        lanes of a vector
+    vectors      vectors of queries in a block
+    rows         rows of the microkernel
+    block_k      keys in a tile
+    wave_bytes   packed keys and values that are held at a time
+    thread_work  multiply-adds that are worth a thread
+    part_keys    backward: keys whose gradients a thread sums at a time
+    few          queries up to which keys and values are read in place, once, instead of packed; 0: never
+    """
+
+    core: str
+    isa: str
+    real: str
+    width: int
+    vectors: int
+    rows: int
+    block_k: int
+    wave_bytes: int = 8 * 2**20
+    thread_work: int = 2**18
+    part_keys: int = 384
+    few: int = 0
+
+
+def plan(spec: AttentionSpec, isa: str) -> Plan:
+    """The plan for ``spec`` on ``isa``; ValueError for an unknown one."""
+    if isa not in ISAS:
+        raise ValueError(f"instruction set {isa!r} is none of {ISAS}")
+    if isa in _MATRIX_SHAPES:
+        if _is_bfloat16(spec):
+            width, rows, vectors = _MATRIX_SHAPES[isa]
+            return Plan("matrix", isa, "float", width, vectors, rows, block_k=64, wave_bytes=2**20, few=4)
+        isa = "avx512"
+    _, rows, vectors = _SHAPES[isa]
+    real, width = _lanes(isa, spec.lse_dtype == "float64")
+    return Plan("lanes", isa, real, width, vectors, rows, block_k=128, few=4)
+
+
+def plan_tile_map(spec: TileMap, isa: str) -> Plan:
+    """As ``plan``; a block is what is classified together."""
+    isa = "avx512" if isa in _MATRIX_SHAPES else isa
+    real, width = _lanes(isa, any(node.dtype == "float64" for node in walk(spec.predicate)))
+    return Plan("tile_map", isa, real, width, vectors=1, rows=1, block_k=512, thread_work=2**16)
+
+
+def _lanes(isa: str, double: bool) -> tuple[str, int]:
+    """The C type of reals, and how many of them a vector holds."""
+    width = _SHAPES[isa][0]
+    return ("double", width // 2) if double else ("float", width)
+
+
+def backward_plan(spec: AttentionSpec, isa: str, terms: bool) -> Plan:
+    """The plan of the backward kernel of ``spec`` on ``isa``; ValueError for an unknown one.
+
+    terms   whether entries have gradients beside those of query, key and value, which the matrix core does not sum
+    """
+    forward = plan(spec, isa)
+    if forward.core == "matrix" and not terms:
+        return replace(forward, vectors=12, block_k=64, part_keys=768, few=0)
+    return replace(plan(spec, "avx512") if forward.core == "matrix" else forward, block_k=96, few=0)
+
+
+def lse_dtype(spec: AttentionSpec, target: str) -> str:
+    """What the log-sum-exp of rows is kept in for backward.
+
+    Where nothing else rounds to 16 bits, its rounding to float32 would be most of the error of a row's gradients.
+    """
+    half = all(load.dtype in ("bfloat16", "float16") for load in (spec.query, spec.key, spec.value))
+    return "float64" if target in ("auto", "cpp") and not half else spec.lse_dtype
+
+
+def _is_bfloat16(spec: AttentionSpec) -> bool:
+    """Whether both products take bfloat16, and nothing asks for more than float around them."""
+    factors = all(load.dtype == "bfloat16" for load in (spec.query, spec.key, spec.value))
+    return factors and spec.lse_dtype != "float64"

@@ -1,0 +1,89 @@
+"""Interval arithmetic on tiles as C++, with the types of ``templates/cpp/ranges.h``.
+
+What is read of one position is summarised beforehand: values of keys once for each tile of keys, those of queries once for
+each block.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from fuse.ir.expr import INTS, Apply, Expr, Index
+from fuse.kernel.ranges import RangeWriter, is_narrowing
+from fuse.targets.cpp.write import C_TYPES, Writer, infix_or_call, scalar_function
+
+_TYPES = {"real": "RealRange", "long": "IntRange", "bool": "Truth"}
+
+
+@dataclass(frozen=True)
+class Summary:
+    """A value of one position: ``text`` is the body of a function of (c, s, q) or (c, s, k), of type ``ctype``."""
+
+    name: str
+    ctype: str
+    range_type: str
+    text: str
+
+
+@dataclass
+class Ranges:
+    """What ``bounds.h.jinja`` needs to classify tiles.
+
+    keys, rows  values that are summarised over a tile of keys and over a block of queries
+    lines       statements that compute the predicate's ``result``, of type Truth, from ``rows``, ``keys``, ``q`` and ``k``
+    """
+
+    keys: list[Summary] = field(default_factory=list)
+    rows: list[Summary] = field(default_factory=list)
+    lines: list[str] = field(default_factory=list)
+    result: str = "Truth{}"
+
+
+def ranges_of(predicate: Expr, site: Callable[[], Writer], count: list[int]) -> Ranges:
+    """``site`` gives a writer of values that are the same for the whole tile."""
+    writer = _CppRanges(site(), count)
+    writer.found.result = writer.range(predicate)
+    return writer.found
+
+
+class _CppRanges(RangeWriter):
+    def __init__(self, site: Writer, count: list[int]) -> None:
+        super().__init__(count)
+        self.found = Ranges()
+        self._site = site
+
+    def constant(self, node: Expr, kind: str) -> str:
+        return f"{_TYPES[kind]}({self._site.value(node).text})"
+
+    def position(self, node: Index) -> str:
+        return node.axis
+
+    def summary(self, node: Expr, of_keys: bool, kind: str) -> str:
+        name = self.new_name()
+        text = scalar_function(lambda w: w.value(node).text, self._count)
+        ctype = {"real": "R", "long": "int64_t", "bool": "bool"}[kind]
+        (self.found.keys if of_keys else self.found.rows).append(Summary(name, ctype, _TYPES[kind], text))
+        return f"{'keys' if of_keys else 'rows'}.{name}"
+
+    def operation(self, node: Apply) -> str:
+        args = [self.range(a) for a in node.operands]
+        return f"choose({', '.join(args)})" if node.op == "where" else infix_or_call(node.op, args)
+
+    def cast(self, node: Apply) -> str | None:
+        source = node.operands[0]
+        if is_narrowing(node):
+            return f"{self.range(source)}.as<{C_TYPES[node.dtype]}>()"
+        if source.dtype in (*INTS, "bool") and node.dtype in ("float32", "float64"):
+            return f"RealRange({self.range(source)})"
+        if source.dtype == "bool" and node.dtype in INTS:
+            return f"IntRange({self.range(source)})"
+        return f"{self.range(source)} != IntRange(0)" if node.dtype == "bool" and source.dtype in INTS else None
+
+    def anything(self, kind: str) -> str:
+        return f"{_TYPES[kind]}::any()"
+
+    def define(self, kind: str, text: str) -> str:
+        name = self.new_name()
+        self.found.lines.append(f"const {_TYPES[kind]} {name} = {text};")
+        return name

@@ -1,0 +1,45 @@
+"""Kernels that are compiled when they are called first: something else takes their place where that fails."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Generic, ParamSpec, TypeVar
+
+from torch import Tensor
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+class OrElse(Generic[P, R]):
+    """``run`` until it raises one of ``refusals``; from then on ``instead``, after a warning."""
+
+    def __init__(
+        self, run: Callable[P, R], instead: Callable[P, R], refusals: tuple[type[Exception], ...], warn: Callable[[str], None]
+    ) -> None:
+        self._run: Callable[P, R] | None = run
+        self._instead, self._refusals, self._warn = instead, refusals, warn
+
+    def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R:
+        if self._run is not None:
+            try:
+                return self._run(*args, **kwargs)
+            except self._refusals as error:
+                self._run = None
+                self._warn(str(error))
+        return self._instead(*args, **kwargs)
+
+    def tune(self) -> None:
+        """As ``run`` does."""
+        if (tune := getattr(self._run, "tune", None)) is not None:
+            tune()
+
+
+class KernelOrElse(OrElse[..., Tensor]):
+    """A fuse.targets.Kernel, of which each way to call it may be refused."""
+
+    def __init__(self, kernel: Any, instead: Any, refusals: tuple[type[Exception], ...], warn: Callable[[str], None]) -> None:
+        super().__init__(kernel, instead, refusals, warn)
+        self.source: Path | None = kernel.source
+        self.forward: OrElse[..., tuple[Tensor, Tensor]] = OrElse(kernel.forward, instead.forward, refusals, warn)

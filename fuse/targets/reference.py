@@ -1,0 +1,277 @@
+"""A spec evaluated in plain PyTorch: the oracle of the tests, and what runs where no kernel can be built.
+
+Nothing here is fast. Query rows are computed in blocks, so that no tensor of q_len × kv_len elements exists for long
+sequences; ``mask`` is not used, since ``score`` alone is always right.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fuse.ir.expr import Expr, Load, Prob, Score, walk
+from fuse.ir.gradient import Gradient, gradient
+from fuse.ir.grid import Frame, Range, dtype_of
+from fuse.ir.spec import AttentionSpec, InvalidSpec
+from fuse.ir.tile_map import EMPTY, FULL, KEYS, ROWS, TileMap
+
+# Scores computed at a time: 32 MB in float64, whatever the sequence length.
+BLOCK_ELEMENTS = 2**22
+
+# An additive mask of -1e9 leaves -1e9 + s. Mask promises that 256 above ``fill`` suffices; half of it may be used up.
+FILL_SLACK = 128.0
+
+
+def attention(spec: AttentionSpec, operands: Sequence[Tensor], sizes: Sequence[int], precision: str = "exact") -> Tensor:
+    """The result of ``spec``, of shape ``spec.out_shape(sizes)`` and strides ``spec.out_strides(sizes)``.
+
+    precision "exact": float64 throughout and as result; dtypes matter only for what overflows them to infinity.
+    precision "eager": each node in its own dtype, as eager PyTorch computes it; the result in ``spec.out_dtype``.
+    """
+    return attention_with_lse(spec, operands, sizes, precision)[0]
+
+
+def attention_with_lse(
+    spec: AttentionSpec, operands: Sequence[Tensor], sizes: Sequence[int], precision: str = "exact"
+) -> tuple[Tensor, Tensor]:
+    """The result as ``attention`` gives it, and the log-sum-exp of each row as ``fuse.ir.gradient`` defines it.
+
+    lse  dense, of shape ``spec.lse_shape(sizes)``; in ``spec.lse_dtype``, or in float64 where precision is "exact"
+    """
+    site = _site(spec, operands, sizes, precision)
+    shape, strides = spec.out_shape(sizes), spec.out_strides(sizes)
+    out = torch.empty_strided(shape, strides, dtype=site.dtype(spec.out_dtype), device=site.device)
+    lse = torch.empty(spec.lse_shape(sizes), dtype=site.dtype(spec.lse_dtype), device=site.device)
+    with torch.no_grad(), torch.autocast(site.device.type, enabled=False):
+        key, value = site.key(), site.value()
+        for rows in site.blocks():
+            softmax = site.softmax(rows, key)
+            weight = site.entries(spec.weight, rows, {Prob: softmax.prob})
+            out[..., slice(*rows), :] = _product(weight, value).to(out.dtype)
+            lse[..., slice(*rows)] = softmax.lse
+    return out, lse
+
+
+def attention_backward(
+    spec: AttentionSpec,
+    grad_out: Tensor,
+    operands: Sequence[Tensor],
+    sizes: Sequence[int],
+    wanted: Sequence[bool],
+    precision: str = "exact",
+) -> list[Tensor]:
+    """The gradients of the ``wanted`` operands, in their order, each laid out as ``empty_like`` of it (exact: in float64).
+
+    The softmax is computed again, so that neither the result nor its log-sum-exp is needed.
+    """
+    backward = _Backward(_site(spec, operands, sizes, precision), gradient(spec, tuple(wanted)))
+    with torch.no_grad(), torch.autocast(grad_out.device.type, enabled=False):
+        return backward.run(grad_out)
+
+
+def _site(spec: AttentionSpec, operands: Sequence[Tensor], sizes: Sequence[int], precision: str) -> _Site:
+    if precision not in ("exact", "eager"):
+        raise ValueError(f"precision {precision!r} is neither 'exact' nor 'eager'")
+    return _Site(spec, operands, sizes, precision == "exact")
+
+
+def _product(a: Tensor, b: Tensor) -> Tensor:
+    """The matrix product in the wider of both dtypes."""
+    common = torch.promote_types(a.dtype, b.dtype)
+    return a.to(common) @ b.to(common)
+
+
+@dataclass(frozen=True)
+class _Softmax:
+    """Rows of the raw score, of the probabilities of the keys, of those of the extra logits, and their log-sum-exp."""
+
+    raw: Tensor
+    prob: Tensor
+    extra: tuple[Tensor, ...]
+    lse: Tensor
+
+
+@dataclass(frozen=True)
+class _Site:
+    """One call: the spec with its data."""
+
+    spec: AttentionSpec
+    operands: Sequence[Tensor]
+    sizes: Sequence[int]
+    exact: bool
+
+    @property
+    def device(self) -> torch.device:
+        return self.operands[0].device
+
+    @property
+    def batch_shape(self) -> tuple[int, ...]:
+        return tuple(self.sizes[: self.spec.batch])
+
+    @property
+    def q_len(self) -> int:
+        return self.sizes[self.spec.batch]
+
+    @property
+    def kv_len(self) -> int:
+        return self.sizes[self.spec.batch + 1]
+
+    def dtype(self, name: str) -> torch.dtype:
+        return dtype_of(name, self.exact)
+
+    def query(self, rows: Range) -> Tensor:
+        return self._matrix(self.spec.query, q=rows, d=(0, self.spec.qk_dim))
+
+    def key(self) -> Tensor:
+        return self._matrix(self.spec.key, k=(0, self.kv_len), d=(0, self.spec.qk_dim))
+
+    def value(self) -> Tensor:
+        return self._matrix(self.spec.value, k=(0, self.kv_len), e=(0, self.spec.v_dim))
+
+    def _matrix(self, load: Load, **ranges: Range) -> Tensor:
+        """``load`` over the batch and ``ranges``; batch dimensions that it does not depend on have size 1."""
+        matrix = self.frame(**ranges).evaluate(load, {})
+        return matrix.expand(*matrix.shape[:-2], *(stop - start for start, stop in ranges.values()))
+
+    def frame(self, **ranges: Range) -> Frame:
+        """The grid of the batch indices and of ``ranges``, in this order."""
+        extents = {f"b{i}": (0, size) for i, size in enumerate(self.batch_shape)} | ranges
+        symbols = dict(zip(self.spec.symbols, self.sizes, strict=True))
+        return Frame.over(extents, symbols, self.operands, self.exact)
+
+    def entries(self, root: Expr, rows: Range, leaves: Mapping[type[Expr], Tensor]) -> Tensor:
+        """``root`` over batch, q, k, where ``leaves`` gives the value of Score or Prob."""
+        given = {n: leaves[type(n)].to(self.dtype(n.dtype)) for n in walk(root) if type(n) in leaves}
+        value = self.frame(q=rows, k=(0, self.kv_len)).evaluate(root, given)
+        return value.expand(*self.batch_shape, rows[1] - rows[0], value.shape[-1])
+
+    def blocks(self) -> Iterator[Range]:
+        """Ranges of rows whose entries fit BLOCK_ELEMENTS."""
+        rows = max(1, BLOCK_ELEMENTS // max(1, math.prod(self.batch_shape) * self.kv_len))
+        for start in range(0, self.q_len, rows):
+            yield start, min(start + rows, self.q_len)
+
+    def softmax(self, rows: Range, key: Tensor) -> _Softmax:
+        raw = self.query(rows) @ key.mT
+        score = self.entries(self.spec.score, rows, {Score: raw})
+        score = score.expand(*score.shape[:-1], self.kv_len)
+        extra = [self.entries(x, rows, {}).to(score.dtype) for x in self.spec.extra_logits]
+        logits = torch.cat((score, *extra), -1)
+        prob, lse = logits.softmax(-1), logits.to(self.dtype(self.spec.lse_dtype)).logsumexp(-1)
+        if self.spec.empty_row == "zero":
+            empty = (score == -math.inf).all(-1, keepdim=True)
+            prob, lse = prob.masked_fill(empty, 0.0), lse.masked_fill(empty[..., 0], math.inf)
+        keys, *rest = prob.split([self.kv_len] + [1] * len(extra), -1)
+        return _Softmax(raw, keys, tuple(rest), lse)
+
+
+# -------------------------------------------------------------------------------------------------------- backward
+
+
+@dataclass(frozen=True)
+class _Backward:
+    """One backward pass; the names are those of ``fuse.ir.gradient``."""
+
+    site: _Site
+    gradient: Gradient
+
+    def run(self, grad_out: Tensor) -> list[Tensor]:
+        sums = [torch.zeros(t.shape, dtype=self._dtype(t), device=t.device) for t in self._wanted()]
+        numbers = [i for i, wanted in enumerate(self.gradient.wanted) if wanted]
+        totals = dict(zip(numbers, sums, strict=True))
+        key, value = self.site.key(), self.site.value()
+        for rows in self.site.blocks():
+            self._rows(rows, grad_out[..., slice(*rows), :], key, value, totals)
+        return [self._like(t).copy_(x) for x, t in zip(sums, self._wanted(), strict=True)]
+
+    def _wanted(self) -> list[Tensor]:
+        return [t for t, wanted in zip(self.site.operands, self.gradient.wanted, strict=True) if wanted]
+
+    def _like(self, operand: Tensor) -> Tensor:
+        return torch.empty_like(operand, dtype=torch.float64 if self.site.exact else operand.dtype)
+
+    def _dtype(self, operand: Tensor) -> torch.dtype:
+        """What is summed up in."""
+        return torch.float64 if self.site.exact else torch.promote_types(operand.dtype, torch.float32)
+
+    def _rows(self, rows: Range, grad_out: Tensor, key: Tensor, value: Tensor, totals: dict[int, Tensor]) -> None:
+        """Adds to ``totals``, operand → gradient, what these rows contribute."""
+        site, spec, of = self.site, self.site.spec, self.gradient
+        softmax = site.softmax(rows, key)
+        leaves: dict[type[Expr], Tensor] = {Score: softmax.raw, Prob: softmax.prob}
+        weight = site.entries(spec.weight, rows, leaves)
+        d_weight = _product(grad_out, value.mT).to(weight.dtype)
+        d_prob = (d_weight * site.entries(of.weight, rows, leaves)).to(softmax.prob.dtype)
+        delta = (softmax.prob * d_prob).sum(-1, keepdim=True)
+        d_score = softmax.prob * (d_prob - delta)
+        d_raw = (d_score * site.entries(of.score, rows, leaves)).to(softmax.raw.dtype)
+        keys, d, e = (0, site.kv_len), (0, spec.qk_dim), (0, spec.v_dim)
+        if of.query:
+            self._scatter(spec.query, _product(d_raw, key), totals, q=rows, d=d)
+        if of.key:
+            self._scatter(spec.key, _product(d_raw.mT, site.query(rows)), totals, k=keys, d=d)
+        if of.value:
+            self._scatter(spec.value, _product(weight.mT, grad_out), totals, k=keys, e=e)
+        of_root = {"score": d_score, "weight": d_weight}
+        of_root |= {f"extra_logits.{i}": -p * delta for i, p in enumerate(softmax.extra)}
+        for term in of.terms:
+            grad = of_root[term.root] * site.entries(term.factor, rows, leaves)
+            self._scatter(term.load, grad, totals, q=rows, k=(0, grad.shape[-1]))
+
+    def _scatter(self, load: Load, grad: Tensor, totals: Mapping[int, Tensor], **ranges: Range) -> None:
+        """Adds ``grad``, over the batch and ``ranges``, to the operand's total at the coordinates of ``load``."""
+        self.site.frame(**ranges).scatter(grad, load, totals[load.operand])
+
+
+# ----------------------------------------------------------------------------------------------------------- masks
+
+
+def tile_map(spec: TileMap, operands: Sequence[Tensor], sizes: Sequence[int]) -> Tensor:
+    """The map, uint8 of shape ``spec.out_shape(sizes)``."""
+    batch, (q_len, kv_len) = sizes[: spec.batch], sizes[spec.batch : spec.batch + 2]
+    symbols = dict(zip(spec.symbols, sizes, strict=True))
+    out = torch.empty(spec.out_shape(sizes), dtype=torch.uint8, device=operands[0].device)
+    for row in range(0, q_len, ROWS):
+        extents = {f"b{i}": (0, n) for i, n in enumerate(batch)} | {"q": (row, min(row + ROWS, q_len)), "k": (0, kv_len)}
+        seen = Frame.over(extents, symbols, operands, exact=False).evaluate(spec.predicate, {})
+        seen = seen.expand(*(stop - start for start, stop in extents.values()))
+        cells = [cell.flatten(-2) for cell in seen.split(KEYS, -1)]
+        out[..., row // ROWS, :] = torch.stack([c.any(-1).byte() + c.all(-1).byte() for c in cells], -1)
+    return out
+
+
+def check_mask(spec: AttentionSpec, operands: Sequence[Tensor], sizes: Sequence[int]) -> None:
+    """Raises InvalidSpec unless ``spec.mask`` says the truth about ``spec.score`` on these operands."""
+    if spec.mask is None:
+        return
+    mask, site = spec.mask, _Site(spec, operands, sizes, exact=True)
+    rows = (0, site.q_len)
+    leaves: dict[type[Expr], Tensor] = {Score: site.query(rows) @ site.key().mT}
+
+    def entries(root: Expr) -> Tensor:
+        return site.entries(root, rows, leaves).expand(*site.batch_shape, site.q_len, site.kv_len)
+
+    score, predicate = entries(spec.score), entries(mask.predicate)
+    _require(torch.allclose(score[predicate], entries(mask.visible)[predicate], equal_nan=True), "visible is not the score")
+    _require(bool((score[~predicate] <= mask.fill + FILL_SLACK).all()), "a masked score exceeds fill")
+    claimed = torch.ones_like(predicate) if mask.residual is None else entries(mask.residual)
+    position = torch.arange(site.kv_len, device=site.device)
+    for name, bound in (("lower", mask.lower), ("upper", mask.upper)):
+        if bound is not None:
+            limit = site.entries(bound, rows, {})
+            _require(bool((limit.diff(dim=-2) >= 0).all()), f"{name} decreases with q")
+            claimed = claimed & (position >= limit if name == "lower" else position < limit)
+    _require(torch.equal(predicate, claimed), "predicate is not lower <= k < upper and residual")
+    if mask.tiles is not None and mask.residual is not None:
+        seen, cell = entries(mask.residual), site.entries(mask.tiles, rows, {})
+        _require(not bool((seen & (cell == EMPTY)).any()), "a tile that is said to be empty is not")
+        _require(bool((seen | (cell != FULL)).all()), "a tile that is said to be full is not")
+
+
+def _require(holds: bool, what: str) -> None:
+    if not holds:
+        raise InvalidSpec(f"mask: {what}")

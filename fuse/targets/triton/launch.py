@@ -1,0 +1,92 @@
+"""Triton kernels: rendered modules, loaded from the cache and launched."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from functools import cached_property, partial
+
+import torch
+from torch import Tensor
+
+from fuse.ir.spec import AttentionSpec
+from fuse.kernel import sharing
+from fuse.targets.cache import write_once
+from fuse.targets.cpp.render import ENTRY
+from fuse.targets.triton import plan_decode
+from fuse.targets.triton.copies import Copies
+from fuse.targets.triton.function import Function
+from fuse.targets.triton.launch_decode import TritonDecode
+from fuse.targets.triton.launch_tiles import TritonTiles
+from fuse.targets.triton.module import current_architecture, load, precision, processors
+from fuse.targets.triton.plan import TritonPlan, candidates, plan_triton
+from fuse.targets.triton.plan_decode import Route
+from fuse.targets.triton.plans import Plans
+from fuse.targets.triton.render import render_triton
+
+
+class TritonKernel:
+    """A loaded kernel of an attention spec."""
+
+    def __init__(self, spec: AttentionSpec) -> None:
+        self._spec = spec
+        self.plans = Plans(partial(candidates, spec))
+        name = f"attention_{spec.out_dtype}_{spec.qk_dim}x{spec.v_dim}"
+        plan = plan_triton(spec, current_architecture())
+        self.source = write_once("triton", name, ".py", render_triton(spec, plan))
+        self.function = Function(getattr(load(self.source), ENTRY))
+        self._runs = sharing.runs(spec)
+        self._copies = Copies(spec, ("query", "key", "value"), plan.described)
+        self._tiles = TritonTiles(spec, "q")
+
+    @cached_property
+    def decode(self) -> TritonDecode:
+        """Kernels for few queries, made when the first call has few."""
+        made = TritonDecode(self._spec)
+        made.plans.tune = self.plans.tune
+        return made
+
+    def __call__(self, operands: Sequence[Tensor], sizes: Sequence[int]) -> Tensor:
+        """``operands`` as the spec numbers them, ``sizes`` as ``spec.symbols``; the result has ``spec.out_strides``."""
+        return self.launch(operands, sizes, None, self._route(operands, sizes))
+
+    def forward(self, operands: Sequence[Tensor], sizes: Sequence[int]) -> tuple[Tensor, Tensor]:
+        """The result, and the log-sum-exp of its rows: see fuse.ir.gradient."""
+        dtype: torch.dtype = getattr(torch, self._spec.lse_dtype)
+        lse = torch.empty(self._spec.lse_shape(sizes), dtype=dtype, device=operands[0].device)
+        return self.launch(operands, sizes, lse, self._route(operands, sizes)), lse
+
+    def _route(self, operands: Sequence[Tensor], sizes: Sequence[int]) -> Route | None:
+        device = operands[0].device
+        return plan_decode.route(self._runs, sizes, self.plans.planned(device).block_q, processors(device))
+
+    def launch(self, operands: Sequence[Tensor], sizes: Sequence[int], lse: Tensor | None, route: Route | None) -> Tensor:
+        """The result by one of two ways: with a ``route`` rows are packed and keys cut, else blocks are of queries."""
+        spec = self._spec
+        dtype: torch.dtype = getattr(torch, spec.out_dtype)
+        strides = spec.out_strides(sizes)
+        out = torch.empty_strided(spec.out_shape(sizes), strides, dtype=dtype, device=operands[0].device)
+        if out.numel() == 0:
+            return out
+        views = [t.view(torch.uint8) if t.dtype == torch.bool else t for t in operands]
+        extents = [n for t in views for n in (*t.shape, *t.stride())]
+        given = (*views, *sizes, *strides, *extents)
+        if route is not None:
+            self.decode.attend(route, sizes, out, lse, given)
+            return out
+
+        def launch(plan: TritonPlan) -> None:
+            grid = (-(-sizes[spec.batch] // plan.block_q) * math.prod(sizes[: spec.batch]),)
+            lists, listed = self._tiles.of((*views, *sizes, *extents), sizes, plan, out)
+            rows, flags = self._copies.of(operands, sizes, plan, plan.described)
+            self.function[grid](
+                out, out if lse is None else lse, *rows, *given, *lists, **flags, LISTED=listed, HAS_LSE=lse is not None,
+                PRECISION=precision(), BM=plan.block_q, BN=plan.block_k, num_warps=plan.warps, num_stages=plan.stages,
+            )  # fmt: skip
+
+        self.plans.launch(self.source, out.device, sizes[: spec.batch + 2], launch)
+        return out
+
+    def tune(self) -> None:
+        """Measures plans on the operands of the next calls, where no earlier process has."""
+        self.plans.tune = True

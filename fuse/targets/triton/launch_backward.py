@@ -1,0 +1,170 @@
+"""Triton kernels of gradients: loaded as those of forward are, and launched over groups of batch indices."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fuse.ir import expr
+from fuse.ir.gradient import gradient
+from fuse.ir.grid import Frame
+from fuse.ir.spec import AttentionSpec
+from fuse.kernel.groups import Groups, groups_of
+from fuse.kernel.sinks import Sink, sinks
+from fuse.targets import reference
+from fuse.targets.cache import write_once
+from fuse.targets.cpp.render import ENTRY
+from fuse.targets.cpp.render_backward import exact_below
+from fuse.targets.gradients import Gradients
+from fuse.targets.triton.copies import Copies
+from fuse.targets.triton.function import Function
+from fuse.targets.triton.launch_tiles import TritonTiles
+from fuse.targets.triton.module import current_architecture, load, precision
+from fuse.targets.triton.plan import described
+from fuse.targets.triton.plan_backward import Launch, TritonBackwardPlan, candidates_backward
+from fuse.targets.triton.plans import Plans
+from fuse.targets.triton.render_backward import COPIED, kind_of, render_backward, written_by
+
+_MOST = 64  # tables of groups that are kept, by batch sizes: while a CUDA graph is captured, none can be copied to the device
+
+
+class TritonBackward:
+    """The loaded kernels of the gradients of ``wanted`` operands. Raises codegen.sinks.Unsupported."""
+
+    def __init__(self, spec: AttentionSpec, wanted: Sequence[bool]) -> None:
+        self._spec, self._wanted = spec, tuple(wanted)
+        self._sinks = sinks(spec, wanted)
+        self._shared = any(kind_of(s) == "shared" for s in self._sinks)
+        self._gradients = Gradients(spec, self._sinks)
+        self._real: torch.dtype = getattr(torch, spec.lse_dtype)
+        self._groups: dict[tuple[object, ...], list[Groups]] = {}
+        self.plans = Plans(lambda arch: candidates_backward(spec, arch, self._shared))
+        self._tiles = {owner: TritonTiles(spec, owner) for owner in ("k", "q")}
+        name = f"attention_backward_{spec.out_dtype}_{spec.qk_dim}x{spec.v_dim}"
+        rendered = described(spec, current_architecture())
+        self._copies = Copies(spec, COPIED, rendered)
+        self.source = write_once("triton", name, ".py", render_backward(spec, wanted, rendered))
+        module = load(self.source)
+        names = ["rows", "keys", "queries", *(["distances"] if written_by("k - q", self._sinks) else [])]
+        self.functions = {name: Function(getattr(module, f"{ENTRY}_{name}")) for name in names}
+
+    def __call__(
+        self, grad_out: Tensor, operands: Sequence[Tensor], sizes: Sequence[int], out: Tensor, lse: Tensor
+    ) -> list[Tensor]:
+        """The gradients of the wanted operands, with the layout that ``torch.empty_like`` gives these.
+
+        Where entries share elements of a tensor in another way than by distance, their order in its sums is not determined; if
+        torch is told to be deterministic, the reference computes them.
+        """
+        if self._shared and torch.are_deterministic_algorithms_enabled():
+            return reference.attention_backward(self._spec, grad_out, operands, sizes, self._wanted, "eager")
+        found: list[Tensor] = []
+
+        def launch(plan: TritonBackwardPlan) -> None:
+            found[:] = self._with(plan, grad_out, operands, sizes, out, lse)
+
+        self.plans.launch(self.source, grad_out.device, sizes[: self._spec.batch + 2], launch)
+        return found
+
+    def tune(self) -> None:
+        """As that of forward."""
+        self.plans.tune = True
+
+    def _with(
+        self, plan: TritonBackwardPlan, grad_out: Tensor, operands: Sequence[Tensor], sizes: Sequence[int], out: Tensor,
+        lse: Tensor,
+    ) -> list[Tensor]:  # fmt: skip
+        gradients = self._gradients.zeros(operands, sizes)
+        *batch, q_len, kv_len = sizes[: self._spec.batch + 2]
+        if math.prod((*batch, q_len, kv_len)):
+            delta = torch.empty_like(lse)
+            views = [t.view(torch.uint8) if t.dtype == torch.bool else t for t in operands]
+            given = [*views, *sizes, *(n for t in views for n in (*t.shape, *t.stride()))]
+            known = self._rows(plan.rows, grad_out, given, sizes, out, lse, delta)
+            sums = {"row": (*batch, q_len, 1), "key": (*batch, 1, kv_len), "entry": (*batch, 1, q_len + kv_len - 1)}
+            partial = {s.name: lse.new_empty(sums[kind]) for s in self._sinks if (kind := kind_of(s)) in sums}
+            self._launch("k", plan, -(-kv_len // plan.keys.block_k), known, given, sizes, gradients | partial)
+            self._launch("q", plan, -(-q_len // plan.queries.block_q), known, given, sizes, gradients | partial)
+            if distances := [partial[s.name] for s in written_by("k - q", self._sinks)]:
+                tiles = -(-(q_len + kv_len - 1) // plan.distances.block_k)
+                grid = (math.prod(batch) * tiles,)
+                self.functions["distances"][grid](*known, *given, *distances, **_options(plan.distances))
+            self._scatter(operands, sizes, lse, delta, partial, gradients)
+        return self._gradients.totals(operands, self._wanted, gradients)
+
+    def _rows(
+        self, plan: Launch, grad_out: Tensor, given: Sequence[Any], sizes: Sequence[int], out: Tensor, lse: Tensor,
+        delta: Tensor,
+    ) -> list[Any]:  # fmt: skip
+        """Computes what is known of each row; what the kernels have in common before the ``given`` operands and integers."""
+        sites = math.prod(sizes[: self._spec.batch])
+        tops = rests = flags = lse  # never read
+        if exact_below(self._spec) is not None:
+            tops, rests = torch.empty_like(lse), torch.empty_like(lse)
+            flags = torch.zeros(sites, dtype=torch.int32, device=lse.device)
+        normal = torch.empty_like(lse)
+        known = [grad_out, lse, normal, delta, tops, rests, flags, *grad_out.stride()]
+        blocks = -(-sizes[self._spec.batch] // plan.block_q)
+        self.functions["rows"][(sites * blocks,)](out, *known, *given, *out.stride(), **_options(plan))
+        return known
+
+    def _launch(
+        self, owner: str, plans: TritonBackwardPlan, blocks: int, known: Sequence[Any], given: Sequence[Any],
+        sizes: Sequence[int], gradients: Mapping[str, Tensor],
+    ) -> None:  # fmt: skip
+        """The kernel of keys ("k") or queries ("q"), as often as it takes."""
+        found = written_by(owner, self._sinks)
+        if not found:
+            return
+        name, plan = ("keys", plans.keys) if owner == "k" else ("queries", plans.queries)
+        rows, kind = self._copies.of(given, sizes, plan, plans.described) if owner == "q" else ((), {})
+        lists, listed = self._tiles[owner].of(given, sizes, plan, known[0])
+        outputs = [x for s in found for x in (gradients[s.name], *gradients[s.name].stride()[: len(s.order)])]
+        for groups in self._grouped(owner, found, sizes, known[0].device):
+            flags = kind | {f"HAS_{s.name}": s.name in groups.written for s in found}
+            flags |= {"ALONE": groups.count == len(groups.sites), "LISTED": listed}
+            self.functions[name][(groups.count * blocks,)](
+                *known, *given, *rows, groups.sites, groups.starts, *lists, *outputs, **flags, **_options(plan)
+            )
+
+    def _grouped(self, owner: str, found: Sequence[Sink], sizes: Sequence[int], device: torch.device) -> list[Groups]:
+        by_name = dict(zip(self._spec.symbols, sizes, strict=True))
+        read = {f"B{i}" for i in range(self._spec.batch)}.union(expr.symbols(*(c for s in found for c in s.load.coords)))
+        key = (owner, device, *(by_name[name] for name in sorted(read)))
+        if key not in self._groups:
+            if len(self._groups) >= _MOST:
+                self._groups.clear()
+            self._groups[key] = groups_of(self._spec, found, by_name, device)
+        return self._groups[key]
+
+    def _scatter(
+        self, operands: Sequence[Tensor], sizes: Sequence[int], lse: Tensor, delta: Tensor, partial: Mapping[str, Tensor],
+        gradients: Mapping[str, Tensor],
+    ) -> None:  # fmt: skip
+        """Adds sums of rows, keys or distances where the operands' elements are, and what logits without a value contribute."""
+        *batch, q_len, kv_len = sizes[: self._spec.batch + 2]
+        terms = gradient(self._spec, self._wanted).terms
+        for sink, term in zip((s for s in self._sinks if s.kind != "matrix"), terms, strict=True):
+            if kind_of(sink) in ("dense", "shared"):
+                continue
+            extents = {f"b{i}": (0, n) for i, n in enumerate(batch)}
+            ends = {"key": ((0, 1), (0, kv_len)), "entry": ((0, 1), (1 - q_len, kv_len))}
+            extents["q"], extents["k"] = ends.get(sink.kind, ((0, q_len), (0, 1)))
+            frame = Frame.over(extents, dict(zip(self._spec.symbols, sizes, strict=True)), operands)
+            if sink.kind == "logit":
+                logit = frame.evaluate(self._spec.extra_logits[int(term.root.rpartition(".")[2])]).to(self._real)
+                grad = -(logit - lse[..., None]).exp() * delta[..., None] * frame.evaluate(term.factor)
+            else:
+                grad = partial[sink.name]
+            frame.scatter(grad, sink.load, gradients[sink.name])
+
+
+def _options(launch: Launch) -> dict[str, Any]:
+    return {
+        "PRECISION": precision(), "BM": launch.block_q, "BN": launch.block_k,
+        "num_warps": launch.warps, "num_stages": launch.stages,
+    }  # fmt: skip

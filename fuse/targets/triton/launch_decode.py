@@ -1,0 +1,54 @@
+"""The launch of decoding kernels: parts of the keys, and what merges them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fuse.ir.spec import AttentionSpec
+from fuse.targets.cache import write_once
+from fuse.targets.cpp.render import ENTRY
+from fuse.targets.triton import plan_decode
+from fuse.targets.triton.function import Function
+from fuse.targets.triton.module import current_architecture, load, precision
+from fuse.targets.triton.plan import TritonPlan
+from fuse.targets.triton.plan_decode import Route
+from fuse.targets.triton.plans import Plans
+from fuse.targets.triton.render_decode import MERGE, render_decode
+
+
+class TritonDecode:
+    """A loaded pair of kernels of an attention spec."""
+
+    def __init__(self, spec: AttentionSpec) -> None:
+        self._spec = spec
+        self.plans = Plans(partial(plan_decode.plans, spec))
+        name = f"decode_{spec.out_dtype}_{spec.qk_dim}x{spec.v_dim}"
+        self.source = write_once("triton", name, ".py", render_decode(spec, plan_decode.plans(spec, current_architecture())[0]))
+        module = load(self.source)
+        self.function = Function(getattr(module, ENTRY))
+        self.merge = Function(getattr(module, MERGE))
+
+    def attend(self, route: Route, sizes: Sequence[int], out: Tensor, lse: Tensor | None, arguments: Sequence[Any]) -> None:
+        """Writes ``out``, and ``lse`` where it is wanted. ``arguments``: operands, sizes, strides, as of the forward kernel."""
+        spec, whole = self._spec, route.parts == 1
+        dtype: torch.dtype = getattr(torch, spec.lse_dtype)
+        rows = (route.parts, route.groups, route.rows)
+        shapes = (rows, rows, (*rows, spec.v_dim))  # largest scores, sums, results of the parts
+        kept = [out] * 3 if whole else [torch.empty(shape, dtype=dtype, device=out.device) for shape in shapes]
+        given = (out, out if lse is None else lse, *kept, *arguments)
+
+        def launch(plan: TritonPlan) -> None:
+            rows = plan_decode.block(route.rows, plan.block_q)
+            programs = route.groups * -(-route.rows // rows)
+            options = {"HAS_LSE": lse is not None, "PRECISION": precision(), "BM": rows, "BN": plan.block_k,
+                       "num_warps": plan.warps}  # fmt: skip
+            self.function[(programs, route.parts)](*given, WHOLE=whole, num_stages=plan.stages, **options)
+            if not whole:
+                self.merge[(programs,)](*given, route.parts, num_stages=1, **options)
+
+        self.plans.launch(self.source, out.device, sizes[: spec.batch + 2], launch)

@@ -1,0 +1,37 @@
+"""The launch of what computes a map of tiles."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from fuse.ir.tile_map import TileMap
+from fuse.targets.cache import write_once
+from fuse.targets.triton.function import Function
+from fuse.targets.triton.module import load
+from fuse.targets.triton.render_tile_map import TILE_MAP, render_tile_map_triton
+
+# Cells of a program.
+_MANY = 8
+
+
+class TritonTileMap:
+    """A loaded kernel of a TileMap; called with its operands and the values of its symbols."""
+
+    def __init__(self, spec: TileMap) -> None:
+        self._spec = spec
+        self.source = write_once("triton", "tile_map", ".py", render_tile_map_triton(spec))
+        self.function = Function(getattr(load(self.source), TILE_MAP))
+
+    def __call__(self, operands: Sequence[Tensor], sizes: Sequence[int]) -> Tensor:
+        out = torch.empty(self._spec.out_shape(sizes), dtype=torch.uint8, device=operands[0].device)
+        if out.numel():
+            views = [t.view(torch.uint8) if t.dtype == torch.bool else t for t in operands]
+            extents = [n for t in views for n in (*t.shape, *t.stride())]
+            *lines, cells = out.shape
+            grid = (math.prod(lines) * -(-cells // _MANY),)
+            self.function[grid](out, *views, *sizes, *extents, MANY=_MANY, num_warps=4)
+        return out

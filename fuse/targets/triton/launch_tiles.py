@@ -1,0 +1,56 @@
+"""The launch of what lists the tiles that a kernel visits."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fuse.ir.spec import AttentionSpec
+from fuse.targets.cache import write_once
+from fuse.targets.triton.function import Function
+from fuse.targets.triton.module import load
+from fuse.targets.triton.plan import TritonPlan
+from fuse.targets.triton.plan_backward import Launch
+from fuse.targets.triton.render import mask_axes
+from fuse.targets.triton.render_tiles import TILES, is_listed, render_tiles
+
+# Tiles up to which all are visited: a list costs a launch.
+FEW = 6
+# Tiles that are classified together.
+_MANY = 32
+
+
+class TritonTiles:
+    """What a kernel visits whose programs own queries ("q") or keys ("k"), where the mask has more than bounds: lists of tiles,
+    or all of them in short calls."""
+
+    def __init__(self, spec: AttentionSpec, owner: str) -> None:
+        self._owner = owner
+        self._batch, self._axes, self._needed = spec.batch, mask_axes(spec), is_listed(spec, owner)
+        if self._needed:
+            self.source = write_once("triton", "tiles", ".py", render_tiles(spec, owner))
+            self.function = Function(getattr(load(self.source), f"{TILES}_{owner}"))
+
+    def of(
+        self, operands: Sequence[Any], sizes: Sequence[int], plan: TritonPlan | Launch, like: Tensor
+    ) -> tuple[tuple[Tensor, ...], bool]:
+        """What the kernel takes beside its own, and whether that are lists; else it may be any tensor.
+
+        operands  the operands, sizes, and the operands' sizes and strides
+        like      a tensor on their device
+        """
+        q_len, kv_len = sizes[self._batch : self._batch + 2]
+        blocks, count = -(-q_len // plan.block_q), -(-kv_len // plan.block_k)
+        if self._owner == "k":
+            blocks, count = count, blocks
+        if not self._needed or count <= FEW:
+            return (like, like) if self._needed else (), False
+        programs = blocks * math.prod(sizes[i] for i in self._axes)
+        tiles = torch.empty(programs, count, dtype=torch.int32, device=like.device)
+        counts = torch.empty(programs, 2, dtype=torch.int32, device=like.device)
+        self.function[(programs,)](tiles, counts, *operands, BM=plan.block_q, BN=plan.block_k, MANY=_MANY, num_warps=4)
+        return (tiles, counts), True

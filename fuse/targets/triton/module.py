@@ -1,0 +1,68 @@
+"""Rendered Triton modules: loaded, and launched with plans that fit the device."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+from types import ModuleType
+from typing import TypeVar
+
+import torch
+from triton.runtime import driver
+
+from fuse.targets.triton.function import REFUSALS
+from fuse.targets.triton.plan import ARCHITECTURES, Architecture, architecture
+
+P = TypeVar("P")  # a plan
+
+
+def load(path: Path) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(f"fuse_generated_{path.stem}", path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def launched(plans: tuple[P, ...], launch: Callable[[P], None]) -> tuple[P, ...]:
+    """Launches with the first plan that is not refused, and gives the plans from that one on."""
+    while True:
+        try:
+            launch(plans[0])
+            return plans
+        except REFUSALS:  # the planner's model is no proof
+            if len(plans) == 1:
+                raise
+            plans = plans[1:]
+
+
+def current_architecture() -> Architecture:
+    """Of the current device; without one, as in Triton's interpreter, a common one."""
+    try:
+        target = driver.active.get_current_target()
+    except RuntimeError:
+        return ARCHITECTURES["sm_80"]
+    return architecture(target.arch if target.backend == "hip" else f"sm_{target.arch}")
+
+
+def architecture_of(device: torch.device) -> Architecture:
+    """That of the current device for tensors that are on none."""
+    if device.type != "cuda":
+        return current_architecture()
+    with torch.cuda.device(device):
+        return current_architecture()
+
+
+def precision() -> str:
+    """Of products in float32, as torch is told. It can be told by two names; the older, allow_tf32, raises after the newer."""
+    return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
+
+
+@cache
+def processors(device: torch.device) -> int:
+    """Multiprocessors, of the current device for tensors that are on none; one where Triton's interpreter runs."""
+    if device.type == "cpu" or not torch.cuda.is_available():
+        return 1
+    return torch.cuda.get_device_properties(device if device.type == "cuda" else None).multi_processor_count

@@ -1,0 +1,337 @@
+"""The backward kernels of a spec as one Triton module: what ``fuse.ir.gradient`` says, by ``templates/triton/backward*.jinja``.
+
+What is known of each row (delta, and the softmax's sums where log-sum-exp has lost them) comes first. Then gradients of keys,
+a program for each tile of keys; of queries, a program for each block of queries; and where a table is read by the distance of
+query and key, of these, a program for each block of distances. All of them compute the scores again, so that every sum has
+one owner and one order (FlashAttention-2, Dao 2023, section 3.1.2).
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from fuse.ir import expr
+from fuse.ir.expr import Apply, Const, Expr, Index, Load, Prob, Score, apply, const
+from fuse.ir.gradient import Gradient, gradient
+from fuse.ir.spec import AttentionSpec
+from fuse.kernel.rectangles import rows_of
+from fuse.kernel.sinks import Sink, Unsupported, sinks
+from fuse.targets.cpp.render import ENTRY, environment, header_lines, peel, residual_of
+from fuse.targets.cpp.render_backward import Added, Results, exact_below, is_one, peel_slope
+from fuse.targets.cpp.write import HALVES
+from fuse.targets.triton.plan import widened
+from fuse.targets.triton.render import arguments, bounds_of, lanes_within, mask_axes
+from fuse.targets.triton.render_tiles import is_listed
+from fuse.targets.triton.write import Block, TritonWriter, depends
+
+# Operations whose results are finite where the operands are ordinary numbers.
+_FINITE = ("add", "sub", "mul", "neg", "abs", "minimum", "maximum", "cast", "where", "tanh", "sigmoid", "uniform", "and", "or",
+           "xor", "not", *expr.COMPARISONS)  # fmt: skip
+# What the kernel of queries may copy by tensor descriptors. That of keys, whose tiles are smaller, would gain nothing.
+COPIED = ("key", "value")
+# log2(e)
+_LOG2E = 1.4426950408889634
+
+
+@dataclass(frozen=True)
+class Text:
+    """A value, and the statements that it needs; ``copied``: a tile by its tensor descriptor, if there may be one."""
+
+    lines: Sequence[str]
+    result: str
+    copied: str = ""
+
+
+@dataclass(frozen=True)
+class Entries:
+    """What happens to the entries of a tile between the products: statements, then ``results``."""
+
+    lines: Sequence[str]
+    results: Results
+
+
+@dataclass(frozen=True)
+class Search:
+    """``name``: the first query whose ``bound`` exceeds ``key``. The bound is of the query ``middle``, or q + ``shift``."""
+
+    name: str
+    key: str
+    bound: Text
+    shift: str | None
+
+
+@dataclass(frozen=True)
+class _Kernel:
+    """Writes what one kernel computes. ``owner``: "q" or "k", the position that a program keeps; it visits the other one. With
+    "k - q" it keeps distances, and visits queries and keys together.
+
+    described    tiles may be copied by tensor descriptors
+    site, owned  what is computed once for a batch index, and once for each position that is kept
+    """
+
+    of: Gradient
+    owner: str
+    count: list[int]
+    described: bool = False
+    site: Block = field(default_factory=Block)
+    owned: Block = field(default_factory=Block)
+
+    @property
+    def spec(self) -> AttentionSpec:
+        return self.of.spec
+
+    @property
+    def visited(self) -> str:
+        return "q" if self.owner == "k" else "k"
+
+    def writer(self, tile: Block | None = None, exact: bool = False, names: dict[str, str] | None = None) -> TritonWriter:
+        def place(axes: frozenset[str]) -> Block:
+            varying = axes & {"q", "k", "d", "e"}
+            return self.site if not varying else self.owned if varying == {self.owner} or tile is None else tile
+
+        drawn = {"q": "f_uniform_along({}, k0, BN)", "k": "f_uniform_down({}, first, BN, BM)"}.get(self.owner, "")
+        return TritonWriter(place, _real(self.spec), self.count, exact, names=names or {}, drawn=drawn)
+
+    def value(self, node: Expr, **names: str) -> Text:
+        """``node``, of positions that have other names."""
+        here = Block()
+        writer = TritonWriter(lambda axes: here if axes & {"q", "k"} else self.site, _real(self.spec), self.count, names=names)
+        return Text(here.lines, writer.value(node))
+
+    # ------------------------------------------------------------------------------------------------------- tiles
+
+    def matrix(self, name: str) -> Text:
+        """A tile of query, key or value, in the dtype of the products; positions that are visited are ``row``, a column."""
+        here, load = Block(), getattr(self.spec, name)
+        writer = TritonWriter(lambda _: here, _real(self.spec), self.count, names={self.visited: "row"})
+        loaded, rows = writer.load(load, cast=not _one_dtype(self.spec)), rows_of(load)
+        width = widened(self.spec.v_dim if name == "value" else self.spec.qk_dim)
+        copied = writer.copied(load, rows, name, width) if rows is not None and self.described and name in COPIED else ""
+        return Text(here.lines, loaded, copied)
+
+    def like_out(self, tensor: str, strides: str) -> str:
+        """A tile of a tensor of the result's shape."""
+        names = [*(f"b{i}" for i in range(self.spec.batch)), "row" if self.owner == "k" else "q", "e"]
+        offset = " + ".join(f"tl.cast({name}, tl.int64) * {strides}_{i}" for i, name in enumerate(names))
+        text = f"tl.load({tensor} + {offset}, mask={names[-2]}_ok & e_ok, other=0)"
+        return text if _one_dtype(self.spec) else f"tl.cast({text}, {_real(self.spec)})"
+
+    def places(self, found: Sequence[Sink]) -> list[dict[str, object]]:
+        """The sinks that the kernel writes, and where the elements of their gradients are."""
+        places = []
+        for sink in written_by(self.owner, found):
+            here = Block()
+            writer = TritonWriter(lambda _, here=here: here, _real(self.spec), self.count)  # type: ignore[misc]
+            kind = kind_of(sink)
+            offset = writer.offset(sink.load, strides=f"s_{sink.name}") if kind in ("matrix", "dense", "shared") else ""
+            places.append({"name": sink.name, "kind": kind, "rank": len(sink.order), "place": Text(here.lines, offset)})
+        return places
+
+    # ----------------------------------------------------------------------------------------------------- entries
+
+    def seen(self, writer: TritonWriter) -> str:
+        """What must hold for an entry of a tile that is not seen entirely, or has fewer positions than others."""
+        residual = residual_of(self.spec)
+        if self.owner == "q":
+            bounds = lanes_within(self.spec, writer)
+        else:
+            bounds = [f"(k {'>=' if name == 'lower' else '<'} {writer.value(node)})" for name, node in bounds_of(self.spec)]
+            bounds = [f"{self.visited}_ok", *bounds]
+        return " & ".join([*bounds, *([] if residual is None else [writer.value(residual)])])
+
+    def any(self) -> Text:
+        """Which entries of a tile are seen."""
+        tile = Block()
+        return Text(tile.lines, self.seen(self.writer(tile)))
+
+    def visible(self) -> tuple[Expr, Expr, list[Expr]]:
+        """The score of a visible entry, its derivative by the raw score, and those by what the terms read."""
+        of, mask = self.of, self.spec.mask
+        factors = [t.factor if t.visible is None else t.visible for t in of.terms]
+        return self.spec.score if mask is None else mask.visible, of.score if of.visible is None else of.visible, factors
+
+    def entries(self, found: Sequence[Sink], full: bool) -> Entries:
+        """Of a tile that is seen entirely, or of one that may not be."""
+        of, tile = self.of, Block()
+        writer = self.writer(tile)
+        score, slope, factors = self.visible()
+        _give_leaves(writer, score, slope, self.spec.weight, of.weight, *factors)
+        inner, scale = peel(score)
+        prob = f"tl.exp2({writer.value(inner)} * {scale * _LOG2E!r} - lse2)"
+        if not full:
+            tile.lines.append(f"seen = {self.seen(writer)}")
+        tile.lines.append(f"prob = {prob if full else f'tl.where(seen, {prob}, 0.0)'}")
+        slope = peel_slope(slope)[0]
+        text = "d_score" if is_one(slope) else f"d_score * {writer.value(slope)}"
+        return self._results(tile, writer, text, factors, found, "{}" if full else "tl.where(seen, {}, 0.0)")
+
+    def exact(self, found: Sequence[Sink], scale: float) -> Entries:
+        """Of all entries of the rows that are ``chosen``, whose largest score is ``top`` and log-sum-exp ``top + rest``."""
+        of, tile = self.of, Block()
+        factors = [t.factor for t in of.terms]
+        writer = self.writer(tile, exact=True)
+        _give_leaves(writer, self.spec.score, of.score, self.spec.weight, of.weight, *factors)
+        prob = f"tl.exp2(({writer.value(self.spec.score)} - top - rest) * {_LOG2E!r})"
+        tile.lines.append(f"prob = tl.where(chosen & {self.visited}_ok, {prob}, 0.0)")
+        writer.exact = False
+        text = f"d_score * {writer.value(of.score)} * {1 / scale!r}"
+        return self._results(tile, writer, text, factors, found, "{}")
+
+    def _results(
+        self, tile: Block, writer: TritonWriter, slope: str, factors: Sequence[Expr], found: Sequence[Sink], visible: str
+    ) -> Entries:
+        """``visible``: gives what is computed, if the entry is seen."""
+        weight, gate = self.spec.weight, self.of.weight
+        weighed = "prob" if peel(weight)[1] == 1 and isinstance(peel(weight)[0], Prob) else visible.format(writer.value(weight))
+        gated = "d_weight" if is_one(gate) else f"{writer.value(gate)} * d_weight"
+        small, terms = [s for s in found if s.kind != "matrix"], []
+        for sink, term, factor in zip(small, self.of.terms, factors, strict=True):
+            if sink.kind != "logit":
+                outer = "d_weight" if term.root == "weight" else "d_score"
+                text = outer if is_one(factor) else f"{outer} * {writer.value(factor)}"
+                terms.append(Added(sink.name, kind_of(sink), visible.format(text)))
+        slope = slope if slope == "d_score" else visible.format(slope)
+        return Entries(tile.lines, Results(weighed, gated, slope, tuple(terms)))
+
+    def scores(self) -> Text:
+        """The scores of a tile as eager rounds them."""
+        tile = Block()
+        writer = self.writer(tile, exact=True)
+        _give_leaves(writer, self.spec.score)
+        return Text(tile.lines, writer.value(self.spec.score))
+
+    # ------------------------------------------------------------------------------------------------------ bounds
+
+    def extras(self) -> list[str]:
+        return [self.writer().value(x) for x in self.spec.extra_logits]
+
+    def bounds(self) -> dict[str, list[Text]]:
+        """By the mask's bounds, their values for the queries ``first`` and ``last``."""
+        return {name: [self.value(node, q=at) for at in ("first", "last")] for name, node in bounds_of(self.spec)}
+
+    def searches(self) -> list[Search]:
+        """Which queries see any key, and all keys, of the tile ``first`` … ``last``."""
+        names = {"upper": (("begin", "first"), ("full_begin", "last")), "lower": (("end", "last"), ("full_end", "first"))}
+        found = []
+        for bound, node in bounds_of(self.spec):
+            shift = _shift(node)
+            text = Text((), "") if shift is not None else self.value(node, q="middle")
+            found += [Search(*at, text, None if shift is None else self.value(shift).result) for at in names[bound]]
+        return found
+
+    # ----------------------------------------------------------------------------------------------------- context
+
+    def context(self) -> dict[str, object]:
+        return {
+            **{name: self.matrix(name) for name in ("query", "key", "value")}, "described": self.described,
+            "grad": self.like_out("grad_out", "sg"), "site": self.site, "owned": self.owned,
+        }  # fmt: skip
+
+    def programs(self, found: Sequence[Sink], scale: float) -> dict[str, object]:
+        exact = self.exact(found, scale) if exact_below(self.spec) is not None else None
+        bounds, residual = [name for name, _ in bounds_of(self.spec)], residual_of(self.spec)
+        starts, ends = ("upper", "lower") if self.owner == "k" else ("lower", "upper")
+        tail = self.owner == "q" or not self._harmless_tail()
+        listed = is_listed(self.spec, self.owner)
+        shown = None if residual is None or listed or self.owner != "k" else self.writer().value(residual)
+        return {
+            "full": self.entries(found, full=True), "partial": self.entries(found, full=False), "exact": exact,
+            "listed": listed, "shown": shown,
+            "starts_partial": shown is not None or starts in bounds, "ends_partial": tail or ends in bounds,
+        }  # fmt: skip
+
+    def _harmless_tail(self) -> bool:
+        """Whether what lies behind the last query adds nothing: its probabilities are zero, if the rest of it is finite."""
+        score, slope, factors = self.visible()
+        found = (n for n in expr.walk(score, slope, self.spec.weight, self.of.weight, *factors) if "q" in depends(n))
+        return all(isinstance(n, (Index, Score, Prob)) or (isinstance(n, Apply) and _is_finite(n)) for n in found)
+
+
+def render_backward(spec: AttentionSpec, wanted: Sequence[bool], described: bool = False) -> str:
+    """One Python module with the kernels ENTRY_rows, ENTRY_keys, ENTRY_queries and ENTRY_distances. Raises Unsupported.
+
+    described  the kernel of queries may copy tiles by tensor descriptors
+    """
+    of, found = gradient(spec, tuple(wanted)), sinks(spec, wanted)
+    _check(found)
+    scale = peel_slope(of.score if of.visible is None else of.visible)[1]
+    count = [0]
+    rows, keys, distances = (_Kernel(of, owner, count) for owner in ("q", "k", "k - q"))
+    queries = _Kernel(of, "q", count, described)
+    kernels = {name: kernel.context() | kernel.programs(found, scale) | {"sinks": kernel.places(found)}
+               for name, kernel in (("keys", keys), ("queries", queries), ("distances", distances))}  # fmt: skip
+    names = ", ".join(s.name if s.kind == "matrix" else str(s.load) for s in found)
+    lines = (f"gradients of {names}, as fuse.ir.gradient has them, of", *header_lines(spec))
+    context = arguments(spec) | {
+        "header": "\n".join(f"# {line}" for line in lines), "entry": ENTRY, "batch": spec.batch, "mask_axes": mask_axes(spec),
+        "qk_dim": spec.qk_dim, "v_dim": spec.v_dim, "width": widened(spec.qk_dim), "v_width": widened(spec.v_dim),
+        "factor": repr(scale), "real": _real(spec), "log2e": repr(_LOG2E), "exact_below": exact_below(spec),
+        "rows": rows.context() | {"out": rows.like_out("out", "so"), "scores": rows.scores(), "extras": rows.extras()},
+        "keys": kernels["keys"] | {"searches": keys.searches()},
+        "queries": kernels["queries"] | {"bounds": queries.bounds()},
+        "distances": kernels["distances"] | {"any": distances.any()} if written_by("k - q", found) else None,
+    }  # fmt: skip
+    text = environment().get_template("triton/backward.py.jinja").render(context)
+    return re.sub(r"\n\s*\n(?= )", "\n", text)
+
+
+def written_by(owner: str, found: Sequence[Sink]) -> list[Sink]:
+    """The sinks that are written by the kernel that keeps keys ("k"), queries ("q") or distances ("k - q")."""
+    kinds = {"k": ("key", "value", "dense"), "q": ("query", "row", "shared"), "k - q": ("entry",)}[owner]
+    return [s for s in found if (s.name if s.kind == "matrix" else kind_of(s)) in kinds]
+
+
+def kind_of(sink: Sink) -> str:
+    """That of the sink; "shared" where entries share elements in another way than by distance, and add to them atomically."""
+    return "shared" if sink.kind == "entry" and not all(map(_of_distance, sink.load.coords)) else sink.kind
+
+
+def _check(found: Sequence[Sink]) -> None:
+    for sink in found:
+        if sink.kind in ("matrix", "dense") and any(isinstance(n, Load) for c in sink.load.coords for n in expr.walk(c)):
+            raise Unsupported(f"{sink.load} is read at a place that is read")
+
+
+def _of_distance(node: Expr) -> bool:
+    """Whether entries of one distance k - q have one value."""
+    if isinstance(node, Apply) and node.op == "sub" and all(isinstance(x, Index) for x in node.operands):
+        return True
+    return not isinstance(node, Index) or node.axis not in ("q", "k") if not node.args else all(map(_of_distance, node.args))
+
+
+def _shift(node: Expr) -> Expr | None:
+    """rest, where ``node`` is q + rest and q takes no part in that."""
+    if isinstance(node, Index):
+        return const(0) if node.axis == "q" else None
+    if not isinstance(node, Apply) or node.op not in ("add", "sub"):
+        return None
+    a, b = node.operands
+    if "q" in expr.axes(b):
+        a, b = b, a
+    if "q" in expr.axes(b) or (node.op == "sub" and a is not node.operands[0]):
+        return None
+    rest = _shift(a)
+    return None if rest is None else apply(node.op, rest, b, dtype=node.dtype)
+
+
+def _is_finite(n: Apply) -> bool:
+    return n.op in _FINITE or (n.op == "div" and isinstance(n.operands[1], Const) and n.operands[1].value != 0)
+
+
+def _give_leaves(writer: TritonWriter, *roots: Expr) -> None:
+    for leaf in expr.walk(*roots):
+        if isinstance(leaf, Score):
+            rounded = writer.exact and leaf.dtype in HALVES
+            writer.leaves[leaf] = f"tl.cast(tl.cast(raw, tl.{leaf.dtype}), {writer.real})" if rounded else "raw"
+        if isinstance(leaf, Prob):
+            writer.leaves[leaf] = "prob"
+
+
+def _real(spec: AttentionSpec) -> str:
+    return "tl.float64" if spec.lse_dtype == "float64" else "tl.float32"
+
+
+def _one_dtype(spec: AttentionSpec) -> bool:
+    return len({spec.query.dtype, spec.key.dtype, spec.value.dtype, spec.out_dtype}) == 1

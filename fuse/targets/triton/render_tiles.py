@@ -1,0 +1,56 @@
+"""Which tiles a block visits, as one Triton module, for masks that have more than bounds: the tiles of keys that a block of
+queries sees or, transposed, the tiles of queries that see a block of keys."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from fuse.ir import tile_map
+from fuse.ir.spec import AttentionSpec
+from fuse.targets.cpp.render import environment, residual_of
+from fuse.targets.triton.ranges import TritonRanges
+from fuse.targets.triton.render import Source, arguments, bounds_of, header, mask_axes
+from fuse.targets.triton.write import Block, TritonWriter, depends
+
+TILES = "fuse_attention_tiles"
+
+
+@dataclass(frozen=True)
+class Side:
+    """Names of one side of a tile, its positions ``at``, and how many of them a cell of a map has."""
+
+    at: str
+    length: str
+    size: str
+    cell: int
+
+
+_SIDES = {"q": Side("q", "q_len", "BM", tile_map.ROWS), "k": Side("k", "kv_len", "BN", tile_map.KEYS)}
+
+
+def is_listed(spec: AttentionSpec, owner: str) -> bool:
+    """Whether what owns queries ("q") or keys ("k") has lists. What a mask asks of keys alone, their owner asks itself."""
+    residual = residual_of(spec)
+    return residual is not None and (owner == "q" or "q" in depends(residual))
+
+
+def render_tiles(spec: AttentionSpec, owner: str) -> str:
+    """The kernel TILES_owner; its arguments are those of ``fuse.targets.triton.launch_tiles``."""
+    own, other = _SIDES[owner], _SIDES["k" if owner == "q" else "q"]
+    source, visited = Source(spec, frozenset(owner)), Block()
+    bounds = [source.bound(name, node) for name, node in bounds_of(spec)]
+    residual = residual_of(spec)
+    assert residual is not None
+    cells, result = "", ""
+    if spec.mask is not None and spec.mask.tiles is not None:
+        place, names = lambda axes: visited if axes & {"q", "k"} else source.site, {"q": "cell_q", "k": "cell_k"}
+        cells = TritonWriter(place, source.real, source.count, names=names).value(spec.mask.tiles)
+    else:
+        result = TritonRanges(source.writer(visited), owner, source.rows, visited, source.count).range(residual)
+    context = arguments(spec) | {
+        "header": header(spec, "tiles that are visited"), "entry": f"{TILES}_{owner}", "own": own, "other": other,
+        "bounds": bounds, "mask_axes": mask_axes(spec), "site": source.site, "owned": source.rows, "visited": visited,
+        "cells": cells, "result": result, "empty": tile_map.EMPTY, "full_cell": tile_map.FULL, "map_rows": tile_map.ROWS,
+        "map_keys": tile_map.KEYS,
+    }  # fmt: skip
+    return environment().get_template("triton/tiles.py.jinja").render(context)

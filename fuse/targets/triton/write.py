@@ -1,0 +1,188 @@
+"""Expressions as Triton: every value has the shape of what it depends on, and broadcasting does the rest.
+
+A value is computed once per program (batch index), once per block of queries (a column), or once per tile (a row of keys,
+or all its entries). Index arithmetic is in 32 bits where that is proved to suffice, offsets into tensors are in 64.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from fuse.ir.expr import COMPARISONS, FLOATS, Apply, Const, Expr, Index, Load, Prob, Score, Symbol, axes, contains, walk
+from fuse.kernel.rectangles import Rows
+from fuse.targets.cpp.write import HALVES, interval
+
+_INFIX = {"add": "+", "sub": "-", "mul": "*", "div": "/", "and": "&", "or": "|", "xor": "^", "eq": "==", "ne": "!=",
+          "lt": "<", "le": "<=", "gt": ">", "ge": ">="}  # fmt: skip
+_TL = {"exp", "exp2", "log", "log2", "sqrt", "rsqrt", "erf", "sin", "cos", "floor", "ceil", "abs", "sigmoid"}
+_LIBDEVICE = {"tanh": "tanh", "expm1": "expm1", "log1p": "log1p", "pow": "pow", "trunc": "trunc", "round": "rint"}
+_WORD = 2**31 - 1
+
+
+@dataclass
+class Block:
+    """Statements, and the names of the values that they define."""
+
+    lines: list[str] = field(default_factory=list)
+    known: dict[tuple[Expr, bool], str] = field(default_factory=dict)
+
+
+@dataclass
+class TritonWriter:
+    """Writes values into the blocks that ``place`` chooses by the indices they depend on.
+
+    real    "tl.float32" or "tl.float64": the type of all floats
+    exact   also perform the roundings of 16-bit dtypes, as eager does after every operation
+    leaves  texts of nodes that are there already
+    names   variables of indices, where they have other names
+    drawn   how random numbers are drawn whose columns are the keys of a tile: a call that lacks its first three arguments
+    """
+
+    place: Callable[[frozenset[str]], Block]
+    real: str
+    count: list[int]
+    exact: bool = False
+    leaves: dict[Expr, str] = field(default_factory=dict)
+    names: dict[str, str] = field(default_factory=dict)
+    drawn: str = ""
+
+    def value(self, node: Expr) -> str:
+        if node in self.leaves:
+            return self.leaves[node]
+        if isinstance(node, Const):
+            return _literal(node)
+        if isinstance(node, Symbol):
+            return node.name
+        if isinstance(node, Index):
+            return self.names.get(node.axis, node.axis)
+        block = self.place(depends(node))
+        key = (node, self.exact and any(n.dtype in HALVES for n in walk(node)))
+        if key not in block.known:
+            text = self.load(node) if isinstance(node, Load) else self._apply(node)
+            if key[1] and node.dtype in HALVES and isinstance(node, Apply):
+                text = f"tl.cast(tl.cast({text}, {_type(node.dtype)}), {self.real})"
+            block.known[key] = self._define(block, text)
+        return block.known[key]
+
+    def _define(self, block: Block, text: str) -> str:
+        self.count[0] += 1
+        name = f"x{self.count[0]}"
+        block.lines.append(f"{name} = {text}")
+        return name
+
+    # ------------------------------------------------------------------------------------------------------- loads
+
+    def load(self, node: Load, cast: bool = True) -> str:
+        """A read; what a coordinate that is no plain index points at is held inside the operand."""
+        return self.read(node, f"p{node.operand} + {self.offset(node)}", self.guards(node), cast)
+
+    def guards(self, node: Load) -> list[str]:
+        """Conditions under which the plain indices of a read lie inside the operand."""
+        plain = {self.value(c) for c in node.coords if isinstance(c, Index) and c.axis in ("q", "k", "d", "e")}
+        return [f"{axis}_ok" for axis in sorted(plain)]
+
+    def read(self, node: Load, pointer: str, guards: list[str], cast: bool = True) -> str:
+        text = f"tl.load({pointer}, mask={' & '.join(guards)}, other=0)" if guards else f"tl.load({pointer})"
+        if node.dtype == "bool":
+            return f"{text} != 0"
+        if not cast:
+            return text
+        return f"tl.cast({text}, {self.real if node.dtype in FLOATS else 'tl.int64' if node.dtype == 'int64' else 'tl.int32'})"
+
+    def offset(self, node: Load, strides: str | None = None) -> str:
+        """Position of the element in its operand; ``strides``: what names begin with that are those of another such tensor."""
+        terms = []
+        for dim in range(len(node.coords)):
+            terms.append(f"tl.cast({self.coordinate(node, dim)}, tl.int64) * {strides or f's{node.operand}'}_{dim}")
+        return " + ".join(terms) or "0"
+
+    def coordinate(self, node: Load, dim: int) -> str:
+        text = self.value(node.coords[dim])
+        if isinstance(node.coords[dim], (Const, Index)):
+            return text
+        return f"tl.minimum(tl.maximum({text}, 0), n{node.operand}_{dim} - 1)"
+
+    def copied(self, node: Load, rows: Rows, name: str, width: int) -> str:
+        """A tile of "query", "key" or "value" by its tensor descriptor, NAME_rows."""
+        start, size = ("q0", "BM") if name == "query" else ("k0", "BN")
+        corner = [*(self.coordinate(node, dim) for dim in rows.places), start]
+        places = ", ".join(f"tl.cast({place}, tl.int32)" for place in corner)
+        first = "0" if rows.apart else f"tl.cast({self.value(rows.start)}, tl.int32)"
+        return f"tl.reshape({name}_rows.load([{places}, {first}]), [{size}, {width}])"
+
+    # -------------------------------------------------------------------------------------------------- operations
+
+    def _apply(self, node: Expr) -> str:
+        if not isinstance(node, Apply):
+            raise ValueError(f"{node} has no value here")
+        args = [self.value(a) for a in node.operands]
+        op, source = node.op, node.operands[0].dtype
+        if op == "cast":
+            return self._cast(node, args[0])
+        if op == "where":
+            return f"tl.where({', '.join(args)})"
+        if op == "not":
+            return f"{args[0]} == 0" if source == "bool" else f"~{args[0]}"
+        if source not in (*FLOATS, "bool"):
+            args = self._widened(node, args)
+        if op in _INFIX:
+            return f"{args[0]} {_INFIX[op]} {args[1]}"
+        if op == "neg":
+            return f"-{args[0]}"
+        if op in ("minimum", "maximum"):
+            nan = ", propagate_nan=tl.PropagateNan.ALL" if source in FLOATS else ""
+            return f"tl.{op}({args[0]}, {args[1]}{nan})"
+        if op == "uniform":
+            return f"tl.cast({self._uniform(node, args)}, {self.real})"
+        if op in ("floordiv", "mod", "sign", "isnan", "isinf", "reciprocal"):
+            return f"f_{op}{'_real' if source in FLOATS and op in ('floordiv', 'mod') else ''}({', '.join(args)})"
+        if op == "tanh" and node.dtype in HALVES and self.real == "tl.float32" and not self.exact:
+            return f"f_tanh_half({args[0]})"
+        if op in _TL:
+            return f"tl.{op}({args[0]})"
+        return f"libdevice.{_LIBDEVICE[op]}({', '.join(args)})"
+
+    def _uniform(self, node: Apply, args: list[str]) -> str:
+        _, plane, row, column = node.operands
+        of_keys = isinstance(column, Index) and column.axis == "k" and not depends(plane) & {"q", "k"}
+        if self.drawn and of_keys and depends(row) & {"q", "k"} == {"q"}:
+            return self.drawn.format(", ".join(args[:3]))
+        return f"f_uniform({', '.join(args)})"
+
+    def _widened(self, node: Apply, args: list[str]) -> list[str]:
+        """Operands of integer arithmetic in 64 bits, unless every value is known to fit 32."""
+        if all(map(fits_a_word, node.operands if node.op in COMPARISONS else (node, *node.operands))):
+            return args
+        return [f"tl.cast({a}, tl.int64)" for a in args]
+
+    def _cast(self, node: Apply, arg: str) -> str:
+        source, target = node.operands[0].dtype, node.dtype
+        if target in FLOATS:
+            return arg if source in FLOATS else f"tl.cast({arg}, {self.real})"
+        if target == "bool":
+            return f"{arg} != 0"
+        return f"tl.cast({arg}, {_type(target)})"
+
+
+def fits_a_word(node: Expr) -> bool:
+    """Whether every value of an integer is known to fit 32 bits."""
+    bounds = interval(node)
+    return bounds is not None and bounds[0] >= -_WORD and bounds[1] <= _WORD
+
+
+def depends(node: Expr) -> frozenset[str]:
+    return axes(node) | ({"q", "k"} if contains(node, Score) or contains(node, Prob) else frozenset())
+
+
+def _type(dtype: str) -> str:
+    return f"tl.{dtype}"
+
+
+def _literal(node: Const) -> str:
+    if node.dtype not in FLOATS:
+        return str(node.value)
+    if math.isfinite(node.value):
+        return repr(float(node.value))
+    return f'float("{node.value}")'
