@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from fuse.targets.cpp.render import environment
+from fuse.kernel.source import environment
 
 pytest.importorskip("triton", reason="no Triton on this platform")
 pytestmark = pytest.mark.triton

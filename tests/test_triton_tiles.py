@@ -17,7 +17,7 @@ from torch import Tensor
 
 from fuse.ir.expr import const
 from fuse.ir.grid import Frame
-from fuse.targets.cpp.render import environment
+from fuse.kernel.source import environment
 from fuse.targets.triton.plan_backward import Launch
 from fuse.targets.triton.render_tiles import is_listed
 

@@ -15,6 +15,7 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 FLOATS = ("float64", "float32", "bfloat16", "float16")
+HALVES = ("bfloat16", "float16")
 INTS = ("int64", "int32", "int16", "int8", "uint8")
 DTYPES = (*FLOATS, *INTS, "bool")
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from fuse.ir.expr import Expr, Index, Load, Symbol, walk
+from fuse.ir.expr import FLOATS, Expr, Index, Load, Symbol, walk
+from fuse.ir.interval import Interval, interval
 from fuse.ir.spec import AttentionSpec
 from fuse.ir.tile_map import TileMap
-from fuse.targets.cpp.write import C_TYPES, Interval, interval
 
 _LENGTH, _HEADS, _BATCH, _EXTRA = 512, 8, 1, 128
 # Dimensions whose index comes from data: the tables and buckets that models have are at most this long.
@@ -17,15 +17,18 @@ _UNKNOWN_EXTENT = 1024
 
 @dataclass(frozen=True)
 class ExampleTensor:
-    """Dense, its dimensions in memory from outermost to innermost as ``order`` names them."""
+    """Dense, its dimensions in memory from outermost to innermost as ``order`` names them.
 
-    ctype: str
+    dtype  or "real", what a kernel computes in
+    """
+
+    dtype: str
     shape: tuple[int, ...]
     order: tuple[int, ...]
 
     @property
     def is_float(self) -> bool:
-        return self.ctype in ("R", "double", "float", "Bf16", "_Float16")
+        return self.dtype in ("real", *FLOATS)
 
 
 @dataclass(frozen=True)
@@ -43,7 +46,7 @@ class Example:
 
 
 def row_major(dtype: str, shape: Sequence[int]) -> ExampleTensor:
-    return ExampleTensor(C_TYPES[dtype], tuple(shape), tuple(range(len(shape))))
+    return ExampleTensor(dtype, tuple(shape), tuple(range(len(shape))))
 
 
 def example(spec: AttentionSpec | TileMap) -> Example:
@@ -72,7 +75,7 @@ def example(spec: AttentionSpec | TileMap) -> Example:
 
 
 def example_of_gradients(spec: AttentionSpec, written: Sequence[tuple[int, str, tuple[int, ...]]]) -> Example:
-    """``written``: operand, C type and order in memory of each gradient."""
+    """``written``: operand, dtype and order in memory of each gradient."""
     made = example(spec)
-    gradients = [ExampleTensor(ctype, made.operands[operand].shape, order) for operand, ctype, order in written]
+    gradients = [ExampleTensor(dtype, made.operands[operand].shape, order) for operand, dtype, order in written]
     return Example(made.sizes, made.operands, made.out, (made.out, *gradients))

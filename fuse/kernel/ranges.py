@@ -10,7 +10,6 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 
 from fuse.ir.expr import COMPARISONS, FLOATS, INTS, Apply, Expr, Index, Load, axes, contains
-from fuse.targets.cpp.write import kind_of
 
 _LOGIC = ("and", "or", "xor", "not", "eq", "ne")
 _INTEGER = ("add", "sub", "mul", "neg", "abs", "minimum", "maximum", "floordiv", "mod")
@@ -64,7 +63,7 @@ class RangeWriter(ABC):
         return f"x{self._count[0]}"
 
     def _written(self, node: Expr) -> str:
-        kind = kind_of(node, False)
+        kind = _kind(node)
         varying = axes(node) & {"q", "k"}
         if not varying:
             return self.constant(node, kind)
@@ -82,6 +81,10 @@ class RangeWriter(ABC):
         if node.op == "cast":
             return self.cast(node)
         return self.operation(node) if _has_range(node) else None
+
+
+def _kind(node: Expr) -> str:
+    return "real" if node.dtype in FLOATS else "bool" if node.dtype == "bool" else "long"
 
 
 def _has_range(node: Apply) -> bool:

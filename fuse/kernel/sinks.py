@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from fuse.ir import expr
 from fuse.ir.expr import Apply, Const, Expr, Index, Load
 from fuse.ir.gradient import Term, gradient
+from fuse.ir.interval import MAX_LENGTH
 from fuse.ir.spec import AttentionSpec
-from fuse.targets.cpp.write import MAX_LENGTH
 
 
 class Unsupported(ValueError):

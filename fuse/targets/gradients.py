@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from fuse.ir.expr import Expr, Index, Load, Symbol
+from fuse.ir.interval import Interval, interval
 from fuse.ir.spec import AttentionSpec
 from fuse.kernel.sinks import Sink
-from fuse.targets.cpp.write import Interval, interval
 
 
 class Gradients:

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from fuse.ir.spec import AttentionSpec
 from fuse.ir.tile_map import TileMap
+from fuse.kernel.source import ENTRY
 from fuse.options import settings
 from fuse.targets import reference
 from fuse.targets.cache import Entry, entry, write_atomically
@@ -131,7 +132,7 @@ class _Loaded:
 
     def __init__(self, spec: AttentionSpec | TileMap, built: Entry) -> None:
         self._spec = spec
-        self._run = getattr(ctypes.CDLL(str(built.binary)), render.ENTRY)
+        self._run = getattr(ctypes.CDLL(str(built.binary)), ENTRY)
         self._run.argtypes, self._run.restype = (ctypes.c_char_p,), ctypes.c_int
         count = 3 + spec.batch + 2 + len(spec.symbols) + sum(1 + 2 * o.rank for o in spec.operands)
         self._pack = struct.Struct(f"{count}q").pack

@@ -11,9 +11,9 @@ from torch import Tensor
 
 from fuse.ir.spec import AttentionSpec
 from fuse.kernel.sinks import sinks
+from fuse.kernel.source import ENTRY
 from fuse.targets import reference
 from fuse.targets.cache import Entry
-from fuse.targets.cpp import render
 from fuse.targets.cpp.launch import build_source, instruction_set
 from fuse.targets.cpp.plan import backward_plan, lse_dtype
 from fuse.targets.cpp.render_backward import argument_count, render_backward
@@ -36,7 +36,7 @@ class CppBackward:
         found = sinks(spec, wanted)
         self._spec, self._wanted, self._gradients = spec, tuple(wanted), Gradients(spec, found)
         self._lse_dtype: torch.dtype = getattr(torch, lse_dtype(spec, "cpp"))
-        self._run = getattr(ctypes.CDLL(str(built.binary)), render.ENTRY)
+        self._run = getattr(ctypes.CDLL(str(built.binary)), ENTRY)
         self._run.argtypes, self._run.restype = (ctypes.c_char_p,), ctypes.c_int
         count = argument_count(spec) + 1 + spec.batch + 2 + sum(1 + len(s.order) for s in found)
         self._pack = struct.Struct(f"{count}q").pack

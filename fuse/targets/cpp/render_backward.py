@@ -2,29 +2,22 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 from fuse.ir import expr
-from fuse.ir.expr import Const, Expr, Load, Prob, Score, const
-from fuse.ir.gradient import Gradient, gradient
+from fuse.ir.expr import HALVES, Expr, Prob, Score
+from fuse.ir.gradient import Gradient
 from fuse.ir.spec import AttentionSpec
+from fuse.kernel.backward import Added, BackwardProgram, Results, backward_program, is_one
 from fuse.kernel.example import example_of_gradients
-from fuse.kernel.sinks import Sink, sinks
+from fuse.kernel.places import is_affine, is_separable
+from fuse.kernel.sinks import Sink
+from fuse.kernel.source import environment, header_lines
 from fuse.targets.cpp.plan import Plan
-from fuse.targets.cpp.render import (
-    Program,
-    Source,
-    call_context,
-    environment,
-    header_lines,
-    origin,
-    peel,
-    residual_of,
-    threshold_of,
-)
-from fuse.targets.cpp.write import C_TYPES, HALVES, Value, Writer, is_affine, is_separable, scalar_function
+from fuse.targets.cpp.render import Program, Source, call_context, origin
+from fuse.targets.cpp.write import C_TYPES, ROUND, Value, Writer, scalar_function
 from fuse.targets.cpp.write_keys import KeyProgram, KeyRuns, KeyWriter, bound
 
 # Bytes that the parts of all sites may keep until their sums are added to small gradients.
@@ -36,31 +29,9 @@ _COMMENTS = {
     "full": "Every entry is visible.", "partial": "Some entries are masked.",
     "exact": "Scores as eager rounds them, of every key.",
 }  # fmt: skip
-# A log-sum-exp below this has lost digits that the probabilities of its row need.
-_IMPRECISE = -1000.0
 
 
 # ------------------------------------------------------------------------------------------------------------ programs
-
-
-@dataclass(frozen=True)
-class Added:
-    """What an entry adds to a sink; ``tiled``: a tile of entries at a time."""
-
-    name: str
-    kind: str
-    text: str
-    tiled: bool = False
-
-
-@dataclass(frozen=True)
-class Results:
-    """Texts of what an entry gives: ``weight``; ``gate``, the probability's gradient; ``slope``, the raw score's."""
-
-    weight: str
-    gate: str
-    slope: str
-    terms: tuple[Added, ...]
 
 
 @dataclass
@@ -79,50 +50,51 @@ class KeyEntries(KeyProgram):
 
 @dataclass(frozen=True)
 class _Programs:
-    """Writes the programs of one source. ``scale`` is left out of every slope, and multiplied in the end."""
+    """Writes the programs of one source."""
 
     source: Source
-    of: Gradient
-    scale: float
+    computed: BackwardProgram
     runs: KeyRuns = field(default_factory=KeyRuns)
 
-    def lanes(self, name: str, exact: bool = False, predicate: Expr | None = None) -> Entries:
+    def lanes(self, name: str) -> Entries:
         program = Entries(f"entries_{name}", _COMMENTS[name])
-        writer = self.source.writer(program, exact)
-        allowed = self.source.bounds() if predicate is not None else []
-        program.results = self._write(writer, program.entry.lines, exact, allowed, predicate)
+        writer = self.source.writer(program, exact=name == "exact")
+        seen = partial(self.source.seen, writer) if name == "partial" else list
+        program.results = self._write(writer, program.entry.lines, seen)
         return program
 
-    def keys(self, name: str, predicate: Expr | None = None) -> KeyEntries:
+    def keys(self, name: str) -> KeyEntries:
         program = KeyEntries(f"Entries{name.title()}", _COMMENTS[name], "score")
         writer = KeyWriter(self.source.site, program, self.runs, self.source.count)
-        mask = self.of.spec.mask
-        names = [n for n in ("lower", "upper") if predicate is not None and mask is not None and getattr(mask, n) is not None]
-        allowed = [bound(program, n) for n in names]
-        program.results = self._write(writer, program.entry.lines, False, allowed, predicate)
+        forward = self.computed.forward
+        bounds = [bound(program, b.name) for b in forward.bounds] if name == "partial" else []
+
+        def seen() -> list[str]:
+            residual = forward.residual if name == "partial" else None
+            return [*bounds, *([] if residual is None else [f"({writer.value(residual).spread('bool')})"])]
+
+        program.results = self._write(writer, program.entry.lines, seen)
         return program
 
-    def _write(self, writer: Writer, lines: list[str], exact: bool, allowed: list[str], predicate: Expr | None) -> Results:
-        of, mask = self.of, self.of.spec.mask
-        visible = not exact and mask is not None
-        score = mask.visible if visible and mask is not None else of.spec.score
-        slope = of.visible if visible and of.visible is not None else of.score
-        factors = [t.visible if visible and t.visible is not None else t.factor for t in of.terms]
+    def _write(self, writer: Writer, lines: list[str], seen: Callable[[], list[str]]) -> Results:
+        """``seen`` writes what must hold for an entry to be visible, after its score."""
+        of, forward, exact = self.computed.of, self.computed.forward, writer.exact
+        score = of.spec.score if exact else forward.visible
+        slope = of.score if exact else self.computed.slope
+        factors = [t.factor for t in of.terms] if exact else self.computed.factors
         for leaf in expr.walk(score, slope, of.spec.weight, of.weight, *factors):
             if isinstance(leaf, Score):
                 rounded = exact and leaf.dtype in HALVES
-                writer.leaves[leaf] = Value(f"{HALVES[leaf.dtype]}(score)" if rounded else "score", "real", True)
+                writer.leaves[leaf] = Value(f"{ROUND[leaf.dtype]}(score)" if rounded else "score", "real", True)
             if isinstance(leaf, Prob):
                 writer.leaves[leaf] = Value("prob", "real", True)
         if exact:
             lines.append(f"const VR weighed = exp2_lanes(({self._real(writer, score)} - lse) * {_LOG2E}) * norm.inverse[v];")
             lines.append("const VR prob = select(norm.chosen[v], weighed, VR{});")
         else:
-            inner, factor = peel(score)
-            value = self._real(writer, inner)
-            lines.append(f"const VR unmasked = {self._probability(writer, value, factor)};")
-            if predicate is not None and not _true(predicate):
-                allowed = [*allowed, f"({writer.value(predicate).spread('bool')})"]
+            value = self._real(writer, score)
+            lines.append(f"const VR unmasked = {self._probability(writer, value, forward.factor)};")
+            allowed = seen()
             masked = f"select({' & '.join(allowed)}, unmasked, VR{{}})" if allowed else "unmasked"
             lines.append(f"const VR prob = {masked};")
         writer.exact = False
@@ -138,8 +110,8 @@ class _Programs:
         return f"exp2_lanes(({score} * R({factor!r}) - lse) * {_LOG2E}) * norm.inverse[v]"
 
     def _terms(self, writer: Writer, factors: Sequence[Expr]) -> Iterator[Added]:
-        found = [s for s in sinks(self.of.spec, self.of.wanted) if s.kind != "matrix"]
-        for sink, term, factor in zip(found, self.of.terms, factors, strict=True):
+        found = [s for s in self.computed.sinks if s.kind != "matrix"]
+        for sink, term, factor in zip(found, self.computed.of.terms, factors, strict=True):
             if sink.kind != "logit":
                 outer = "d_weight" if term.root == "weight" else "d_score"
                 text = outer if is_one(factor) else f"{outer} * {self._real(writer, factor)}"
@@ -149,9 +121,8 @@ class _Programs:
         """Where nothing depends on the raw score, its gradient is zero even in a row of NaN."""
         if exact:
             text = self._real(writer, slope)
-            return f"select({text} == R(0), VR{{}}, d_score * {text} * R({1 / self.scale!r}))"
-        inner = peel_slope(slope)[0]
-        return "d_score" if is_one(inner) else f"d_score * {self._real(writer, inner)}"
+            return f"select({text} == R(0), VR{{}}, d_score * {text} * R({1 / self.computed.scale!r}))"
+        return "d_score" if is_one(slope) else f"d_score * {self._real(writer, slope)}"
 
     @staticmethod
     def _real(writer: Writer, node: Expr) -> str:
@@ -163,55 +134,38 @@ def _tiled(sink: Sink) -> bool:
     return sink.kind in ("dense", "entry") and (is_separable(sink.load) or all(is_affine(c) for c in sink.load.coords))
 
 
-def _true(node: Expr) -> bool:
-    return isinstance(node, Const) and node.value is True
-
-
-def is_one(node: Expr) -> bool:
-    return isinstance(node, Const) and node.value == 1
-
-
-def peel_slope(node: Expr) -> tuple[Expr, float]:
-    """(inner, c) with node = c * inner, c > 0: as ``peel``, and what is the same for all entries is one."""
-    inner, factor = peel(node)
-    if isinstance(inner, Const) and 1e-30 < inner.value < 1e30:
-        return const(1.0, inner.dtype), factor * inner.value
-    return inner, factor
-
-
 # -------------------------------------------------------------------------------------------------------------- source
 
 
 def render_backward(spec: AttentionSpec, wanted: Sequence[bool], plan: Plan) -> str:
     """One self-contained C++ source. Raises Unsupported where a gradient cannot be computed without a risk."""
-    of, found = gradient(spec, tuple(wanted)), sinks(spec, wanted)
+    computed = backward_program(spec, tuple(wanted))
+    found, masked = computed.sinks, computed.forward.masked
     source = Source(spec)
-    mask, residual = spec.mask, residual_of(spec)
-    scale = peel_slope(of.score if of.visible is None else of.visible)[1]
-    write = _Programs(source, of, scale)
-    predicates = [] if mask is None else [residual if residual is not None else const(True, "bool")]
-    exact = exact_below(spec)
+    write = _Programs(source, computed)
+    names = ("full", "partial") if masked else ("full",)
     programs: list[Program] = []
-    if exact is not None:
-        programs = [write.lanes("exact", exact=True), source.program("scores_exact", "Scores only.", spec.score, exact=True)]
+    if computed.exact_below is not None:
+        programs = [write.lanes("exact"), source.program("scores_exact", "Scores only.", spec.score, exact=True)]
     key_programs: list[KeyEntries] = []
     if plan.core == "matrix":
-        key_programs = [write.keys("full"), *(write.keys("partial", p) for p in predicates)]
+        key_programs = [write.keys(name) for name in names]
     else:
-        programs += [write.lanes("full"), *(write.lanes("partial", predicate=p) for p in predicates)]
+        programs += [write.lanes(name) for name in names]
     matrices = {s.name for s in found if s.kind == "matrix"}
     entries = any(s.kind in ("dense", "row", "key", "entry") for s in found)
-    names = ", ".join(s.name if s.kind == "matrix" else str(s.load) for s in found)
-    lines = (f"gradients of {names}, as fuse.ir.gradient has them, of", *header_lines(spec), *origin(plan))
+    read = ", ".join(s.name if s.kind == "matrix" else str(s.load) for s in found)
+    lines = (f"gradients of {read}, as fuse.ir.gradient has them, of", *header_lines(spec), *origin(plan))
     context = call_context(source, plan) | {
         "header": "\n".join(f"// {line}" for line in lines),
         "programs": [p for p in programs if isinstance(p, Entries)], "key_programs": key_programs,
-        "key_runs": write.runs.context(), "masked": mask is not None, "exact": exact is not None, "threshold": exact,
+        "key_runs": write.runs.context(), "masked": masked, "exact": computed.exact_below is not None,
+        "threshold": repr(computed.exact_below),
         "exact_scores": next((p for p in programs if not isinstance(p, Entries)), None),
-        "extra_logits": source.extra_logits(), "wanted": matrices, "factor": repr(scale),
-        "sinks": [_sink_context(source, of, i, s) for i, s in enumerate(found)],
+        "extra_logits": source.extra_logits(), "wanted": matrices, "factor": repr(computed.scale),
+        "sinks": [_sink_context(source, computed.of, i, s) for i, s in enumerate(found)],
         "example": example_of_gradients(
-            spec, [(s.load.operand, C_TYPES[s.load.dtype] if s.kind == "matrix" else "R", s.order) for s in found]
+            spec, [(s.load.operand, s.load.dtype if s.kind == "matrix" else "real", s.order) for s in found]
         ),
         "needs_scores": bool(matrices & {"query", "key"}) or entries, "slice_limit": _SLICE_LIMIT,
         "slices": any(s.kind in ("row", "key", "entry", "logit") for s in found), "argument_count": argument_count(spec),
@@ -223,15 +177,6 @@ def render_backward(spec: AttentionSpec, wanted: Sequence[bool], plan: Plan) -> 
 def argument_count(spec: AttentionSpec) -> int:
     """The length of a forward call's array of arguments."""
     return 3 + spec.batch + 2 + len(spec.symbols) + sum(1 + 2 * o.rank for o in spec.operands)
-
-
-def exact_below(spec: AttentionSpec) -> str | None:
-    """Rows of no larger log-sum-exp are normalised again from every score; None where there is no such row."""
-    maskable = spec.mask is not None or any(
-        isinstance(n, Load) or (isinstance(n, Const) and n.dtype in expr.FLOATS and abs(n.value) >= -_IMPRECISE)
-        for n in expr.walk(spec.score)
-    )
-    return repr(max(_IMPRECISE, threshold_of(spec) or -math.inf)) if maskable else None
 
 
 def _sink_context(source: Source, of: Gradient, number: int, sink: Sink) -> dict[str, object]:

@@ -5,11 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from fuse.ir.expr import Apply, Expr, Load, apply, axes, const, index
+from fuse.ir.interval import MAX_LENGTH
 from fuse.ir.tile_map import EMPTY, FULL, KEYS, PARTIAL, ROWS, TileMap
 from fuse.kernel.example import example
+from fuse.kernel.source import ENTRY, environment
 from fuse.targets.cpp.plan import Plan
-from fuse.targets.cpp.render import ENTRY, environment, origin
-from fuse.targets.cpp.write import MAX_LENGTH, Body, scalar_function
+from fuse.targets.cpp.render import origin
+from fuse.targets.cpp.write import C_TYPES, Body, scalar_function
 from fuse.targets.cpp.write_keys import KeyRuns, key_program
 
 
@@ -41,7 +43,8 @@ def render_tile_map(spec: TileMap, plan: Plan) -> str:
     lines = [f"which tiles hold an entry where {spec.predicate}", f"spec  {spec.to_json()}", *origin(plan)]
     program = key_program(site, runs, count, "Visible", "1 where seen.", shown)
     context = {
-        "header": "\n".join(f"// {line}" for line in lines), "plan": plan, "entry": ENTRY, "max_length": MAX_LENGTH,
+        "header": "\n".join(f"// {line}" for line in lines), "plan": plan, "entry": ENTRY, "ctypes": C_TYPES,
+        "max_length": MAX_LENGTH,
         "batch": spec.batch, "symbols": spec.symbols, "batch_sizes": [f"B{i}" for i in range(spec.batch)],
         "ranks": [o.rank for o in spec.operands], "key_programs": [program], "key_runs": runs.context(),
         "example": example(spec), "lse_ctype": "float",

@@ -10,25 +10,38 @@ import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
-from fuse.ir.expr import COMPARISONS, FLOATS, Apply, Const, Expr, Index, Load, Prob, Score, Symbol, axes, contains, index, walk
+from fuse.ir.expr import (
+    COMPARISONS,
+    FLOATS,
+    HALVES,
+    Apply,
+    Const,
+    Expr,
+    Index,
+    Load,
+    Prob,
+    Score,
+    Symbol,
+    axes,
+    contains,
+    index,
+    walk,
+)
+from fuse.ir.interval import interval
+from fuse.kernel.places import is_affine, is_separable
 
 C_TYPES = {
     "float64": "double", "float32": "float", "bfloat16": "Bf16", "float16": "_Float16", "int64": "int64_t",
     "int32": "int32_t", "int16": "int16_t", "int8": "int8_t", "uint8": "uint8_t", "bool": "bool",
 }  # fmt: skip
-HALVES = {"bfloat16": "round_bf16", "float16": "round_f16"}
+ROUND = {"bfloat16": "round_bf16", "float16": "round_f16"}
 
-# Kernels refuse longer sequences, so index arithmetic can be proved to fit 32-bit lanes.
-MAX_LENGTH = 2**24
 _LANE_LIMIT = 2**30
-_INT_RANGES = {"int32": 2**31, "int16": 2**15, "int8": 2**7, "uint8": 2**8, "bool": 1}
 
 _INFIX = {"add": "+", "sub": "-", "mul": "*", "eq": "==", "ne": "!=", "lt": "<", "le": "<=", "gt": ">", "ge": ">="}
 _BITWISE = {"and": "&", "or": "|", "xor": "^"}
 
 Q, K = index("q"), index("k")
-
-Interval = tuple[int, int] | None
 
 
 @dataclass
@@ -134,7 +147,7 @@ class Writer:
             draws = body.lanes and isinstance(node, Apply) and node.op == "uniform"
             text = self._load(node, body) if isinstance(node, Load) else self._draw(node) if draws else self._apply(node, body)
             if key[1] and node.dtype in HALVES and isinstance(node, Apply):
-                text = f"{HALVES[node.dtype]}({text})"
+                text = f"{ROUND[node.dtype]}({text})"
             body.known[key] = Value(body.define(_ctype(kind, body.lanes), text, self._name()), kind, body.lanes)
         return body.known[key]
 
@@ -311,64 +324,6 @@ def _axes(node: Expr) -> frozenset[str]:
 
 def _rounds(node: Expr) -> bool:
     return any(n.dtype in HALVES for n in walk(node))
-
-
-def is_affine(node: Expr, over: frozenset[str] = frozenset({"q", "k"})) -> bool:
-    """Whether an integer expression is linear in the indices ``over``, with coefficients that do not depend on them."""
-    if not axes(node) & over or isinstance(node, Index):
-        return True
-    if not isinstance(node, Apply):
-        return False
-    parts = all(is_affine(a, over) for a in node.operands)
-    if node.op == "mul":
-        return parts and any(not axes(a) & over for a in node.operands)
-    return node.op in ("add", "sub", "neg", "cast") and parts and all(a.dtype == "int64" for a in node.operands)
-
-
-def is_separable(node: Load) -> bool:
-    """Whether no coordinate depends on both the query and the key."""
-    return all(len(axes(c) & {"q", "k"}) < 2 for c in node.coords)
-
-
-def anywhere(leaf: Expr) -> Interval:
-    """Bounds of an index or a symbol that hold in every call; None for a symbol of which nothing is known."""
-    if isinstance(leaf, Symbol):
-        length = leaf.name in ("q_len", "kv_len") or (leaf.name[0] == "B" and leaf.name[1:].isdigit())
-        return (0, MAX_LENGTH) if length else None
-    return (0, MAX_LENGTH)
-
-
-def interval(node: Expr, leaves: Callable[[Expr], Interval] = anywhere) -> Interval:
-    """Bounds of an integer, from those of the indices and symbols in it; None where nothing is known."""
-    if isinstance(node, Const):
-        return (int(node.value), int(node.value))
-    if isinstance(node, (Index, Symbol)):
-        return leaves(node)
-    if isinstance(node, Apply) and (bounds := _interval_of_operation(node, leaves)):
-        return bounds
-    if node.dtype in _INT_RANGES:
-        limit = _INT_RANGES[node.dtype]
-        return (0, limit) if node.dtype in ("uint8", "bool") else (-limit, limit)
-    return None
-
-
-def _interval_of_operation(node: Apply, leaves: Callable[[Expr], Interval]) -> Interval:
-    parts = [interval(a, leaves) for a in node.operands if a.dtype not in FLOATS]
-    known = [p for p in parts if p is not None]
-    if not known or len(known) != len(node.operands):
-        return None
-    (a, b), (c, d) = known[0], known[-1]
-    if node.op == "where":
-        return (min(known[1][0], c), max(known[1][1], d))
-    if node.op in ("floordiv", "mod") and c > 0:
-        return (a // c if a < 0 else a // d, b // d if b < 0 else b // c) if node.op == "floordiv" else (0, d - 1)
-    table: dict[str, Callable[[], tuple[int, int]]] = {
-        "add": lambda: (a + c, b + d), "sub": lambda: (a - d, b - c), "neg": lambda: (-b, -a), "cast": lambda: (a, b),
-        "mul": lambda: (min(a * c, a * d, b * c, b * d), max(a * c, a * d, b * c, b * d)),
-        "minimum": lambda: (min(a, c), min(b, d)), "maximum": lambda: (max(a, c), max(b, d)),
-        "abs": lambda: (0, max(abs(a), abs(b))), "sign": lambda: (-1, 1),
-    }  # fmt: skip
-    return table[node.op]() if node.op in table else None
 
 
 def kind_of(node: Expr, lanes: bool) -> str:

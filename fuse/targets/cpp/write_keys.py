@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from fuse.ir.expr import Expr, Load, Prob, Score, walk
-from fuse.targets.cpp.write import C_TYPES, Body, K, Q, Value, Writer, is_affine, is_separable, kind_of, scalar_function
+from fuse.kernel.places import is_affine, is_separable
+from fuse.targets.cpp.write import C_TYPES, Body, K, Q, Value, Writer, kind_of, scalar_function
 
 
 @dataclass

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from fuse.ir.spec import AttentionSpec
 from fuse.kernel import sharing
+from fuse.kernel.source import ENTRY
 from fuse.targets.cache import write_once
-from fuse.targets.cpp.render import ENTRY
 from fuse.targets.triton import plan_decode
 from fuse.targets.triton.copies import Copies
 from fuse.targets.triton.function import Function

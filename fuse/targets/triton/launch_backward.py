@@ -13,12 +13,12 @@ from fuse.ir import expr
 from fuse.ir.gradient import gradient
 from fuse.ir.grid import Frame
 from fuse.ir.spec import AttentionSpec
+from fuse.kernel.backward import exact_below
 from fuse.kernel.groups import Groups, groups_of
 from fuse.kernel.sinks import Sink, sinks
+from fuse.kernel.source import ENTRY
 from fuse.targets import reference
 from fuse.targets.cache import write_once
-from fuse.targets.cpp.render import ENTRY
-from fuse.targets.cpp.render_backward import exact_below
 from fuse.targets.gradients import Gradients
 from fuse.targets.triton.copies import Copies
 from fuse.targets.triton.function import Function

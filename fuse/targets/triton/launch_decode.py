@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from fuse.ir.spec import AttentionSpec
+from fuse.kernel.source import ENTRY
 from fuse.targets.cache import write_once
-from fuse.targets.cpp.render import ENTRY
 from fuse.targets.triton import plan_decode
 from fuse.targets.triton.function import Function
 from fuse.targets.triton.module import current_architecture, load, precision

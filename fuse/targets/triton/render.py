@@ -5,12 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from fuse.ir import expr
-from fuse.ir.expr import Const, Expr, Index, Load, Prob, Score, apply, const, symbol
+from fuse.ir.expr import HALVES, Const, Expr, Index, Load, Prob, Score, apply, const, symbol
 from fuse.ir.spec import AttentionSpec
 from fuse.ir.tile_map import TileMap
+from fuse.kernel.forward import Bound, forward_program
 from fuse.kernel.rectangles import rows_of
-from fuse.targets.cpp.render import ENTRY, environment, header_lines, peel, residual_of, threshold_of
-from fuse.targets.cpp.write import HALVES
+from fuse.kernel.source import ENTRY, environment, header_lines
 from fuse.targets.triton.plan import TritonPlan, widened
 from fuse.targets.triton.write import Block, TritonWriter, fits_a_word
 
@@ -55,7 +55,7 @@ class Source:
     """
 
     def __init__(self, spec: AttentionSpec, row_axes: frozenset[str] = frozenset({"q"}), described: bool = False) -> None:
-        self.spec, self.described = spec, described
+        self.spec, self.computed, self.described = spec, forward_program(spec), described
         self.row_axes = row_axes
         self.count = [0]
         self.site, self.rows = Block(), Block()
@@ -130,13 +130,13 @@ class Source:
     def _mixed(self) -> bool:
         return len({x.dtype for x in (self.spec.query, self.spec.key, self.spec.value)}) > 1
 
-    def bound(self, name: str, node: Expr) -> dict[str, object]:
-        found: dict[str, object] = {"name": name}
+    def bound(self, bound: Bound) -> dict[str, object]:
+        found: dict[str, object] = {"name": bound.name}
         for at in ("q0", "q1"):
             block = Block()
             writer = TritonWriter(lambda axes, block=block: block if "q" in axes else self.site, self.real, self.count)  # type: ignore[misc]
             writer.names["q"] = at
-            found[at] = Program(block.lines, writer.value(node))
+            found[at] = Program(block.lines, writer.value(bound.node))
         return found
 
     def extra(self, node: Expr) -> str:
@@ -149,7 +149,7 @@ class Source:
 
     def skip(self) -> Program:
         """Whether an entry is seen, with the residual."""
-        tile, residual = Block(), residual_of(self.spec)
+        tile, residual = Block(), self.computed.residual
         conditions = [*self.seen(), "q_ok", *([] if residual is None else [self.writer(tile).value(residual)])]
         return Program(tile.lines, " & ".join(conditions))
 
@@ -163,15 +163,10 @@ def _may_be_huge(node: Expr) -> bool:
     )
 
 
-def bounds_of(spec: AttentionSpec) -> list[tuple[str, Expr]]:
-    named = [] if spec.mask is None else [("lower", spec.mask.lower), ("upper", spec.mask.upper)]
-    return [(name, node) for name, node in named if node is not None]
-
-
 def lanes_within(spec: AttentionSpec, writer: TritonWriter) -> list[str]:
     """What the mask's bounds ask of the keys k0 + k_lane of a tile, and that they are there. Threads know their lanes, so that
     they compare constants with a limit of the row."""
-    bounds = dict(bounds_of(spec))
+    bounds = {b.name: b.node for b in forward_program(spec).bounds}
     upper = "kv_len" if "upper" not in bounds else _held(writer, bounds["upper"], always=True)
     lower = [f"(k_lane >= {_held(writer, bounds['lower'])} - k0)"] if "lower" in bounds else []
     return [*lower, f"(k_lane < {upper} - k0)"]
@@ -202,9 +197,8 @@ def arguments(spec: AttentionSpec | TileMap) -> dict[str, object]:
 
 def call_context(source: Source, plan: TritonPlan) -> dict[str, object]:
     """What every kernel that attends to keys needs: its arguments, and the pieces of ``tile.py.jinja``."""
-    spec, threshold = source.spec, threshold_of(source.spec)
-    visible, factor = peel(spec.score if spec.mask is None else spec.mask.visible)
-    residual = residual_of(spec)
+    spec, computed = source.spec, source.computed
+    visible, factor, residual, threshold = computed.visible, computed.factor, computed.residual, computed.threshold
     full = (spec.qk_dim == plan.width, spec.v_dim == plan.v_width)  # else conditions on features take registers
     return arguments(spec) | {
         "batch": spec.batch, "qk_dim": spec.qk_dim, "v_dim": spec.v_dim, "real": source.real, "mask_axes": mask_axes(spec),
@@ -228,7 +222,7 @@ def header(spec: AttentionSpec, plan: object) -> str:
 def render_triton(spec: AttentionSpec, plan: TritonPlan) -> str:
     """One Python module with the kernel ENTRY; its arguments are those of ``fuse.targets.triton.launch``."""
     source = Source(spec, described=plan.described)
-    bounds = [source.bound(name, node) for name, node in bounds_of(spec)]
+    bounds = [source.bound(b) for b in source.computed.bounds]
     whole = (spec.qk_dim, spec.v_dim) == (plan.width, plan.v_width)
     context = call_context(source, plan) | {
         "header": header(spec, plan), "entry": ENTRY, "described": plan.described, "bounds": bounds, "whole": whole,

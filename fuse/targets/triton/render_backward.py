@@ -13,16 +13,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from fuse.ir import expr
-from fuse.ir.expr import Apply, Const, Expr, Index, Load, Prob, Score, apply, const
-from fuse.ir.gradient import Gradient, gradient
+from fuse.ir.expr import HALVES, Apply, Const, Expr, Index, Load, Prob, Score, apply, const
 from fuse.ir.spec import AttentionSpec
+from fuse.kernel.backward import Added, BackwardProgram, Results, backward_program, is_one
 from fuse.kernel.rectangles import rows_of
-from fuse.kernel.sinks import Sink, Unsupported, sinks
-from fuse.targets.cpp.render import ENTRY, environment, header_lines, peel, residual_of
-from fuse.targets.cpp.render_backward import Added, Results, exact_below, is_one, peel_slope
-from fuse.targets.cpp.write import HALVES
+from fuse.kernel.sinks import Sink, Unsupported
+from fuse.kernel.source import ENTRY, environment, header_lines
 from fuse.targets.triton.plan import widened
-from fuse.targets.triton.render import arguments, bounds_of, lanes_within, mask_axes
+from fuse.targets.triton.render import arguments, lanes_within, mask_axes
 from fuse.targets.triton.render_tiles import is_listed
 from fuse.targets.triton.write import Block, TritonWriter, depends
 
@@ -71,7 +69,7 @@ class _Kernel:
     site, owned  what is computed once for a batch index, and once for each position that is kept
     """
 
-    of: Gradient
+    computed: BackwardProgram
     owner: str
     count: list[int]
     described: bool = False
@@ -80,7 +78,7 @@ class _Kernel:
 
     @property
     def spec(self) -> AttentionSpec:
-        return self.of.spec
+        return self.computed.spec
 
     @property
     def visited(self) -> str:
@@ -133,11 +131,12 @@ class _Kernel:
 
     def seen(self, writer: TritonWriter) -> str:
         """What must hold for an entry of a tile that is not seen entirely, or has fewer positions than others."""
-        residual = residual_of(self.spec)
+        forward = self.computed.forward
+        residual = forward.residual
         if self.owner == "q":
             bounds = lanes_within(self.spec, writer)
         else:
-            bounds = [f"(k {'>=' if name == 'lower' else '<'} {writer.value(node)})" for name, node in bounds_of(self.spec)]
+            bounds = [f"(k {'>=' if b.name == 'lower' else '<'} {writer.value(b.node)})" for b in forward.bounds]
             bounds = [f"{self.visited}_ok", *bounds]
         return " & ".join([*bounds, *([] if residual is None else [writer.value(residual)])])
 
@@ -146,48 +145,40 @@ class _Kernel:
         tile = Block()
         return Text(tile.lines, self.seen(self.writer(tile)))
 
-    def visible(self) -> tuple[Expr, Expr, list[Expr]]:
-        """The score of a visible entry, its derivative by the raw score, and those by what the terms read."""
-        of, mask = self.of, self.spec.mask
-        factors = [t.factor if t.visible is None else t.visible for t in of.terms]
-        return self.spec.score if mask is None else mask.visible, of.score if of.visible is None else of.visible, factors
-
     def entries(self, found: Sequence[Sink], full: bool) -> Entries:
         """Of a tile that is seen entirely, or of one that may not be."""
-        of, tile = self.of, Block()
+        computed, tile = self.computed, Block()
+        forward, slope, factors = computed.forward, computed.slope, computed.factors
         writer = self.writer(tile)
-        score, slope, factors = self.visible()
-        _give_leaves(writer, score, slope, self.spec.weight, of.weight, *factors)
-        inner, scale = peel(score)
-        prob = f"tl.exp2({writer.value(inner)} * {scale * _LOG2E!r} - lse2)"
+        _give_leaves(writer, forward.visible, slope, self.spec.weight, computed.of.weight, *factors)
+        prob = f"tl.exp2({writer.value(forward.visible)} * {forward.factor * _LOG2E!r} - lse2)"
         if not full:
             tile.lines.append(f"seen = {self.seen(writer)}")
         tile.lines.append(f"prob = {prob if full else f'tl.where(seen, {prob}, 0.0)'}")
-        slope = peel_slope(slope)[0]
         text = "d_score" if is_one(slope) else f"d_score * {writer.value(slope)}"
         return self._results(tile, writer, text, factors, found, "{}" if full else "tl.where(seen, {}, 0.0)")
 
-    def exact(self, found: Sequence[Sink], scale: float) -> Entries:
+    def exact(self, found: Sequence[Sink]) -> Entries:
         """Of all entries of the rows that are ``chosen``, whose largest score is ``top`` and log-sum-exp ``top + rest``."""
-        of, tile = self.of, Block()
+        of, tile = self.computed.of, Block()
         factors = [t.factor for t in of.terms]
         writer = self.writer(tile, exact=True)
         _give_leaves(writer, self.spec.score, of.score, self.spec.weight, of.weight, *factors)
         prob = f"tl.exp2(({writer.value(self.spec.score)} - top - rest) * {_LOG2E!r})"
         tile.lines.append(f"prob = tl.where(chosen & {self.visited}_ok, {prob}, 0.0)")
         writer.exact = False
-        text = f"d_score * {writer.value(of.score)} * {1 / scale!r}"
+        text = f"d_score * {writer.value(of.score)} * {1 / self.computed.scale!r}"
         return self._results(tile, writer, text, factors, found, "{}")
 
     def _results(
         self, tile: Block, writer: TritonWriter, slope: str, factors: Sequence[Expr], found: Sequence[Sink], visible: str
     ) -> Entries:
         """``visible``: gives what is computed, if the entry is seen."""
-        weight, gate = self.spec.weight, self.of.weight
-        weighed = "prob" if peel(weight)[1] == 1 and isinstance(peel(weight)[0], Prob) else visible.format(writer.value(weight))
+        weight, gate = self.spec.weight, self.computed.of.weight
+        weighed = visible.format(writer.value(weight)) if self.computed.forward.weighted else "prob"
         gated = "d_weight" if is_one(gate) else f"{writer.value(gate)} * d_weight"
         small, terms = [s for s in found if s.kind != "matrix"], []
-        for sink, term, factor in zip(small, self.of.terms, factors, strict=True):
+        for sink, term, factor in zip(small, self.computed.of.terms, factors, strict=True):
             if sink.kind != "logit":
                 outer = "d_weight" if term.root == "weight" else "d_score"
                 text = outer if is_one(factor) else f"{outer} * {writer.value(factor)}"
@@ -207,15 +198,18 @@ class _Kernel:
     def extras(self) -> list[str]:
         return [self.writer().value(x) for x in self.spec.extra_logits]
 
+    def _bounds(self) -> list[tuple[str, Expr]]:
+        return [(b.name, b.node) for b in self.computed.forward.bounds]
+
     def bounds(self) -> dict[str, list[Text]]:
         """By the mask's bounds, their values for the queries ``first`` and ``last``."""
-        return {name: [self.value(node, q=at) for at in ("first", "last")] for name, node in bounds_of(self.spec)}
+        return {name: [self.value(node, q=at) for at in ("first", "last")] for name, node in self._bounds()}
 
     def searches(self) -> list[Search]:
         """Which queries see any key, and all keys, of the tile ``first`` … ``last``."""
         names = {"upper": (("begin", "first"), ("full_begin", "last")), "lower": (("end", "last"), ("full_end", "first"))}
         found = []
-        for bound, node in bounds_of(self.spec):
+        for bound, node in self._bounds():
             shift = _shift(node)
             text = Text((), "") if shift is not None else self.value(node, q="middle")
             found += [Search(*at, text, None if shift is None else self.value(shift).result) for at in names[bound]]
@@ -229,9 +223,9 @@ class _Kernel:
             "grad": self.like_out("grad_out", "sg"), "site": self.site, "owned": self.owned,
         }  # fmt: skip
 
-    def programs(self, found: Sequence[Sink], scale: float) -> dict[str, object]:
-        exact = self.exact(found, scale) if exact_below(self.spec) is not None else None
-        bounds, residual = [name for name, _ in bounds_of(self.spec)], residual_of(self.spec)
+    def programs(self, found: Sequence[Sink]) -> dict[str, object]:
+        exact = None if self.computed.exact_below is None else self.exact(found)
+        bounds, residual = [name for name, _ in self._bounds()], self.computed.forward.residual
         starts, ends = ("upper", "lower") if self.owner == "k" else ("lower", "upper")
         tail = self.owner == "q" or not self._harmless_tail()
         listed = is_listed(self.spec, self.owner)
@@ -244,8 +238,9 @@ class _Kernel:
 
     def _harmless_tail(self) -> bool:
         """Whether what lies behind the last query adds nothing: its probabilities are zero, if the rest of it is finite."""
-        score, slope, factors = self.visible()
-        found = (n for n in expr.walk(score, slope, self.spec.weight, self.of.weight, *factors) if "q" in depends(n))
+        computed = self.computed
+        roots = (computed.forward.visible, computed.slope, self.spec.weight, computed.of.weight, *computed.factors)
+        found = (n for n in expr.walk(*roots) if "q" in depends(n))
         return all(isinstance(n, (Index, Score, Prob)) or (isinstance(n, Apply) and _is_finite(n)) for n in found)
 
 
@@ -254,20 +249,20 @@ def render_backward(spec: AttentionSpec, wanted: Sequence[bool], described: bool
 
     described  the kernel of queries may copy tiles by tensor descriptors
     """
-    of, found = gradient(spec, tuple(wanted)), sinks(spec, wanted)
+    computed = backward_program(spec, tuple(wanted))
+    found = computed.sinks
     _check(found)
-    scale = peel_slope(of.score if of.visible is None else of.visible)[1]
     count = [0]
-    rows, keys, distances = (_Kernel(of, owner, count) for owner in ("q", "k", "k - q"))
-    queries = _Kernel(of, "q", count, described)
-    kernels = {name: kernel.context() | kernel.programs(found, scale) | {"sinks": kernel.places(found)}
+    rows, keys, distances = (_Kernel(computed, owner, count) for owner in ("q", "k", "k - q"))
+    queries = _Kernel(computed, "q", count, described)
+    kernels = {name: kernel.context() | kernel.programs(found) | {"sinks": kernel.places(found)}
                for name, kernel in (("keys", keys), ("queries", queries), ("distances", distances))}  # fmt: skip
     names = ", ".join(s.name if s.kind == "matrix" else str(s.load) for s in found)
     lines = (f"gradients of {names}, as fuse.ir.gradient has them, of", *header_lines(spec))
     context = arguments(spec) | {
         "header": "\n".join(f"# {line}" for line in lines), "entry": ENTRY, "batch": spec.batch, "mask_axes": mask_axes(spec),
         "qk_dim": spec.qk_dim, "v_dim": spec.v_dim, "width": widened(spec.qk_dim), "v_width": widened(spec.v_dim),
-        "factor": repr(scale), "real": _real(spec), "log2e": repr(_LOG2E), "exact_below": exact_below(spec),
+        "factor": repr(computed.scale), "real": _real(spec), "log2e": repr(_LOG2E), "exact_below": computed.exact_below,
         "rows": rows.context() | {"out": rows.like_out("out", "so"), "scores": rows.scores(), "extras": rows.extras()},
         "keys": kernels["keys"] | {"searches": keys.searches()},
         "queries": kernels["queries"] | {"bounds": queries.bounds()},

@@ -6,12 +6,12 @@ units have rows to work on.
 
 from __future__ import annotations
 
+from fuse.ir.interval import MAX_LENGTH
 from fuse.ir.spec import AttentionSpec
 from fuse.kernel import sharing
-from fuse.targets.cpp.render import ENTRY, environment
-from fuse.targets.cpp.write import MAX_LENGTH
+from fuse.kernel.source import ENTRY, environment
 from fuse.targets.triton.plan import TritonPlan
-from fuse.targets.triton.render import Source, bounds_of, call_context, header
+from fuse.targets.triton.render import Source, call_context, header
 
 MERGE = "fuse_attention_merge"
 
@@ -23,7 +23,7 @@ def render_decode(spec: AttentionSpec, plan: TritonPlan) -> str:
     source = Source(sharing.grouped(spec), frozenset({"q", *(f"b{i}" for i, _ in shared)}))
     context = call_context(source, plan) | {
         "header": header(spec, plan), "entry": ENTRY, "merge": MERGE,
-        "bounds": [(name, source.writer().value(node)) for name, node in bounds_of(source.spec)],
+        "bounds": [(b.name, source.writer().value(b.node)) for b in source.computed.bounds],
         "runs": runs, "shared": shared, "max_length": MAX_LENGTH,
     }  # fmt: skip
     return environment().get_template("triton/decode.py.jinja").render(context)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from fuse.ir.expr import walk
 from fuse.ir.tile_map import EMPTY, FULL, KEYS, PARTIAL, ROWS, TileMap
-from fuse.targets.cpp.render import environment
+from fuse.kernel.source import environment
 from fuse.targets.triton.render import arguments
 from fuse.targets.triton.write import Block, TritonWriter
 

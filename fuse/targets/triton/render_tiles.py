@@ -7,9 +7,10 @@ from dataclasses import dataclass
 
 from fuse.ir import tile_map
 from fuse.ir.spec import AttentionSpec
-from fuse.targets.cpp.render import environment, residual_of
+from fuse.kernel.forward import forward_program
+from fuse.kernel.source import environment
 from fuse.targets.triton.ranges import TritonRanges
-from fuse.targets.triton.render import Source, arguments, bounds_of, header, mask_axes
+from fuse.targets.triton.render import Source, arguments, header, mask_axes
 from fuse.targets.triton.write import Block, TritonWriter, depends
 
 TILES = "fuse_attention_tiles"
@@ -30,7 +31,7 @@ _SIDES = {"q": Side("q", "q_len", "BM", tile_map.ROWS), "k": Side("k", "kv_len",
 
 def is_listed(spec: AttentionSpec, owner: str) -> bool:
     """Whether what owns queries ("q") or keys ("k") has lists. What a mask asks of keys alone, their owner asks itself."""
-    residual = residual_of(spec)
+    residual = forward_program(spec).residual
     return residual is not None and (owner == "q" or "q" in depends(residual))
 
 
@@ -38,8 +39,8 @@ def render_tiles(spec: AttentionSpec, owner: str) -> str:
     """The kernel TILES_owner; its arguments are those of ``fuse.targets.triton.launch_tiles``."""
     own, other = _SIDES[owner], _SIDES["k" if owner == "q" else "q"]
     source, visited = Source(spec, frozenset(owner)), Block()
-    bounds = [source.bound(name, node) for name, node in bounds_of(spec)]
-    residual = residual_of(spec)
+    bounds = [source.bound(b) for b in source.computed.bounds]
+    residual = source.computed.residual
     assert residual is not None
     cells, result = "", ""
     if spec.mask is not None and spec.mask.tiles is not None:

@@ -10,9 +10,9 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from fuse.ir.expr import COMPARISONS, FLOATS, Apply, Const, Expr, Index, Load, Prob, Score, Symbol, axes, contains, walk
+from fuse.ir.expr import COMPARISONS, FLOATS, HALVES, Apply, Const, Expr, Index, Load, Prob, Score, Symbol, axes, contains, walk
+from fuse.ir.interval import interval
 from fuse.kernel.rectangles import Rows
-from fuse.targets.cpp.write import HALVES, interval
 
 _INFIX = {"add": "+", "sub": "-", "mul": "*", "div": "/", "and": "&", "or": "|", "xor": "^", "eq": "==", "ne": "!=",
           "lt": "<", "le": "<=", "gt": ">", "ge": ">="}  # fmt: skip

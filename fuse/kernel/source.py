@@ -1,0 +1,46 @@
+"""What sources of all targets have in common: the entry point's name, the header, and the templates they are rendered by."""
+
+from __future__ import annotations
+
+from functools import cache
+from importlib import metadata
+from pathlib import Path
+
+import jinja2
+import torch
+
+import fuse.templates
+from fuse.ir.spec import AttentionSpec
+
+ENTRY = "fuse_attention"
+
+
+def header_lines(spec: AttentionSpec) -> list[str]:
+    logits = "".join(f", {x}" for x in spec.extra_logits)
+    return [
+        f"out = sum over k of w * value,  w = {spec.weight}",
+        f"softmax over k of {spec.score}" + (f"  (joined by {logits[2:]})" if logits else ""),
+        *([] if spec.mask is None else [f"visible where {spec.mask.predicate}"]),
+        f"spec  {spec.to_json()}",
+    ]
+
+
+def made_by() -> str:
+    return f"made by torch-fuse {_version()}, torch {torch.__version__}"
+
+
+@cache
+def _version() -> str:
+    try:
+        return metadata.version("torch-fuse")
+    except metadata.PackageNotFoundError:
+        return "(source tree)"
+
+
+@cache
+def environment() -> jinja2.Environment:
+    folder = Path(fuse.templates.__path__[0])
+    return jinja2.Environment(
+        loader=jinja2.FileSystemLoader(folder), undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True,
+        keep_trailing_newline=True, autoescape=False,
+    )  # fmt: skip
