@@ -15,7 +15,7 @@ import torch
 
 from fuse.ir import expr
 from fuse.ir.expr import Apply, Const, Expr, Index, Load, Score, Symbol
-from fuse.ir.grid import OPS
+from fuse.ir.operators import OPERATORS, Operator
 
 _NOTHING: Mapping[Expr, Range] = {}
 
@@ -87,7 +87,7 @@ def _value(op: str, dtype: str, values: Sequence[float]) -> float:
     wide = torch.float64 if dtype == "float64" else torch.float32
     args = [torch.tensor(v, dtype=torch.bool if isinstance(v, bool) else wide) for v in values]
     narrow: torch.dtype = getattr(torch, dtype)
-    result: float = OPS[op](*args).to(narrow).item()
+    result: float = OPERATORS[op].function(*args).to(narrow).item()
     return result
 
 
@@ -129,29 +129,21 @@ def _rounded(r: Range, dtype: str) -> Range:
 
 # ---------------------------------------------------------------------------------------------------- operators
 
-_EVERYWHERE = ("exp", "exp2", "expm1", "tanh", "sigmoid", "erf", "floor", "ceil", "trunc", "round")
-# Functions that never decrease, with the smallest argument for which they are defined.
-_RISING: dict[str, tuple[Callable[[torch.Tensor], torch.Tensor], float]] = {
-    **{op: (OPS[op], -math.inf) for op in _EVERYWHERE},
-    **{op: (OPS[op], 0.0) for op in ("log", "log2", "sqrt")},
-    "log1p": (OPS["log1p"], -1.0),
-}  # fmt: skip
-
 
 def _apply(n: Apply, args: list[Range]) -> Range:
-    if n.op in _RISING:
-        return _rising(n.op, args[0])
+    operator = OPERATORS[n.op]
+    if operator.rising is not None:
+        return _rising(operator, operator.rising, args[0])
     if n.op == "cast":
         return _cast(args[0], n.dtype)
     if n.op == "where":
         return Range(min(args[1].low, args[2].low), max(args[1].high, args[2].high), args[1].nan or args[2].nan)
-    rule = OPERATORS.get(n.op)
+    rule = RULES.get(n.op)
     return _whole(n.dtype) if rule is None else rule(*args)
 
 
-def _rising(op: str, a: Range) -> Range:
-    f, least = _RISING[op]
-    low, high = (f(torch.tensor(max(x, least), dtype=torch.float64)).item() for x in (a.low, a.high))
+def _rising(operator: Operator, least: float, a: Range) -> Range:
+    low, high = (operator.function(torch.tensor(max(x, least), dtype=torch.float64)).item() for x in (a.low, a.high))
     return Range(low, high, a.nan or a.low < least)
 
 
@@ -188,7 +180,7 @@ def _abs(a: Range) -> Range:
     return Range(0.0 if a.holds(0) else min(abs(a.low), abs(a.high)), max(abs(a.low), abs(a.high)), a.nan)
 
 
-OPERATORS: dict[str, Callable[..., Range]] = {
+RULES: dict[str, Callable[..., Range]] = {
     "add": _add,
     "sub": lambda a, b: _add(a, _neg(b)),
     "neg": _neg,

@@ -16,16 +16,13 @@ from fuse.ir import expr
 from fuse.ir.expr import COMPARISONS, INTS, Apply, Expr, Load, Prob, Score, apply, const
 from fuse.ir.grid import Frame, Range
 from fuse.ir.index import variable
+from fuse.ir.operators import OPERATORS
 from fuse.ir.spec import AttentionSpec, IntLike, Operand
 from fuse.passes.lift import Lifted
 from fuse.passes.read.elements import Reader, spec_reader
 from fuse.passes.read.trace import Value, as_size, computed
 
 CHEAP = 6  # operations for each query and key that cost no more than loading the result
-_COSTLY = {
-    "exp", "exp2", "log", "log2", "log1p", "expm1", "tanh", "sigmoid", "sqrt", "rsqrt", "erf", "sin", "cos", "pow",
-    "floordiv", "mod", "div",
-}  # fmt: skip
 _DISTANCE = "r"  # k - q + q_len - 1
 _Q, _K = variable("q"), variable("k")
 
@@ -74,7 +71,7 @@ def _terms(r: Reader, spec: AttentionSpec) -> list[tuple[Expr, Expr]]:
 def is_costly(e: Expr) -> bool:
     """Whether e takes longer to compute for a query and a key than to load."""
     steps = [n for n in expr.walk(e) if _of_both(n)]
-    return len(steps) > CHEAP or any(isinstance(n, Load) or (isinstance(n, Apply) and n.op in _COSTLY) for n in steps)
+    return len(steps) > CHEAP or any(isinstance(n, Load) or (isinstance(n, Apply) and OPERATORS[n.op].costly) for n in steps)
 
 
 def _of_both(e: Expr) -> bool:

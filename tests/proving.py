@@ -14,7 +14,7 @@ from hypothesis import settings
 
 from fuse.ir import expr
 from fuse.ir.expr import Apply, Const, Expr, Load, const
-from fuse.ir.grid import OPS
+from fuse.ir.operators import OPERATORS
 
 # ------------------------------------------------------------------------------------------------------ from Expr to z3
 
@@ -132,7 +132,7 @@ def torch_value(e: Expr) -> torch.Tensor:
     assert isinstance(e, Apply)
     args = [torch_value(x) for x in e.operands]
     dtype: torch.dtype = getattr(torch, e.dtype)
-    return args[0].to(dtype) if e.op == "cast" else OPS[e.op](*args).to(dtype)
+    return args[0].to(dtype) if e.op == "cast" else OPERATORS[e.op].function(*args).to(dtype)
 
 
 def agrees(e: Expr, found: Expr) -> None:
@@ -153,7 +153,7 @@ def evaluated(e: Expr, leaves: dict[Expr, torch.Tensor]) -> torch.Tensor:
         else:
             assert isinstance(n, Apply)
             args, dtype = [known[a] for a in n.operands], getattr(torch, n.dtype)
-            known[n] = args[0].to(dtype) if n.op == "cast" else OPS[n.op](*args).to(dtype)
+            known[n] = args[0].to(dtype) if n.op == "cast" else OPERATORS[n.op].function(*args).to(dtype)
     return known[e]
 
 

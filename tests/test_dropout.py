@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 import fuse
-from fuse.ir.expr import to_text
+from fuse.ir.text import to_text
 
 RATE, BATCH, HEADS, LENGTH = 0.25, 4, 8, 64
 ENTRIES = BATCH * HEADS * LENGTH * LENGTH

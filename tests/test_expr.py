@@ -12,6 +12,7 @@ from problems import B0, KV_LEN, K, Q, both, cast, op
 
 from fuse.ir import expr, serial, welltyped
 from fuse.ir.expr import Apply, Const, Expr, Index, Load, Prob, Score, const, index, symbol
+from fuse.ir.text import to_text
 
 # ------------------------------------------------------------------------------------------------------ random nodes
 
@@ -121,7 +122,7 @@ def test_text_is_for_people() -> None:
     node = op("where", both(op("le", K, Q), op("lt", op("sub", Q, K), symbol("window"))), Score("float32"), -math.inf)
     assert str(node) == "where((k <= q) and ((q - k) < window), score, -inf)"
     assert str(op("mul", cast(Score("bfloat16"), "float32"), 0.5)) == "score * 0.5"
-    assert expr.to_text(Load("float32", 1, (Q,)), {1: "bias"}) == "bias[q]"
+    assert to_text(Load("float32", 1, (Q,)), {1: "bias"}) == "bias[q]"
 
 
 @repeatable

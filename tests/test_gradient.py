@@ -13,9 +13,9 @@ from problems import B0, B1, K, Problem, Q, cast, op, problem
 from specs import CASES, RANDOM_CASES
 from torch import Tensor
 
-from fuse.ir import expr
 from fuse.ir.expr import FLOATS, Expr, Load, Prob, Score, const
 from fuse.ir.gradient import Gradient, Term, derivative, gradient
+from fuse.ir.operators import OPERATORS
 from fuse.targets import reference
 
 S, P, X = Score("float64"), Prob("float64"), Load("float64", 0, (Q, K))
@@ -43,7 +43,7 @@ def check(root: Expr, leaf: Expr, points: dict[Expr, list[float]]) -> None:
 ALL_CASES = {**CASES, **RANDOM_CASES}
 POINTS = {S: [-2.5, -1.0, -0.0, 0.25, 0.75, 2.0], X: [0.75, -1.0, 0.5, 0.25, 3.0, 2.0]}
 POSITIVE = {S: [0.125, 0.5, 1.0, 1.75, 3.0], X: [2.0, 0.5, 0.25, 1.0, 3.0]}
-FLOAT_UNARY = tuple(o for o in expr.UNARY if o not in ("isnan", "isinf", "not", "cast"))
+FLOAT_UNARY = tuple(o.name for o in OPERATORS.values() if o.arity == 1 and o.name not in ("isnan", "isinf", "not", "cast"))
 FLOAT_BINARY = ("add", "sub", "mul", "div", "pow", "minimum", "maximum", "mod")
 ONLY_POSITIVE = ("log", "log2", "log1p", "sqrt", "rsqrt", "reciprocal", "pow", "div", "mod")
 
@@ -112,7 +112,9 @@ leaves = st.one_of(st.sampled_from([S, X]), st.sampled_from([-1.5, 0.5, 1.0, 2.0
 
 def grow(below: st.SearchStrategy[Expr]) -> st.SearchStrategy[Expr]:
     def node(name: str, a: Expr, b: Expr) -> Expr:
-        return op("where", op("lt", a, b), a, op("mul", a, b)) if name == "where" else op(name, *(a, b)[: expr.ARITY[name]])
+        return (
+            op("where", op("lt", a, b), a, op("mul", a, b)) if name == "where" else op(name, *(a, b)[: OPERATORS[name].arity])
+        )
 
     return st.builds(node, st.sampled_from([*NAMES, "where"]), below, below)
 

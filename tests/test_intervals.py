@@ -17,7 +17,7 @@ from proving import (
 
 from fuse.ir import expr
 from fuse.ir.expr import Apply, Expr, Load
-from fuse.ir.grid import OPS
+from fuse.ir.operators import OPERATORS
 from fuse.passes import intervals
 from fuse.passes.intervals import Range
 
@@ -26,7 +26,7 @@ ENDS = (-math.inf, -3.4e38, -65504.0, -2.0, -1.0, -0.5, 0.0, 0.5, 1.0, 3.0, 7e4,
 
 def _range_of(operator: str, dtype: str) -> None:
     """The result for any points of any intervals lies in the interval that the operator gives."""
-    arity = expr.ARITY[operator]
+    arity = OPERATORS[operator].arity
     leaves = free(dtype, arity)
     first = (P,) if operator == "where" else ()
     node = Apply(dtype, operator, leaves if not first else (P, *leaves[:2]))
@@ -44,10 +44,10 @@ def _range_of(operator: str, dtype: str) -> None:
         columns = list(points.unbind(-1))
         for truth in (True, False) if first else (True,):
             args = [torch.tensor(truth), *columns] if first else columns
-            got = OPS[operator](*args).double()
+            got = OPERATORS[operator].function(*args).double()
             nan = got.isnan()
             assert found.nan or not nan.any(), (node, known, found)
-            exact = operator in (*intervals.OPERATORS, "where", "floor", "ceil", "trunc", "round")
+            exact = operator in (*intervals.RULES, "where", "floor", "ceil", "trunc", "round")
             low, high = (
                 x if exact or math.isinf(x) else x + sign * 1e-6 * abs(x) for x, sign in ((found.low, -1), (found.high, 1))
             )
@@ -55,7 +55,7 @@ def _range_of(operator: str, dtype: str) -> None:
 
 
 @pytest.mark.parametrize("dtype", FLOAT_DTYPES)
-@pytest.mark.parametrize("operator", [*intervals.OPERATORS, *intervals._RISING, "where"])
+@pytest.mark.parametrize("operator", [*intervals.RULES, *(o.name for o in OPERATORS.values() if o.rising is not None), "where"])
 def test_the_range_of_an_operator_holds_all_its_values(operator: str, dtype: str) -> None:
     _range_of(operator, dtype)
 

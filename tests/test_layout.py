@@ -7,7 +7,7 @@ from programs import attend, heads, pass_over
 from torch import Tensor
 
 from fuse.ir import expr
-from fuse.ir.expr import to_text
+from fuse.ir.text import to_text
 
 
 def order(program: object) -> tuple[int, ...]:

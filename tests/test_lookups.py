@@ -8,7 +8,8 @@ from programs import Passed, attend, attention_calls, computed, heads, pass_over
 from torch import Tensor
 
 from fuse.ir import expr
-from fuse.ir.expr import Load, to_text
+from fuse.ir.expr import Load
+from fuse.ir.text import to_text
 from fuse.passes.read.elements import spec_reader
 
 N = 36  # positions of a window of 6 x 6

@@ -14,8 +14,8 @@ from programs import attend, heads, pass_over
 from random_masks import Case, cases
 from torch import Tensor
 
-from fuse.ir.expr import to_text
 from fuse.ir.spec import AttentionSpec
+from fuse.ir.text import to_text
 from fuse.targets import reference
 
 N = 9

@@ -37,8 +37,10 @@ from proving import (
 from torch.utils._sympy.functions import FloorDiv
 
 from fuse.ir import expr, index
-from fuse.ir.expr import RULES, Apply, Expr, Load, Rule, const, symbol
+from fuse.ir.expr import Apply, Expr, Load, const, symbol
 from fuse.ir.index import Space, size_symbol, variable
+from fuse.ir.operators import OPERATORS
+from fuse.ir.rules import RULES, Rule
 from fuse.passes import bounds, predicate
 
 
@@ -147,7 +149,7 @@ def applications(operator: str) -> Iterator[Apply]:
         ):
             continue
         of_truth = operator in (*expr.COMPARISONS, "isnan", "isinf")
-        for args in itertools.product(grid(dtype), repeat=expr.ARITY[operator]):
+        for args in itertools.product(grid(dtype), repeat=OPERATORS[operator].arity):
             yield Apply("bool" if of_truth else dtype, operator, args)
 
 

@@ -12,8 +12,9 @@ from spellings.biases import bucket
 from torch import Tensor
 
 from fuse.ir import expr
-from fuse.ir.expr import Load, apply, const, index, symbol, to_text
+from fuse.ir.expr import Load, apply, const, index, symbol
 from fuse.ir.grid import Frame
+from fuse.ir.text import to_text
 from fuse.passes.read.elements import spec_reader
 from fuse.passes.tables import by_distance
 

@@ -26,13 +26,13 @@ lse is about as large as the fill and has lost log(kv_len): such a row, lse <= f
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
 
 from fuse.ir import expr
-from fuse.ir.expr import FLOATS, Apply, Const, Expr, Index, Load, Prob, Score, apply, const
+from fuse.ir.expr import FLOATS, Apply, Const, Expr, Index, Load, Prob, Score, apply, const, op
+from fuse.ir.operators import OPERATORS
 from fuse.ir.spec import AttentionSpec
 
 
@@ -166,25 +166,18 @@ def _chain(n: Apply, tangents: list[Expr | None]) -> Expr | None:
         return _CHOICES[n.op](n, [const(0.0, n.dtype) if t is None else t for t in tangents])
     total: Expr | None = None
     for i, t in enumerate(tangents):
-        partial = None if t is None else _PARTIALS[n.op][i](n)
+        partial = None if t is None else (OPERATORS[n.op].partials or ())[i](n)
         if t is not None and partial is not None:
             term = _mul(t, partial)
-            total = term if total is None else _op("add", total, term)
+            total = term if total is None else op("add", total, term)
     return total
-
-
-def _op(name: str, *args: Expr | float) -> Expr:
-    """Numbers take the dtype of the first operand that is an expression."""
-    dtype = next(a.dtype for a in args if isinstance(a, Expr))
-    nodes = [a if isinstance(a, Expr) else const(a, dtype) for a in args]
-    return apply(name, *nodes, dtype="bool" if name in expr.COMPARISONS else dtype)
 
 
 def _mul(a: Expr, b: Expr) -> Expr:
     for this, other in ((a, b), (b, a)):
         if isinstance(this, Const) and this.value == -1:
-            return _op("neg", other)
-    return _op("mul", a, b)
+            return op("neg", other)
+    return op("mul", a, b)
 
 
 def _where(n: Apply, tangents: list[Expr]) -> Expr:
@@ -196,66 +189,10 @@ def _extreme(n: Apply, tangents: list[Expr]) -> Expr:
     beyond = "gt" if n.op == "maximum" else "lt"
     for bound, value, t in ((a, b, tangents[1]), (b, a, tangents[0])):
         if isinstance(bound, Const):
-            return apply("where", _op(beyond, bound, value), const(0.0, n.dtype), t, dtype=n.dtype)
-    mean = _op("mul", _op("add", *tangents), 0.5)
-    other = apply("where", _op("eq", a, b), mean, tangents[1], dtype=n.dtype)
-    return apply("where", _op(beyond, a, b), tangents[0], other, dtype=n.dtype)
+            return apply("where", op(beyond, bound, value), const(0.0, n.dtype), t, dtype=n.dtype)
+    mean = op("mul", op("add", *tangents), 0.5)
+    other = apply("where", op("eq", a, b), mean, tangents[1], dtype=n.dtype)
+    return apply("where", op(beyond, a, b), tangents[0], other, dtype=n.dtype)
 
 
 _CHOICES: dict[str, Callable[[Apply, list[Expr]], Expr]] = {"where": _where, "minimum": _extreme, "maximum": _extreme}
-
-
-def _pow_base(n: Apply) -> Expr | None:
-    x, y = n.operands
-    if isinstance(y, Const):
-        return None if y.value == 0 else _op("mul", y, _op("pow", x, y.value - 1))
-    slope = _op("mul", y, _op("pow", x, _op("sub", y, 1.0)))
-    return apply("where", _op("eq", y, 0.0), const(0.0, n.dtype), slope, dtype=n.dtype)
-
-
-def _pow_exponent(n: Apply) -> Expr:
-    x, y = n.operands
-    at_zero = apply("and", _op("eq", x, 0.0), _op("ge", y, 0.0), dtype="bool")
-    return apply("where", at_zero, const(0.0, n.dtype), _op("mul", n, _op("log", x)), dtype=n.dtype)
-
-
-Partial = Callable[[Apply], Expr | None]
-
-
-def _of(f: Callable[[Apply, Expr], Expr]) -> tuple[Partial]:
-    """The derivative of a function of one operand x, from its node and x."""
-    return (lambda n: f(n, n.operands[0]),)
-
-
-def _one(n: Apply) -> Expr:
-    return const(1.0, n.dtype)
-
-
-def _minus_one(n: Apply) -> Expr:
-    return const(-1.0, n.dtype)
-
-
-def _nothing(n: Apply) -> None:
-    return None
-
-
-# d n / d operand, one function for each operand; None: zero everywhere, or a jump.
-_PARTIALS: dict[str, tuple[Partial, ...]] = {
-    "add": (_one, _one), "sub": (_one, _minus_one), "neg": (_minus_one,),
-    "mul": (lambda n: n.operands[1], lambda n: n.operands[0]),
-    "div": (lambda n: _op("reciprocal", n.operands[1]), lambda n: _op("neg", _op("div", n, n.operands[1]))),
-    "pow": (_pow_base, _pow_exponent),
-    "mod": (_one, lambda n: _op("neg", _op("floor", _op("div", *n.operands)))),
-    "abs": _of(lambda n, x: _op("sign", x)),
-    "exp": _of(lambda n, x: n), "exp2": _of(lambda n, x: _op("mul", n, math.log(2))),
-    "expm1": _of(lambda n, x: _op("add", n, 1.0)),
-    "log": _of(lambda n, x: _op("reciprocal", x)), "log2": _of(lambda n, x: _op("reciprocal", _op("mul", x, math.log(2)))),
-    "log1p": _of(lambda n, x: _op("reciprocal", _op("add", x, 1.0))),
-    "tanh": _of(lambda n, x: _op("sub", 1.0, _op("mul", n, n))),
-    "sigmoid": _of(lambda n, x: _op("mul", n, _op("sub", 1.0, n))),
-    "sqrt": _of(lambda n, x: _op("div", 0.5, n)), "rsqrt": _of(lambda n, x: _op("mul", _op("div", n, x), -0.5)),
-    "reciprocal": _of(lambda n, x: _op("neg", _op("mul", n, n))),
-    "erf": _of(lambda n, x: _op("mul", _op("exp", _op("neg", _op("mul", x, x))), 2 / math.sqrt(math.pi))),
-    "sin": _of(lambda n, x: _op("cos", x)), "cos": _of(lambda n, x: _op("neg", _op("sin", x))),
-    **dict.fromkeys(("floor", "ceil", "trunc", "round", "sign"), (_nothing,)), "floordiv": (_nothing, _nothing),
-}  # fmt: skip

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from fuse.ir import philox
 from fuse.ir.expr import FLOATS, Apply, Const, Expr, Index, Load, Symbol, walk
+from fuse.ir.operators import OPERATORS
 from fuse.ir.spec import IntLike, InvalidSpec
 
 Range = tuple[IntLike, IntLike]
@@ -73,7 +73,7 @@ class Frame:
             return self._load(self.operands[node.operand], args).to(dtype_of(node.dtype, self.exact))
         if not isinstance(node, Apply):
             raise InvalidSpec(f"{node} is not in scope")
-        value = (args[0] if node.op == "cast" else OPS[node.op](*args)).to(dtype_of(node.dtype, self.exact))
+        value = (args[0] if node.op == "cast" else OPERATORS[node.op].function(*args)).to(dtype_of(node.dtype, self.exact))
         return _overflow(value, node.dtype) if self.exact and node.dtype in FLOATS else value
 
     def _constant(self, node: Const) -> Tensor:
@@ -103,16 +103,3 @@ def _overflow(value: Tensor, name: str) -> Tensor:
     limits = torch.finfo(dtype_of(name))
     largest = limits.max * (1 + limits.eps / 4)  # halfway to the number that would follow
     return value.masked_fill(value > largest, math.inf).masked_fill(value < -largest, -math.inf)
-
-
-OPS: dict[str, Callable[..., Tensor]] = {
-    "add": torch.add, "sub": torch.sub, "mul": torch.mul, "div": torch.div, "pow": torch.pow, "neg": torch.neg,
-    "abs": torch.abs, "exp": torch.exp, "exp2": torch.exp2, "log": torch.log, "log2": torch.log2, "log1p": torch.log1p,
-    "expm1": torch.expm1, "tanh": torch.tanh, "sigmoid": torch.sigmoid, "sqrt": torch.sqrt, "rsqrt": torch.rsqrt,
-    "reciprocal": torch.reciprocal, "erf": torch.erf, "sin": torch.sin, "cos": torch.cos, "floor": torch.floor,
-    "ceil": torch.ceil, "trunc": torch.trunc, "round": torch.round, "sign": torch.sign, "isnan": torch.isnan,
-    "isinf": torch.isinf, "minimum": torch.minimum, "maximum": torch.maximum, "floordiv": torch.floor_divide,
-    "mod": torch.remainder, "eq": torch.eq, "ne": torch.ne, "lt": torch.lt, "le": torch.le, "gt": torch.gt,
-    "ge": torch.ge, "not": torch.bitwise_not, "and": torch.bitwise_and, "or": torch.bitwise_or, "xor": torch.bitwise_xor,
-    "where": torch.where, "uniform": philox.uniform,
-}  # fmt: skip

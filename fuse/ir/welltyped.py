@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from fuse.ir.expr import ARITY, COMPARISONS, DTYPES, FLOATS, Apply, Expr, Index, Load, walk
+from fuse.ir.expr import COMPARISONS, DTYPES, FLOATS, Apply, Expr, Index, Load, walk
+from fuse.ir.operators import ARITY
 
 
 class InvalidExpr(ValueError):

@@ -9,20 +9,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from fuse.ir.expr import COMPARISONS, INFIX, INTS, Apply, Const, Expr, Load, apply, axes, const, index, to_text, walk
+from fuse.ir.expr import COMPARISONS, INTS, Apply, Const, Expr, Load, apply, axes, const, index, walk
+from fuse.ir.operators import CALL, OPERATORS
+from fuse.ir.text import to_text
 
-_LEVELS = (
-    ("or",),
-    ("and", "xor"),
-    ("not",),
-    COMPARISONS,
-    ("add", "sub"),
-    ("mul", "div", "floordiv", "mod"),
-    ("neg",),
-    ("pow",),
-)
-_LEVEL = {op: level for level, ops in enumerate(_LEVELS) for op in ops}
-_ATOM = len(_LEVELS)
 _NEGATED = {"le": "gt", "gt": "le", "lt": "ge", "ge": "lt", "eq": "ne", "ne": "eq"}
 _MIRRORED = {"le": "ge", "ge": "le", "lt": "gt", "gt": "lt", "eq": "eq", "ne": "ne"}
 _K = index("k")
@@ -51,7 +41,7 @@ class _Words:
     def inside(self, n: Expr, level: int, right: bool = False) -> str:
         """The text of an operand of something that binds as ``level`` does."""
         n = _read(n)
-        own = _LEVEL.get(n.op, _ATOM) if isinstance(n, Apply) else _ATOM
+        own = OPERATORS[n.op].binds if isinstance(n, Apply) else CALL
         text = self._text(n)
         return f"({text})" if own < level or (own == level and right) else text
 
@@ -62,15 +52,15 @@ class _Words:
             return f"{name}[{', '.join(map(self, coords))}]" if coords else name
         if not isinstance(n, Apply):
             return to_text(n)
-        level = _LEVEL.get(n.op, _ATOM)
-        if n.op in INFIX:
+        sign, level = OPERATORS[n.op].sign, OPERATORS[n.op].binds
+        if sign and len(n.operands) == 2:
             a, b = n.operands
             compared = n.op in COMPARISONS
             left = self.inside(a, level, compared)
             right = self.inside(b, level, compared or n.op not in ("add", "and", "or"))
-            return f"{left} {INFIX[n.op]} {right}"
-        if n.op in ("not", "neg"):
-            return ("not " if n.op == "not" else "-") + self.inside(n.operands[0], level)
+            return f"{left} {sign} {right}"
+        if sign:
+            return sign + self.inside(n.operands[0], level)
         name = n.dtype if n.op == "cast" else n.op
         return f"{name}({', '.join(map(self, n.operands))})"
 

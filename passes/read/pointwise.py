@@ -9,21 +9,15 @@ import sympy
 import torch
 
 from fuse.ir import expr
-from fuse.ir.expr import Expr, apply, const
+from fuse.ir.expr import COMPARISONS, Expr, apply, const
 from fuse.ir.index import Index
+from fuse.ir.operators import OPERATORS
 from fuse.passes.read.elements import Coords, Reader, arguments, as_index, dims, handles, op_name
 from fuse.passes.read.trace import Value
 
-SAME = {
-    "neg": "neg", "abs": "abs", "exp": "exp", "exp2": "exp2", "log": "log", "log2": "log2", "log1p": "log1p",
-    "expm1": "expm1", "tanh": "tanh", "sigmoid": "sigmoid", "sqrt": "sqrt", "rsqrt": "rsqrt", "reciprocal": "reciprocal",
-    "erf": "erf", "sin": "sin", "cos": "cos", "floor": "floor", "ceil": "ceil", "trunc": "trunc", "round": "round",
-    "sign": "sign", "mul": "mul", "maximum": "maximum", "minimum": "minimum", "pow": "pow", "remainder": "mod",
-    "floor_divide": "floordiv",
-}  # fmt: skip
-COMPARE = {"eq": "eq", "ne": "ne", "lt": "lt", "le": "le", "gt": "gt", "ge": "ge"}
-LOGICAL = {"logical_and": "and", "logical_or": "or", "logical_xor": "xor", "logical_not": "not",
-           "bitwise_and": "and", "bitwise_or": "or", "bitwise_xor": "xor", "bitwise_not": "not"}  # fmt: skip
+_BY_ATEN = {aten: row.name for row in OPERATORS.values() for aten in row.aten}
+LOGICAL = {aten: name for aten, name in _BY_ATEN.items() if aten.startswith(("logical_", "bitwise_"))}
+SAME = {aten: name for aten, name in _BY_ATEN.items() if aten not in LOGICAL and name not in COMPARISONS}
 
 
 def broadcast(coords: Coords, value: Value) -> Coords:
@@ -72,7 +66,7 @@ def _same(r: Reader, v: Value, coords: Coords) -> Expr:
         return apply("mul", x, x, dtype=v.dtype)
     if operator == "floordiv" and v.dtype in expr.FLOATS:
         return r.load(v, coords)
-    return apply(operator, *(read(r, x, coords, v.dtype) for x in operands[: expr.ARITY[operator]]), dtype=v.dtype)
+    return apply(operator, *(read(r, x, coords, v.dtype) for x in operands[: OPERATORS[operator].arity]), dtype=v.dtype)
 
 
 @handles("add", "sub", "rsub")
@@ -100,7 +94,7 @@ def _div(r: Reader, v: Value, coords: Coords) -> Expr:
     return apply(operator, read(r, a["self"], coords, v.dtype), read(r, a["other"], coords, v.dtype), dtype=v.dtype)
 
 
-@handles(*COMPARE)
+@handles(*COMPARISONS)
 def _compare(r: Reader, v: Value, coords: Coords) -> Expr:
     x, y = v.args[:2]
     dtype = common_dtype(x, y)
@@ -112,7 +106,7 @@ def _compare(r: Reader, v: Value, coords: Coords) -> Expr:
         a, b = cast(a, "int64"), cast(b, "int64")
         if (decided := _decided(r, op_name(v), r.index(a), r.index(b))) is not None:
             return const(decided, "bool")
-    return apply(COMPARE[op_name(v)], a, b, dtype="bool")
+    return apply(op_name(v), a, b, dtype="bool")
 
 
 def _decided(r: Reader, name: str, a: Index, b: Index) -> bool | None:

@@ -10,8 +10,9 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from fuse.ir.expr import INTS, Apply, Expr, Index
+from fuse.ir.operators import OPERATORS
 from fuse.kernel.ranges import RangeWriter, is_narrowing
-from fuse.targets.cpp.write import C_TYPES, Writer, infix_or_call, scalar_function
+from fuse.targets.cpp.write import C_TYPES, Writer, scalar_function
 
 _TYPES = {"real": "RealRange", "long": "IntRange", "bool": "Truth"}
 
@@ -68,7 +69,7 @@ class _CppRanges(RangeWriter):
 
     def operation(self, node: Apply) -> str:
         args = [self.range(a) for a in node.operands]
-        return f"choose({', '.join(args)})" if node.op == "where" else infix_or_call(node.op, args)
+        return f"choose({', '.join(args)})" if node.op == "where" else OPERATORS[node.op].cpp.format(*args)
 
     def cast(self, node: Apply) -> str | None:
         source = node.operands[0]

@@ -28,6 +28,7 @@ from fuse.ir.expr import (
     walk,
 )
 from fuse.ir.interval import interval
+from fuse.ir.operators import OPERATORS
 from fuse.kernel.places import is_affine, is_separable
 
 C_TYPES = {
@@ -37,9 +38,6 @@ C_TYPES = {
 ROUND = {"bfloat16": "round_bf16", "float16": "round_f16"}
 
 _LANE_LIMIT = 2**30
-
-_INFIX = {"add": "+", "sub": "-", "mul": "*", "eq": "==", "ne": "!=", "lt": "<", "le": "<=", "gt": ">", "ge": ">="}
-_BITWISE = {"and": "&", "or": "|", "xor": "^"}
 
 Q, K = index("q"), index("k")
 
@@ -255,7 +253,7 @@ class Writer:
             return _fit(low, inner, kind)
         if node.op == "div" and not self.exact and isinstance(by := node.operands[1], Const) and 1e-30 < abs(by.value) < 1e30:
             return f"{args[0].spread(inner)} * R({1 / by.value!r})"  # a division costs as much as ten products
-        text = infix_or_call(node.op, [a.spread(inner) for a in args])
+        text = OPERATORS[node.op].cpp.format(*(a.spread(inner) for a in args))
         if node.op in COMPARISONS:
             return f"narrow({text})" if inner == "long" else text
         return text if kind == "bool" else _fit(text, inner, kind)
@@ -267,20 +265,6 @@ def _fit(text: str, have: str, want: str) -> str:
     return f"narrow({text})" if want == "int" else f"widen_int({text})"
 
 
-def infix_or_call(op: str, args: list[str]) -> str:
-    if op in _INFIX:
-        return f"{args[0]} {_INFIX[op]} {args[1]}"
-    if op in _BITWISE:
-        return f"{args[0]} {_BITWISE[op]} {args[1]}"
-    if op == "div":
-        return f"{args[0]} / {args[1]}"
-    if op == "neg":
-        return f"-{args[0]}"
-    if op == "not":
-        return f"~{args[0]}"
-    return f"f_{op}({', '.join(args)})"
-
-
 def _scalar(node: Apply, args: list[str]) -> str:
     if node.op == "where":
         return f"{args[0]} ? {args[1]} : {args[2]}"
@@ -290,7 +274,7 @@ def _scalar(node: Apply, args: list[str]) -> str:
         if node.dtype in FLOATS:
             return f"R({args[0]})"
         return f"{args[0]} != 0" if node.dtype == "bool" else f"int64_t({C_TYPES[node.dtype]}({args[0]}))"
-    return infix_or_call(node.op, args)
+    return OPERATORS[node.op].cpp.format(*args)
 
 
 def _cast_lanes(node: Apply, arg: Value) -> str:

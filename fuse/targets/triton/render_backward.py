@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 
 from fuse.ir import expr
 from fuse.ir.expr import HALVES, Apply, Const, Expr, Index, Load, Prob, Score, apply, const
+from fuse.ir.operators import OPERATORS
 from fuse.ir.spec import AttentionSpec
 from fuse.kernel.backward import Added, BackwardProgram, Results, backward_program, is_one
 from fuse.kernel.rectangles import rows_of
@@ -24,9 +25,6 @@ from fuse.targets.triton.render import arguments, lanes_within, mask_axes
 from fuse.targets.triton.render_tiles import is_listed
 from fuse.targets.triton.write import Block, TritonWriter, depends
 
-# Operations whose results are finite where the operands are ordinary numbers.
-_FINITE = ("add", "sub", "mul", "neg", "abs", "minimum", "maximum", "cast", "where", "tanh", "sigmoid", "uniform", "and", "or",
-           "xor", "not", *expr.COMPARISONS)  # fmt: skip
 # What the kernel of queries may copy by tensor descriptors. That of keys, whose tiles are smaller, would gain nothing.
 COPIED = ("key", "value")
 # log2(e)
@@ -312,7 +310,7 @@ def _shift(node: Expr) -> Expr | None:
 
 
 def _is_finite(n: Apply) -> bool:
-    return n.op in _FINITE or (n.op == "div" and isinstance(n.operands[1], Const) and n.operands[1].value != 0)
+    return OPERATORS[n.op].finite or (n.op == "div" and isinstance(n.operands[1], Const) and n.operands[1].value != 0)
 
 
 def _give_leaves(writer: TritonWriter, *roots: Expr) -> None:

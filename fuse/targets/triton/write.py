@@ -12,12 +12,9 @@ from dataclasses import dataclass, field
 
 from fuse.ir.expr import COMPARISONS, FLOATS, HALVES, Apply, Const, Expr, Index, Load, Prob, Score, Symbol, axes, contains, walk
 from fuse.ir.interval import interval
+from fuse.ir.operators import OPERATORS
 from fuse.kernel.rectangles import Rows
 
-_INFIX = {"add": "+", "sub": "-", "mul": "*", "div": "/", "and": "&", "or": "|", "xor": "^", "eq": "==", "ne": "!=",
-          "lt": "<", "le": "<=", "gt": ">", "ge": ">="}  # fmt: skip
-_TL = {"exp", "exp2", "log", "log2", "sqrt", "rsqrt", "erf", "sin", "cos", "floor", "ceil", "abs", "sigmoid"}
-_LIBDEVICE = {"tanh": "tanh", "expm1": "expm1", "log1p": "log1p", "pow": "pow", "trunc": "trunc", "round": "rint"}
 _WORD = 2**31 - 1
 
 
@@ -127,22 +124,12 @@ class TritonWriter:
             return f"{args[0]} == 0" if source == "bool" else f"~{args[0]}"
         if source not in (*FLOATS, "bool"):
             args = self._widened(node, args)
-        if op in _INFIX:
-            return f"{args[0]} {_INFIX[op]} {args[1]}"
-        if op == "neg":
-            return f"-{args[0]}"
-        if op in ("minimum", "maximum"):
-            nan = ", propagate_nan=tl.PropagateNan.ALL" if source in FLOATS else ""
-            return f"tl.{op}({args[0]}, {args[1]}{nan})"
         if op == "uniform":
             return f"tl.cast({self._uniform(node, args)}, {self.real})"
-        if op in ("floordiv", "mod", "sign", "isnan", "isinf", "reciprocal"):
-            return f"f_{op}{'_real' if source in FLOATS and op in ('floordiv', 'mod') else ''}({', '.join(args)})"
         if op == "tanh" and node.dtype in HALVES and self.real == "tl.float32" and not self.exact:
             return f"f_tanh_half({args[0]})"
-        if op in _TL:
-            return f"tl.{op}({args[0]})"
-        return f"libdevice.{_LIBDEVICE[op]}({', '.join(args)})"
+        row = OPERATORS[op]
+        return (row.triton_real if row.triton_real and source in FLOATS else row.triton).format(*args)
 
     def _uniform(self, node: Apply, args: list[str]) -> str:
         _, plane, row, column = node.operands
