@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import sympy
 from torch.fx import Node
@@ -63,6 +64,22 @@ class Lifted:
     sizes: tuple[Index, ...]
     out_dims: tuple[int, ...]
     scores: Value
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What passes may look at beside the site: the trace that it was read from, and the target of its kernel."""
+
+    trace: Trace
+    target: str
+
+
+class Pass(Protocol):
+    """From a spec to one that computes the same and says more of it; a site that does not concern it stays as it is."""
+
+    __name__: str
+
+    def __call__(self, lifted: Lifted, setting: Setting, /) -> Lifted: ...
 
 
 def lift(root: Node, trace: Trace) -> Lifted:

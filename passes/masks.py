@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-import dataclasses
+from dataclasses import replace
 
-from fuse.ir.spec import AttentionSpec, Mask
+from fuse.ir.spec import Mask
 from fuse.passes.bounds import bounds, pushed
+from fuse.passes.lift import Lifted, Setting
 from fuse.passes.predicate import separate
 
 
-def recover_mask(spec: AttentionSpec) -> AttentionSpec:
-    """The spec with what can be proved about its masked entries; unchanged where there are none."""
+def recover_mask(lifted: Lifted, _: Setting) -> Lifted:
+    """With what can be proved about entries that are masked."""
+    spec = lifted.spec
     split = separate(spec.score, spec.batch)
     if split is None:
-        return spec
+        return lifted
     predicate = pushed(split.predicate)
     found = bounds(spec, predicate)
     mask = Mask(predicate, split.visible, found.lower, found.upper, found.residual, split.fill)
-    return dataclasses.replace(spec, mask=mask)
+    return replace(lifted, spec=replace(spec, mask=mask))

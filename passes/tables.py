@@ -18,7 +18,7 @@ from fuse.ir.grid import Frame, Range
 from fuse.ir.index import variable
 from fuse.ir.operators import OPERATORS
 from fuse.ir.spec import AttentionSpec, IntLike, Operand
-from fuse.passes.lift import Lifted
+from fuse.passes.lift import Lifted, Setting
 from fuse.passes.read.elements import Reader, spec_reader
 from fuse.passes.read.trace import Value, as_size, computed
 
@@ -27,7 +27,7 @@ _DISTANCE = "r"  # k - q + q_len - 1
 _Q, _K = variable("q"), variable("k")
 
 
-def tabulated(lifted: Lifted) -> Lifted:
+def tabulate(lifted: Lifted, _: Setting) -> Lifted:
     """Costly functions of the distance become loads of tables, each a leaf of its own."""
     spec, leaves = lifted.spec, list(lifted.leaves)
     r = spec_reader(spec)

@@ -9,22 +9,22 @@ import torch
 from fuse.ir.index import Index
 from fuse.ir.spec import Operand
 from fuse.ir.tile_map import KEYS, ROWS, Use, map_of
-from fuse.passes.lift import Lifted
+from fuse.passes.lift import Lifted, Setting
 from fuse.passes.read.graph import is_state
-from fuse.passes.read.trace import Trace, Value
+from fuse.passes.read.trace import Value
 
 # Calls that are smaller than some cells, such as those of windows and of decoding, cost less than the map.
 _SMALLEST_ROWS, _SMALLEST_KEYS = 4 * ROWS, 4 * KEYS
 
 
-def with_tile_map(lifted: Lifted, trace: Trace, target: str) -> Lifted:
+def map_tiles(lifted: Lifted, setting: Setting) -> Lifted:
     """The site with a map as its last operand, if that can skip tiles."""
     use, spec = map_of(lifted.spec), lifted.spec
     if use is None or spec.mask is None or _is_small(lifted.sizes[spec.batch : spec.batch + 2]):
         return lifted
     mask = replace(spec.mask, tiles=use.load)
     operands = (*spec.operands, Operand(len(use.load.coords), "uint8"))
-    value = _map_value(use, lifted, trace, target)
+    value = _map_value(use, lifted, setting)
     return replace(lifted, spec=replace(spec, mask=mask, operands=operands), leaves=(*lifted.leaves, value))
 
 
@@ -33,12 +33,12 @@ def _is_small(lengths: tuple[Index, ...]) -> bool:
     return any(n.is_Integer and n < limit for n, limit in zip(lengths, limits, strict=True))
 
 
-def _map_value(use: Use, lifted: Lifted, trace: Trace, target: str) -> Value:
+def _map_value(use: Use, lifted: Lifted, setting: Setting) -> Value:
     """The call of ``fuse::tile_map`` as if it had been traced."""
     size_of = dict(zip(lifted.spec.symbols, lifted.sizes, strict=True))
     read = [lifted.leaves[i] for i in use.operands]
     sizes = [size_of[name] for name in use.symbols]
-    kept = all((node := trace.node_of.get(v)) is not None and is_state(node) for v in read)
+    kept = all((node := setting.trace.node_of.get(v)) is not None and is_state(node) for v in read)
     shape = (0,) * len(use.load.coords)  # never looked at
     meta = read[0].meta.new_empty(shape, dtype=torch.uint8)
-    return Value(torch.ops.fuse.tile_map.default, (read, sizes, use.tile_map.to_json(), target, kept), {}, meta)
+    return Value(torch.ops.fuse.tile_map.default, (read, sizes, use.tile_map.to_json(), setting.target, kept), {}, meta)

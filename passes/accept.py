@@ -1,0 +1,86 @@
+"""Puts fuse::attention in the place of every root whose scores nothing else needs, and takes the others back."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch.fx import Graph, Node
+
+from fuse.passes.find import Candidate
+from fuse.passes.lift import Lifted
+from fuse.passes.read.graph import location, module_path, user_name
+from fuse.passes.read.trace import Seed, size_hint
+from fuse.passes.replace import Replacement, live_nodes, remove, unread_nodes
+from fuse.report.reasons import ProbabilitiesUsed, Reason
+from fuse.report.site import Site
+from fuse.report.wording import mask_text, score_text
+
+
+@dataclass(frozen=True)
+class Found:
+    """A site whose op is in the graph, unused."""
+
+    candidate: Candidate
+    lifted: Lifted
+    replacement: Replacement
+
+    @property
+    def consumed(self) -> set[Node]:
+        """The nodes that nothing else may need: the scores, and what draws random numbers, which are now others."""
+        drawn = {leaf.origin for leaf in self.lifted.leaves if isinstance(leaf, Seed)}
+        return {n for n in {self.lifted.scores.origin, *drawn} if n is not None and n is not self.replacement.root}
+
+
+def accept(graph: Graph, candidates: list[Candidate], found: list[Found], kept: set[Node]) -> list[Site]:
+    """Decides for all sites together, so that products that share probabilities are fused, or none of them is.
+
+    Removes what nothing reads any more, but for ``kept``.
+    """
+    emitted = {n for f in found for n in f.replacement.made}
+    slices = set().union(*(c.nodes for c in candidates))
+    slices |= (unread_nodes(graph, slices) - kept) | emitted
+    accepted = list(found)
+    while True:
+        replaced = {f.replacement.root: f.replacement.result for f in accepted}
+        live = live_nodes(graph, slices, replaced)
+        still = [f for f in accepted if live.isdisjoint(f.consumed)]
+        if len(still) == len(accepted):
+            break
+        accepted = still
+    sites = []
+    for f in found:
+        if f in accepted:
+            f.replacement.root.replace_all_uses_with(f.replacement.result)
+            sites.append(_fused_site(f))
+        else:
+            sites.append(declined_site(f.candidate, ProbabilitiesUsed(_user_of(f, live, slices))))
+    remove(graph, [n for n in graph.nodes if n in slices and n not in live])
+    graph.lint()
+    return sites
+
+
+def declined_site(candidate: Candidate, reason: Reason) -> Site:
+    root = candidate.roots[0]
+    return Site(False, reason, location(root), module_path(root))
+
+
+def _fused_site(f: Found) -> Site:
+    spec, root = f.replacement.spec, f.replacement.root
+    names = {i: user_name(n) for i, n in enumerate(f.replacement.leaves)}
+    mask = mask_text(spec.mask.predicate, names) if spec.mask else ""
+    sizes = tuple(size_hint(n, f.lifted.leaves[0]) for n in f.lifted.sizes)
+    formula, wanted = score_text(spec.score, names), f.replacement.wanted
+    return Site(True, None, location(root), module_path(root), formula, mask, spec, sizes, names, wanted=wanted)
+
+
+def _user_of(found: Found, live: set[Node], slices: set[Node]) -> str:
+    """What else reads the scores or what was made of them: the first such node outside of the slices."""
+    seen: set[Node] = set()
+    queue = list(found.consumed)
+    while queue:
+        node = queue.pop(0)
+        if node in live and node not in slices:
+            return "the graph's output" if node.op == "output" else node.name
+        queue += [u for u in node.users if u not in seen and u is not found.replacement.root]
+        seen.update(node.users)
+    return "another computation"
