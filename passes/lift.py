@@ -303,7 +303,7 @@ class _Lift:
             operands=tuple(Operand(len(v.shape), v.dtype) for v in leaves),
             query=query, key=key, value=value, score=_as_float(score), mask=None, extra_logits=tuple(extra_logits),
             weight=weight, empty_row="zero" if softmax.safe else "nan", out_dtype=self.out.dtype,
-            out_order=(), extra=extra,
+            out_order=tuple(range(len(batch) + 2)), extra=extra,
         )  # fmt: skip
         order = [*batch, q, e]
         out_dims = tuple(order.index(x) for x in self.axes)
