@@ -20,7 +20,7 @@ from fuse.ops.attention import parsed
 from fuse.options import Options, resolve
 from fuse.report import check
 from fuse.report.site import Site
-from fuse.targets.triton import warm
+from fuse.ops import warm
 
 log = logging.getLogger("fuse")
 compiled_sites: list[Site] = []

@@ -15,7 +15,7 @@ from torch import SymInt, Tensor
 from torch.fx import GraphModule, Node
 
 from fuse import targets
-from fuse.ops import attention
+from fuse.ops.attention import parsed
 
 log = logging.getLogger("fuse")
 
@@ -73,7 +73,7 @@ def _number(n: Any) -> int | None:
 
 def compile_for(call: Call, wanted: tuple[bool, ...]) -> None:
     """With the log-sum-exp and the gradients where any are ``wanted``. It costs nobody a call if that fails."""
-    spec = attention.parsed(call.spec)
+    spec = parsed(call.spec)
     try:
         with torch.cuda.device(call.device) if call.device.type == "cuda" else nullcontext():
             kernel = targets.kernel(spec, call.target)

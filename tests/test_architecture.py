@@ -1,0 +1,81 @@
+"""Imports go down the levels of the house, never back, and no target knows another."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import fuse
+import fuse.passes
+
+# From the ground up; what a module imports stands on its own level or below.
+LEVELS = (
+    ("errors", "options"),
+    ("ir",),
+    ("report.reasons", "report.site", "report.wording"),
+    ("kernel",),
+    ("targets",),
+    ("ops",),
+    ("passes",),
+    ("inner", "report.check"),
+    ("backend",),
+    ("report",),
+    ("models",),
+    ("", "__main__"),
+)
+FOLDERS = {"fuse": Path(fuse.__file__).parent, "fuse.passes": Path(fuse.passes.__file__).parent}
+
+
+def modules() -> Iterator[tuple[str, Path]]:
+    for name, folder in FOLDERS.items():
+        for file in folder.rglob("*.py"):
+            parts = file.relative_to(folder).with_suffix("").parts
+            yield ".".join((name, *(p for p in parts if p != "__init__"))), file
+
+
+MODULES = dict(modules())
+
+
+def imported(file: Path) -> Iterator[str]:
+    """The modules of fuse that a file imports, wherever in it."""
+    for node in ast.walk(ast.parse(file.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.module and node.module.split(".")[0] == "fuse":
+            inside = [f"{node.module}.{alias.name}" for alias in node.names]
+            yield from (name if name in MODULES else node.module for name in inside)
+        elif isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names if alias.name in MODULES)
+
+
+def level(module: str) -> int:
+    """That of the longest name that fits."""
+    inside = module.removeprefix("fuse").removeprefix(".")
+    fitting = [(len(name), i) for i, names in enumerate(LEVELS) for name in names if f"{inside}.".startswith(f"{name}.")]
+    assert fitting or not inside or inside == "templates", f"{module} has no level: give it one"
+    return max(fitting)[1] if fitting else 0 if inside == "templates" else len(LEVELS) - 1
+
+
+def test_imports_go_down_the_levels() -> None:
+    up = [f"{m} -> {i}" for m, file in MODULES.items() for i in imported(file) if level(i) > level(m)]
+    assert not up
+
+
+def test_no_target_knows_another() -> None:
+    names = {m.split(".")[2] for m in MODULES if m.startswith("fuse.targets.") and (MODULES[m].name == "__init__.py")}
+    across = [
+        f"{m} -> {i}"
+        for m, file in MODULES.items()
+        for name in names
+        if m.startswith(f"fuse.targets.{name}")
+        for i in imported(file)
+        for other in names - {name}
+        if i.startswith(f"fuse.targets.{other}")
+    ]
+    assert not across
+
+
+def test_only_the_registry_knows_a_target() -> None:
+    """Nothing beside a target itself imports it, but for what lists the targets."""
+    inside = ("fuse.targets.cpp", "fuse.targets.triton")
+    known = {m for m, file in MODULES.items() if not m.startswith(inside) and any(i.startswith(inside) for i in imported(file))}
+    assert known == {"fuse.targets.registry"}
