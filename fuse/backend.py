@@ -15,12 +15,11 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicO
 from torch.fx import GraphModule
 
 from fuse import inner, passes, targets
-from fuse.ops import opaque
+from fuse.ops import opaque, warm
 from fuse.ops.attention import parsed
 from fuse.options import Options, resolve
 from fuse.report import check
 from fuse.report.site import Site
-from fuse.ops import warm
 
 log = logging.getLogger("fuse")
 compiled_sites: list[Site] = []
@@ -46,7 +45,7 @@ def fuse(
     chosen = resolve(mode, options)
     original = check.keep(gm) if chosen.verify else None
     sites = rewrite(gm, example_inputs, chosen)
-    specs = [(site.spec, site.wanted) for site in sites if site.fused and site.spec is not None]
+    specs = [(site.spec, site.wanted) for site in sites if site.recovered and site.spec is not None]
     targets.prepare((spec for spec, _ in specs), chosen.target, chosen.tune)  # builds run beside the inner compiler
     for spec, wanted in specs:
         if any(wanted):
@@ -55,7 +54,7 @@ def fuse(
         for call in warm.calls(gm):
             targets.beside(warm.compile_for, call, dict(specs).get(parsed(call.spec), ()))
     compiled = _compiled(gm, example_inputs, chosen)
-    compiled_sites.extend(_with_kernel(site, chosen.target) for site in sites)
+    compiled_sites.extend(_built(site, chosen.target) for site in sites)
     return compiled if original is None else check.against(original, compiled, sites)
 
 
@@ -94,11 +93,21 @@ def rewrite(gm: GraphModule, example_inputs: Sequence[Any], chosen: Options) -> 
         return []
 
 
-def _with_kernel(site: Site, target: str) -> Site:
-    if not site.fused or site.spec is None:
+def _built(site: Site, target: str) -> Site:
+    """With its kernel, which is waited for."""
+    if not site.recovered or site.spec is None:
         return site
-    source = targets.kernel(site.spec, target).source
-    return replace(site, kernels={} if source is None else {"cpp" if target == "auto" else target: source})
+    targets.kernel(site.spec, target)
+    return with_runs(replace(site, target=target))
+
+
+def with_runs(site: Site) -> Site:
+    """With what is known now of the kernels that compute it; nothing is waited for."""
+    if not site.target or site.spec is None:
+        return site
+    runs = {**site.runs, **targets.running(site.spec, site.target, site.wanted)}
+    file = runs["forward"].file if "forward" in runs else None
+    return replace(site, runs=runs, kernels={} if file is None else {"cpp" if site.target == "auto" else site.target: file})
 
 
 @cache

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 import threading
@@ -18,8 +19,11 @@ from specs import CASES
 
 from fuse import targets
 from fuse.ir.tile_map import map_of
-from fuse.targets import reference
-from fuse.targets.cpp.launch import BuildFailed, CppKernel, instruction_set
+from fuse.kernel.source import ENTRY
+from fuse.targets import make, reference
+from fuse.targets.cache import BuildFailed
+from fuse.targets.cpp import launch
+from fuse.targets.cpp.launch import CppKernel, build_source, instruction_set
 from fuse.targets.cpp.plan import backward_plan, plan, plan_tile_map
 from fuse.targets.cpp.render import render
 from fuse.targets.cpp.render_backward import render_backward
@@ -61,6 +65,22 @@ def test_failed_build_warns_with_what_the_compiler_said(folder: Path, monkeypatc
         assert targets.kernel(CASES["plain"]("float32").spec, "cpp").source is None
 
 
+@pytest.mark.parametrize(
+    ("variable", "value", "says"),
+    [
+        ("CXX", 'g++ "', "CXX=g.. .* is no command"),
+        ("FUSE_CACHE_DIR", __file__, "environment variable FUSE_CACHE_DIR=.*a folder"),
+    ],
+)
+def test_what_a_user_can_correct_is_not_called_a_defect(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, variable: str, value: str, says: str
+) -> None:
+    monkeypatch.setenv(variable, value)
+    with pytest.warns(RuntimeWarning, match=says) as told:
+        assert targets.kernel(CASES["plain"]("float32").spec, "cpp").runs.by == "reference"
+    assert "please report" not in str(told[0].message)
+
+
 def test_reference_target_builds_nothing(folder: Path) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -79,6 +99,43 @@ def test_identical_specs_build_once_and_a_warm_cache_builds_nothing(folder: Path
     for spec in specs:
         targets.kernel(spec, "cpp")
     assert targets.builds.count == before + 2
+
+
+EMPTY = f'extern "C" __attribute__((visibility("default"))) int {ENTRY}(const long*) {{ return 0; }}'
+
+
+@pytest.mark.compiler
+@pytest.mark.parametrize("other", ["time", "size", "place", "its flags", "flags of the instruction set", "machine", "source"])
+def test_a_kernel_is_built_anew_for_whatever_its_binary_depends_on(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, other: str
+) -> None:
+    """The compiler's time, size and place tell its version."""
+    compiler, link, isa, source = folder / "compiler", folder / "link", instruction_set(), EMPTY
+    compiler.write_text(f'#!/bin/sh\nexec {" ".join(launch.compiler())} "$@"\n')
+    compiler.chmod(0o755)
+    shutil.copy2(compiler, folder / "copy")
+    link.symlink_to(compiler)
+    monkeypatch.setenv("CXX", str(link))
+    first, before, time = build_source("kernel", isa, source), targets.builds.count, compiler.stat().st_mtime_ns
+    assert build_source("kernel", isa, source).source == first.source and targets.builds.count == before
+    if other == "time":
+        os.utime(compiler, ns=(time, time + 1))
+    elif other == "size":
+        with compiler.open("a") as file:
+            file.write("\n")
+        os.utime(compiler, ns=(time, time))
+    elif other == "place":
+        link.unlink()
+        link.symlink_to(folder / "copy")
+    elif other == "its flags":
+        monkeypatch.setenv("CXX", f"{link} -DOTHER")
+    elif other == "flags of the instruction set":
+        isa = "sse"
+    elif other == "machine":
+        monkeypatch.setattr(launch, "_cpu", lambda: "another")
+    else:
+        source += "\n"
+    assert build_source("kernel", isa, source).source != first.source and targets.builds.count == before + 1
 
 
 @pytest.mark.compiler
@@ -158,8 +215,11 @@ def test_length_beyond_the_kernels_limit_takes_the_reference(folder: Path, monke
     monkeypatch.setattr("fuse.targets.cpp.render.MAX_LENGTH", 4)
     made = problem("float32", batch=(1, 1), q_len=5)
     kernel = targets.kernel(made.spec, "cpp")
-    assert isinstance(kernel, CppKernel)
-    found = kernel(made.operands, made.sizes)
+    assert isinstance(kernel, CppKernel) and not kernel.runs.why
+    with pytest.warns(RuntimeWarning, match=r"kernel .*\.cpp: calls of more than .* are left to the reference") as told:
+        for _ in range(2):
+            found = kernel(made.operands, made.sizes)
+    assert len(told) == 1 and kernel.runs.by == "kernel" and "left to the reference" in kernel.runs.why
     assert torch.equal(found, reference.attention(made.spec, made.operands, made.sizes, "eager"))
 
 
@@ -172,12 +232,12 @@ def test_a_backward_kernel_that_nobody_has_asked_for_gives_way(monkeypatch: pyte
         priorities.append(os.getpriority(os.PRIO_PROCESS, threading.get_native_id()))
         raise BuildFailed("nothing is built here")
 
-    monkeypatch.setattr(targets, "build", seen)
-    monkeypatch.setattr(targets, "build_backward", seen)
+    monkeypatch.setattr(make, "build", seen)
+    monkeypatch.setattr(make, "build_backward", seen)
     spec, wanted = CASES["plain"]("float32").spec, (True, True, True)
     with pytest.warns(RuntimeWarning, match="nothing is built"):
         targets.kernel(spec, "cpp")
-    targets.prepare_backward(spec, "cpp", wanted)
-    targets.backward_kernel(spec, "cpp", wanted)
+        targets.prepare_backward(spec, "cpp", wanted)
+        targets.backward_kernel(spec, "cpp", wanted)
     forward, backward = priorities
     assert backward > forward == os.getpriority(os.PRIO_PROCESS, 0)

@@ -17,6 +17,7 @@ from torch import Tensor
 from fuse.errors import SecondDerivative
 from fuse.ir.gradient import differentiable
 from fuse.ir.spec import AttentionSpec, IntLike
+from fuse.remembered import remembered
 from fuse.targets.cpp.plan import lse_dtype
 
 # Kernels take any strides: a copy into another layout would cost and gain nothing.
@@ -47,21 +48,21 @@ def _differentiable(text: str) -> tuple[bool, ...]:
 # runtime is imported when the first kernel is run: tracing or saving a graph does not need it.
 
 
-@cache
+@remembered
 def _kernel(text: str, target: str) -> Any:
     from fuse import targets
 
     return targets.kernel(parsed(text), target)
 
 
-@cache
+@remembered
 def _forward_kernel(text: str, target: str) -> Any:
     from fuse import targets
 
     return targets.forward_kernel(parsed(text), target)
 
 
-@cache
+@remembered
 def _backward_kernel(text: str, target: str, wanted: tuple[bool, ...]) -> Any:
     from fuse import targets
 

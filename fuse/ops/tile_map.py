@@ -12,6 +12,7 @@ from torch import Tensor
 from fuse.ir.spec import IntLike
 from fuse.ir.tile_map import TileMap
 from fuse.ops.kept import kept
+from fuse.remembered import remembered
 
 # keep: the operands are buffers, so that the map is good until one of them changes
 SCHEMA = "tile_map(Tensor[] operands, SymInt[] sizes, str spec, str target, bool keep) -> Tensor"
@@ -25,7 +26,7 @@ def _parsed(text: str) -> TileMap:
     return TileMap.from_json(text)
 
 
-@cache
+@remembered
 def _kernel(text: str, target: str) -> Callable[[Sequence[Tensor], Sequence[int]], Tensor]:
     from fuse import targets  # builds kernels: not needed to trace or to save a graph
 

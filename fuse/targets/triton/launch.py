@@ -12,6 +12,7 @@ from torch import Tensor
 from fuse.ir.spec import AttentionSpec
 from fuse.kernel import sharing
 from fuse.kernel.source import ENTRY
+from fuse.report.runs import Runs
 from fuse.targets.cache import write_once
 from fuse.targets.triton import plan_decode
 from fuse.targets.triton.copies import Copies
@@ -34,6 +35,7 @@ class TritonKernel:
         name = f"attention_{spec.out_dtype}_{spec.qk_dim}x{spec.v_dim}"
         plan = plan_triton(spec, current_architecture())
         self.source = write_once("triton", name, ".py", render_triton(spec, plan))
+        self.runs = Runs("kernel", self.source)
         self.function = Function(getattr(load(self.source), ENTRY))
         self._runs = sharing.runs(spec)
         self._copies = Copies(spec, ("query", "key", "value"), plan.described)

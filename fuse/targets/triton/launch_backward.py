@@ -17,9 +17,11 @@ from fuse.kernel.backward import exact_below
 from fuse.kernel.groups import Groups, groups_of
 from fuse.kernel.sinks import Sink, sinks
 from fuse.kernel.source import ENTRY
+from fuse.report.runs import Runs
 from fuse.targets import reference
 from fuse.targets.cache import write_once
 from fuse.targets.gradients import Gradients
+from fuse.targets.told import left
 from fuse.targets.triton.copies import Copies
 from fuse.targets.triton.function import Function
 from fuse.targets.triton.launch_tiles import TritonTiles
@@ -33,7 +35,7 @@ _MOST = 64  # tables of groups that are kept, by batch sizes: while a CUDA graph
 
 
 class TritonBackward:
-    """The loaded kernels of the gradients of ``wanted`` operands. Raises codegen.sinks.Unsupported."""
+    """The loaded kernels of the gradients of ``wanted`` operands. Raises Unsupported."""
 
     def __init__(self, spec: AttentionSpec, wanted: Sequence[bool]) -> None:
         self._spec, self._wanted = spec, tuple(wanted)
@@ -48,6 +50,7 @@ class TritonBackward:
         rendered = described(spec, current_architecture())
         self._copies = Copies(spec, COPIED, rendered)
         self.source = write_once("triton", name, ".py", render_backward(spec, wanted, rendered))
+        self.runs = Runs("kernel", self.source)
         module = load(self.source)
         names = ["rows", "keys", "queries", *(["distances"] if written_by("k - q", self._sinks) else [])]
         self.functions = {name: Function(getattr(module, f"{ENTRY}_{name}")) for name in names}
@@ -61,6 +64,7 @@ class TritonBackward:
         torch is told to be deterministic, the reference computes them.
         """
         if self._shared and torch.are_deterministic_algorithms_enabled():
+            self.runs = left(self.runs, "backward", "calls under torch.use_deterministic_algorithms")
             return reference.attention_backward(self._spec, grad_out, operands, sizes, self._wanted, "eager")
         found: list[Tensor] = []
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from fuse.ir.tile_map import TileMap
+from fuse.report.runs import Runs
 from fuse.targets.cache import write_once
 from fuse.targets.triton.function import Function
 from fuse.targets.triton.module import load
@@ -24,6 +25,7 @@ class TritonTileMap:
     def __init__(self, spec: TileMap) -> None:
         self._spec = spec
         self.source = write_once("triton", "tile_map", ".py", render_tile_map_triton(spec))
+        self.runs = Runs("kernel", self.source)
         self.function = Function(getattr(load(self.source), TILE_MAP))
 
     def __call__(self, operands: Sequence[Tensor], sizes: Sequence[int]) -> Tensor:
