@@ -15,10 +15,9 @@ from torch.utils import _pytree as pytree
 
 from fuse import models
 from fuse.errors import FuseError, NoDevice
-from fuse.options import TARGETS, settings
 from fuse.report.report import explain
-
-SOURCES = (".cpp", ".py", ".cu")
+from fuse.settings import settings
+from fuse.targets import registry
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -83,7 +82,8 @@ def _tune(args: argparse.Namespace) -> int:
             models.fill(loaded.model)
     model, inputs, named = models.on("cpu" if interpreted else "cuda", loaded)
     before = set(_tuned())
-    compiled = torch.compile(model, backend="fuse", options={"target": "triton", "tune": True})
+    target = next(name for name in registry.names() if registry.named(name).tunable)
+    compiled = torch.compile(model, backend="fuse", options={"target": target, "tune": True})
     with torch.set_grad_enabled(args.train):
         results = pytree.tree_leaves(compiled(*inputs, **named))
     if args.train:
@@ -98,12 +98,12 @@ def _tune(args: argparse.Namespace) -> int:
 
 
 def _tuned() -> Iterator[Path]:
-    return (settings().cache_dir / "triton").glob("tuned-*.json")
+    return (path for path in _cached({".json"}) if path.name.startswith("tuned-"))
 
 
 def _kernels(args: argparse.Namespace) -> int:
     """Newest first, each with the comment it begins with."""
-    for source in sorted(_cached(SOURCES), key=lambda path: path.stat().st_mtime, reverse=True):
+    for source in sorted(_cached(_suffixes()), key=lambda path: path.stat().st_mtime, reverse=True):
         print(source)
         for line in source.read_text(errors="replace").splitlines():
             if not line.startswith(("//", "#")) or line.startswith("#include"):
@@ -116,16 +116,21 @@ def _cache(args: argparse.Namespace) -> int:
     folder = settings().cache_dir
     files = list(_cached())
     size = sum(path.stat().st_size for path in files) / 2**20
-    kernels = sum(path.suffix in SOURCES for path in files)
+    kernels = sum(path.suffix in _suffixes() for path in files)
     print(f"{folder}: {kernels} kernel{'s' * (kernels != 1)}, {size:.1f} MB{', deleted' if args.clear else ''}")
     if args.clear:
-        for target in TARGETS:  # never the folder itself, which may hold files of others
+        for target in registry.names():  # never the folder itself, which may hold files of others
             shutil.rmtree(folder / target, ignore_errors=True)
     return 0
 
 
-def _cached(suffixes: Sequence[str] | None = None) -> Iterator[Path]:
-    for target in TARGETS:
+def _suffixes() -> set[str]:
+    """Of sources."""
+    return {registry.named(name).suffix for name in registry.names()} - {""}
+
+
+def _cached(suffixes: set[str] | None = None) -> Iterator[Path]:
+    for target in registry.names():
         for path in (settings().cache_dir / target).rglob("*"):
             if path.is_file() and (suffixes is None or path.suffix in suffixes):
                 yield path

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import cache
@@ -20,6 +19,8 @@ from fuse.ops.attention import parsed
 from fuse.options import Options, resolve
 from fuse.report import check
 from fuse.report.site import Site
+from fuse.targets import registry
+from fuse.targets.target import Target
 
 log = logging.getLogger("fuse")
 compiled_sites: list[Site] = []
@@ -27,12 +28,6 @@ compiled_sites: list[Site] = []
 
 # Other subclasses (DTensor, nested tensors, a user's own) have a say in what each op does, so that no reading is a proof.
 PLAIN = (torch.Tensor, torch.nn.Parameter, torch.nn.Buffer, FakeTensor)
-
-
-# Where kernels run. Triton's interpreter, for tests, takes tensors on the CPU.
-_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-_GPU = frozenset({"cuda"})
-_DEVICES = {"auto": frozenset({"cpu"}), "cpp": frozenset({"cpu"}), "triton": _GPU | {"cpu"} if _INTERPRETED else _GPU}
 
 
 def fuse(
@@ -44,23 +39,28 @@ def fuse(
     """
     chosen = resolve(mode, options)
     original = check.keep(gm) if chosen.verify else None
-    sites = rewrite(gm, example_inputs, chosen)
-    specs = [(site.spec, site.wanted) for site in sites if site.recovered and site.spec is not None]
-    targets.prepare((spec for spec, _ in specs), chosen.target, chosen.tune)  # builds run beside the inner compiler
-    for spec, wanted in specs:
-        if any(wanted):
-            targets.prepare_backward(spec, chosen.target, wanted, chosen.tune)
-    if chosen.target == "triton" and not _INTERPRETED:
-        for call in warm.calls(gm):
-            targets.beside(warm.compile_for, call, dict(specs).get(parsed(call.spec), ()))
-    compiled = _compiled(gm, example_inputs, chosen)
-    compiled_sites.extend(_built(site, chosen.target) for site in sites)
+    target = target_of(example_inputs, chosen)
+    sites = [] if target is None else rewrite(gm, target)
+    if target is not None:
+        _prepare(gm, sites, target, chosen.tune)  # builds run beside the inner compiler
+    compiled = _compiled(gm, example_inputs, inner.compiler(chosen, patterns=target is None))
+    compiled_sites.extend(map(_built, sites))
     return compiled if original is None else check.against(original, compiled, sites)
 
 
-def _compiled(gm: GraphModule, example_inputs: Sequence[Any], chosen: Options) -> Callable[..., Any]:
+def _prepare(gm: GraphModule, sites: Sequence[Site], target: Target, tune: bool) -> None:
+    specs = [(site.spec, site.wanted) for site in sites if site.recovered and site.spec is not None]
+    targets.prepare((spec for spec, _ in specs), target.name, tune)
+    for spec, wanted in specs:
+        if any(wanted):
+            targets.prepare_backward(spec, target.name, wanted, tune)
+    if target.late:
+        for call in warm.calls(gm):
+            targets.beside(warm.compile_for, call, dict(specs).get(parsed(call.spec), ()))
+
+
+def _compiled(gm: GraphModule, example_inputs: Sequence[Any], compiler: Callable[..., Any]) -> Callable[..., Any]:
     """What the inner compiler makes of ``gm``, again without derivatives that it cannot trace if that is what stopped it."""
-    compiler = inner.compiler(chosen, patterns=not looks_at(example_inputs, chosen))
     try:
         compiled = compiler(gm, example_inputs)
     except (DataDependentOutputException, DynamicOutputShapeException):
@@ -70,44 +70,42 @@ def _compiled(gm: GraphModule, example_inputs: Sequence[Any], chosen: Options) -
     return compiled  # type: ignore[no-any-return]
 
 
-def looks_at(example_inputs: Sequence[Any], chosen: Options) -> bool:
-    """Whether fuse reads a graph with such inputs at all; one that it does not read is the inner compiler's alone."""
+def target_of(example_inputs: Sequence[Any], chosen: Options) -> Target | None:
+    """Who runs what is fused in a graph with such inputs; None for one that fuse does not read: it is the inner compiler's."""
     tensors = [x for x in example_inputs if isinstance(x, torch.Tensor)]
     if chosen.disable or any(type(x) not in PLAIN for x in tensors):
-        return False
+        return None
     devices = {x.device.type for x in tensors}
-    if devices - _DEVICES.get(chosen.target, devices):
+    target = registry.for_devices(chosen.target, devices)
+    if target is None:
         _warn_of_device(", ".join(sorted(devices)), chosen.target)
-        return False
-    return True
+    return target
 
 
-def rewrite(gm: GraphModule, example_inputs: Sequence[Any], chosen: Options) -> list[Site]:
+def rewrite(gm: GraphModule, target: Target) -> list[Site]:
     """Rewrites ``gm`` in place. A defect of a pass must not cost the user more than its fusions."""
-    if not looks_at(example_inputs, chosen):
-        return []
     try:
-        return passes.run(gm, chosen)
+        return [replace(site, target=target.name) for site in passes.run(gm, target.name)]
     except Exception:
         log.warning("a pass failed; attention in this graph may run unfused. Please report this.", exc_info=True)
         return []
 
 
-def _built(site: Site, target: str) -> Site:
+def _built(site: Site) -> Site:
     """With its kernel, which is waited for."""
     if not site.recovered or site.spec is None:
         return site
-    targets.kernel(site.spec, target)
-    return with_runs(replace(site, target=target))
+    targets.kernel(site.spec, site.target)
+    return with_runs(site)
 
 
 def with_runs(site: Site) -> Site:
     """With what is known now of the kernels that compute it; nothing is waited for."""
-    if not site.target or site.spec is None:
+    if site.spec is None:
         return site
     runs = {**site.runs, **targets.running(site.spec, site.target, site.wanted)}
     file = runs["forward"].file if "forward" in runs else None
-    return replace(site, runs=runs, kernels={} if file is None else {"cpp" if site.target == "auto" else site.target: file})
+    return replace(site, runs=runs, kernels={} if file is None else {site.target: file})
 
 
 @cache
@@ -115,5 +113,5 @@ def _warn_of_device(devices: str, target: str) -> None:
     log.warning(
         "graphs with tensors on %s run without fuse: target %r has kernels for %s. "
         "For GPUs there is target \"triton\" to try, which has not been measured yet.",
-        devices, target, " and ".join(sorted(_DEVICES[target])),
+        devices, target, " and ".join(registry.devices_of(target)),
     )  # fmt: skip

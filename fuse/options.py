@@ -1,4 +1,4 @@
-"""What a user can choose: options of one torch.compile call, and settings of the process from FUSE_* variables.
+"""What a user can choose for one torch.compile call.
 
 An option that is not given comes from the variable of its name (FUSE_TARGET for ``target``), then from its default.
 """
@@ -6,14 +6,14 @@ An option that is not given comes from the variable of its name (FUSE_TARGET for
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
-from pathlib import Path
 from typing import Any
 
 from fuse.errors import InductorOnly, InvalidOption, InvalidVariable, TritonOnly, UnknownOption, UnknownVariable, did_you_mean
+from fuse.settings import Settings
+from fuse.targets import registry
 
-TARGETS = ("auto", "cpp", "triton", "reference")
 INNER = ("inductor", "aot_eager", "eager")
 SWITCH = {"1": True, "true": True, "on": True, "0": False, "false": False, "off": False, "": False}
 
@@ -30,7 +30,7 @@ class Options:
     inductor  Inductor's own options
     """
 
-    target: str = "auto"
+    target: str = registry.AUTO
     inner: str = "inductor"
     disable: bool = False
     verify: bool = False
@@ -39,33 +39,23 @@ class Options:
     inductor: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        for name, allowed in CHOICES.items():
-            value = getattr(self, name)
+        for name, choices in CHOICES.items():
+            value, allowed = getattr(self, name), choices()
             if (type(value), value) not in [(type(a), a) for a in allowed]:  # 1 == True
                 hint = did_you_mean(str(value), _names(allowed))
                 raise InvalidOption(name=name, value=value, allowed=_listed(allowed), hint=hint)
-        if self.tune and self.target != "triton":
+        if self.tune and (self.target == registry.AUTO or not registry.named(self.target).tunable):
             raise TritonOnly(what="tune", target=self.target)
         if self.inner != "inductor" and (self.mode or self.inductor):
             what = f"mode={self.mode!r}" if self.mode else f"option {next(iter(self.inductor))!r}"
             raise InductorOnly(what=what, inner=self.inner)
 
 
-CHOICES: dict[str, tuple[str | bool, ...]] = {
-    "target": TARGETS, "inner": INNER, "disable": (False, True), "verify": (False, True), "tune": (False, True),
+CHOICES: dict[str, Callable[[], tuple[str | bool, ...]]] = {
+    "target": lambda: (registry.AUTO, *registry.names()), "inner": lambda: INNER,
+    **dict.fromkeys(("disable", "verify", "tune"), lambda: (False, True)),
 }  # fmt: skip
-
-
-@dataclass(frozen=True)
-class Settings:
-    """What holds for the whole process, because kernels are shared by all that was compiled in it.
-
-    cache_dir  where rendered sources and built kernels are kept
-    dump       folder that receives every kernel as a file that runs alone; an edited file there is used in its place
-    """
-
-    cache_dir: Path
-    dump: Path | None
+"""By option, the values that it can have."""
 
 
 def resolve(mode: str | None, given: Mapping[str, Any] | None) -> Options:
@@ -78,27 +68,13 @@ def resolve(mode: str | None, given: Mapping[str, Any] | None) -> Options:
     return Options(**own, mode=None if mode == "default" else mode, inductor=inductor)
 
 
-def settings() -> Settings:
-    default = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")) / "fuse"
-    cache = os.environ.get("FUSE_CACHE_DIR") or default
-    dump = os.environ.get("FUSE_DUMP")
-    return Settings(_folder("FUSE_CACHE_DIR", Path(cache)), _folder("FUSE_DUMP", Path(dump)) if dump else None)
-
-
 VARIABLES = (*(f"FUSE_{name.upper()}" for name in CHOICES), *(f"FUSE_{f.name.upper()}" for f in fields(Settings)))
-
-
-def _folder(variable: str, path: Path) -> Path:
-    path = path.expanduser().absolute()
-    if path.exists() and not path.is_dir():
-        raise InvalidVariable(name=variable, value=str(path), allowed="a folder, which may not exist yet", hint="")
-    return path
 
 
 def _from_environment() -> dict[str, str | bool]:
     found: dict[str, str | bool] = {}
-    for name, allowed in CHOICES.items():
-        variable = f"FUSE_{name.upper()}"
+    for name, values in CHOICES.items():
+        variable, allowed = f"FUSE_{name.upper()}", values()
         text = os.environ.get(variable)
         if text is None:
             continue

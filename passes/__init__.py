@@ -22,7 +22,6 @@ from torch.fx import Graph, GraphModule, Node
 import fuse.ops.attention
 import fuse.ops.tile_map  # noqa: F401  both register their ops
 from fuse.ir.spec import InvalidSpec, verify
-from fuse.options import Options
 from fuse.passes.accept import Found, accept, declined_site
 from fuse.passes.expand import expand
 from fuse.passes.find import Candidate, find
@@ -48,12 +47,12 @@ PASSES: tuple[Pass, ...] = (
 _BODIES = ("checkpoint", "invoke_subgraph", "wrap", "cond")
 
 
-def run(gm: GraphModule, options: Options) -> list[Site]:
+def run(gm: GraphModule, target: str) -> list[Site]:
     """Rewrites ``gm`` and the bodies inside it; one Site for every attention that was found, fused or not. Never raises."""
     sites: list[Site] = []
     for graph in _graphs(gm):
         try:
-            sites += _run_graph(graph, options.target)
+            sites += _run_graph(graph, target)
         except Exception as e:  # a defect of a pass must not cost the user the model
             sites.append(Site(False, InternalError(f"{type(e).__name__}: {e}"), "", ""))
     for module in gm.modules():

@@ -12,7 +12,6 @@ from torch.fx import GraphModule, Interpreter, Node
 
 from fuse import passes
 from fuse.ir.spec import AttentionSpec
-from fuse.options import Options
 from fuse.report.site import Site
 
 
@@ -61,7 +60,7 @@ def pass_over(program: Callable[..., Any], *args: Any, dynamic: bool = False, **
     calls: list[Call] = []
 
     def backend(gm: GraphModule, example_inputs: list[Any]) -> Callable[..., Any]:
-        found.append((gm, passes.run(gm, Options(target="reference"))))
+        found.append((gm, passes.run(gm, "reference")))
         return Calling(gm, calls).run
 
     with torch.no_grad():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -17,6 +18,7 @@ from torch.nn.functional import dropout
 from torch.utils.checkpoint import checkpoint
 
 import fuse
+from fuse.targets import registry
 
 pytestmark = pytest.mark.compiler
 Attention = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -108,9 +110,8 @@ def test_other_uses_of_inductor_keep_its_patterns() -> None:
 
 
 def test_a_graph_that_fuse_does_not_look_at_keeps_the_patterns(monkeypatch: pytest.MonkeyPatch) -> None:
-    from fuse import backend
-
-    monkeypatch.setitem(backend._DEVICES, "auto", frozenset({"cuda"}))  # as if the tensors were on another device
+    elsewhere = replace(registry.named("cpp"), devices=frozenset({"cuda"}))  # as if the tensors were on another device
+    monkeypatch.setitem(registry._targets, "cpp", elsewhere)
     inputs = square()
     torch.testing.assert_close(torch.compile(over(-1), backend="fuse")(*inputs), over(-1)(*inputs))
     assert found_by_inductor() == 1

@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 
 from fuse import errors
-from fuse.options import Options, resolve, settings
+from fuse.options import Options, resolve
+from fuse.settings import settings
 
 
 @pytest.fixture(autouse=True)

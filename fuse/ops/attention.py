@@ -18,7 +18,7 @@ from fuse.errors import SecondDerivative
 from fuse.ir.gradient import differentiable
 from fuse.ir.spec import AttentionSpec, IntLike
 from fuse.remembered import remembered
-from fuse.targets.cpp.plan import lse_dtype
+from fuse.targets import registry
 
 # Kernels take any strides: a copy into another layout would cost and gain nothing.
 _TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.needs_fixed_stride_order)
@@ -99,7 +99,7 @@ def _fake(operands: list[Tensor], sizes: list[IntLike], spec: str, target: str) 
 
 def _fake_forward(operands: list[Tensor], sizes: list[IntLike], spec: str, target: str) -> tuple[Tensor, Tensor]:
     parsed_spec, out = parsed(spec), _fake(operands, sizes, spec, target)
-    return out, out.new_empty(parsed_spec.lse_shape(sizes), dtype=getattr(torch, lse_dtype(parsed_spec, target)))
+    return out, out.new_empty(parsed_spec.lse_shape(sizes), dtype=getattr(torch, registry.named(target).lse_dtype(parsed_spec)))
 
 
 def _fake_backward(

@@ -17,8 +17,7 @@ from fuse.options import resolve
 from fuse.report.runs import Part, Runs
 from fuse.report.site import Site
 from fuse.report.sparsity import Coverage, coverage
-from fuse.targets.cpp.launch import instruction_set
-from fuse.targets.cpp.plan import plan
+from fuse.targets import registry
 from fuse.targets.standin import ASKED
 
 # An analysis shares Dynamo's code cache with the user's compiled functions but none of its entries.
@@ -40,7 +39,8 @@ def explain(model: Callable[..., Any], *args: Any, **kwargs: Any) -> Report:
         nonlocal graphs
         graphs += 1
         results = _results(gm)  # the passes may replace the nodes that know them
-        sites.extend(_expected(site, chosen.target) for site in backend.rewrite(gm, example_inputs, chosen))
+        if (target := backend.target_of(example_inputs, chosen)) is not None:
+            sites.extend(_expected(site) for site in backend.rewrite(gm, target))
         return lambda *_: tuple(map(_stand_in, results))
 
     note = ""
@@ -149,8 +149,8 @@ def skipped(site: Site) -> Coverage | None:
     """
     if site.spec is None or site.spec.mask is None or site.by_reference:
         return None
-    chosen = plan(site.spec, instruction_set())
-    return coverage(site.spec, site.sizes, chosen.vectors * chosen.width, chosen.block_k)
+    size = registry.named(site.target).tile_size(site.spec)
+    return None if size is None else coverage(site.spec, site.sizes, *size)
 
 
 def _skipped_text(site: Site) -> str:
@@ -224,9 +224,9 @@ def _as_data(site: Site) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _expected(site: Site, target: str) -> Site:
+def _expected(site: Site) -> Site:
     """An analysis builds nothing, and knows only what was asked for."""
-    if target != "reference" or not site.recovered:
+    if not site.recovered or registry.named(site.target).suffix:
         return site
     parts: list[Part] = ["forward", "backward"] if any(site.wanted) else ["forward"]
     return replace(site, runs=dict.fromkeys(parts, Runs("reference", why=ASKED)))

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Generic, TypeVar
 
-from fuse.options import settings
+from fuse.settings import settings
 
 try:
     import fcntl

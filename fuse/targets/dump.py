@@ -7,7 +7,7 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
-from fuse.options import settings
+from fuse.settings import settings
 from fuse.targets.cache import BuildFailed, content, write_atomically
 
 

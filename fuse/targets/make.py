@@ -1,9 +1,8 @@
-"""Makes the kernels of a target, or what stands in for them and why."""
+"""Makes the kernels of a target, or what stands in for them and why. Never fails."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
 from typing import TypeVar
 
 from fuse.errors import FuseError
@@ -11,10 +10,8 @@ from fuse.ir.gradient import Gradient
 from fuse.ir.spec import AttentionSpec
 from fuse.ir.tile_map import TileMap
 from fuse.kernel.sinks import Unsupported
+from fuse.targets import registry
 from fuse.targets.cache import BuildFailed
-from fuse.targets.cpp.launch import CppKernel, CppTileMap, build, build_tile_map
-from fuse.targets.cpp.launch_backward import CppBackward, build_backward
-from fuse.targets.fallback import KernelOrElse, OrElse
 from fuse.targets.protocols import Backward, Kernel, MapKernel
 from fuse.targets.standin import ReferenceBackward, ReferenceKernel, ReferenceTileMap
 
@@ -22,60 +19,24 @@ K = TypeVar("K")
 
 
 def forward(spec: AttentionSpec, target: str) -> Kernel:
-    """Never fails, as all here."""
-
-    def cpp() -> Kernel:
-        return CppKernel(spec, build(spec))
-
-    return _made(target, cpp, partial(_triton, spec), partial(ReferenceKernel, spec, target))
+    chosen = registry.named(target)
+    return _made(lambda: chosen.forward(spec), lambda why: ReferenceKernel(spec, chosen.lse_dtype(spec), why))
 
 
 def backward(of: Gradient, target: str) -> Backward:
-    def cpp() -> Backward:
-        return CppBackward(of.spec, of.wanted, build_backward(of.spec, of.wanted))
-
-    return _made(target, cpp, partial(_triton_backward, of), partial(ReferenceBackward, of))
+    return _made(lambda: registry.named(target).backward(of), lambda why: ReferenceBackward(of, why))
 
 
 def tile_map(spec: TileMap, target: str) -> MapKernel:
-    def cpp() -> MapKernel:
-        return CppTileMap(spec, build_tile_map(spec))
-
-    return _made(target, cpp, partial(_triton_map, spec), partial(ReferenceTileMap, spec))
+    return _made(lambda: registry.named(target).tile_map(spec), lambda why: ReferenceTileMap(spec, why))
 
 
-def _made(target: str, cpp: Callable[[], K], triton: Callable[[], K], reference: Callable[..., K]) -> K:
-    if target == "reference":
-        return reference()
+def _made(kernel: Callable[[], K], instead: Callable[[str], K]) -> K:
     try:
-        return triton() if target == "triton" else cpp()
+        return kernel()
     except (BuildFailed, Unsupported, FuseError, OSError) as error:
-        return reference(str(error))
+        return instead(str(error))
     except ImportError as error:
-        return reference(f"{error}. Target 'triton' needs Triton: pip install 'torch-fuse[triton]'")
+        return instead(f"{error}. Target 'triton' needs Triton: pip install 'torch-fuse[triton]'")
     except Exception as error:  # a defect of code generation must not cost the user the model
-        return reference(f"rendering failed, please report it: {type(error).__name__}: {error}")
-
-
-# Triton is not there for every platform.
-
-
-def _triton(spec: AttentionSpec) -> Kernel:
-    from fuse.targets.triton.function import REFUSALS
-    from fuse.targets.triton.launch import TritonKernel
-
-    return KernelOrElse(TritonKernel(spec), partial(ReferenceKernel, spec, "triton"), REFUSALS)
-
-
-def _triton_backward(of: Gradient) -> Backward:
-    from fuse.targets.triton.function import REFUSALS
-    from fuse.targets.triton.launch_backward import TritonBackward
-
-    return OrElse(TritonBackward(of.spec, of.wanted), partial(ReferenceBackward, of), REFUSALS, "backward")
-
-
-def _triton_map(spec: TileMap) -> MapKernel:
-    from fuse.targets.triton.function import REFUSALS
-    from fuse.targets.triton.launch_tile_map import TritonTileMap
-
-    return OrElse(TritonTileMap(spec), partial(ReferenceTileMap, spec), REFUSALS, "tile map")
+        return instead(f"rendering failed, please report it: {type(error).__name__}: {error}")

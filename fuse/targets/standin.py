@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -13,7 +14,6 @@ from fuse.ir.spec import AttentionSpec
 from fuse.ir.tile_map import TileMap
 from fuse.report.runs import Runs
 from fuse.targets import reference
-from fuse.targets.cpp.plan import lse_dtype
 
 # Of target "reference".
 ASKED = "target 'reference' asks for it"
@@ -24,9 +24,9 @@ class ReferenceKernel:
 
     source: Path | None = None
 
-    def __init__(self, spec: AttentionSpec, target: str, why: str = ASKED) -> None:
+    def __init__(self, spec: AttentionSpec, lse_dtype: str, why: str = ASKED) -> None:
         self._spec = spec
-        self._lse_dtype: torch.dtype = getattr(torch, lse_dtype(spec, target))
+        self._lse_dtype: torch.dtype = getattr(torch, lse_dtype)
         self.runs = Runs("reference", why=why)
 
     def __call__(self, operands: Sequence[Tensor], sizes: Sequence[int]) -> Tensor:
@@ -59,3 +59,30 @@ class ReferenceTileMap:
 
     def __call__(self, operands: Sequence[Tensor], sizes: Sequence[int]) -> Tensor:
         return reference.tile_map(self._spec, operands, sizes)
+
+
+@dataclass(frozen=True)
+class ReferenceTarget:
+    """The target "reference": none of its kernels is generated."""
+
+    name: str = "reference"
+    devices: None = None
+    by_itself: bool = False
+    suffix: str = ""
+    tunable: bool = False
+    late: bool = False
+
+    def lse_dtype(self, spec: AttentionSpec) -> str:
+        return spec.lse_dtype
+
+    def forward(self, spec: AttentionSpec) -> ReferenceKernel:
+        return ReferenceKernel(spec, spec.lse_dtype)
+
+    def backward(self, of: Gradient) -> ReferenceBackward:
+        return ReferenceBackward(of)
+
+    def tile_map(self, spec: TileMap) -> ReferenceTileMap:
+        return ReferenceTileMap(spec)
+
+    def tile_size(self, spec: AttentionSpec) -> None:
+        return None

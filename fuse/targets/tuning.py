@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, TypeVar
 
 import torch
 
-from fuse.options import settings
+from fuse.settings import settings
 from fuse.targets.cache import content, write_atomically
 from fuse.targets.triton.function import REFUSALS
 

@@ -215,7 +215,7 @@ class CppKernel:
         self.source = built.source
         self._spec = spec
         self._dtype: torch.dtype = getattr(torch, spec.out_dtype)
-        self._lse_dtype: torch.dtype = getattr(torch, lse_dtype(spec, "cpp"))
+        self._lse_dtype: torch.dtype = getattr(torch, lse_dtype(spec))
         self._loaded = _Loaded(spec, built, "forward")
 
     @property

@@ -32,7 +32,7 @@ class CppBackward:
         self.source = built.source
         found = sinks(spec, wanted)
         self._spec, self._wanted, self._gradients = spec, tuple(wanted), Gradients(spec, found)
-        self._lse_dtype: torch.dtype = getattr(torch, lse_dtype(spec, "cpp"))
+        self._lse_dtype: torch.dtype = getattr(torch, lse_dtype(spec))
         count = argument_count(spec) + 1 + spec.batch + 2 + sum(1 + len(s.order) for s in found)
         self._library = Library(built, "backward", count)
 

@@ -83,13 +83,13 @@ def backward_plan(spec: AttentionSpec, isa: str, terms: bool) -> Plan:
     return replace(plan(spec, "avx512") if forward.core == "matrix" else forward, block_k=96, few=0)
 
 
-def lse_dtype(spec: AttentionSpec, target: str) -> str:
+def lse_dtype(spec: AttentionSpec) -> str:
     """What the log-sum-exp of rows is kept in for backward.
 
     Where nothing else rounds to 16 bits, its rounding to float32 would be most of the error of a row's gradients.
     """
     half = all(load.dtype in ("bfloat16", "float16") for load in (spec.query, spec.key, spec.value))
-    return "float64" if target in ("auto", "cpp") and not half else spec.lse_dtype
+    return spec.lse_dtype if half else "float64"
 
 
 def _is_bfloat16(spec: AttentionSpec) -> bool:

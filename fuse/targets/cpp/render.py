@@ -130,7 +130,7 @@ def call_context(source: Source, plan: Plan) -> dict[str, object]:
     tile_map = None if spec.mask is None or spec.mask.tiles is None else source.access("tile_map", spec.mask.tiles)
     return {
         "header": header(spec, plan), "plan": plan, "entry": ENTRY, "ctypes": C_TYPES | {"real": "R"}, "max_length": MAX_LENGTH,
-        "lse_ctype": C_TYPES[lse_dtype(spec, "cpp")],
+        "lse_ctype": C_TYPES[lse_dtype(spec)],
         "batch": spec.batch, "qk_dim": spec.qk_dim, "v_dim": spec.v_dim, "symbols": spec.symbols,
         "batch_sizes": [f"B{i}" for i in range(spec.batch)], "ranks": [o.rank for o in spec.operands],
         "query": source.access("query", spec.query), "key": source.access("key", spec.key),

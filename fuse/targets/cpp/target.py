@@ -1,0 +1,38 @@
+"""The target "cpp": C++ kernels for CPUs, built by the compiler that Inductor needs, too."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from fuse.ir.gradient import Gradient
+from fuse.ir.spec import AttentionSpec
+from fuse.ir.tile_map import TileMap
+from fuse.targets.cpp.launch import CppKernel, CppTileMap, build, build_tile_map, instruction_set
+from fuse.targets.cpp.launch_backward import CppBackward, build_backward
+from fuse.targets.cpp.plan import lse_dtype, plan
+
+
+@dataclass(frozen=True)
+class CppTarget:
+    name: str = "cpp"
+    devices: frozenset[str] = frozenset({"cpu"})
+    by_itself: bool = True
+    suffix: str = ".cpp"
+    tunable: bool = False
+    late: bool = False
+
+    def lse_dtype(self, spec: AttentionSpec) -> str:
+        return lse_dtype(spec)
+
+    def forward(self, spec: AttentionSpec) -> CppKernel:
+        return CppKernel(spec, build(spec))
+
+    def backward(self, of: Gradient) -> CppBackward:
+        return CppBackward(of.spec, of.wanted, build_backward(of.spec, of.wanted))
+
+    def tile_map(self, spec: TileMap) -> CppTileMap:
+        return CppTileMap(spec, build_tile_map(spec))
+
+    def tile_size(self, spec: AttentionSpec) -> tuple[int, int]:
+        chosen = plan(spec, instruction_set())
+        return chosen.vectors * chosen.width, chosen.block_k

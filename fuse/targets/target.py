@@ -1,0 +1,59 @@
+"""What a target is: a way to run specs, of which the rest knows nothing else."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+from fuse.ir.gradient import Gradient
+from fuse.ir.spec import AttentionSpec
+from fuse.ir.tile_map import TileMap
+from fuse.targets.protocols import Backward, Kernel, MapKernel
+
+
+class Target(Protocol):
+    """
+    name       as options name it; also the folder of its kernels in the cache
+    devices    the types of devices whose tensors its kernels take; None: all
+    by_itself  whether "auto" chooses it for tensors on its devices
+    suffix     of its sources; "" where it writes none
+    tunable    its kernels have plans that can be measured
+    late       it compiles when a kernel is launched first, so that calls are worth warming up
+    """
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def devices(self) -> frozenset[str] | None: ...
+
+    @property
+    def by_itself(self) -> bool: ...
+
+    @property
+    def suffix(self) -> str: ...
+
+    @property
+    def tunable(self) -> bool: ...
+
+    @property
+    def late(self) -> bool: ...
+
+    def lse_dtype(self, spec: AttentionSpec) -> str:
+        """What the log-sum-exp of rows is kept in for backward."""
+        ...
+
+    def forward(self, spec: AttentionSpec) -> Kernel:
+        """Raises BuildFailed, and whatever else there may be: the reference then stands in."""
+        ...
+
+    def backward(self, of: Gradient) -> Backward:
+        """As ``forward``; also raises Unsupported."""
+        ...
+
+    def tile_map(self, spec: TileMap) -> MapKernel:
+        """As ``forward``."""
+        ...
+
+    def tile_size(self, spec: AttentionSpec) -> tuple[int, int] | None:
+        """Queries and keys of what is skipped together on this machine; None where nothing is."""
+        ...
