@@ -36,6 +36,8 @@ class Operator:
     rising       a function of one operand that never decreases where that is not less; None: it may
     finite       finite wherever its operands are ordinary numbers
     costly       takes longer than to load a number
+    jumps        its value may jump where a float that it is computed of changes by a rounding
+    wide_number  PyTorch gives it a number on its right in float32 beside a 16-bit tensor; to others it is of the tensor's dtype
     """
 
     name: str
@@ -51,6 +53,8 @@ class Operator:
     rising: float | None = None
     finite: bool = False
     costly: bool = False
+    jumps: bool = False
+    wide_number: bool = False
 
 
 def _function(name: str, function: Callable[[Tensor], Tensor], partial: Partial, triton: str = "", **facts: object) -> Operator:
@@ -68,7 +72,7 @@ def _between(
 
 
 def _compared(name: str, function: Callable[[Tensor, Tensor], Tensor], sign: str) -> Operator:
-    return _between(name, function, sign, _COMPARISON, finite=True, aten=(name,))
+    return _between(name, function, sign, _COMPARISON, finite=True, jumps=True, aten=(name,))
 
 
 def _logical(name: str, function: Callable[[Tensor, Tensor], Tensor], sign: str, binds: int, target: str) -> Operator:
@@ -83,7 +87,7 @@ def _minus_one(n: Apply) -> Expr:
     return const(-1.0, n.dtype)
 
 
-def _jumps(n: Apply) -> None:
+def _nothing(n: Apply) -> None:
     return None
 
 
@@ -122,18 +126,19 @@ _ROWS = (
     Operator("neg", torch.neg, 1, ("neg",), "-", _NEGATIVE, (_minus_one,), "-{0}", "-{0}", finite=True),
     Operator("abs", torch.abs, 1, ("abs",), partials=(lambda n: op("sign", n.operands[0]),), cpp="f_abs({0})",
              triton="tl.abs({0})", finite=True),
-    Operator("sign", torch.sign, 1, ("sign",), partials=(_jumps,), cpp="f_sign({0})", triton="f_sign({0})"),
+    Operator("sign", torch.sign, 1, ("sign",), partials=(_nothing,), cpp="f_sign({0})", triton="f_sign({0})", jumps=True),
     _between("add", torch.add, "+", _SUM, partials=(_one, _one), finite=True),
     _between("sub", torch.sub, "-", _SUM, partials=(_one, _minus_one), finite=True),
     _between("mul", torch.mul, "*", _PRODUCT, aten=("mul",), partials=(lambda n: n.operands[1], lambda n: n.operands[0]),
-             finite=True),
-    _between("div", torch.div, "/", _PRODUCT, partials=(lambda n: op("reciprocal", n.operands[1]), _of_quotient), costly=True),
+             finite=True, wide_number=True),
+    _between("div", torch.div, "/", _PRODUCT, partials=(lambda n: op("reciprocal", n.operands[1]), _of_quotient), costly=True,
+             wide_number=True),
     Operator("reciprocal", torch.reciprocal, 1, ("reciprocal",), partials=(lambda n: op("neg", op("mul", n, n)),),
              cpp="f_reciprocal({0})", triton="f_reciprocal({0})"),
-    Operator("floordiv", torch.floor_divide, 2, ("floor_divide",), "//", _PRODUCT, (_jumps, _jumps), "f_floordiv({0}, {1})",
-             "f_floordiv({0}, {1})", "f_floordiv_real({0}, {1})", costly=True),
+    Operator("floordiv", torch.floor_divide, 2, ("floor_divide",), "//", _PRODUCT, (_nothing, _nothing), "f_floordiv({0}, {1})",
+             "f_floordiv({0}, {1})", "f_floordiv_real({0}, {1})", costly=True, jumps=True, wide_number=True),
     Operator("mod", torch.remainder, 2, ("remainder",), "%", _PRODUCT, (_one, _of_modulus), "f_mod({0}, {1})",
-             "f_mod({0}, {1})", "f_mod_real({0}, {1})", costly=True),
+             "f_mod({0}, {1})", "f_mod_real({0}, {1})", costly=True, jumps=True),
     Operator("minimum", torch.minimum, 2, ("minimum",), cpp="f_minimum({0}, {1})", triton=_EXTREME[0].format("minimum"),
              triton_real=_EXTREME[1].format("minimum"), finite=True),
     Operator("maximum", torch.maximum, 2, ("maximum",), cpp="f_maximum({0}, {1})", triton=_EXTREME[0].format("maximum"),
@@ -156,18 +161,18 @@ _ROWS = (
     _function("cos", torch.cos, lambda n: op("neg", op("sin", n.operands[0])), costly=True),
     Operator("pow", torch.pow, 2, ("pow",), "**", _POWER, (_of_base, _of_exponent), "f_pow({0}, {1})",
              "libdevice.pow({0}, {1})", costly=True),
-    _function("floor", torch.floor, _jumps, rising=_ALL),
-    _function("ceil", torch.ceil, _jumps, rising=_ALL),
-    _function("trunc", torch.trunc, _jumps, "libdevice.trunc({0})", rising=_ALL),
-    _function("round", torch.round, _jumps, "libdevice.rint({0})", rising=_ALL),
+    _function("floor", torch.floor, _nothing, rising=_ALL, jumps=True),
+    _function("ceil", torch.ceil, _nothing, rising=_ALL, jumps=True),
+    _function("trunc", torch.trunc, _nothing, "libdevice.trunc({0})", rising=_ALL, jumps=True),
+    _function("round", torch.round, _nothing, "libdevice.rint({0})", rising=_ALL, jumps=True),
     # -------------------------------------------------------------------------------------------------------- truth
     _compared("eq", torch.eq, "=="), _compared("ne", torch.ne, "!="), _compared("lt", torch.lt, "<"),
     _compared("le", torch.le, "<="), _compared("gt", torch.gt, ">"), _compared("ge", torch.ge, ">="),
     _logical("and", torch.bitwise_and, "and", _AND, "&"), _logical("or", torch.bitwise_or, "or", _OR, "|"),
     _logical("xor", torch.bitwise_xor, "^", _AND, "^"),
     Operator("not", torch.bitwise_not, 1, ("logical_not", "bitwise_not"), "not ", _NOT, cpp="~{0}", finite=True),
-    Operator("isnan", torch.isnan, cpp="f_isnan({0})", triton="f_isnan({0})"),
-    Operator("isinf", torch.isinf, cpp="f_isinf({0})", triton="f_isinf({0})"),
+    Operator("isnan", torch.isnan, cpp="f_isnan({0})", triton="f_isnan({0})", jumps=True),
+    Operator("isinf", torch.isinf, cpp="f_isinf({0})", triton="f_isinf({0})", jumps=True),
     # ------------------------------------------------------------------------------------------------------- others
     Operator("where", torch.where, 3, finite=True),
     Operator("cast", Tensor.to, 1, finite=True),

@@ -5,11 +5,9 @@ from __future__ import annotations
 import os
 import sys
 import threading
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, Protocol, TypeVar
-
-from torch import Tensor
 
 from fuse.ir import tile_map
 from fuse.ir.gradient import Gradient, gradient
@@ -29,7 +27,6 @@ __all__ = [
     "backward_kernel",
     "beside",
     "builds",
-    "forward_kernel",
     "kernel",
     "map_kernel",
     "prepare",
@@ -47,7 +44,6 @@ class _Runs(Protocol):
 S = TypeVar("S")
 K = TypeVar("K")
 R = TypeVar("R", bound=_Runs)
-Forward = Callable[[Sequence[Tensor], Sequence[int]], tuple[Tensor, Tensor]]
 _kernels: dict[tuple[AttentionSpec, str], Future[Kernel]] = {}
 _map_kernels: dict[tuple[TileMap, str], Future[MapKernel]] = {}
 _backward_kernels: dict[tuple[Gradient, str], Future[Backward]] = {}
@@ -61,11 +57,6 @@ def kernel(spec: AttentionSpec, target: str) -> Kernel:
     target  one of fuse.options.TARGETS
     """
     return _given(_begun(_kernels, (spec, target), make.forward), target, "forward")
-
-
-def forward_kernel(spec: AttentionSpec, target: str) -> Forward:
-    """``kernel`` for training: gives the rows' log-sum-exp beside the result."""
-    return kernel(spec, target).forward
 
 
 def backward_kernel(spec: AttentionSpec, target: str, wanted: tuple[bool, ...]) -> Backward:

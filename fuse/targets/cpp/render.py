@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from functools import partial
 
 from fuse.ir import expr
-from fuse.ir.expr import HALVES, Expr, Load, Prob, Score
+from fuse.ir.expr import Expr, Load, Prob, Score
 from fuse.ir.interval import MAX_LENGTH
 from fuse.ir.philox import drawn_in
 from fuse.ir.spec import AttentionSpec
@@ -18,7 +18,7 @@ from fuse.kernel.source import ENTRY, environment, header_lines, made_by
 from fuse.targets.cpp import write_keys
 from fuse.targets.cpp.plan import Plan, lse_dtype
 from fuse.targets.cpp.ranges import Ranges, ranges_of
-from fuse.targets.cpp.write import C_TYPES, ROUND, Body, Draw, Stage, Value, Writer, scalar_function
+from fuse.targets.cpp.write import C_TYPES, Body, Draw, Stage, Value, Writer, scalar_function
 
 # Additive masks hold -1e4 or less: a score below this does not tell how large the visible ones of its row will be.
 _MASKED_SCORE = -9000.0
@@ -75,8 +75,7 @@ class Source:
         writer = self.writer(program, exact)
         for leaf in expr.walk(node):
             if isinstance(leaf, Score):
-                rounded = exact and leaf.dtype in HALVES
-                writer.leaves[leaf] = Value(f"{ROUND[leaf.dtype]}(score)" if rounded else "score", "real", True)
+                writer.leaves[leaf] = Value("score", "real", True)
         program.result = writer.value(node).spread("real")
         if masked:
             allowed = " & ".join(self.seen(writer))

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from functools import partial
 
 from fuse.ir import expr
-from fuse.ir.expr import HALVES, Expr, Prob, Score
+from fuse.ir.expr import Expr, Prob, Score
 from fuse.ir.gradient import Gradient
 from fuse.ir.spec import AttentionSpec
 from fuse.kernel.backward import Added, BackwardProgram, Results, backward_program, is_one
@@ -17,7 +17,7 @@ from fuse.kernel.sinks import Sink
 from fuse.kernel.source import environment, header_lines
 from fuse.targets.cpp.plan import Plan
 from fuse.targets.cpp.render import Program, Source, call_context, origin
-from fuse.targets.cpp.write import C_TYPES, ROUND, Value, Writer, scalar_function
+from fuse.targets.cpp.write import C_TYPES, Value, Writer, scalar_function
 from fuse.targets.cpp.write_keys import KeyProgram, KeyRuns, KeyWriter, bound
 
 # Bytes that the parts of all sites may keep until their sums are added to small gradients.
@@ -84,8 +84,7 @@ class _Programs:
         factors = [t.factor for t in of.terms] if exact else self.computed.factors
         for leaf in expr.walk(score, slope, of.spec.weight, of.weight, *factors):
             if isinstance(leaf, Score):
-                rounded = exact and leaf.dtype in HALVES
-                writer.leaves[leaf] = Value(f"{ROUND[leaf.dtype]}(score)" if rounded else "score", "real", True)
+                writer.leaves[leaf] = Value("score", "real", True)
             if isinstance(leaf, Prob):
                 writer.leaves[leaf] = Value("prob", "real", True)
         if exact:
