@@ -13,9 +13,14 @@ _clears: list[Callable[[], None]] = []
 def remembered(make: C) -> C:
     """As functools.cache."""
     cached: Any = cache(make)
-    _clears.append(cached.cache_clear)
+    at_forget(cached.cache_clear)
     found: C = cached
     return found
+
+
+def at_forget(clear: Callable[[], None]) -> None:
+    """Has ``clear`` called by ``forget``."""
+    _clears.append(clear)
 
 
 def forget() -> None:

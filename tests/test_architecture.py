@@ -11,11 +11,12 @@ import fuse.passes
 
 # From the ground up; what a module imports stands on its own level or below.
 LEVELS = (
-    ("errors", "options"),
+    ("errors", "settings", "remembered"),
     ("ir",),
-    ("report.reasons", "report.site", "report.wording"),
+    ("report.reasons", "report.runs", "report.site", "report.wording"),
     ("kernel",),
     ("targets",),
+    ("options",),
     ("ops",),
     ("passes",),
     ("inner", "report.check"),

@@ -15,8 +15,9 @@ import fuse
 from fuse import backend, errors, inner, passes
 from fuse.options import Options
 from fuse.report.site import Site
+from fuse.targets import registry
 
-SITE = Site(recovered=True, reason=None, where="model.py:7", module="h.0.attn")
+SITE = Site(recovered=True, reason=None, where="model.py:7", module="h.0.attn", target="cpp")
 Run = Callable[[GraphModule, Options], list[Site]]
 
 
@@ -98,21 +99,15 @@ class Tagged(Tensor):
     """A subclass that may give any op another meaning."""
 
 
-def test_graphs_on_tensor_subclasses_are_left_alone(run: Callable[[Run], None]) -> None:
-    run(triple_instead)
-    gm = torch.fx.symbolic_trace(double)
-    assert backend.rewrite(gm, [torch.randn(3).as_subclass(Tagged)], Options()) == []
-    assert backend.rewrite(gm, [torch.nn.Parameter(torch.randn(3)), 7], Options()) == [SITE]
+def test_graphs_on_tensor_subclasses_are_left_alone() -> None:
+    assert backend.target_of([torch.randn(3).as_subclass(Tagged)], Options()) is None
+    assert backend.target_of([torch.nn.Parameter(torch.randn(3)), 7], Options()) is registry.named("cpp")
 
 
-def test_graphs_on_other_devices_are_left_alone_with_one_warning(
-    run: Callable[[Run], None], caplog: pytest.LogCaptureFixture
-) -> None:
-    run(triple_instead)
-    gm = torch.fx.symbolic_trace(double)
+def test_graphs_on_other_devices_are_left_alone_with_one_warning(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.WARNING, "fuse"):
         for _ in range(2):
-            assert backend.rewrite(gm, [torch.empty(3, device="meta")], Options()) == []
+            assert backend.target_of([torch.empty(3, device="meta")], Options()) is None
     assert caplog.text.count("tensors on meta run without fuse") == 1
 
 

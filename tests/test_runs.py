@@ -18,8 +18,8 @@ from torch import Tensor
 import fuse
 from fuse import backend, targets
 from fuse.report.site import Site
-from fuse.targets import make
 from fuse.targets.cache import BuildFailed
+from fuse.targets.cpp import target
 
 # Compiles, in little time, what the first letters of a source's name do not forbid.
 COMPILER = """#!/bin/sh
@@ -169,7 +169,7 @@ def test_a_kernel_that_is_being_built_is_told_so_without_waiting(monkeypatch: py
         assert built.wait(60)
         raise BuildFailed("too late")
 
-    monkeypatch.setattr(make, "build_backward", slow)
+    monkeypatch.setattr(target, "build_backward", slow)
     spec, wanted = CASES["plain"]("float32").spec, (True, True, True)
     site = Site(True, None, "model.py:7", "h.0", spec=spec, wanted=wanted, target="cpp")
     targets.prepare_backward(spec, "cpp", wanted)

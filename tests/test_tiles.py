@@ -11,6 +11,7 @@ import torch
 from programs import pass_over
 from torch import Tensor
 
+from fuse import targets
 from fuse.ir import tile_map
 from fuse.ir.expr import Expr, Load, apply, const, index
 from fuse.ir.spec import Operand
@@ -101,7 +102,7 @@ def test_a_buffers_map_is_made_again_only_when_the_buffer_has_changed(monkeypatc
     made: list[object] = []
     original = map_op._kernel
     monkeypatch.setattr(map_op, "_kernel", lambda *key: lambda *call: made.append(call) or original(*key)(*call))
-    kept.reset()
+    targets.reset()
     module, inputs = Buffered(), heads()
     compiled = torch.compile(module, backend="fuse", options={"target": "reference", "inner": "eager"})
     with torch.no_grad():
@@ -120,7 +121,7 @@ class HalfBuffered(Buffered):
 
 
 def test_a_map_of_a_buffer_and_an_input_is_not_kept() -> None:
-    kept.reset()
+    targets.reset()
     compiled = torch.compile(HalfBuffered(), backend="fuse", options={"target": "reference", "inner": "eager"})
     with torch.no_grad():
         compiled(*heads(), torch.ones(N, N, dtype=torch.bool))

@@ -21,11 +21,11 @@ import triton_interpreter  # noqa: E402, F401  mends the interpreter
 from triton.runtime.errors import OutOfResources  # noqa: E402
 
 from fuse.__main__ import main  # noqa: E402
-from fuse.targets import tuning  # noqa: E402
+from fuse.targets.triton import tuning  # noqa: E402
 from fuse.targets.triton.launch import TritonKernel  # noqa: E402
 from fuse.targets.triton.launch_backward import TritonBackward  # noqa: E402
 from fuse.targets.triton.plan import TritonPlan  # noqa: E402
-from fuse.targets.tuning import Subject, fastest, kept  # noqa: E402
+from fuse.targets.triton.tuning import Subject, fastest, kept  # noqa: E402
 
 PLANS = tuple(TritonPlan(64, 64, block, 64, 4, 2) for block in (128, 64, 32, 16))
 SUBJECT = Subject(Path("attention_bfloat16_64x64_0123.py"), "a GPU", (8, 8))

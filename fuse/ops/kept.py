@@ -8,6 +8,8 @@ from collections.abc import Callable, Hashable, Sequence
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
+from fuse.remembered import at_forget
+
 _LIMIT = 64
 _kept: OrderedDict[Hashable, Tensor] = OrderedDict()
 
@@ -29,8 +31,7 @@ def kept(tensors: Sequence[Tensor], key: Hashable, make: Callable[[], Tensor]) -
     return _kept[state]
 
 
-def reset() -> None:
-    _kept.clear()
+at_forget(_kept.clear)
 
 
 def _state(t: Tensor) -> Hashable:

@@ -13,7 +13,6 @@ from fuse.ir import tile_map
 from fuse.ir.gradient import Gradient, gradient
 from fuse.ir.spec import AttentionSpec
 from fuse.ir.tile_map import TileMap
-from fuse.ops import kept
 from fuse.remembered import forget
 from fuse.report.runs import Part, Runs
 from fuse.targets import make, told
@@ -112,7 +111,6 @@ def _empty() -> None:
     _map_kernels.clear()
     _backward_kernels.clear()
     _pools.clear()
-    kept.reset()
     told.reset()
     _lock = threading.Lock()
 

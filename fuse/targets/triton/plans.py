@@ -9,10 +9,10 @@ from typing import Generic
 
 import torch
 
-from fuse.targets import tuning
+from fuse.targets.triton import tuning
 from fuse.targets.triton.module import architecture_of, launched
 from fuse.targets.triton.plan import Architecture
-from fuse.targets.tuning import P, Subject
+from fuse.targets.triton.tuning import P, Subject
 
 
 class Plans(Generic[P]):
