@@ -43,6 +43,7 @@ def _parser() -> argparse.ArgumentParser:
     sub = commands.add_parser("explain", parents=[named], help=about)
     sub.add_argument("--json", action="store_true", help="print JSON")
     sub.add_argument("--html", type=Path, metavar="FILE", help="write a page instead")
+    sub.add_argument("--passes", type=int, nargs="?", const=1, metavar="N", help="print what each pass made of site N (1)")
     sub.set_defaults(run=_explain)
 
     about = "run a model once on the GPU, measure which tile sizes its attention is fastest with, and keep that"
@@ -66,6 +67,8 @@ def _explain(args: argparse.Namespace) -> int:
         report = explain(model, *inputs, **named)
     if args.html:
         print(report.to_html(args.html))
+    elif args.passes is not None:
+        print(report.passes(args.passes) or f"no site {args.passes}: {report.summary}")
     else:
         print(report.to_json() if args.json else report)
     return 0

@@ -136,9 +136,12 @@ def _fuse_site(graph: Graph, candidate: Candidate, setting: Setting, state_of: M
             continue
         if state_of[candidate.anchor].level != state_of[root].level:
             raise Declined(StateChanges("the border of a functorch transform"))
+        steps = [("lift", lifted.spec)]
         for each in PASSES:
             lifted = _verified(each, each(lifted, setting))
-        return Found(candidate, lifted, insert(graph, root, lifted, setting.trace, setting.target))
+            steps.append((each.__name__, lifted.spec))
+        replacement = insert(graph, root, lifted, setting.trace, setting.target)
+        return Found(candidate, lifted, replacement, (*steps, ("insert", replacement.spec)))
     assert declined is not None
     raise declined
 

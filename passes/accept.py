@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from torch.fx import Graph, Node
 
+from fuse.ir.spec import AttentionSpec
 from fuse.passes.find import Candidate
 from fuse.passes.lift import Lifted
 from fuse.passes.read.graph import location, module_path, user_name
@@ -18,11 +19,12 @@ from fuse.report.wording import mask_text, score_text
 
 @dataclass(frozen=True)
 class Found:
-    """A site whose op is in the graph, unused."""
+    """A site whose op is in the graph, unused; ``steps``: its spec after each pass."""
 
     candidate: Candidate
     lifted: Lifted
     replacement: Replacement
+    steps: tuple[tuple[str, AttentionSpec], ...]
 
     @property
     def consumed(self) -> set[Node]:
@@ -70,7 +72,8 @@ def _fused_site(f: Found) -> Site:
     mask = mask_text(spec.mask.predicate, names) if spec.mask else ""
     sizes = tuple(size_hint(n, f.lifted.leaves[0]) for n in f.lifted.sizes)
     formula, wanted = score_text(spec.score, names), f.replacement.wanted
-    return Site(True, None, location(root), module_path(root), formula, mask, spec, sizes, names, wanted=wanted)
+    where, module = location(root), module_path(root)
+    return Site(True, None, where, module, formula, mask, spec, sizes, names, wanted=wanted, steps=f.steps)
 
 
 def _user_of(found: Found, live: set[Node], slices: set[Node]) -> str:

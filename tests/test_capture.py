@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -19,6 +20,7 @@ from torch.nn import functional as F
 
 import fuse
 from fuse import passes
+from fuse.passes.lift import Lifted, Setting
 from fuse.passes.read.graph import location
 
 
@@ -275,3 +277,15 @@ def test_where_is_the_line_of_the_users_source() -> None:
     compiled(attend)(*qkv())
     (site,) = fuse.report().sites
     assert site.where == f"{os.path.basename(__file__)}:{attend.__code__.co_firstlineno + 1}"
+
+
+def test_a_spec_that_a_pass_broke_is_refused_by_the_name_of_the_pass(monkeypatch: pytest.MonkeyPatch) -> None:
+    def break_it(lifted: Lifted, _: Setting) -> Lifted:
+        return replace(lifted, spec=replace(lifted.spec, empty_row="seven"))
+
+    monkeypatch.setattr(passes, "PASSES", (*passes.PASSES, break_it))
+    q = torch.randn(1, 2, 9, 16)
+    attend = torch.compile(lambda x: (x @ x.mT).softmax(-1) @ x, backend="fuse", options={"inner": "eager"})
+    torch.testing.assert_close(attend(q), (q @ q.mT).softmax(-1) @ q)
+    (site,) = fuse.report().sites
+    assert not site.fused and "after break_it: empty_row 'seven'" in str(site.reason)

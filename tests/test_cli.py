@@ -23,6 +23,15 @@ def build():
     x = torch.randn(1, 2, 32, 16)
     return Attention(), (x, x, x)
 
+class Causal(torch.nn.Module):
+    def forward(self, q, k, v):
+        i = torch.arange(32)
+        scores = (q @ k.transpose(-1, -2) * 0.25).masked_fill(i > i[:, None], float("-inf"))
+        return scores.softmax(-1) @ v
+
+def causal():
+    return Causal(), build()[1]
+
 def wrong():
     return Attention()
 """
@@ -40,6 +49,17 @@ def test_explain_reads_a_model_from_a_file(model: Path, capsys: pytest.CaptureFi
     shown = capsys.readouterr().out
     assert shown.startswith("1 attention site, 1 fused")
     assert "model.py:6" in shown or "model.py:7" in shown
+
+
+def test_explain_prints_what_each_pass_made_of_a_site(model: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["explain", f"{model}:causal", "--passes"]) == 0
+    shown = capsys.readouterr().out
+    lifted, masked = shown.index("\nlift\n"), shown.index("\nrecover_mask\n")
+    assert "softmax over k of where(k > q, -inf, score * 0.25)" in shown[lifted:masked]
+    assert "visible where" not in shown[:masked] and "visible where k <= q, that is k < 1 + q" in shown[masked:]
+    assert "\ntabulate\n    as before\n" in shown
+    assert main(["explain", f"{model}:causal", "--passes", "2"]) == 0
+    assert capsys.readouterr().out == "no site 2: 1 attention site, 1 fused\n"
 
 
 def test_explain_gives_json_and_html(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

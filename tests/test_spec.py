@@ -109,3 +109,13 @@ def test_query_key_and_value_must_be_loads() -> None:
     data["expr"]["roots"]["query"] = data["expr"]["roots"]["score"]
     with pytest.raises(InvalidSpec, match="must be loads"):
         AttentionSpec.from_json(json.dumps(data))
+
+
+def test_a_spec_reads_like_its_formula() -> None:
+    assert str(CASES["causal"]("float32").spec) == (
+        "out[b0, b1, q, e] = sum over k of prob * operand2[b0, b1, k, e]\n"
+        "prob = softmax over k of where(k <= q, score * 0.25, -inf)\n"
+        "score = sum over d of operand0[b0, b1, q, d] * operand1[b0, b1, k, d]\n"
+        "visible where k <= q, that is k < q + 1\n"
+        "    there the softmax is of score * 0.25, elsewhere of at most -inf"
+    )

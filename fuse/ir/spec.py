@@ -65,6 +65,17 @@ class Mask:
     fill: float
     tiles: Load | None = None
 
+    def lines(self) -> list[str]:
+        """What is known, for people."""
+        bounds = [f"{x} {sign} k" for x, sign in ((self.lower, "<="),) if x is not None]
+        bounds += [f"k < {self.upper}"] * (self.upper is not None)
+        asked = [*bounds, *([] if self.residual is None else [str(self.residual)])]
+        return [
+            f"visible where {self.predicate}, that is {' and '.join(asked) or 'everywhere'}",
+            f"    there the softmax is of {self.visible}, elsewhere of at most {self.fill:g}",
+            *([] if self.tiles is None else [f"    its tiles are told by {self.tiles}"]),
+        ]
+
 
 @dataclass(frozen=True)
 class AttentionSpec:
@@ -154,6 +165,19 @@ class AttentionSpec:
             found |= {"mask.predicate": m.predicate, "mask.visible": m.visible, "mask.lower": m.lower,
                       "mask.upper": m.upper, "mask.residual": m.residual, "mask.tiles": m.tiles}  # fmt: skip
         return {name: x for name, x in found.items() if x is not None}
+
+    def __str__(self) -> str:
+        """The formula, a line for each of its parts."""
+        at = ", ".join([*(f"b{i}" for i in range(self.batch)), "q", "e"])
+        joined = "".join(f", with {x} in the sum" for x in self.extra_logits)
+        return "\n".join(
+            [
+                f"out[{at}] = sum over k of {self.weight} * {self.value}",
+                f"prob = softmax over k of {self.score}{joined}",
+                f"score = sum over d of {self.query} * {self.key}",
+                *([] if self.mask is None else self.mask.lines()),
+            ]
+        )
 
     def to_json(self) -> str:
         """Canonical text: equal specs give equal texts."""

@@ -13,6 +13,7 @@ import torch
 from torch.fx import GraphModule, Node
 
 from fuse import backend
+from fuse.ir.spec import AttentionSpec
 from fuse.options import resolve
 from fuse.report.runs import Part, Runs
 from fuse.report.site import Site
@@ -85,11 +86,24 @@ class Report:
         """Sites that differ in nothing but the module path, which is what the layers of a model are."""
         alike: dict[str, list[Site]] = {}
         for site in self.sites:
-            alike.setdefault(repr(replace(site, module="", spec=None, names={})), []).append(site)
+            alike.setdefault(repr(replace(site, module="", spec=None, names={}, steps=())), []).append(site)
         return [Group(sites[0], len(sites), merge_paths([site.module for site in sites])) for sites in alike.values()]
 
     def __str__(self) -> str:
         return "\n".join([self.summary, *_table(self.groups()), *([self.note] if self.note else [])])
+
+    def passes(self, number: int = 1) -> str:
+        """What each pass made of one recovered site, counted from 1; "" where there is none of that number."""
+        found = [site for site in self.sites if site.steps][number - 1 : number]
+        lines: list[str] = []
+        for site in found:
+            lines.append(f"{site.where}  {site.module}".rstrip())
+            before: AttentionSpec | None = None
+            for name, spec in site.steps:
+                shown = ["as before"] if spec == before else str(spec).splitlines()
+                lines += ["", name, *(f"    {line}" for line in shown)]
+                before = spec
+        return "\n".join(lines)
 
     @property
     def summary(self) -> str:

@@ -25,6 +25,7 @@ class Site:
     kernels   target → source of what computes the result, filled in when kernels are built
     wanted    for each operand whether training asks for its gradient
     target    that the graph was compiled for; "" where it was only analysed
+    steps     the spec after each pass, by the pass's name
     runs      what computes its result ("forward"), its gradients ("backward") and its mask's map ("tile map"), as far as known
     """
 
@@ -40,6 +41,7 @@ class Site:
     kernels: dict[str, Path] = field(default_factory=dict)
     wanted: tuple[bool, ...] = ()
     target: str = ""
+    steps: tuple[tuple[str, AttentionSpec], ...] = ()
     runs: dict[Part, Runs] = field(default_factory=dict)
 
     @property
