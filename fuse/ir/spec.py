@@ -15,7 +15,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -143,27 +143,14 @@ class AttentionSpec:
 
     def mapped(self, f: Callable[[Expr], Expr]) -> AttentionSpec:
         """The spec with f applied to every expression."""
-        m = self.mask
-        mask = m and Mask(
-            f(m.predicate), f(m.visible), m.lower and f(m.lower), m.upper and f(m.upper), m.residual and f(m.residual), m.fill,
-            m.tiles and _as_load(f(m.tiles)),
-        )  # fmt: skip
-        query, key, value = (_as_load(f(x)) for x in (self.query, self.key, self.value))
-        return dataclasses.replace(
-            self, query=query, key=key, value=value, score=f(self.score), mask=mask, weight=f(self.weight),
-            extra_logits=tuple(map(f, self.extra_logits)),
-        )  # fmt: skip
+        roots = {name: f(root) for name, root in self.roots().items()}
+        return dataclasses.replace(self, **_expressions(roots, None if self.mask is None else self.mask.fill))
 
     def roots(self) -> dict[str, Expr]:
         """Every expression of the spec by name."""
-        found: dict[str, Expr | None] = {
-            "query": self.query, "key": self.key, "value": self.value, "score": self.score, "weight": self.weight,
-            **{f"extra_logits.{i}": x for i, x in enumerate(self.extra_logits)},
-        }  # fmt: skip
-        if self.mask is not None:
-            m = self.mask
-            found |= {"mask.predicate": m.predicate, "mask.visible": m.visible, "mask.lower": m.lower,
-                      "mask.upper": m.upper, "mask.residual": m.residual, "mask.tiles": m.tiles}  # fmt: skip
+        found = {name: getattr(self, name) for name in _OF_SPEC}
+        found |= {f"extra_logits.{i}": x for i, x in enumerate(self.extra_logits)}
+        found |= {f"mask.{name}": getattr(self.mask, name, None) for name in _OF_MASK}
         return {name: x for name, x in found.items() if x is not None}
 
     def __str__(self) -> str:
@@ -194,26 +181,29 @@ class AttentionSpec:
         data = json.loads(text)
         if data["version"] != VERSION:
             raise InvalidSpec(f"spec version {data['version']}; this fuse reads version {VERSION}")
-        roots = serial.from_json(data["expr"])
-        mask = None
-        if data["fill"] is not None:
-            get = roots.get
-            tiles = None if (found := get("mask.tiles")) is None else _as_load(found)
-            mask = Mask(roots["mask.predicate"], roots["mask.visible"], get("mask.lower"), get("mask.upper"),
-                        get("mask.residual"), float.fromhex(data["fill"]), tiles)  # fmt: skip
-        query, key, value = (_as_load(roots[name]) for name in ("query", "key", "value"))
-        extra_logits = tuple(roots[f"extra_logits.{i}"] for i in range(sum(n.startswith("extra_logits.") for n in roots)))
+        fill = None if data["fill"] is None else float.fromhex(data["fill"])
         return AttentionSpec(
-            data["batch"], data["qk_dim"], data["v_dim"], tuple(Operand(*o) for o in data["operands"]), query, key, value,
-            roots["score"], mask, extra_logits, roots["weight"], data["empty_row"], data["out_dtype"],
-            tuple(data["out_order"]), tuple(data["extra"]),
+            batch=data["batch"], qk_dim=data["qk_dim"], v_dim=data["v_dim"],
+            operands=tuple(Operand(*o) for o in data["operands"]), empty_row=data["empty_row"], out_dtype=data["out_dtype"],
+            out_order=tuple(data["out_order"]), extra=tuple(data["extra"]),
+            **_expressions(serial.from_json(data["expr"]), fill),
         )  # fmt: skip
 
 
-def _as_load(node: Expr) -> Load:
-    if not isinstance(node, Load):
-        raise InvalidSpec(f"query, key, value and the map of tiles must be loads, not {node}")
-    return node
+# The fields that are expressions; "extra_logits" are numbered.
+_OF_SPEC = ("query", "key", "value", "score", "weight")
+_OF_MASK = ("predicate", "visible", "lower", "upper", "residual", "tiles")
+
+
+def _expressions(roots: Mapping[str, Expr], fill: float | None) -> dict[str, Any]:
+    """The fields of a spec, from what ``roots`` gives; ``fill``: of its mask, if it has one."""
+    for name in ("query", "key", "value", "mask.tiles"):
+        if not isinstance(roots.get(name), Load | None):
+            raise InvalidSpec(f"query, key, value and the map of tiles must be loads, not {roots[name]}")
+    of_mask: dict[str, Any] = {name: roots.get(f"mask.{name}") for name in _OF_MASK}
+    found: dict[str, Any] = {name: roots[name] for name in _OF_SPEC}
+    extra_logits = (roots[f"extra_logits.{i}"] for i in range(sum(n.startswith("extra_logits.") for n in roots)))
+    return found | {"extra_logits": tuple(extra_logits), "mask": None if fill is None else Mask(**of_mask, fill=fill)}
 
 
 def verify(spec: AttentionSpec) -> None:

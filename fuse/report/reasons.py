@@ -82,11 +82,6 @@ class UnsupportedType(Reason):
     unblock = "use dense float32, bfloat16, float16 or float64 tensors"
 
 
-class UnsupportedOperation(Reason):
-    message = "{detail} between the two products cannot be expressed per element"
-    unblock = "use elementwise operations, views and gathers on the scores"
-
-
 class Mutated(Reason):
     message = "{detail} is written in place between its use in the attention and the end of it"
     unblock = "use an out-of-place operation"
@@ -100,11 +95,6 @@ class StateChanges(Reason):
 class NotTraceable(Reason):
     message = "the region could not be traced: {detail}"
     unblock = "report it, with the model"
-
-
-class DoesNotPay(Reason):
-    message = "too small for a kernel of its own: {detail}"
-    unblock = "nothing: the rest of the graph runs it faster"
 
 
 class InternalError(Reason):
