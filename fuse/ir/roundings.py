@@ -6,7 +6,7 @@ as eager performs them: 257 in bfloat16 is 256, and so not larger than 256.
 
 from __future__ import annotations
 
-from fuse.ir.expr import FLOATS, Apply, Const, Expr, const, rounded
+from fuse.ir.expr import FLOATS, Apply, Const, Expr, Load, const, rounded
 from fuse.ir.operators import OPERATORS
 
 
@@ -15,6 +15,11 @@ def decides(node: Expr) -> bool:
     if not isinstance(node, Apply) or all(a.dtype not in FLOATS for a in node.operands):
         return False
     return OPERATORS[node.op].jumps or (node.op == "cast" and node.dtype not in FLOATS)
+
+
+def is_read(node: Expr) -> bool:
+    """Whether a value comes from memory, or is drawn: it is as its dtype has it."""
+    return isinstance(node, Load) or (isinstance(node, Apply) and node.op == "uniform")
 
 
 def as_taken(node: Apply) -> tuple[Expr, ...]:

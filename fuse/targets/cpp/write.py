@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from fuse.ir.expr import COMPARISONS, FLOATS, Apply, Const, Expr, Index, Load, Prob, Score, Symbol, axes, contains, index
 from fuse.ir.interval import interval
 from fuse.ir.operators import OPERATORS
-from fuse.ir.roundings import as_taken, decides
+from fuse.ir.roundings import as_taken, decides, is_read
 from fuse.kernel.places import is_affine, is_separable
 
 C_TYPES = {
@@ -297,11 +297,6 @@ def _cast_lanes(node: Apply, arg: Value) -> str:
 def _axes(node: Expr) -> frozenset[str]:
     """Indices that choose where a node is computed; the score and the weight exist per query and key."""
     return axes(node) | ({"q", "k"} if contains(node, Score) or contains(node, Prob) else frozenset())
-
-
-def is_read(node: Expr) -> bool:
-    """Whether a value comes from memory, or is drawn: it is as its dtype has it."""
-    return isinstance(node, Load) or (isinstance(node, Apply) and node.op == "uniform")
 
 
 def kind_of(node: Expr, lanes: bool) -> str:
