@@ -10,7 +10,8 @@ from fuse.ir.interval import Interval, interval
 from fuse.ir.spec import AttentionSpec
 from fuse.ir.tile_map import TileMap
 
-_LENGTH, _HEADS, _BATCH, _EXTRA = 512, 8, 1, 128
+LENGTH, HEADS = 512, 8
+_BATCH, _EXTRA = 1, 128
 # Dimensions whose index comes from data: the tables and buckets that models have are at most this long.
 _UNKNOWN_EXTENT = 1024
 
@@ -49,11 +50,11 @@ def row_major(dtype: str, shape: Sequence[int]) -> ExampleTensor:
     return ExampleTensor(dtype, tuple(shape), tuple(range(len(shape))))
 
 
-def example(spec: AttentionSpec | TileMap) -> Example:
-    """Operands just large enough for every access of ``spec`` at the example's sizes."""
-    batch = tuple(_BATCH if i == 0 and spec.batch > 1 else _HEADS for i in range(spec.batch))
-    sizes = dict(zip(spec.symbols, (*batch, _LENGTH, _LENGTH, *(_EXTRA for _ in spec.extra)), strict=True))
-    extents = {"q": _LENGTH, "k": _LENGTH} | {f"b{i}": size for i, size in enumerate(batch)}
+def example(spec: AttentionSpec | TileMap, length: int = LENGTH, heads: int = HEADS) -> Example:
+    """Operands just large enough for every access of ``spec`` with ``length`` queries and keys."""
+    batch = tuple(_BATCH if i == 0 and spec.batch > 1 else heads for i in range(spec.batch))
+    sizes = dict(zip(spec.symbols, (*batch, length, length, *(_EXTRA for _ in spec.extra)), strict=True))
+    extents = {"q": length, "k": length} | {f"b{i}": size for i, size in enumerate(batch)}
     if isinstance(spec, AttentionSpec):
         extents |= {"d": spec.qk_dim, "e": spec.v_dim}
 
@@ -68,7 +69,7 @@ def example(spec: AttentionSpec | TileMap) -> Example:
             for dim, coord in enumerate(node.coords):
                 bounds = interval(coord, leaves)
                 extent = _UNKNOWN_EXTENT if bounds is None else bounds[1] + 1
-                shapes[node.operand][dim] = max(shapes[node.operand][dim], min(extent, 2 * _LENGTH + _UNKNOWN_EXTENT))
+                shapes[node.operand][dim] = max(shapes[node.operand][dim], min(extent, 2 * length + _UNKNOWN_EXTENT))
     values = tuple(sizes.values())
     operands = (row_major(o.dtype, s) for o, s in zip(spec.operands, shapes, strict=True))
     return Example(values, tuple(operands), row_major(spec.out_dtype, spec.out_shape(values)))

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from dataclasses import dataclass
 from pathlib import Path
 
+from fuse.report.runs import Runs
 from fuse.settings import settings
 from fuse.targets.cache import BuildFailed, content, write_atomically
 
@@ -18,13 +18,24 @@ class Source:
     text: str
     edited: Path | None = None
 
+    def runs(self, file: Path) -> Runs:
+        """What is to be said of a kernel of this text, in ``file``."""
+        return Runs("kernel", file) if self.edited is None else Runs("edited kernel", self.edited)
 
-def dumped(name: str, rendered: str) -> Source:
+    def refused(self, why: Exception) -> BuildFailed:
+        """``why`` it cannot be built, which names the file where that is not ours."""
+        if self.edited is None:
+            return BuildFailed(str(why))
+        remedy = "Correct it, or delete it to have the kernel as it was rendered"
+        return BuildFailed(f"the edited kernel {self.edited} cannot be built. {remedy}. {why}")
+
+
+def dumped(name: str, rendered: str, suffix: str) -> Source:
     """What is to be built of a ``rendered`` kernel. Raises BuildFailed where its file in the folder cannot be read."""
     folder = settings().dump
     if folder is None:
         return Source(rendered)
-    path = folder / f"{name}-{hashlib.sha256(rendered.encode()).hexdigest()[:12]}.cpp"
+    path = folder / f"{name}-{hashlib.sha256(rendered.encode()).hexdigest()[:12]}{suffix}"
     try:
         if not path.exists():
             folder.mkdir(parents=True, exist_ok=True)
@@ -35,4 +46,4 @@ def dumped(name: str, rendered: str) -> Source:
         text = data.decode()
     except (OSError, UnicodeDecodeError) as error:
         raise BuildFailed(f"FUSE_DUMP: {path} is no source that can be read and written: {error}. Move it away") from error
-    return Source(text) if text == rendered else Source(f"#line 1 {json.dumps(str(path))}\n{text}", path)
+    return Source(text, None if text == rendered else path)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import json
 import os
 import platform
 import shlex
@@ -111,16 +112,13 @@ def build_tile_map(spec: TileMap, isa: str | None = None) -> Built:
 
 def build_source(name: str, isa: str, rendered: str) -> Built:
     """Raises BuildFailed, which names the file that somebody edited where it is not ours."""
-    source, command = dumped(name, rendered), (*compiler(), *_FLAGS, *_ISA_FLAGS[isa])
+    source, command = dumped(name, rendered, ".cpp"), (*compiler(), *_FLAGS, *_ISA_FLAGS[isa])
+    text = source.text if source.edited is None else f"#line 1 {json.dumps(str(source.edited))}\n{source.text}"
     try:
-        found = entry("cpp", name, ".cpp", source.text, _depends(command), partial(_compile, command), _load)
+        found = entry("cpp", name, ".cpp", text, _depends(command), partial(_compile, command), _load)
     except BuildFailed as error:
-        if source.edited is None:
-            raise
-        remedy = "Correct it, or delete it to have the kernel as it was rendered"
-        raise BuildFailed(f"the edited kernel {source.edited} cannot be built. {remedy}. {error}") from error
-    runs = Runs("kernel", found.source) if source.edited is None else Runs("edited kernel", source.edited)
-    return Built(found.source, found.loaded, runs)
+        raise source.refused(error) from error
+    return Built(found.source, found.loaded, source.runs(found.source))
 
 
 def _depends(command: tuple[str, ...]) -> str:

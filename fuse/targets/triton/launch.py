@@ -12,14 +12,11 @@ from torch import Tensor
 from fuse.ir.spec import AttentionSpec
 from fuse.kernel import sharing
 from fuse.kernel.source import ENTRY
-from fuse.report.runs import Runs
-from fuse.targets.cache import write_once
 from fuse.targets.triton import plan_decode
 from fuse.targets.triton.copies import Copies
-from fuse.targets.triton.function import Function
 from fuse.targets.triton.launch_decode import TritonDecode
 from fuse.targets.triton.launch_tiles import TritonTiles
-from fuse.targets.triton.module import current_architecture, load, precision, processors
+from fuse.targets.triton.module import Module, current_architecture, made, precision, processors
 from fuse.targets.triton.plan import TritonPlan, candidates, plan_triton
 from fuse.targets.triton.plan_decode import Route
 from fuse.targets.triton.plans import Plans
@@ -27,16 +24,15 @@ from fuse.targets.triton.render import render_triton
 
 
 class TritonKernel:
-    """A loaded kernel of an attention spec."""
+    """A loaded kernel of an attention spec; ``module``: another than would be rendered."""
 
-    def __init__(self, spec: AttentionSpec) -> None:
+    def __init__(self, spec: AttentionSpec, module: Module | None = None) -> None:
         self._spec = spec
         self.plans = Plans(partial(candidates, spec))
         name = f"attention_{spec.out_dtype}_{spec.qk_dim}x{spec.v_dim}"
         plan = plan_triton(spec, current_architecture())
-        self.source = write_once("triton", name, ".py", render_triton(spec, plan))
-        self.runs = Runs("kernel", self.source)
-        self.function = Function(getattr(load(self.source), ENTRY))
+        module = module or made(name, render_triton(spec, plan))
+        self.source, self.runs, self.function = module.source, module.runs, module.function(ENTRY)
         self._runs = sharing.runs(spec)
         self._copies = Copies(spec, ("query", "key", "value"), plan.described)
         self._tiles = TritonTiles(spec, "q")

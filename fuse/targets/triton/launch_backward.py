@@ -17,15 +17,12 @@ from fuse.kernel.backward import exact_below
 from fuse.kernel.groups import Groups, groups_of
 from fuse.kernel.sinks import Sink, sinks
 from fuse.kernel.source import ENTRY
-from fuse.report.runs import Runs
 from fuse.targets import reference
-from fuse.targets.cache import write_once
 from fuse.targets.gradients import Gradients
 from fuse.targets.told import left
 from fuse.targets.triton.copies import Copies
-from fuse.targets.triton.function import Function
 from fuse.targets.triton.launch_tiles import TritonTiles
-from fuse.targets.triton.module import current_architecture, load, precision
+from fuse.targets.triton.module import Module, current_architecture, made, precision
 from fuse.targets.triton.plan import described
 from fuse.targets.triton.plan_backward import Launch, TritonBackwardPlan, candidates_backward
 from fuse.targets.triton.plans import Plans
@@ -35,9 +32,12 @@ _MOST = 64  # tables of groups that are kept, by batch sizes: while a CUDA graph
 
 
 class TritonBackward:
-    """The loaded kernels of the gradients of ``wanted`` operands. Raises Unsupported."""
+    """The loaded kernels of the gradients of ``wanted`` operands; ``module``: another than would be rendered.
 
-    def __init__(self, spec: AttentionSpec, wanted: Sequence[bool]) -> None:
+    Raises Unsupported.
+    """
+
+    def __init__(self, spec: AttentionSpec, wanted: Sequence[bool], module: Module | None = None) -> None:
         self._spec, self._wanted = spec, tuple(wanted)
         self._sinks = sinks(spec, wanted)
         self._shared = any(kind_of(s) == "shared" for s in self._sinks)
@@ -49,11 +49,10 @@ class TritonBackward:
         name = f"attention_backward_{spec.out_dtype}_{spec.qk_dim}x{spec.v_dim}"
         rendered = described(spec, current_architecture())
         self._copies = Copies(spec, COPIED, rendered)
-        self.source = write_once("triton", name, ".py", render_backward(spec, wanted, rendered))
-        self.runs = Runs("kernel", self.source)
-        module = load(self.source)
+        module = module or made(name, render_backward(spec, wanted, rendered))
+        self.source, self.runs = module.source, module.runs
         names = ["rows", "keys", "queries", *(["distances"] if written_by("k - q", self._sinks) else [])]
-        self.functions = {name: Function(getattr(module, f"{ENTRY}_{name}")) for name in names}
+        self.functions = {name: module.function(f"{ENTRY}_{name}") for name in names}
 
     def __call__(
         self, grad_out: Tensor, operands: Sequence[Tensor], sizes: Sequence[int], out: Tensor, lse: Tensor

@@ -11,10 +11,8 @@ from torch import Tensor
 
 from fuse.ir.spec import AttentionSpec
 from fuse.kernel.source import ENTRY
-from fuse.targets.cache import write_once
 from fuse.targets.triton import plan_decode
-from fuse.targets.triton.function import Function
-from fuse.targets.triton.module import current_architecture, load, precision
+from fuse.targets.triton.module import current_architecture, made, precision
 from fuse.targets.triton.plan import TritonPlan
 from fuse.targets.triton.plan_decode import Route
 from fuse.targets.triton.plans import Plans
@@ -28,10 +26,8 @@ class TritonDecode:
         self._spec = spec
         self.plans = Plans(partial(plan_decode.plans, spec))
         name = f"decode_{spec.out_dtype}_{spec.qk_dim}x{spec.v_dim}"
-        self.source = write_once("triton", name, ".py", render_decode(spec, plan_decode.plans(spec, current_architecture())[0]))
-        module = load(self.source)
-        self.function = Function(getattr(module, ENTRY))
-        self.merge = Function(getattr(module, MERGE))
+        module = made(name, render_decode(spec, plan_decode.plans(spec, current_architecture())[0]))
+        self.source, self.function, self.merge = module.source, module.function(ENTRY), module.function(MERGE)
 
     def attend(self, route: Route, sizes: Sequence[int], out: Tensor, lse: Tensor | None, arguments: Sequence[Any]) -> None:
         """Writes ``out``, and ``lse`` where it is wanted. ``arguments``: operands, sizes, strides, as of the forward kernel."""

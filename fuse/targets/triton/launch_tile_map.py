@@ -9,10 +9,7 @@ import torch
 from torch import Tensor
 
 from fuse.ir.tile_map import TileMap
-from fuse.report.runs import Runs
-from fuse.targets.cache import write_once
-from fuse.targets.triton.function import Function
-from fuse.targets.triton.module import load
+from fuse.targets.triton.module import made
 from fuse.targets.triton.render_tile_map import TILE_MAP, render_tile_map_triton
 
 # Cells of a program.
@@ -24,9 +21,8 @@ class TritonTileMap:
 
     def __init__(self, spec: TileMap) -> None:
         self._spec = spec
-        self.source = write_once("triton", "tile_map", ".py", render_tile_map_triton(spec))
-        self.runs = Runs("kernel", self.source)
-        self.function = Function(getattr(load(self.source), TILE_MAP))
+        module = made("tile_map", render_tile_map_triton(spec))
+        self.source, self.runs, self.function = module.source, module.runs, module.function(TILE_MAP)
 
     def __call__(self, operands: Sequence[Tensor], sizes: Sequence[int]) -> Tensor:
         out = torch.empty(self._spec.out_shape(sizes), dtype=torch.uint8, device=operands[0].device)

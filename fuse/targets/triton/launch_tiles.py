@@ -10,9 +10,7 @@ import torch
 from torch import Tensor
 
 from fuse.ir.spec import AttentionSpec
-from fuse.targets.cache import write_once
-from fuse.targets.triton.function import Function
-from fuse.targets.triton.module import load
+from fuse.targets.triton.module import made
 from fuse.targets.triton.plan import TritonPlan
 from fuse.targets.triton.plan_backward import Launch
 from fuse.targets.triton.render import mask_axes
@@ -32,8 +30,7 @@ class TritonTiles:
         self._owner = owner
         self._batch, self._axes, self._needed = spec.batch, mask_axes(spec), is_listed(spec, owner)
         if self._needed:
-            self.source = write_once("triton", "tiles", ".py", render_tiles(spec, owner))
-            self.function = Function(getattr(load(self.source), f"{TILES}_{owner}"))
+            self.function = made("tiles", render_tiles(spec, owner)).function(f"{TILES}_{owner}")
 
     def of(
         self, operands: Sequence[Any], sizes: Sequence[int], plan: TritonPlan | Launch, like: Tensor

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import cache
 from importlib.machinery import SourceFileLoader
 from importlib.util import module_from_spec, spec_from_file_location
@@ -13,7 +14,10 @@ from typing import TypeVar
 import torch
 from triton.runtime import driver
 
-from fuse.targets.triton.function import REFUSALS
+from fuse.report.runs import Runs
+from fuse.targets.cache import BuildFailed, write_once
+from fuse.targets.dump import dumped
+from fuse.targets.triton.function import REFUSALS, Function
 from fuse.targets.triton.plan import ARCHITECTURES, Architecture, architecture
 
 P = TypeVar("P")  # a plan
@@ -25,6 +29,32 @@ class _Source(SourceFileLoader):
     def get_code(self, fullname: str) -> CodeType:
         code: CodeType = self.source_to_code(self.get_data(self.path), self.path)
         return code
+
+
+@dataclass(frozen=True)
+class Module:
+    """A module that is loaded: its source, what is in it, and what is to be said of it."""
+
+    source: Path
+    content: ModuleType
+    runs: Runs = Runs("kernel")
+
+    def function(self, name: str) -> Function:
+        """Raises BuildFailed."""
+        try:
+            return Function(getattr(self.content, name))
+        except AttributeError as error:
+            raise BuildFailed(f"{self.source} has no function {name}") from error
+
+
+def made(name: str, rendered: str) -> Module:
+    """The module of ``rendered``, or of what somebody made of it in FUSE_DUMP's folder. Raises BuildFailed."""
+    source = dumped(name, rendered, ".py")
+    path = source.edited or write_once("triton", name, ".py", rendered)
+    try:
+        return Module(path, load(path), source.runs(path))
+    except Exception as error:
+        raise source.refused(error) from error
 
 
 def load(path: Path) -> ModuleType:

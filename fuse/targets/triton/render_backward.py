@@ -8,6 +8,7 @@ one owner and one order (FlashAttention-2, Dao 2023, section 3.1.2).
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -262,7 +263,11 @@ def render_backward(spec: AttentionSpec, wanted: Sequence[bool], described: bool
     kernels = {name: kernel.context() | kernel.programs(found) | {"sinks": kernel.places(found)}
                for name, kernel in (("keys", keys), ("queries", queries), ("distances", distances))}  # fmt: skip
     names = ", ".join(s.name if s.kind == "matrix" else str(s.load) for s in found)
-    lines = (f"gradients of {names}, as fuse.ir.gradient has them, of", *header_lines(spec))
+    lines = (
+        f"gradients of {names}, as fuse.ir.gradient has them, of",
+        *header_lines(spec),
+        f"wanted  {json.dumps(list(wanted))}",
+    )
     context = arguments(spec) | {
         "header": "\n".join(f"# {line}" for line in lines), "entry": ENTRY, "batch": spec.batch, "mask_axes": mask_axes(spec),
         "qk_dim": spec.qk_dim, "v_dim": spec.v_dim, "width": widened(spec.qk_dim), "v_width": widened(spec.v_dim),
