@@ -12,8 +12,10 @@ from dataclasses import dataclass
 import torch
 from torch.fx import Graph, Node
 
-from fuse.passes.read.graph import State, operator_name, storage_of, tensor_of, writes
+from fuse.passes.read.graph import VIEWS, State, operator_name, storage_of, tensor_of, writes
 
+# Names bound what is searched, and so the cost of searching; whether it is attention is read, by ``lift``. An unknown name is
+# followed like any other, and what is no attention is found to be none.
 NORMALISATIONS = {
     "softmax", "_softmax", "log_softmax", "_log_softmax", "_safe_softmax", "special_softmax", "special_log_softmax", "softmin",
     "exp", "exp_",
@@ -25,12 +27,6 @@ PRODUCERS = {
     "native_layer_norm", "lstm", "gru", "rnn_tanh", "interpolate", "grid_sample", "bilinear", "cdist", "addmm",
     "multi_head_attention_forward", "_transformer_encoder_layer_fwd", ATTENTION, "fft", "rfft", "item", "tolist",
     "glu", "gelu", "silu", "pad_sequence", "index_copy_", "index_copy",
-}  # fmt: skip
-VIEWS = {
-    "view", "reshape", "transpose", "permute", "expand", "unsqueeze", "squeeze", "getitem", "contiguous", "clone",
-    "flatten", "unflatten", "split", "chunk", "unbind", "movedim", "moveaxis", "swapaxes", "swapdims", "t", "narrow",
-    "select", "repeat_interleave", "repeat", "expand_as", "view_as", "reshape_as", "detach", "getattr", "tile",
-    "broadcast_to", "split_with_sizes", "tensor_split", "alias", "slice",
 }  # fmt: skip
 _FORWARD_LIMIT = 64  # nodes between a normalisation and its contraction
 _SLICE_LIMIT = 600  # nodes of one slice

@@ -17,15 +17,12 @@ from fuse.ir import expr
 from fuse.ir.expr import Expr, Load, apply, const
 from fuse.ir.index import Index, Space, linear, size_symbol
 from fuse.ir.spec import AttentionSpec
+from fuse.passes.read.graph import VIEWS
 from fuse.passes.read.trace import Value
 from fuse.report.reasons import Declined, RandomNumbers, UnsupportedShape
 
 PRODUCTS = {"bmm", "mm", "baddbmm", "addmm"}
 REDUCTIONS = {"sum", "amax", "max", "logsumexp", "_softmax", "_log_softmax", "_safe_softmax"}
-VIEWS = {
-    "view", "_unsafe_view", "reshape", "expand", "permute", "transpose", "t", "unsqueeze", "squeeze", "slice", "select",
-    "unbind", "split", "split_with_sizes", "repeat", "clone", "alias", "detach", "contiguous", "lift_fresh_copy",
-}  # fmt: skip
 
 _INTEGER_FUNCTIONS = {
     "FloorDiv": "floordiv", "CleanDiv": "floordiv", "PythonMod": "mod", "Mod": "mod", "Max": "maximum", "Min": "minimum",

@@ -14,19 +14,15 @@ from torch.fx import Graph, Node
 # Functions whose bare name would hide that they are in place, or that look in place and are not.
 _PURE_DUNDERS = {"and_", "or_", "xor_", "not_", "is_", "truth"}
 _OPERATOR_WRITES = {
-    "setitem",
-    "delitem",
-    "iadd",
-    "isub",
-    "imul",
-    "itruediv",
-    "ifloordiv",
-    "imod",
-    "ipow",
-    "iand",
-    "ior",
-    "ixor",
-}
+    "setitem", "delitem", "iadd", "isub", "imul", "itruediv", "ifloordiv", "imod", "ipow", "iand", "ior", "ixor",
+}  # fmt: skip
+# What hands on the numbers of a tensor in another shape, under the names of Dynamo's graph and of ATen.
+VIEWS = {
+    "view", "reshape", "transpose", "permute", "expand", "unsqueeze", "squeeze", "getitem", "contiguous", "clone",
+    "flatten", "unflatten", "split", "chunk", "unbind", "movedim", "moveaxis", "swapaxes", "swapdims", "t", "narrow",
+    "select", "repeat_interleave", "repeat", "expand_as", "view_as", "reshape_as", "detach", "getattr", "tile",
+    "broadcast_to", "split_with_sizes", "tensor_split", "alias", "slice", "_unsafe_view", "lift_fresh_copy",
+}  # fmt: skip
 MADE = "made by fuse"  # marks nodes that are no part of the user's program
 _FRAME = re.compile(r'File "(.*)", line (\d+), in (\S+)')
 
