@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+
 import pytest
 import torch
 from specs import CASES, RANDOM_CASES
@@ -10,7 +12,7 @@ from toy_target import ToyTarget
 
 import fuse
 from fuse import targets
-from fuse.targets import registry
+from fuse.targets import make, registry
 
 
 @pytest.fixture(autouse=True)
@@ -54,3 +56,11 @@ def test_what_a_target_does_not_compute_is_left_to_the_reference() -> None:
 def test_its_name_is_offered_where_another_was_misspelt() -> None:
     with pytest.raises(fuse.errors.InvalidOption, match="'reference', 'toy'.*Did you mean 'toy'"):
         fuse.Options(target="toi")
+
+
+def test_what_a_target_has_to_import_is_told_in_its_own_words(monkeypatch: pytest.MonkeyPatch) -> None:
+    spec = CASES["plain"]("float32").spec
+    monkeypatch.setattr(ToyTarget, "forward", lambda self, spec: __import__("no_such_toy"))
+    assert make.forward(spec, "toy").runs.why == "No module named 'no_such_toy'"
+    monkeypatch.setitem(sys.modules, "fuse.targets.triton.function", None)
+    assert "pip install 'torch-fuse[triton]'" in make.forward(spec, "triton").runs.why
