@@ -24,9 +24,10 @@ from torch.fx import GraphModule
 from triton.runtime import JITFunction
 
 from fuse import backend, targets
-from fuse.targets import reference
+from fuse.targets import reference, registry
 from fuse.targets.triton import copies
 from fuse.targets.triton.launch import TritonKernel
+from fuse.targets.triton.target import TritonTarget
 
 MADE = problem("bfloat16", batch=(1, 2), q_len=64, qk_dim=32)
 
@@ -51,7 +52,7 @@ def beforehand(driver: StubDriver, compilations: list[dict[str, Any]]) -> list[t
     begun: list[Future[None]] = []
     beside = targets.beside
     targets.beside = lambda *work: begun.append(beside(*work)) or begun[-1]
-    backend._DEVICES["triton"] = frozenset({"cpu"})
+    registry.register(replace(TritonTarget(), devices=frozenset({"cpu"})))
 
     def model(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         for _ in range(2):

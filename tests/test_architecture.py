@@ -1,10 +1,14 @@
-"""Imports go down the levels of the house, never back, and no target knows another."""
+"""Imports go down the levels of the house, never back, and no target knows another; documents name what there is."""
 
 from __future__ import annotations
 
 import ast
+import pkgutil
+import re
 from collections.abc import Iterator
 from pathlib import Path
+
+import pytest
 
 import fuse
 import fuse.passes
@@ -80,3 +84,44 @@ def test_only_the_registry_knows_a_target() -> None:
     inside = ("fuse.targets.cpp", "fuse.targets.triton")
     known = {m for m, file in MODULES.items() if not m.startswith(inside) and any(i.startswith(inside) for i in imported(file))}
     assert known == {"fuse.targets.registry"}
+
+
+# ------------------------------------------------------------------------------------------------------------ documents
+
+ROOT = Path(__file__).parents[1]
+DOCUMENTS = ("README.md", "CONTRIBUTING.md", *(f"docs/{file.name}" for file in (ROOT / "docs").glob("*.md")))
+TEXTS = sorted(
+    f for folder in ("fuse", "passes", "templates") for end in ("py", "h", "jinja") for f in (ROOT / folder).rglob(f"*.{end}")
+)
+PATH = re.compile(r"(?<![\w/.~-])(?:fuse|passes|templates|tests|docs|examples|benchmarks)/[\w./*-]*[\w*/]")
+LINK = re.compile(r"\]\((?!http)([^)#]+)")
+MODULE = re.compile(r"`(fuse(?:\.\w+)+)`")
+
+
+def missing(paths: set[str]) -> set[str]:
+    """Of paths from the root, with stars, those that lead to nothing."""
+    return {path for path in paths if not any(ROOT.glob(path.rstrip("/")))}
+
+
+@pytest.mark.parametrize("document", DOCUMENTS)
+def test_every_path_that_a_document_names_exists(document: str) -> None:
+    text = (ROOT / document).read_text()
+    linked = {target for target in LINK.findall(text) if not ((ROOT / document).parent / target).exists()}
+    assert not missing(set(PATH.findall(text))) | linked
+
+
+@pytest.mark.parametrize("document", DOCUMENTS)
+def test_every_module_that_a_document_names_exists(document: str) -> None:
+    for name in MODULE.findall((ROOT / document).read_text()):
+        pkgutil.resolve_name(name)
+
+
+def test_every_path_that_the_code_names_exists() -> None:
+    named = {f"{file.relative_to(ROOT)}: {path}" for file in TEXTS for path in missing(set(PATH.findall(file.read_text())))}
+    assert not named
+
+
+def test_the_architecture_has_every_room() -> None:
+    text = (ROOT / "docs/architecture.md").read_text()
+    rooms = {str(f.parent.relative_to(ROOT)) for folder in ("fuse", "passes") for f in (ROOT / folder).rglob("__init__.py")}
+    assert not {room for room in rooms if f"{room}/" not in text}

@@ -34,9 +34,7 @@ def tile_map(spec: TileMap, target: str) -> MapKernel:
 def _made(kernel: Callable[[], K], instead: Callable[[str], K]) -> K:
     try:
         return kernel()
-    except (BuildFailed, Unsupported, FuseError, OSError) as error:
+    except (BuildFailed, Unsupported, FuseError, OSError, ImportError) as error:
         return instead(str(error))
-    except ImportError as error:
-        return instead(f"{error}. Target 'triton' needs Triton: pip install 'torch-fuse[triton]'")
     except Exception as error:  # a defect of code generation must not cost the user the model
         return instead(f"rendering failed, please report it: {type(error).__name__}: {error}")

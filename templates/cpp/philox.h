@@ -1,4 +1,4 @@
-// Random numbers without a state, Philox-4x32-10, as fuse/philox.py has them: the number at (plane, row, column) for a seed.
+// Random numbers without a state, Philox-4x32-10, as fuse/ir/philox.py has them: the number at (plane, row, column) for a seed.
 // One call gives four: the columns c, c + 16, c + 32 and c + 48 of a group of 64.
 #ifdef __AVX2__
 #include <immintrin.h>

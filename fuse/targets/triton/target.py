@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 
 from fuse.ir.gradient import Gradient
 from fuse.ir.spec import AttentionSpec
 from fuse.ir.tile_map import TileMap
+from fuse.targets.cache import BuildFailed
 from fuse.targets.fallback import KernelOrElse, OrElse
 from fuse.targets.protocols import Backward, Kernel, MapKernel
 from fuse.targets.standin import ReferenceBackward, ReferenceKernel, ReferenceTileMap
@@ -32,20 +35,23 @@ class TritonTarget:
         return spec.lse_dtype
 
     def forward(self, spec: AttentionSpec) -> Kernel:
-        from fuse.targets.triton.function import REFUSALS
-        from fuse.targets.triton.launch import TritonKernel
+        with _installed():
+            from fuse.targets.triton.function import REFUSALS
+            from fuse.targets.triton.launch import TritonKernel
 
         return KernelOrElse(TritonKernel(spec), partial(ReferenceKernel, spec, spec.lse_dtype), REFUSALS)
 
     def backward(self, of: Gradient) -> Backward:
-        from fuse.targets.triton.function import REFUSALS
-        from fuse.targets.triton.launch_backward import TritonBackward
+        with _installed():
+            from fuse.targets.triton.function import REFUSALS
+            from fuse.targets.triton.launch_backward import TritonBackward
 
         return OrElse(TritonBackward(of.spec, of.wanted), partial(ReferenceBackward, of), REFUSALS, "backward")
 
     def tile_map(self, spec: TileMap) -> MapKernel:
-        from fuse.targets.triton.function import REFUSALS
-        from fuse.targets.triton.launch_tile_map import TritonTileMap
+        with _installed():
+            from fuse.targets.triton.function import REFUSALS
+            from fuse.targets.triton.launch_tile_map import TritonTileMap
 
         return OrElse(TritonTileMap(spec), partial(ReferenceTileMap, spec), REFUSALS, "tile map")
 
@@ -55,6 +61,15 @@ class TritonTarget:
         except ImportError:
             return _block(spec, "sm_80")
         return _block(spec, current_architecture().name)
+
+
+@contextmanager
+def _installed() -> Iterator[None]:
+    """What is imported inside needs Triton. Raises BuildFailed, with how to get it."""
+    try:
+        yield
+    except ImportError as error:
+        raise BuildFailed(f"{error}. Target 'triton' needs Triton: pip install 'torch-fuse[triton]'") from error
 
 
 def _block(spec: AttentionSpec, architecture: str) -> tuple[int, int]:
