@@ -3,6 +3,7 @@
 # softmax over k of (score * 0.125) + where(k <= q, 0, -3.38953e+38)
 # visible where k <= q
 # spec  {"batch":2,"empty_row":"nan","expr":{"nodes":[["Index","int64","b0"],["Index","int64","b1"],["Index","int64","q"],["Index","int64","d"],["Load","bfloat16",0,[0,1,2,3]],["Index","int64","k"],["Load","bfloat16",1,[0,1,5,3]],["Index","int64","e"],["Load","bfloat16",2,[0,1,5,7]],["Score","bfloat16"],["Const","bfloat16","0x1.0000000000000p-3"],["Apply","bfloat16","mul",[9,10]],["Apply","bool","le",[5,2]],["Const","bfloat16","0x0.0p+0"],["Const","bfloat16","-0x1.fe00000000000p+127"],["Apply","bfloat16","where",[12,13,14]],["Apply","bfloat16","add",[11,15]],["Prob","bfloat16"],["Const","int64",1],["Apply","int64","add",[18,2]]],"roots":{"key":6,"mask.predicate":12,"mask.upper":19,"mask.visible":11,"query":4,"score":16,"value":8,"weight":17}},"extra":[],"fill":"-0x1.fe00000000000p+127","operands":[[4,"bfloat16"],[4,"bfloat16"],[4,"bfloat16"]],"out_dtype":"bfloat16","out_order":[0,2,1,3],"qk_dim":64,"v_dim":64,"version":1}
+# wanted  [true, true, true]
 import triton
 import triton.language as tl
 from triton.language.extra import libdevice
@@ -149,11 +150,12 @@ so_0, so_1, so_2, so_3, PRECISION: tl.constexpr, BM: tl.constexpr, BN: tl.conste
             row_ok = row < kv_len
             key = tl.load(p1 + tl.cast(b0, tl.int64) * s1_0 + tl.cast(b1, tl.int64) * s1_1 + tl.cast(row, tl.int64) * s1_2 + tl.cast(d, tl.int64) * s1_3, mask=d_ok & row_ok, other=0)
             raw = tl.dot(query, tl.trans(key), input_precision=PRECISION)
-            x19 = tl.cast(tl.cast(tl.cast(tl.cast(raw, tl.bfloat16), tl.float32) * 0.125, tl.bfloat16), tl.float32)
-            x20 = k <= q
-            x21 = tl.cast(tl.cast(tl.where(x20, 0.0, -3.3895313892515355e+38), tl.bfloat16), tl.float32)
-            x22 = tl.cast(tl.cast(x19 + x21, tl.bfloat16), tl.float32)
-            score = tl.where(k_ok, x22, -float("inf"))
+            x22 = tl.cast(tl.cast(tl.cast(tl.cast(raw, tl.bfloat16), tl.float32), tl.bfloat16), tl.float32)
+            x23 = tl.cast(tl.cast(x22 * 0.125, tl.bfloat16), tl.float32)
+            x24 = k <= q
+            x25 = tl.cast(tl.cast(tl.where(x24, 0.0, -3.3895313892515355e+38), tl.bfloat16), tl.float32)
+            x26 = tl.cast(tl.cast(x23 + x25, tl.bfloat16), tl.float32)
+            score = tl.where(k_ok, x26, -float("inf"))
             higher = tl.maximum(top, tl.max(score, 1)[:, None])
             reference = tl.where(higher == -float("inf"), 0.0, higher)
             total = total * tl.exp(top - reference) + tl.sum(tl.exp(score - reference), 1)[:, None]
@@ -222,8 +224,8 @@ HAS_key: tl.constexpr, HAS_value: tl.constexpr, ALONE: tl.constexpr, LISTED: tl.
             query = tl.load(p0 + tl.cast(b0, tl.int64) * s0_0 + tl.cast(b1, tl.int64) * s0_1 + tl.cast(row, tl.int64) * s0_2 + tl.cast(d, tl.int64) * s0_3, mask=d_ok & row_ok, other=0)
             grad = tl.load(grad_out + tl.cast(b0, tl.int64) * sg_0 + tl.cast(b1, tl.int64) * sg_1 + tl.cast(row, tl.int64) * sg_2 + tl.cast(e, tl.int64) * sg_3, mask=row_ok & e_ok, other=0)
             raw = tl.dot(key, tl.trans(query), input_precision=PRECISION)
-            x5 = 1 + q
-            seen = q_ok & (k < x5)
+            x6 = 1 + q
+            seen = q_ok & (k < x6)
             prob = tl.where(seen, tl.exp2(raw * 0.18033688011112042 - lse2), 0.0)
             if HAS_value:
                 d_value = tl.dot(tl.cast(prob, grad.dtype), grad, d_value, input_precision=PRECISION)
@@ -268,11 +270,12 @@ HAS_key: tl.constexpr, HAS_value: tl.constexpr, ALONE: tl.constexpr, LISTED: tl.
                     query = tl.load(p0 + tl.cast(b0, tl.int64) * s0_0 + tl.cast(b1, tl.int64) * s0_1 + tl.cast(row, tl.int64) * s0_2 + tl.cast(d, tl.int64) * s0_3, mask=d_ok & row_ok, other=0)
                     grad = tl.load(grad_out + tl.cast(b0, tl.int64) * sg_0 + tl.cast(b1, tl.int64) * sg_1 + tl.cast(row, tl.int64) * sg_2 + tl.cast(e, tl.int64) * sg_3, mask=row_ok & e_ok, other=0)
                     raw = tl.dot(key, tl.trans(query), input_precision=PRECISION)
-                    x1 = tl.cast(tl.cast(tl.cast(tl.cast(raw, tl.bfloat16), tl.float32) * 0.125, tl.bfloat16), tl.float32)
-                    x2 = k <= q
-                    x3 = tl.cast(tl.cast(tl.where(x2, 0.0, -3.3895313892515355e+38), tl.bfloat16), tl.float32)
-                    x4 = tl.cast(tl.cast(x1 + x3, tl.bfloat16), tl.float32)
-                    prob = tl.where(chosen & q_ok, tl.exp2((x4 - top - rest) * 1.4426950408889634), 0.0)
+                    x1 = tl.cast(tl.cast(tl.cast(tl.cast(raw, tl.bfloat16), tl.float32), tl.bfloat16), tl.float32)
+                    x2 = tl.cast(tl.cast(x1 * 0.125, tl.bfloat16), tl.float32)
+                    x3 = k <= q
+                    x4 = tl.cast(tl.cast(tl.where(x3, 0.0, -3.3895313892515355e+38), tl.bfloat16), tl.float32)
+                    x5 = tl.cast(tl.cast(x2 + x4, tl.bfloat16), tl.float32)
+                    prob = tl.where(chosen & q_ok, tl.exp2((x5 - top - rest) * 1.4426950408889634), 0.0)
                     if HAS_value:
                         d_value = tl.dot(tl.cast(prob, grad.dtype), grad, d_value, input_precision=PRECISION)
                     d_weight = tl.dot(value, tl.trans(grad), input_precision=PRECISION)
@@ -324,10 +327,10 @@ HAS_query: tl.constexpr, DESCRIBED: tl.constexpr, ALONE: tl.constexpr, LISTED: t
         b0 = left % B0
         left = left // B0
         line = tl.cast(site, tl.int64) * q_len
-        x10 = 1 + q
-        x11 = tl.maximum(x10, 0)
-        x12 = tl.minimum(x11, kv_len)
-        x13 = tl.cast(x12, tl.int32)
+        x12 = 1 + q
+        x13 = tl.maximum(x12, 0)
+        x14 = tl.minimum(x13, kv_len)
+        x15 = tl.cast(x14, tl.int32)
         lse2 = tl.load(normal + line + q, mask=q_ok, other=float("inf"))
         share = tl.load(delta + line + q, mask=q_ok, other=0)
         query = tl.load(p0 + tl.cast(b0, tl.int64) * s0_0 + tl.cast(b1, tl.int64) * s0_1 + tl.cast(q, tl.int64) * s0_2 + tl.cast(d, tl.int64) * s0_3, mask=d_ok & q_ok, other=0)
@@ -336,10 +339,10 @@ HAS_query: tl.constexpr, DESCRIBED: tl.constexpr, ALONE: tl.constexpr, LISTED: t
         end = kv_len
         full_begin = 0
         full_end = kv_len
-        x23 = 1 + first
-        x24 = 1 + last
-        full_end = tl.cast(tl.minimum(tl.maximum(x23, 0), kv_len), tl.int32)
-        end = tl.cast(tl.minimum(tl.maximum(x24, 0), kv_len), tl.int32)
+        x27 = 1 + first
+        x28 = 1 + last
+        full_end = tl.cast(tl.minimum(tl.maximum(x27, 0), kv_len), tl.int32)
+        end = tl.cast(tl.minimum(tl.maximum(x28, 0), kv_len), tl.int32)
         full_end = tl.maximum(full_begin, tl.minimum(full_end, end) // BN * BN)
         for k0 in range(full_begin, full_end, BN):
             k_lane = tl.arange(0, BN)[None, :]
@@ -376,7 +379,7 @@ HAS_query: tl.constexpr, DESCRIBED: tl.constexpr, ALONE: tl.constexpr, LISTED: t
             else:
                 value = tl.load(p2 + tl.cast(b0, tl.int64) * s2_0 + tl.cast(b1, tl.int64) * s2_1 + tl.cast(row, tl.int64) * s2_2 + tl.cast(e, tl.int64) * s2_3, mask=e_ok & row_ok, other=0)
             raw = tl.dot(query, tl.trans(key), input_precision=PRECISION)
-            seen = (k_lane < x13 - k0)
+            seen = (k_lane < x15 - k0)
             prob = tl.where(seen, tl.exp2(raw * 0.18033688011112042 - lse2), 0.0)
             d_weight = tl.dot(grad, tl.trans(value), input_precision=PRECISION)
             d_score = prob * (d_weight - share)
@@ -401,11 +404,12 @@ HAS_query: tl.constexpr, DESCRIBED: tl.constexpr, ALONE: tl.constexpr, LISTED: t
                 else:
                     value = tl.load(p2 + tl.cast(b0, tl.int64) * s2_0 + tl.cast(b1, tl.int64) * s2_1 + tl.cast(row, tl.int64) * s2_2 + tl.cast(e, tl.int64) * s2_3, mask=e_ok & row_ok, other=0)
                 raw = tl.dot(query, tl.trans(key), input_precision=PRECISION)
-                x6 = tl.cast(tl.cast(tl.cast(tl.cast(raw, tl.bfloat16), tl.float32) * 0.125, tl.bfloat16), tl.float32)
-                x7 = k <= q
-                x8 = tl.cast(tl.cast(tl.where(x7, 0.0, -3.3895313892515355e+38), tl.bfloat16), tl.float32)
-                x9 = tl.cast(tl.cast(x6 + x8, tl.bfloat16), tl.float32)
-                prob = tl.where(chosen & k_ok, tl.exp2((x9 - top - rest) * 1.4426950408889634), 0.0)
+                x7 = tl.cast(tl.cast(tl.cast(tl.cast(raw, tl.bfloat16), tl.float32), tl.bfloat16), tl.float32)
+                x8 = tl.cast(tl.cast(x7 * 0.125, tl.bfloat16), tl.float32)
+                x9 = k <= q
+                x10 = tl.cast(tl.cast(tl.where(x9, 0.0, -3.3895313892515355e+38), tl.bfloat16), tl.float32)
+                x11 = tl.cast(tl.cast(x8 + x10, tl.bfloat16), tl.float32)
+                prob = tl.where(chosen & k_ok, tl.exp2((x11 - top - rest) * 1.4426950408889634), 0.0)
                 d_weight = tl.dot(grad, tl.trans(value), input_precision=PRECISION)
                 d_score = prob * (d_weight - share)
                 if HAS_query:
@@ -418,3 +422,9 @@ HAS_query: tl.constexpr, DESCRIBED: tl.constexpr, ALONE: tl.constexpr, LISTED: t
         b0 = left % B0
         left = left // B0
         tl.store(g_query + tl.cast(b0, tl.int64) * s_query_0 + tl.cast(b1, tl.int64) * s_query_1 + tl.cast(q, tl.int64) * s_query_2 + tl.cast(d, tl.int64) * s_query_3, tl.cast(d_query * 0.125, g_query.dtype.element_ty), mask=q_ok & d_ok)
+
+
+if __name__ == "__main__":
+    # Runs the kernel on random tensors; prints the median time and a checksum.
+    from fuse.targets.triton.alone import run
+    run(__file__)
