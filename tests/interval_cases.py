@@ -18,6 +18,7 @@ from torch import Tensor
 from fuse.ir.expr import COMPARISONS, DTYPES, FLOATS, INTS, Apply, Load, index
 from fuse.ir.interval import RULES, Range
 from fuse.ir.operators import OPERATORS
+from fuse.kernel.ranges import RangeWriter
 
 Library = Callable[["Case", Sequence[Range]], Range]
 
@@ -29,6 +30,12 @@ _REALS = (
     -math.inf, -_LARGEST, -65520.0, -65504.0, -2.0, -1.0, -0.7, -0.0, 0.0, 0.5, 2.5, 257.0, 7e4, 1e28, _LARGEST, math.inf,
     math.nan,
 )  # fmt: skip
+# Where conversions to other dtypes wrap or round; looked at where there is one operand.
+_EDGES = (
+    -(2**31) - 1, -(2**31), -(2**15) - 1, -(2**15), -129, -128, -9, 127, 128, 200, 255, 256, 257, 2**15 - 1, 2**15, 2**24 + 1,
+    2**31 - 1, 2**31, 2**62,
+)  # fmt: skip
+_REAL_EDGES = (-1e9, -128.9, -1.5, -0.5, 0.3, 1.0, 1.9, 3.0, 127.9, 128.0, 255.9, 3e4, 2.0**31, 2.0**63)
 _ROUNDS = ("floor", "ceil", "trunc", "round")
 # Of these, small ranges give no more than the smallest and the largest value.
 _TIGHT = ("add", "sub", "neg", "mul", "abs", "minimum", "maximum", "floordiv", "where", "cast", "and", "or", "xor", "not")
@@ -53,7 +60,7 @@ def _case(op: str, dtype: str) -> Case:
     return Case(op, sources, "bool" if op in COMPARISONS else dtype)
 
 
-CASES = [_case(op, dtype) for op, dtype in RULES] + [Case("cast", (s,), t) for s in DTYPES for t in DTYPES if s != t]
+CASES = [_case(op, dtype) for op, dtype in RULES] + [Case("cast", (s,), t) for s in DTYPES for t in DTYPES]
 
 _ARITHMETIC = ("add", "sub", "mul", "neg", "abs", "minimum", "maximum", "floordiv", "mod")
 # What kernels compute with ranges, on both targets.
@@ -70,34 +77,48 @@ REALS = [
 ]
 
 
+NAMES = "abc"
+
+
+def written(writer: RangeWriter, case: Case) -> str:
+    """What a kernel calls the result, where its operands are called NAMES."""
+    writer._known.update(zip(case.node.operands, NAMES, strict=False))
+    return writer.range(case.node)
+
+
 # ------------------------------------------------------------------------------------------------------------- ranges
 
 
 @cache
-def grid(dtype: str) -> Tensor:
-    """Values in ascending order, NaN behind them."""
+def _grid(dtype: str, edges: bool) -> Tensor:
     if dtype == "bool":
         return torch.tensor([False, True])
     torch_dtype: torch.dtype = getattr(torch, dtype)
     if dtype in FLOATS:
-        return torch.tensor(_REALS, dtype=torch.float64).to(torch_dtype)
+        reals = sorted((*_REALS[:-1], *(_REAL_EDGES if edges else ())))
+        return torch.tensor([*reals, math.nan], dtype=torch.float64).to(torch_dtype)
     limits = torch.iinfo(torch_dtype)
     least, most = limits.min, limits.max
     inner = (least + 1, *range(-_SMALL, _SMALL + 1), *_LARGE, most - 1) if dtype == "int64" else (-100, -2, -1, 0, 1, 2, 100)
-    values = {least, *inner, most}
+    values = {least, *inner, *(_EDGES if edges else ()), most}
     return torch.tensor(sorted(x for x in values if least <= x <= most), dtype=torch_dtype)
 
 
-def _spans(dtype: str) -> list[tuple[int, int]]:
-    return list(itertools.combinations_with_replacement(range(len(grid(dtype))), 2))
+def _grids(case: Case) -> list[Tensor]:
+    """For each operand its values in ascending order, NaN behind them."""
+    return [_grid(dtype, len(case.sources) == 1) for dtype in case.sources]
+
+
+def _spans(values: Tensor) -> list[tuple[int, int]]:
+    return list(itertools.combinations_with_replacement(range(len(values)), 2))
 
 
 @lru_cache(maxsize=2)
 def operands(case: Case) -> tuple[Range, ...]:
     """All combinations of ranges: their ends are int64, of truth values too, or float64."""
-    sides = [torch.tensor(_spans(dtype)) for dtype in case.sources]
+    sides = [torch.tensor(_spans(values)) for values in _grids(case)]
     chosen = torch.cartesian_prod(*(torch.arange(len(s)) for s in sides)).reshape(-1, len(sides)).unbind(-1)
-    return tuple(_range_of(grid(d), s[c]) for d, s, c in zip(case.sources, sides, chosen, strict=True))
+    return tuple(_range_of(values, s[c]) for values, s, c in zip(_grids(case), sides, chosen, strict=True))
 
 
 def _range_of(values: Tensor, spans: Tensor) -> Range:
@@ -117,8 +138,8 @@ def expected(case: Case) -> Range:
     nan = values.isnan() & defined
     known = defined & ~nan
     low, high = torch.where(known, values, most), torch.where(known, values, least)
-    for axis, dtype in enumerate(case.sources):
-        parts = [(axis, first, last - first + 1) for first, last in _spans(dtype)]
+    for axis, points in enumerate(_grids(case)):
+        parts = [(axis, first, last - first + 1) for first, last in _spans(points)]
         low = torch.stack([low.narrow(*p).amin(axis) for p in parts], axis)
         high = torch.stack([high.narrow(*p).amax(axis) for p in parts], axis)
         nan = torch.stack([nan.narrow(*p).any(axis) for p in parts], axis)
@@ -127,7 +148,7 @@ def expected(case: Case) -> Range:
 
 def _values(case: Case) -> tuple[Tensor, Tensor]:
     """The operation at all points of the grids, and where it is defined."""
-    columns = [grid(d).reshape([-1 if i == j else 1 for j in range(len(case.sources))]) for i, d in enumerate(case.sources)]
+    columns = [g.reshape([-1 if i == j else 1 for j in range(len(case.sources))]) for i, g in enumerate(_grids(case))]
     dtype: torch.dtype = getattr(torch, case.dtype)
     if case.op == "cast":
         return columns[0].to(dtype), torch.ones_like(columns[0], dtype=torch.bool)
@@ -154,9 +175,16 @@ def check(case: Case, library: Library, at_most: int | None = None) -> None:
     _all(case, args, found, (found.low - below <= values.low) & (values.high <= found.high + above) & (found.nan | ~values.nan))
     if case.op in COMPARISONS:
         _all(case, args, found, (found.low == values.low) | ~_is_told_apart(case, args))
-    if case.op in (*_TIGHT, *COMPARISONS) and not set(case.sources) & set(FLOATS) and case.dtype not in (*FLOATS, "uint8"):
+    if _is_tight(case):
         exact = (found.low == values.low) & (found.high == values.high)
         _all(case, args, found, exact | ~_is_small(case, args))
+
+
+def _is_tight(case: Case) -> bool:
+    """Not floats, which round, nor uint8, where small integers wrap, nor truth values chosen by one that may be either."""
+    if {*case.sources, case.dtype} & {*FLOATS, "uint8"}:
+        return False
+    return case.op in COMPARISONS or (case.op in _TIGHT and (case.op, case.dtype) != ("where", "bool"))
 
 
 def _every(step: int, r: Range) -> Range:
