@@ -23,8 +23,8 @@ from fuse.kernel.ranges import RangeWriter
 Library = Callable[["Case", Sequence[Range]], Range]
 
 _SMALL = 7
-# Past 2^53 float64 has not every integer, past 2^60 kernels for GPUs know no bounds.
-_LARGE = (-(2**59), 2**53 + 1, 2**59)
+# From 2^53 on float64 has not every integer, from 2^60 on kernels for GPUs know no bounds.
+_LARGE = (-(2**59), 2**52 + 1, 2**59)
 _LARGEST = torch.finfo(torch.float32).max
 _REALS = (
     -math.inf, -_LARGEST, -65520.0, -65504.0, -2.0, -1.0, -0.7, -0.0, 0.0, 0.5, 2.5, 257.0, 7e4, 1e28, _LARGEST, math.inf,

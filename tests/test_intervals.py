@@ -10,8 +10,8 @@ import torch
 from interval_cases import CASES, Case, check
 from torch import Tensor
 
-from fuse.ir.expr import FLOATS
-from fuse.ir.interval import Range, applied, as_tensor, in_dtype
+from fuse.ir.expr import FLOATS, Expr, Load, apply, index, op, symbol
+from fuse.ir.interval import MAX_LENGTH, WHOLE, Range, anywhere, applied, as_tensor, bounds, in_call, in_dtype
 
 FEW = 500
 
@@ -56,3 +56,38 @@ def _wide(ends: Tensor, dtype: str) -> Tensor:
 def test_the_range_of_an_operation_holds_all_its_values(case: Case) -> None:
     check(case, on_tensors)
     check(case, on_numbers, at_most=FEW)
+
+
+K, Q = index("k"), index("q")
+DATA = Load("int64", 3, (K,))
+
+
+def cast(x: Expr, dtype: str) -> Expr:
+    return apply("cast", x, dtype=dtype)
+
+
+@pytest.mark.parametrize(
+    ("integer", "expected"),
+    [
+        (op("sub", Q, K), Range(-MAX_LENGTH, MAX_LENGTH)),
+        (cast(cast(K, "int8"), "int64"), Range(-128, 127)),
+        (cast(op("sub", cast(K, "uint8"), 1), "int64"), Range(0, 255)),
+        (cast(op("mul", cast(K, "int32"), 256), "int64"), WHOLE["int32"]),
+        (op("mul", op("mul", K, K), op("mul", K, K)), WHOLE["int64"]),
+        (op("mul", K, K), Range(0, MAX_LENGTH**2)),
+        (cast(cast(op("sub", K, 3), "bool"), "int64"), Range(0, 1)),
+        (op("minimum", op("maximum", DATA, 0), 9), Range(0, 9)),
+        (cast(cast(K, "float32"), "int64"), WHOLE["int64"]),
+        (op("add", symbol("shift"), 1), WHOLE["int64"]),
+        (op("add", symbol("kv_len"), 1), Range(1, MAX_LENGTH + 1)),
+    ],
+    ids=str,
+)
+def test_the_bounds_of_an_integer_are_those_that_hold_in_every_call(integer: Expr, expected: Range) -> None:
+    assert bounds(integer, anywhere) == expected
+
+
+def test_in_a_call_lengths_are_known() -> None:
+    leaves = in_call({"B0": 2, "q_len": 5, "kv_len": 7, "shift": 3}, {"d": 16})
+    found = [bounds(e, leaves) for e in (index("b0"), Q, K, index("d"), op("add", Q, symbol("shift")))]
+    assert found == [Range(0, 1), Range(0, 4), Range(0, 6), Range(0, 15), Range(3, 7)]
