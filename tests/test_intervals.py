@@ -91,3 +91,11 @@ def test_in_a_call_lengths_are_known() -> None:
     leaves = in_call({"B0": 2, "q_len": 5, "kv_len": 7, "shift": 3}, {"d": 16})
     found = [bounds(e, leaves) for e in (index("b0"), Q, K, index("d"), op("add", Q, symbol("shift")))]
     assert found == [Range(0, 1), Range(0, 4), Range(0, 6), Range(0, 15), Range(3, 7)]
+
+
+def test_of_many_ranges_some_may_be_known_by_one_number() -> None:
+    """What is chosen in each of two tiles is the same unknown integer, twice which wraps."""
+    tiles = {Q: Range(torch.tensor([0.0, 8.0]), torch.tensor([7.0, 15.0])), K: Range(torch.tensor(4.0), torch.tensor(5.0))}
+    chosen = apply("where", op("le", K, Q), DATA, Load("int64", 4, (K,)), dtype="int64")
+    found = bounds(op("mul", chosen, 2), lambda leaf: tiles.get(leaf) or anywhere(leaf))
+    assert found.low.tolist() == [-(2.0**63)] * 2 and found.high.tolist() == [2.0**63] * 2
