@@ -14,7 +14,8 @@ from functools import lru_cache, reduce
 
 from fuse.ir import expr
 from fuse.ir.expr import Apply, Const, Expr, Load, Score, apply, const, index
-from fuse.passes.intervals import Range, constant, highest, largest, value_range
+from fuse.ir.interval import Range
+from fuse.passes.intervals import constant, highest, largest, value_range
 
 # A score of this size vanishes beside any score above it by 256.
 REPLACED = -1e3

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from fuse.ir.expr import FLOATS, Expr, Index, Load, Symbol, walk
-from fuse.ir.interval import Interval, interval
+from fuse.ir.expr import FLOATS, Load, walk
+from fuse.ir.interval import WHOLE, bounds, in_call
 from fuse.ir.spec import AttentionSpec
 from fuse.ir.tile_map import TileMap
 
@@ -54,21 +54,13 @@ def example(spec: AttentionSpec | TileMap, length: int = LENGTH, heads: int = HE
     """Operands just large enough for every access of ``spec`` with ``length`` queries and keys."""
     batch = tuple(_BATCH if i == 0 and spec.batch > 1 else heads for i in range(spec.batch))
     sizes = dict(zip(spec.symbols, (*batch, length, length, *(_EXTRA for _ in spec.extra)), strict=True))
-    extents = {"q": length, "k": length} | {f"b{i}": size for i, size in enumerate(batch)}
-    if isinstance(spec, AttentionSpec):
-        extents |= {"d": spec.qk_dim, "e": spec.v_dim}
-
-    def leaves(leaf: Expr) -> Interval:
-        if isinstance(leaf, Symbol):
-            return (sizes[leaf.name], sizes[leaf.name])
-        return (0, extents[leaf.axis] - 1) if isinstance(leaf, Index) else None
-
+    leaves = in_call(sizes, {"d": spec.qk_dim, "e": spec.v_dim} if isinstance(spec, AttentionSpec) else {})
     shapes = [[1] * operand.rank for operand in spec.operands]
     for node in walk(*(spec.roots().values() if isinstance(spec, AttentionSpec) else (spec.predicate,))):
         if isinstance(node, Load):
             for dim, coord in enumerate(node.coords):
-                bounds = interval(coord, leaves)
-                extent = _UNKNOWN_EXTENT if bounds is None else bounds[1] + 1
+                last: int = bounds(coord, leaves).high
+                extent = _UNKNOWN_EXTENT if last == WHOLE["int64"].high else last + 1
                 shapes[node.operand][dim] = max(shapes[node.operand][dim], min(extent, 2 * length + _UNKNOWN_EXTENT))
     values = tuple(sizes.values())
     operands = (row_major(o.dtype, s) for o, s in zip(spec.operands, shapes, strict=True))

@@ -7,8 +7,8 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from fuse.ir.expr import Expr, Index, Load, Symbol
-from fuse.ir.interval import Interval, interval
+from fuse.ir.expr import Load
+from fuse.ir.interval import Range, bounds, in_call
 from fuse.ir.spec import AttentionSpec
 from fuse.kernel.sinks import Sink
 
@@ -59,19 +59,13 @@ class Gradients:
         """Whether two sinks write to different places of the same operand."""
         if a.load.operand != b.load.operand or b.kind != "matrix":
             return False
-        extents = {"q": sizes["q_len"], "k": sizes["kv_len"], "d": self._spec.qk_dim, "e": self._spec.v_dim}
-        extents |= {f"b{i}": sizes[f"B{i}"] for i in range(self._spec.batch)}
+        leaves = in_call(sizes, {"d": self._spec.qk_dim, "e": self._spec.v_dim})
 
-        def leaves(leaf: Expr) -> Interval:
-            if isinstance(leaf, Symbol):
-                return (sizes[leaf.name], sizes[leaf.name])
-            return (0, extents[leaf.axis] - 1) if isinstance(leaf, Index) else None
-
-        def ranges(load: Load) -> list[Interval]:
-            return [interval(c, leaves) for c in load.coords]
+        def ranges(load: Load) -> list[Range]:
+            return [bounds(c, leaves) for c in load.coords]
 
         pairs = zip(ranges(a.load), ranges(b.load), strict=True)
-        return any(x is not None and y is not None and (x[1] < y[0] or y[1] < x[0]) for x, y in pairs)
+        return any(x.high < y.low or y.high < x.low for x, y in pairs)
 
 
 def _inverse(order: Sequence[int]) -> list[int]:

@@ -49,12 +49,12 @@ def _rounded(node: Apply, text: str) -> str:
 
 def ranges_of(predicate: Expr, site: Callable[[], Writer], count: list[int]) -> Ranges:
     """``site`` gives a writer of values that are the same for the whole tile."""
-    writer = _CppRanges(site(), count)
+    writer = CppRanges(site(), count)
     writer.found.result = writer.range(predicate)
     return writer.found
 
 
-class _CppRanges(RangeWriter):
+class CppRanges(RangeWriter):
     def __init__(self, site: Writer, count: list[int]) -> None:
         super().__init__(count)
         self.found = Ranges()

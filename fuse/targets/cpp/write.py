@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
 from fuse.ir.expr import COMPARISONS, FLOATS, Apply, Const, Expr, Index, Load, Prob, Score, Symbol, axes, contains, index
-from fuse.ir.interval import interval
+from fuse.ir.interval import anywhere, bounds
 from fuse.ir.operators import OPERATORS
 from fuse.ir.roundings import as_taken, decides, is_read
 from fuse.kernel.places import is_affine, is_separable
@@ -306,8 +306,8 @@ def kind_of(node: Expr, lanes: bool) -> str:
         return "bool"
     if not lanes:
         return "long"
-    bounds = interval(node)
-    fits = bounds is not None and bounds[0] >= -_LANE_LIMIT and bounds[1] <= _LANE_LIMIT
+    found = bounds(node, anywhere)
+    fits = found.low >= -_LANE_LIMIT and found.high <= _LANE_LIMIT
     return "int" if fits or node.dtype != "int64" else "long"
 
 

@@ -7,11 +7,11 @@ one value for each of the tiles that are looked at together. Of reals that depen
 from __future__ import annotations
 
 from fuse.ir.expr import INTS, Apply, Expr, Index
+from fuse.ir.interval import WHOLE
 from fuse.kernel.ranges import RangeWriter, has_floats, is_narrowing
 from fuse.targets.triton.write import Block, TritonWriter
 
 _PREFIX = {"long": "int", "bool": "truth"}
-_INT_LIMITS = {"int64": 2**63 - 1, "int32": 2**31 - 1, "int16": 2**15 - 1, "int8": 2**7 - 1, "uint8": 2**8 - 1}
 
 
 class TritonRanges(RangeWriter):
@@ -47,8 +47,8 @@ class TritonRanges(RangeWriter):
     def cast(self, node: Apply) -> str | None:
         source = node.operands[0]
         if is_narrowing(node):
-            limit = _INT_LIMITS[node.dtype]
-            return f"int_within({self.range(source)}, {0 if node.dtype == 'uint8' else -limit - 1}, {limit})"
+            whole = WHOLE[node.dtype]
+            return f"int_within({self.range(source)}, {whole.low}, {whole.high})"
         if source.dtype == "bool" and node.dtype in INTS:
             return f"int_of_truth({self.range(source)})"
         return f"int_ne({self.range(source)}, int_point(0))" if node.dtype == "bool" and source.dtype in INTS else None
