@@ -14,7 +14,7 @@ import sympy
 
 from fuse.ir import expr
 from fuse.ir.expr import COMPARISONS, INTS, Apply, Expr, Load, Prob, Score, apply, const
-from fuse.ir.grid import Frame, Range
+from fuse.ir.grid import Grid, Range
 from fuse.ir.index import variable
 from fuse.ir.operators import OPERATORS
 from fuse.ir.spec import AttentionSpec, IntLike, Operand
@@ -103,7 +103,7 @@ def _table(lifted: Lifted, of_distance: Expr, axes: Sequence[str]) -> Value:
     sizes: dict[str, IntLike] = {name: as_size(n, lifted.leaves[0]) for name, n in symbols}
     lengths: dict[str, Range] = {axis: (0, sizes["B" + axis[1:]]) for axis in axes}
     lengths[_DISTANCE] = (0, sizes["q_len"] + sizes["kv_len"] - 1)
-    return computed(lifted.leaves, lambda *operands: Frame.over(lengths, sizes, operands).evaluate(of_distance).contiguous())
+    return computed(lifted.leaves, lambda *operands: Grid.over(lengths, sizes, operands).evaluate(of_distance).contiguous())
 
 
 def _pruned(lifted: Lifted) -> Lifted:

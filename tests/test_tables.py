@@ -13,7 +13,7 @@ from torch import Tensor
 
 from fuse.ir import expr
 from fuse.ir.expr import Load, apply, const, index, symbol
-from fuse.ir.grid import Frame
+from fuse.ir.grid import Grid
 from fuse.ir.text import to_text
 from fuse.passes.read.elements import spec_reader
 from fuse.passes.tables import by_distance
@@ -159,6 +159,6 @@ def test_a_formula_that_passes_as_one_of_the_distance_is_one(formula: expr.Expr,
     if found is None:
         return
     sizes = {"q_len": q_len, "kv_len": kv_len}
-    entries = Frame.over({"q": (0, q_len), "k": (0, kv_len)}, sizes).evaluate(formula).expand(q_len, kv_len)
-    table = Frame.over({"r": (0, q_len + kv_len - 1)}, sizes).evaluate(found).expand(q_len + kv_len - 1)
+    entries = Grid.over({"q": (0, q_len), "k": (0, kv_len)}, sizes).evaluate(formula).expand(q_len, kv_len)
+    table = Grid.over({"r": (0, q_len + kv_len - 1)}, sizes).evaluate(found).expand(q_len + kv_len - 1)
     assert torch.equal(entries, table[distances(q_len, kv_len) + q_len - 1])

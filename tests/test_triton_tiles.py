@@ -13,7 +13,7 @@ from specs import CASES
 from torch import Tensor
 
 from fuse.ir.expr import const
-from fuse.ir.grid import Frame
+from fuse.ir.grid import Grid
 from fuse.targets.triton.plan_backward import Launch
 from fuse.targets.triton.render_tiles import is_listed
 
@@ -71,7 +71,7 @@ def seen(made: Problem, owner: str, plan: Launch = PLAN) -> tuple[Tensor, Tensor
     spec, sizes = made.spec, dict(zip(made.spec.symbols, made.sizes, strict=True))
     assert spec.mask is not None
     extents = {f"b{i}": (0, sizes[f"B{i}"]) for i in range(spec.batch)} | {"q": (0, sizes["q_len"]), "k": (0, sizes["kv_len"])}
-    entries = Frame.over(extents, sizes, made.operands, exact=False).evaluate(spec.mask.predicate, {})
+    entries = Grid.over(extents, sizes, made.operands, exact=False).evaluate(spec.mask.predicate, {})
     entries = entries.flatten(0, -3) if entries.dim() > 2 else entries[None]
     entries = entries.expand(-1, sizes["q_len"], sizes["kv_len"])
     rows = [block.split(plan.block_k, -1) for block in entries.split(plan.block_q, -2)]

@@ -18,7 +18,7 @@ Range = tuple[IntLike, IntLike]
 
 
 @dataclass(frozen=True)
-class Frame:
+class Grid:
     """A grid of indices, one dimension each, on which expressions are evaluated.
 
     indices   by axis, each of the grid's rank and of size 1 along every dimension but its own
@@ -37,14 +37,14 @@ class Frame:
     @staticmethod
     def over(
         extents: Mapping[str, Range], symbols: Mapping[str, IntLike], operands: Sequence[Tensor] = (), exact: bool = False
-    ) -> Frame:
+    ) -> Grid:
         """The grid of axes that run over ``extents``, in their order, on the device of the operands."""
         device = operands[0].device if operands else torch.device("cpu")
         indices = {
             axis: torch.arange(*extent, device=device).reshape([-1 if i == dim else 1 for i in range(len(extents))])
             for dim, (axis, extent) in enumerate(extents.items())
         }
-        return Frame(indices, symbols, operands, exact, device)
+        return Grid(indices, symbols, operands, exact, device)
 
     def evaluate(self, root: Expr, given: Mapping[Expr, Tensor] | None = None) -> Tensor:
         """The value of ``root``, of size 1 along the dimensions that it does not depend on; ``given`` are known values."""

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from fuse.ir.grid import Frame
+from fuse.ir.grid import Grid
 from fuse.ir.spec import AttentionSpec
 from fuse.kernel.sinks import Sink
 
@@ -57,8 +57,8 @@ def _places(spec: AttentionSpec, sink: Sink, sizes: Mapping[str, int]) -> Groups
     """Groups by where the first element of each batch index is."""
     shape = [sizes[f"B{i}"] for i in range(spec.batch)]
     extents = {f"b{i}": (0, n) for i, n in enumerate(shape)} | dict.fromkeys(("q", "k", "d", "e"), (0, 1))
-    frame = Frame.over(extents, sizes)
-    places = torch.stack([frame.evaluate(c).expand(*shape, 1, 1, 1, 1).flatten() for c in sink.load.coords], 1)
+    grid = Grid.over(extents, sizes)
+    places = torch.stack([grid.evaluate(c).expand(*shape, 1, 1, 1, 1).flatten() for c in sink.load.coords], 1)
     group = places.unique(dim=0, return_inverse=True)[1]
     return _groups(group, frozenset({sink.name}))
 

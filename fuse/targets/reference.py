@@ -15,7 +15,7 @@ from torch import Tensor
 
 from fuse.ir.expr import Expr, Load, Prob, Score, walk
 from fuse.ir.gradient import Gradient, gradient
-from fuse.ir.grid import Frame, Range, dtype_of
+from fuse.ir.grid import Grid, Range, dtype_of
 from fuse.ir.spec import AttentionSpec, InvalidSpec
 from fuse.ir.tile_map import EMPTY, FULL, KEYS, ROWS, TileMap
 
@@ -135,19 +135,19 @@ class _Site:
 
     def _matrix(self, load: Load, **ranges: Range) -> Tensor:
         """``load`` over the batch and ``ranges``; batch dimensions that it does not depend on have size 1."""
-        matrix = self.frame(**ranges).evaluate(load, {})
+        matrix = self.grid(**ranges).evaluate(load, {})
         return matrix.expand(*matrix.shape[:-2], *(stop - start for start, stop in ranges.values()))
 
-    def frame(self, **ranges: Range) -> Frame:
+    def grid(self, **ranges: Range) -> Grid:
         """The grid of the batch indices and of ``ranges``, in this order."""
         extents = {f"b{i}": (0, size) for i, size in enumerate(self.batch_shape)} | ranges
         symbols = dict(zip(self.spec.symbols, self.sizes, strict=True))
-        return Frame.over(extents, symbols, self.operands, self.exact)
+        return Grid.over(extents, symbols, self.operands, self.exact)
 
     def entries(self, root: Expr, rows: Range, leaves: Mapping[type[Expr], Tensor]) -> Tensor:
         """``root`` over batch, q, k, where ``leaves`` gives the value of Score or Prob."""
         given = {n: leaves[type(n)].to(self.dtype(n.dtype)) for n in walk(root) if type(n) in leaves}
-        value = self.frame(q=rows, k=(0, self.kv_len)).evaluate(root, given)
+        value = self.grid(q=rows, k=(0, self.kv_len)).evaluate(root, given)
         return value.expand(*self.batch_shape, rows[1] - rows[0], value.shape[-1])
 
     def blocks(self) -> Iterator[Range]:
@@ -225,7 +225,7 @@ class _Backward:
 
     def _scatter(self, load: Load, grad: Tensor, totals: Mapping[int, Tensor], **ranges: Range) -> None:
         """Adds ``grad``, over the batch and ``ranges``, to the operand's total at the coordinates of ``load``."""
-        self.site.frame(**ranges).scatter(grad, load, totals[load.operand])
+        self.site.grid(**ranges).scatter(grad, load, totals[load.operand])
 
 
 # ----------------------------------------------------------------------------------------------------------- masks
@@ -238,7 +238,7 @@ def tile_map(spec: TileMap, operands: Sequence[Tensor], sizes: Sequence[int]) ->
     out = torch.empty(spec.out_shape(sizes), dtype=torch.uint8, device=operands[0].device)
     for row in range(0, q_len, ROWS):
         extents = {f"b{i}": (0, n) for i, n in enumerate(batch)} | {"q": (row, min(row + ROWS, q_len)), "k": (0, kv_len)}
-        seen = Frame.over(extents, symbols, operands, exact=False).evaluate(spec.predicate, {})
+        seen = Grid.over(extents, symbols, operands, exact=False).evaluate(spec.predicate, {})
         seen = seen.expand(*(stop - start for start, stop in extents.values()))
         cells = [cell.flatten(-2) for cell in seen.split(KEYS, -1)]
         out[..., row // ROWS, :] = torch.stack([c.any(-1).byte() + c.all(-1).byte() for c in cells], -1)

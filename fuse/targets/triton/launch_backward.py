@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fuse.ir import expr
 from fuse.ir.gradient import gradient
-from fuse.ir.grid import Frame
+from fuse.ir.grid import Grid
 from fuse.ir.spec import AttentionSpec
 from fuse.kernel.backward import exact_below
 from fuse.kernel.groups import Groups, groups_of
@@ -159,16 +159,16 @@ class TritonBackward:
             extents = {f"b{i}": (0, n) for i, n in enumerate(batch)}
             ends = {"key": ((0, 1), (0, kv_len)), "entry": ((0, 1), (1 - q_len, kv_len))}
             extents["q"], extents["k"] = ends.get(sink.kind, ((0, q_len), (0, 1)))
-            frame = Frame.over(extents, dict(zip(self._spec.symbols, sizes, strict=True)), operands)
+            grid = Grid.over(extents, dict(zip(self._spec.symbols, sizes, strict=True)), operands)
             if sink.kind == "logit":
-                logit = frame.evaluate(self._spec.extra_logits[int(term.root.rpartition(".")[2])]).to(self._real)
+                logit = grid.evaluate(self._spec.extra_logits[int(term.root.rpartition(".")[2])]).to(self._real)
                 power = logit - lse[..., None]
                 if (below := exact_below(self._spec)) is not None:
                     power = torch.where(lse[..., None] <= float(below), logit - tops[..., None] - rests[..., None], power)
-                grad = -power.exp() * delta[..., None] * frame.evaluate(term.factor)
+                grad = -power.exp() * delta[..., None] * grid.evaluate(term.factor)
             else:
                 grad = partial[sink.name]
-            frame.scatter(grad, sink.load, gradients[sink.name])
+            grid.scatter(grad, sink.load, gradients[sink.name])
 
 
 def _options(launch: Launch) -> dict[str, Any]:
