@@ -11,7 +11,7 @@ from fuse.targets.cpp.launch import compiler
 
 pytestmark = pytest.mark.compiler
 
-TEMPLATES = Path(__file__).parent.parent / "templates" / "cpp"
+TEMPLATES = Path(__file__).parent.parent / "templates" / "cpp" / "prelude"
 
 
 def test_every_value_lies_in_the_range_of_its_operation(tmp_path: Path) -> None:
