@@ -42,7 +42,7 @@ def in_cpp(tmp_path_factory: pytest.TempPathFactory) -> Library:
     names = {case: f"case_{i}" for i, case in enumerate(dict.fromkeys((*INTEGERS, *REALS)))}
     functions = [cpp_function(name, case) for case, name in names.items()]
     source.write_text("\n".join([Path(__file__).with_name("ranges.cpp").read_text(), *functions]))
-    flags = ["-std=c++17", "-O1", "-w", "-shared", "-fPIC", f"-I{TEMPLATES / 'cpp'}"]
+    flags = ["-std=c++17", "-O1", "-w", "-shared", "-fPIC", f"-I{TEMPLATES / 'cpp' / 'prelude'}"]
     subprocess.run([*compiler(), *flags, str(source), "-o", str(library)], check=True, timeout=300)
     loaded = ctypes.CDLL(str(library))
 

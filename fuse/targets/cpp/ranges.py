@@ -1,4 +1,4 @@
-"""Interval arithmetic on tiles as C++, with the types of ``templates/cpp/ranges.h``.
+"""Interval arithmetic on tiles as C++, with the types of ``templates/cpp/prelude/ranges.h``.
 
 What is read of one position is summarised beforehand: values of keys once for each tile of keys, those of queries once for
 each block.
@@ -30,7 +30,7 @@ class Summary:
 
 @dataclass
 class Ranges:
-    """What ``bounds.h.jinja`` needs to classify tiles.
+    """What ``shared/bounds.h.jinja`` needs to classify tiles.
 
     keys, rows  values that are summarised over a tile of keys and over a block of queries
     lines       statements that compute the predicate's ``result``, of type Truth, from ``rows``, ``keys``, ``q`` and ``k``

@@ -120,7 +120,7 @@ def render(spec: AttentionSpec, plan: Plan) -> str:
     }  # fmt: skip
     if plan.core == "matrix":
         context |= _matrix_context(source)
-    return environment().get_template(f"cpp/forward_{plan.core}.cpp.jinja").render(context)
+    return environment().get_template(f"cpp/{plan.core}/forward.cpp.jinja").render(context)
 
 
 def call_context(source: Source, plan: Plan) -> dict[str, object]:
@@ -144,7 +144,7 @@ def call_context(source: Source, plan: Plan) -> dict[str, object]:
 
 
 def _matrix_context(source: Source) -> dict[str, object]:
-    """What ``forward_matrix.cpp.jinja`` needs besides; the lanes core stays in it, for rows that need more than bfloat16."""
+    """What ``matrix/forward.cpp.jinja`` needs besides; the lanes core stays in it, for rows that need more than bfloat16."""
     spec, computed = source.spec, source.computed
     runs = write_keys.KeyRuns()
     program = partial(write_keys.key_program, source.site, runs, source.count)

@@ -1,4 +1,4 @@
-"""The backward kernel of a spec as one C++ source: what ``fuse.ir.gradient`` says, by ``templates/cpp/backward_*.jinja``."""
+"""The backward kernel of a spec as one C++ source: what ``fuse.ir.gradient`` says, by ``templates/cpp``."""
 
 from __future__ import annotations
 
@@ -36,14 +36,14 @@ _COMMENTS = {
 
 @dataclass
 class Entries(Program):
-    """What happens to an entry, in lanes of queries: see ``backward_score.h.jinja``."""
+    """What happens to an entry, in lanes of queries: see ``lanes/backward_score.h.jinja``."""
 
     results: Results | None = None
 
 
 @dataclass
 class KeyEntries(KeyProgram):
-    """The same in lanes of keys: see ``backward_keys.h.jinja``."""
+    """The same in lanes of keys: see ``matrix/backward_keys.h.jinja``."""
 
     results: Results | None = None
 
@@ -170,7 +170,7 @@ def render_backward(spec: AttentionSpec, wanted: Sequence[bool], plan: Plan) -> 
         "slices": any(s.kind in ("row", "key", "entry", "logit") for s in found), "argument_count": argument_count(spec),
         "stage_count": max((len(p.stages) for p in programs), default=0) + sum(map(_tiled, found)),
     }  # fmt: skip
-    return environment().get_template(f"cpp/backward_{plan.core}.cpp.jinja").render(context)
+    return environment().get_template(f"cpp/{plan.core}/backward.cpp.jinja").render(context)
 
 
 def argument_count(spec: AttentionSpec) -> int:

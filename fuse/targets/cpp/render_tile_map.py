@@ -51,4 +51,4 @@ def render_tile_map(spec: TileMap, plan: Plan) -> str:
         "site": site, "bytes": _bytes(spec.predicate, count), "rows": ROWS, "keys": KEYS,
         "empty": EMPTY, "partial": PARTIAL, "full": FULL,
     }  # fmt: skip
-    return environment().get_template("cpp/tile_map.cpp.jinja").render(context)
+    return environment().get_template("cpp/shared/tile_map.cpp.jinja").render(context)

@@ -1,7 +1,7 @@
 """Expressions as C++: scalars where a value is the same for a whole vector of queries, lanes where it is not.
 
 Lanes are query positions. A node is computed once per batch index, once per block of queries, once per key or once per
-vector, according to the indices it depends on. The functions and types used here are those of ``templates/cpp/*.h``.
+vector, according to the indices it depends on. The functions and types used here are those of ``templates/cpp/prelude/*.h``.
 """
 
 from __future__ import annotations

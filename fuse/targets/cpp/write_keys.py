@@ -11,7 +11,7 @@ from fuse.targets.cpp.write import C_TYPES, Body, K, Q, Value, Writer, kind_of, 
 
 @dataclass
 class KeyProgram:
-    """A functor of ``keys.h.jinja``: ``row`` runs once per query and tile of keys, ``entry`` once per vector of keys."""
+    """A functor of ``shared/keys.h.jinja``: ``row`` runs once per query and tile of keys, ``entry`` once per vector of keys."""
 
     name: str
     comment: str
@@ -34,7 +34,7 @@ class KeyRuns:
         return self.found.setdefault(node, (f"run{len(self.found)}", column))[0]
 
     def context(self) -> list[dict[str, str]]:
-        """What ``key_runs.h.jinja`` needs, once all programs are written."""
+        """What ``shared/key_runs.h.jinja`` needs, once all programs are written."""
         return [{"name": name, "text": text} for name, text in self.found.values()]
 
 
