@@ -26,7 +26,7 @@ def evaluate(root: Expr, values: dict[Expr, Tensor]) -> Tensor:
     made = problem("float64", batch=(), q_len=1, kv_len=len(values[S]), qk_dim=1)
     site = reference._Site(made.spec, made.operands, made.sizes, exact=True)
     given = {n: v.reshape(1, -1) for n, v in values.items()}
-    return site.frame(q=(0, 1), k=(0, site.kv_len)).evaluate(root, given).expand(1, site.kv_len).flatten()
+    return site.grid(q=(0, 1), k=(0, site.kv_len)).evaluate(root, given).expand(1, site.kv_len).flatten()
 
 
 def check(root: Expr, leaf: Expr, points: dict[Expr, list[float]]) -> None:

@@ -21,9 +21,9 @@ from specs import CASES
 from fuse import targets
 from fuse.ir.tile_map import map_of
 from fuse.kernel.source import ENTRY
-from fuse.targets import make, reference
+from fuse.targets import reference
 from fuse.targets.cache import BuildFailed
-from fuse.targets.cpp import launch
+from fuse.targets.cpp import launch, target
 from fuse.targets.cpp.launch import CppKernel, build_source, instruction_set
 from fuse.targets.cpp.plan import backward_plan, plan, plan_tile_map
 from fuse.targets.cpp.render import render
@@ -255,8 +255,8 @@ def test_a_backward_kernel_that_nobody_has_asked_for_gives_way(monkeypatch: pyte
         priorities.append(os.getpriority(os.PRIO_PROCESS, threading.get_native_id()))
         raise BuildFailed("nothing is built here")
 
-    monkeypatch.setattr(make, "build", seen)
-    monkeypatch.setattr(make, "build_backward", seen)
+    monkeypatch.setattr(target, "build", seen)
+    monkeypatch.setattr(target, "build_backward", seen)
     spec, wanted = CASES["plain"]("float32").spec, (True, True, True)
     with pytest.warns(RuntimeWarning, match="nothing is built"):
         targets.kernel(spec, "cpp")

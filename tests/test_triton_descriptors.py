@@ -46,8 +46,8 @@ def launches(monkeypatch: pytest.MonkeyPatch) -> Iterator[Launches]:
             found.append((name, any(isinstance(a, TensorDescriptor) for a in arguments)))
         real(self, grid, arguments, constants)
 
-    for module in ("triton", "triton_module", "triton_backward"):
-        monkeypatch.setattr(f"fuse.targets.{module}.current_architecture", lambda: ARCHITECTURES["sm_90"])
+    for module in ("launch", "module", "launch_backward"):
+        monkeypatch.setattr(f"fuse.targets.triton.{module}.current_architecture", lambda: ARCHITECTURES["sm_90"])
     monkeypatch.setattr(function.Function, "_launch", launch)
     yield found
 

@@ -1,7 +1,7 @@
 """Interval arithmetic (Moore, Interval Analysis, 1966): what values an expression can take, from what its leaves can be.
 
 One table of rules serves all who ask. The ends of a range are numbers, or tensors that hold one number for each of many
-ranges. The functions on ranges in ``templates/cpp/ranges.h`` and ``templates/triton/ranges.py.jinja`` keep to the same rules.
+ranges. The functions in ``templates/cpp/prelude/ranges.h`` and ``templates/triton/ranges.py.jinja`` keep to the same rules.
 """
 
 from __future__ import annotations

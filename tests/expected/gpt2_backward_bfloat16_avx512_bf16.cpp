@@ -6,6 +6,21 @@
 // plan  Plan(core='matrix', isa='avx512_bf16', real='float', width=16, vectors=12, rows=6, block_k=64, wave_bytes=1048576, thread_work=262144, part_keys=768, few=0)
 // made by torch-fuse …
 // alone: c++ -std=c++17 -O3 -march=native -w -fopenmp -DFUSE_STANDALONE <this file> -o kernel && ./kernel [threads]
+// operand 0 bfloat16, 4 dimensions: query
+// operand 1 bfloat16, 4 dimensions: key
+// operand 2 bfloat16, 4 dimensions: value
+// sizes     B0, B1, q_len, kv_len
+// contents, in order
+//   Call             the arguments of a call
+//   Site             one batch index: where its operands begin
+//   upper_key        edit: one past the last key that a query may see
+//   Sinks            where gradients go
+//   Matrix           products of bfloat16
+//   EntriesFull      edit: weight and gradient of an entry, lanes are keys
+//   EntriesPartial   edit: the same where the mask hides some
+//   QueryBlock       a block of queries against its keys, by matrix products
+//   Backward         how the gradients are shared by the threads
+//   fuse_attention   the entry
 #define FUSE_WIDTH 16
 #define FUSE_DOUBLE 0
 typedef float R;
@@ -105,8 +120,10 @@ INLINE VR exp2_lanes(VR x) {
 
 // Swaps the off-diagonal blocks of 2H x 2H squares, one shuffle per row: log2(W) rounds transpose W x W.
 template <int H, bool HIGH, int... J> INLINE VR blend_blocks(VR a, VR b) {
-    if constexpr (sizeof...(J) < W) return blend_blocks<H, HIGH, J..., (sizeof...(J) & H) ? int(W + sizeof...(J)) - (HIGH ? 0 : H)
-                                                                                       : int(sizeof...(J)) + (HIGH ? H : 0)>(a, b);
+    if constexpr (sizeof...(J) < W) return blend_blocks<H, HIGH, J..., (sizeof...(J) & H) ? int(W + sizeof...(J)) - (HIGH ? 0
+        : H)
+                                                                                       : int(sizeof...(J)) + (HIGH ? H : 0)>(a,
+                                                                                           b);
     else return __builtin_shufflevector(a, b, J...);
 }
 template <int H = W / 2> INLINE void transpose(VR (&x)[W]) {
@@ -151,7 +168,8 @@ template <class T> INLINE T from_r(R x) {
 template <class T> INLINE VR load_as(const T* p) {
     if constexpr (__is_same(T, R)) return load(p);
 #if AVX512_FLOAT
-    else if constexpr (__is_same(T, Bf16)) return VR(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)p)), 16));
+    else if constexpr (__is_same(T,
+        Bf16)) return VR(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)p)), 16));
     else if constexpr (__is_same(T, _Float16)) return VR(_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p)));
 #endif
     else { VR v; for (int i = 0; i < W; i++) v[i] = to_r(p[i]); return v; }
@@ -167,11 +185,13 @@ template <class T> INLINE void store_as(T* p, VR v) {
 #endif
     else for (int i = 0; i < W; i++) p[i] = from_r<T>(v[i]);
 }
-template <class T> INLINE VR load_some(const T* p, int n) { VR v = {}; for (int i = 0; i < n; i++) v[i] = to_r(p[i]); return v; }
+template <class T> INLINE VR load_some(const T* p, int n) { VR v = {}; for (int i = 0; i < n; i++) v[i] = to_r(p[i]); return v;
+    }
 template <class T> INLINE void store_some(T* p, VR v, int n) { for (int i = 0; i < n; i++) p[i] = from_r<T>(v[i]); }
 
 // dst[row * ld + column] = src[row * rs + column * cs] for rows x columns.
-template <class T> static void copy_rows(R* dst, int64_t ld, const T* src, int64_t rs, int64_t cs, int64_t rows, int64_t columns) {
+template <class T> static void copy_rows(R* dst, int64_t ld, const T* src, int64_t rs, int64_t cs, int64_t rows,
+    int64_t columns) {
     for (int64_t i = 0; i < rows; i++) {
         if (cs == 1) {
             int64_t j = 0;
@@ -182,7 +202,8 @@ template <class T> static void copy_rows(R* dst, int64_t ld, const T* src, int64
 }
 
 // dst[column * ld + row] = src[row * rs + column * cs]: W x W squares through registers where columns are neighbours.
-template <class T> static void copy_transposed(R* dst, int64_t ld, const T* src, int64_t rs, int64_t cs, int64_t rows, int64_t columns) {
+template <class T> static void copy_transposed(R* dst, int64_t ld, const T* src, int64_t rs, int64_t cs, int64_t rows,
+    int64_t columns) {
     int64_t done = 0;
     if (cs == 1) {
         const int64_t whole = columns - columns % W;
@@ -205,10 +226,14 @@ template <class T> static void copy_transposed(R* dst, int64_t ld, const T* src,
 // What an expression reads: one element, or one per lane.
 template <class T> INLINE R read_real(const void* p, int64_t i) { return to_r(((const T*)p)[i]); }
 template <class T> INLINE int64_t read_int(const void* p, int64_t i) { return int64_t(((const T*)p)[i]); }
-template <class T> INLINE VR gather_real(const void* p, VL at) { VR v; for (int i = 0; i < W; i++) v[i] = read_real<T>(p, at[i]); return v; }
-template <class T> INLINE VI gather_int(const void* p, VL at) { VI v; for (int i = 0; i < W; i++) v[i] = I(read_int<T>(p, at[i])); return v; }
-template <class T> INLINE VL gather_long(const void* p, VL at) { VL v; for (int i = 0; i < W; i++) v[i] = read_int<T>(p, at[i]); return v; }
-template <class T> INLINE VI gather_bool(const void* p, VL at) { VI v; for (int i = 0; i < W; i++) v[i] = -I(((const T*)p)[at[i]] != 0); return v; }
+template <class T> INLINE VR gather_real(const void* p, VL at) { VR v; for (int i = 0; i < W; i++) v[i] = read_real<T>(p,
+    at[i]); return v; }
+template <class T> INLINE VI gather_int(const void* p, VL at) { VI v; for (int i = 0; i < W; i++) v[i] = I(read_int<T>(p,
+    at[i])); return v; }
+template <class T> INLINE VL gather_long(const void* p, VL at) { VL v; for (int i = 0; i < W; i++) v[i] = read_int<T>(p,
+    at[i]); return v; }
+template <class T> INLINE VI gather_bool(const void* p, VL at) { VI v; for (int i = 0; i < W;
+    i++) v[i] = -I(((const T*)p)[at[i]] != 0); return v; }
 INLINE VR load_lanes(const R* p) { return load(p); }
 INLINE VI load_lanes(const I* p) { VI v; memcpy(&v, p, sizeof v); return v; }
 #if !FUSE_DOUBLE
@@ -269,7 +294,8 @@ constexpr int kPiece = 64;  // bytes that are written at a time: up to so many b
 template <class T> INLINE void copy_pieces(T* dst, const T* src, int n) {
 #ifdef __AVX512BW__
     for (int left = n * int(sizeof(T)), i = 0; i < left; i += kPiece)
-        _mm512_storeu_si512((char*)dst + i, _mm512_maskz_loadu_epi8(left - i < kPiece ? (uint64_t(1) << (left - i)) - 1 : ~uint64_t(0), (const char*)src + i));
+        _mm512_storeu_si512((char*)dst + i, _mm512_maskz_loadu_epi8(left - i < kPiece ? (uint64_t(1) << (left - i)) - 1
+            : ~uint64_t(0), (const char*)src + i));
 #else
     memcpy(dst, src, n * sizeof(T));
 #endif
@@ -460,11 +486,13 @@ struct IntRange {
 // What overflows can be anything.
 INLINE IntRange operator+(IntRange a, IntRange b) {
     int64_t low, high;
-    return __builtin_add_overflow(a.low, b.low, &low) | __builtin_add_overflow(a.high, b.high, &high) ? IntRange::any() : IntRange(low, high);
+    return __builtin_add_overflow(a.low, b.low, &low) | __builtin_add_overflow(a.high, b.high, &high) ? IntRange::any()
+        : IntRange(low, high);
 }
 INLINE IntRange operator-(IntRange a, IntRange b) {
     int64_t low, high;
-    return __builtin_sub_overflow(a.low, b.high, &low) | __builtin_sub_overflow(a.high, b.low, &high) ? IntRange::any() : IntRange(low, high);
+    return __builtin_sub_overflow(a.low, b.high, &low) | __builtin_sub_overflow(a.high, b.low, &high) ? IntRange::any()
+        : IntRange(low, high);
 }
 INLINE IntRange operator-(IntRange a) { return IntRange(0) - a; }
 INLINE IntRange operator*(IntRange a, IntRange b) {
@@ -473,12 +501,14 @@ INLINE IntRange operator*(IntRange a, IntRange b) {
                       __builtin_mul_overflow(a.high, b.low, x + 2) | __builtin_mul_overflow(a.high, b.high, x + 3);
     return over ? IntRange::any() : IntRange(x[0], x[0]).with(x[1]).with(x[2]).with(x[3]);
 }
-INLINE IntRange f_abs(IntRange a) { return a.low >= 0 ? a : a.high <= 0 ? -a : a.low == INT64_MIN ? IntRange::any() : IntRange(0, max64(-a.low, a.high)); }
+INLINE IntRange f_abs(IntRange a) { return a.low >= 0 ? a : a.high <= 0 ? -a : a.low == INT64_MIN ? IntRange::any()
+    : IntRange(0, max64(-a.low, a.high)); }
 INLINE IntRange f_minimum(IntRange a, IntRange b) { return {min64(a.low, b.low), min64(a.high, b.high)}; }
 INLINE IntRange f_maximum(IntRange a, IntRange b) { return {max64(a.low, b.low), max64(a.high, b.high)}; }
 INLINE IntRange f_floordiv(IntRange a, IntRange b) {
     if (b.low <= 0) return IntRange::any();
-    return IntRange(f_floordiv(a.low, b.low)).with(f_floordiv(a.low, b.high)).with(f_floordiv(a.high, b.low)).with(f_floordiv(a.high, b.high));
+    return IntRange(f_floordiv(a.low, b.low)).with(f_floordiv(a.low, b.high)).with(f_floordiv(a.high,
+        b.low)).with(f_floordiv(a.high, b.high));
 }
 INLINE IntRange f_mod(IntRange a, IntRange b) {
     if (b.low <= 0) return IntRange::any();
@@ -500,11 +530,14 @@ struct RealRange {
     void include(R x) { *this = x != x ? any() : RealRange(f_minimum(low, x), f_maximum(high, x), nan); }
     bool infinite() const { return low == -R(INFINITY) || high == R(INFINITY); }
 };
-INLINE RealRange operator+(RealRange a, RealRange b) { return {a.low + b.low, a.high + b.high, a.nan || b.nan || (a.infinite() && b.infinite())}; }
+INLINE RealRange operator+(RealRange a, RealRange b) { return {a.low + b.low, a.high + b.high,
+    a.nan || b.nan || (a.infinite() && b.infinite())}; }
 INLINE RealRange operator-(RealRange a) { return {-a.high, -a.low, a.nan}; }
 INLINE RealRange operator-(RealRange a, RealRange b) { return a + -b; }
-INLINE RealRange f_minimum(RealRange a, RealRange b) { return {f_minimum(a.low, b.low), f_minimum(a.high, b.high), a.nan || b.nan}; }
-INLINE RealRange f_maximum(RealRange a, RealRange b) { return {f_maximum(a.low, b.low), f_maximum(a.high, b.high), a.nan || b.nan}; }
+INLINE RealRange f_minimum(RealRange a, RealRange b) { return {f_minimum(a.low, b.low), f_minimum(a.high, b.high),
+    a.nan || b.nan}; }
+INLINE RealRange f_maximum(RealRange a, RealRange b) { return {f_maximum(a.low, b.low), f_maximum(a.high, b.high),
+    a.nan || b.nan}; }
 
 // Rounding keeps the order.
 INLINE RealRange round_f64(RealRange a) { return a; }
@@ -528,9 +561,11 @@ COMPARISONS(IntRange)
 COMPARISONS(RealRange)
 
 INLINE Truth choose(Truth c, Truth a, Truth b) { return (c & a) | (~c & b); }
-INLINE IntRange choose(Truth c, IntRange a, IntRange b) { return c.must ? a : !c.can ? b : IntRange(min64(a.low, b.low), max64(a.high, b.high)); }
+INLINE IntRange choose(Truth c, IntRange a, IntRange b) { return c.must ? a : !c.can ? b : IntRange(min64(a.low, b.low),
+    max64(a.high, b.high)); }
 INLINE RealRange choose(Truth c, RealRange a, RealRange b) {
-    return c.must ? a : !c.can ? b : RealRange(a.low < b.low ? a.low : b.low, a.high > b.high ? a.high : b.high, a.nan || b.nan);
+    return c.must ? a : !c.can ? b : RealRange(a.low < b.low ? a.low : b.low, a.high > b.high ? a.high : b.high,
+        a.nan || b.nan);
 }
 // One call, decoded from the packed int64 arguments: threads, out, log-sum-exp (dense, or null), the strides of out, the
 // sizes, then per operand its address, sizes and strides in elements.
@@ -719,7 +754,8 @@ static bool find_exact(const Call& c, const Site& s, int64_t q0, VI& chosen) {
 INLINE Lse row_lse(const Site& s, int64_t q) { return needs_exact(s.lse[q]) ? Lse(INFINITY) : s.lse[q]; }
 
 // Rows of gradients, times ``scale``.
-template <int COLUMNS, class T> static void write_rows(const Target<T>& to, const R* from, int width, int64_t first, int64_t last, R scale) {
+template <int COLUMNS, class T> static void write_rows(const Target<T>& to, const R* from, int width, int64_t first,
+    int64_t last, R scale) {
     for (int64_t k = first; k < last; k++, from += COLUMNS) {
         T* row = to.data + k * to.row;
         int e = 0;
@@ -734,7 +770,8 @@ struct Matrix {
 
     // c[kRows, cols] (+)= a[kRows, 2 * pairs] * b[pairs, cols, 2]; cols at most 64; leading dimensions in elements of a, in
     // pairs of b. More than ``rows`` may be computed: scratch is padded.
-    template <bool ADD> void step(const Bf16* a, int lda, const uint32_t* b, int ldb, float* c, int ldc, int rows, int cols, int pairs) {
+    template <bool ADD> void step(const Bf16* a, int lda, const uint32_t* b, int ldb, float* c, int ldc, int rows, int cols,
+        int pairs) {
         if (rows > kLeft) by_columns<kRows, ADD>(a, lda, b, ldb, c, ldc, cols, pairs);
         else by_columns<kLeft, ADD>(a, lda, b, ldb, c, ldc, cols, pairs);
     }
@@ -743,7 +780,8 @@ struct Matrix {
 private:
     static constexpr int kLeft = 4;
 
-    template <int ROWS, bool ADD> static void by_columns(const Bf16* a, int lda, const uint32_t* b, int ldb, float* c, int ldc, int cols, int pairs) {
+    template <int ROWS, bool ADD> static void by_columns(const Bf16* a, int lda, const uint32_t* b, int ldb, float* c, int ldc,
+        int cols, int pairs) {
         switch ((cols + 15) / 16) {
             case 4: return in_registers<ROWS, 4, ADD>(a, lda, b, ldb, c, ldc, pairs);
             case 3: return in_registers<ROWS, 3, ADD>(a, lda, b, ldb, c, ldc, pairs);
@@ -752,7 +790,8 @@ private:
         }
     }
     template <int ROWS, int N, bool ADD>
-    __attribute__((noinline)) static void in_registers(const Bf16* a, int lda, const uint32_t* b, int ldb, float* c, int ldc, int pairs) {
+    __attribute__((noinline)) static void in_registers(const Bf16* a, int lda, const uint32_t* b, int ldb, float* c, int ldc,
+        int pairs) {
         VR sum[ROWS][N];
 #pragma GCC unroll 16
         for (int r = 0; r < ROWS; r++)
@@ -809,7 +848,8 @@ template <int WIDTH, int PAIRS> static void pack_rows_of_pairs(uint32_t* dst, in
         const int columns = WIDTH - 2 * p;
         const __mmask32 have = columns >= 32 ? ~0u : columns <= 0 ? 0 : (1u << columns) - 1;
 #pragma GCC unroll 16
-        for (int i = 0; i < W; i++) x[i] = VR(_mm512_maskz_loadu_epi16(i < n ? have : 0, i < n ? from + i * row + 2 * p : from));
+        for (int i = 0; i < W; i++) x[i] = VR(_mm512_maskz_loadu_epi16(i < n ? have : 0, i < n ? from + i * row + 2 * p
+            : from));
         transpose(x);
 #pragma GCC unroll 16
         for (int i = 0; i < W; i++)
@@ -818,13 +858,15 @@ template <int WIDTH, int PAIRS> static void pack_rows_of_pairs(uint32_t* dst, in
 }
 
 // Pairs of columns of n rows, zeros up to ``rows``: [PAIRS][ld]. ``stride`` is that of the columns.
-template <int WIDTH, int PAIRS> static void pack_column_pairs(uint32_t* dst, int ld, const Bf16* from, int64_t row, int64_t stride, int n, int rows) {
+template <int WIDTH, int PAIRS> static void pack_column_pairs(uint32_t* dst, int ld, const Bf16* from, int64_t row,
+    int64_t stride, int n, int rows) {
     for (int k = 0; k < rows; k += W) {
         const Bf16* first = from + k * row;
         if (stride == 1) pack_rows_of_pairs<WIDTH, PAIRS>(dst + k, ld, first, row, n - k);
         else for (int p = 0; p < PAIRS; p++) {
             const Bf16* low = first + 2 * p * stride;
-            interleave_rows(dst + p * ld + k, 2 * p < WIDTH ? low : nullptr, 2 * p + 1 < WIDTH ? low + stride : nullptr, row, n - k);
+            interleave_rows(dst + p * ld + k, 2 * p < WIDTH ? low : nullptr, 2 * p + 1 < WIDTH ? low + stride : nullptr, row,
+                n - k);
         }
     }
 }
@@ -835,7 +877,8 @@ template <class T> struct Along {
     T copy[BK + kPiece / sizeof(T)];
 
     // ``offset`` is linear in k wherever ``inside`` holds at both ends; elsewhere it stays within the operand.
-    template <class Offset, class Inside> inline __attribute__((always_inline)) void read(const void* data, int64_t k0, int nk, Offset offset, Inside inside) {
+    template <class Offset, class Inside> inline __attribute__((always_inline)) void read(const void* data, int64_t k0, int nk,
+        Offset offset, Inside inside) {
         const int64_t first = offset(k0), step = nk > 1 ? offset(k0 + 1) - first : 1;
         at = (const T*)data + first;
         const bool neighbours = step == 1 && inside(k0) && inside(k0 + nk - 1);
@@ -855,9 +898,12 @@ template <class T> struct Along {
     }
 };
 template <class T> INLINE VR along_real(const Along<T>& a, int n) { return load_as(a.at + n); }
-template <class T> INLINE VI along_int(const Along<T>& a, int n) { VI v; for (int i = 0; i < W; i++) v[i] = I(a.at[n + i]); return v; }
-template <class T> INLINE VL along_long(const Along<T>& a, int n) { VL v; for (int i = 0; i < W; i++) v[i] = a.at[n + i]; return v; }
-template <class T> INLINE VI along_bool(const Along<T>& a, int n) { VI v; for (int i = 0; i < W; i++) v[i] = -I(a.at[n + i] != 0); return v; }
+template <class T> INLINE VI along_int(const Along<T>& a, int n) { VI v; for (int i = 0; i < W; i++) v[i] = I(a.at[n + i]);
+    return v; }
+template <class T> INLINE VL along_long(const Along<T>& a, int n) { VL v; for (int i = 0; i < W; i++) v[i] = a.at[n + i];
+    return v; }
+template <class T> INLINE VI along_bool(const Along<T>& a, int n) { VI v; for (int i = 0; i < W; i++) v[i] = -I(a.at[n
+    + i] != 0); return v; }
 
 // Where a tile's keys are found in operands that are read at a place of their own.
 struct KeyRuns {
@@ -880,7 +926,8 @@ struct EntriesFull {
     const Site& s;
     const int64_t q, k0;
 
-    inline __attribute__((always_inline)) EntriesFull(const Call& c, const Site& s, const KeyRuns& t, int64_t q, int64_t k0, int nk) : c(c), s(s), q(q), k0(k0) {
+    inline __attribute__((always_inline)) EntriesFull(const Call& c, const Site& s, const KeyRuns& t, int64_t q, int64_t k0,
+        int nk) : c(c), s(s), q(q), k0(k0) {
         EntriesFull& r = *this;
         (void)r, (void)t, (void)nk;
     }
@@ -906,7 +953,8 @@ struct EntriesPartial {
     const int64_t q, k0;
     int64_t upper;
 
-    inline __attribute__((always_inline)) EntriesPartial(const Call& c, const Site& s, const KeyRuns& t, int64_t q, int64_t k0, int nk) : c(c), s(s), q(q), k0(k0) {
+    inline __attribute__((always_inline)) EntriesPartial(const Call& c, const Site& s, const KeyRuns& t, int64_t q, int64_t k0,
+        int nk) : c(c), s(s), q(q), k0(k0) {
         EntriesPartial& r = *this;
         r.upper = clamp64(upper_key(c, s, q), 0, c.kv_len);
         (void)r, (void)t, (void)nk;
@@ -980,7 +1028,8 @@ struct Block {
     R *query_rows, *grad_rows;  // [queries][DC], [queries][EC]
 
     static constexpr int64_t reals(int queries) { return queries * (D + DV + DC + EC); }
-    Block(R* p, int queries) : query(p), grad(query + queries * D), query_rows(grad + queries * DV), grad_rows(query_rows + queries * DC) {}
+    Block(R* p, int queries) : query(p), grad(query + queries * D), query_rows(grad + queries * DV), grad_rows(query_rows
+        + queries * DC) {}
 };
 
 // Owned by one thread.
@@ -1073,7 +1122,8 @@ template <int N> struct Sums {
 };
 
 // Scores only.
-template <int N> static void scores_exact(const Call& c, const Site& s, const Rows<N>& r, const Scratch& w, int64_t q0, int nq, int64_t k0, int nk) {
+template <int N> static void scores_exact(const Call& c, const Site& s, const Rows<N>& r, const Scratch& w, int64_t q0, int nq,
+    int64_t k0, int nk) {
 
     for (int i = 0; i < nk; i++) {
         const int64_t k = k0 + i;
@@ -1090,7 +1140,8 @@ template <int N> static void scores_exact(const Call& c, const Site& s, const Ro
 }
 
 // Scores as eager rounds them, of every key.
-template <int N> static void entries_exact(const Call& c, const Sinks& t, const Site& s, const Rows<N>& r, const Scratch& w, const Norm<N>& norm, Sums<N>& sums, const Shares& shares, int64_t q0, int nq, int64_t k0, int nk) {
+template <int N> static void entries_exact(const Call& c, const Sinks& t, const Site& s, const Rows<N>& r, const Scratch& w,
+    const Norm<N>& norm, Sums<N>& sums, const Shares& shares, int64_t q0, int nq, int64_t k0, int nk) {
 
     for (int i = 0; i < nk; i++) {
         const int64_t k = k0 + i;
@@ -1116,7 +1167,8 @@ template <int N> static void entries_exact(const Call& c, const Sinks& t, const 
 INLINE int lanes_of(int nq) { return (nq + W - 1) / W * W; }
 
 // Rows [nq][COLUMNS] and lanes [WIDTH][lanes] of a matrix, zeros where it ends.
-template <int WIDTH, int COLUMNS, class T> static void pack_rows_and_lanes(R* rows, R* lanes, const View<T>& from, int64_t q0, int nq) {
+template <int WIDTH, int COLUMNS, class T> static void pack_rows_and_lanes(R* rows, R* lanes, const View<T>& from, int64_t q0,
+    int nq) {
     const T* data = from.data + q0 * from.row;
     const int ld = lanes_of(nq);
     copy_rows(rows, COLUMNS, data, from.row, from.column, nq, WIDTH);
@@ -1126,7 +1178,8 @@ template <int WIDTH, int COLUMNS, class T> static void pack_rows_and_lanes(R* ro
         for (int i = nq; i < ld; i++) lanes[d * ld + i] = 0;
 }
 
-template <int N> static void add_sums(const Call& c, const Sinks& t, const Site& s, const Sums<N>& sums, const Shares& shares, int64_t q0, int nq) {
+template <int N> static void add_sums(const Call& c, const Sinks& t, const Site& s, const Sums<N>& sums, const Shares& shares,
+    int64_t q0, int nq) {
 }
 
 // Products of nk keys' rows with lanes of queries, summed as forward sums scores: half of the features at a time.
@@ -1143,7 +1196,8 @@ template <int N, int WIDTH> static void products(R* to, const R* rows, const R* 
 
 // The products of one tile, around ``entries``. ``key`` and ``value`` are the tile's, ``d_key`` and ``d_value`` their gradients.
 template <int N, class Entries>
-static void tile(const R* key, const R* value, R* d_key, R* d_value, const Block& b, const Scratch& w, R* d_query, int nq, int nk, Entries entries) {
+static void tile(const R* key, const R* value, R* d_key, R* d_value, const Block& b, const Scratch& w, R* d_query, int nq,
+    int nk, Entries entries) {
     constexpr int L = N * W;
     products<N, D>(w.scores, key, b.query, nk);
     products<N, DV>(w.grads, value, b.grad, nk);
@@ -1160,7 +1214,8 @@ static void tile(const R* key, const R* value, R* d_key, R* d_value, const Block
 // The rows q0 + i of one vector for which ``chosen``, against all keys for their sums and then against those of the part.
 // ``keys`` gives tiles of keys and values; what the rows add to the gradients of query, key and value is in the scratch.
 template <class Keys>
-static void attend_exactly(const Call& c, const Sinks& t, const Site& s, const Goal& goal, const Keys& keys, const Scratch& w, const Shares& shares,
+static void attend_exactly(const Call& c, const Sinks& t, const Site& s, const Goal& goal, const Keys& keys, const Scratch& w,
+    const Shares& shares,
                            int64_t q0, int64_t first, int64_t last, VR delta, VI chosen) {
     const int nq = int(min64(W, c.q_len - q0));
     pack_rows_and_lanes<D, DC>(w.one.query_rows, w.one.query, s.query, q0, nq);
@@ -1232,7 +1287,8 @@ static void pack_keys(const Call& c, const Site& s, char* memory, int64_t k0) {
     for (int k = 0; k < BK; k += 2)
         for (int d = 0; d < DC; d += W) {
             const Bf16* low = key + k * s.key.row + d * s.key.column;
-            interleave_rows(p.key_pairs + k / 2 * DC + d, k < n ? low : nullptr, k + 1 < n ? low + s.key.row : nullptr, s.key.column, D - d);
+            interleave_rows(p.key_pairs + k / 2 * DC + d, k < n ? low : nullptr, k + 1 < n ? low + s.key.row : nullptr,
+                s.key.column, D - d);
         }
 }
 
@@ -1250,7 +1306,8 @@ struct PackedQueries {
 };
 
 // rows [BQ][2 * PAIRS] and lanes [ROWS][BQ] of nq rows, zeros beyond.
-template <int WIDTH, int PAIRS, int ROWS> static void pack_both(Bf16* rows, Bf16* lanes, const View<Bf16>& view, int64_t q0, int nq) {
+template <int WIDTH, int PAIRS, int ROWS> static void pack_both(Bf16* rows, Bf16* lanes, const View<Bf16>& view, int64_t q0,
+    int nq) {
     const Bf16* from = view.data + q0 * view.row;
     memset(rows, 0, sizeof(Bf16) * BQ * 2 * PAIRS);
     for (int i = 0; i < nq; i++) {
@@ -1263,7 +1320,8 @@ template <int WIDTH, int PAIRS, int ROWS> static void pack_both(Bf16* rows, Bf16
         pack_rows_of_pairs<2 * PAIRS, PAIRS>(pairs, W, rows + q * 2 * PAIRS, 2 * PAIRS, W);
         for (int d = 0; d < WIDTH; d++) {
             const __m512i pair = _mm512_loadu_si512(pairs + d / 2 * W);
-            _mm256_storeu_si256((__m256i*)(lanes + d * BQ + q), _mm512_cvtepi32_epi16(d % 2 ? _mm512_srli_epi32(pair, 16) : pair));
+            _mm256_storeu_si256((__m256i*)(lanes + d * BQ + q), _mm512_cvtepi32_epi16(d % 2 ? _mm512_srli_epi32(pair, 16)
+                : pair));
         }
     }
 }
@@ -1295,7 +1353,8 @@ struct Scratch {
     char* redo;
 
     static constexpr int TILES = PART / BK;
-    static constexpr int64_t REALS = 4 * Matrix::kRows * BK + BQ * BK + BQ * BK / 2 + PART * (DROWS + EROWS) + BK * (DC > EC ? DC : EC);
+    static constexpr int64_t REALS = 4 * Matrix::kRows * BK + BQ * BK + BQ * BK / 2 + PART * (DROWS + EROWS) + BK * (DC > EC
+        ? DC : EC);
     static int64_t bytes() { return REALS * sizeof(R) + redo::bytes(); }
     explicit Scratch(char* p)
         : scores((R*)p), grads(scores + 2 * Matrix::kRows * BK), weights((uint32_t*)(grads + 2 * Matrix::kRows * BK)),
@@ -1320,16 +1379,20 @@ struct QueryBlock {
     static constexpr int kSteps = (DC + Matrix::kCols - 1) / Matrix::kCols, kCols = round_up((DC + kSteps - 1) / kSteps, W);
 
     // c[rows, columns] (+)= a * b, step by step.
-    template <bool ADD, int STEP> void multiply(const Bf16* a, int lda, const uint32_t* b, int ldb, R* to, int ldc, int rows, int columns, int pairs) {
+    template <bool ADD, int STEP> void multiply(const Bf16* a, int lda, const uint32_t* b, int ldb, R* to, int ldc, int rows,
+        int columns, int pairs) {
         for (int i = 0; i < rows; i += Matrix::kRows)
             for (int j = 0; j < columns; j += STEP)
-                matrix.step<ADD>(a + i * lda, lda, b + j, ldb, to + i * ldc + j, ldc, rows - i, columns - j < STEP ? columns - j : STEP, pairs);
+                matrix.step<ADD>(a + i * lda, lda, b + j, ldb, to + i * ldc + j, ldc, rows - i, columns - j < STEP ? columns
+                    - j : STEP, pairs);
     }
     // Raw scores and gradients of weights of the rows i … end, of which a step takes the first.
     void score_step(const PackedKeys& keys, int i, int end, int side, int columns) {
         const int rows = end - i < Matrix::kRows ? end - i : Matrix::kRows;
-        multiply<false, Matrix::kCols>(b.query + i * 2 * DPAIRS, 2 * DPAIRS, keys.key, BK, w.score(side), BK, rows, columns, DPAIRS);
-        multiply<false, Matrix::kCols>(b.grad + i * 2 * EPAIRS, 2 * EPAIRS, keys.value, BK, w.grad(side), BK, rows, columns, EPAIRS);
+        multiply<false, Matrix::kCols>(b.query + i * 2 * DPAIRS, 2 * DPAIRS, keys.key, BK, w.score(side), BK, rows, columns,
+            DPAIRS);
+        multiply<false, Matrix::kCols>(b.grad + i * 2 * EPAIRS, 2 * EPAIRS, keys.value, BK, w.grad(side), BK, rows, columns,
+            EPAIRS);
     }
 
     // Rows first + i and first + i + 1, rounded, as rows and as pairs.
@@ -1385,9 +1448,12 @@ struct QueryBlock {
         const int first = from / 2, pairs = (to + 1) / 2, last = round_up(to, Matrix::kDepth) / 2;
         memset(w.weights + pairs * BK, 0, sizeof(uint32_t) * (last - pairs) * BK);
         memset(w.grad_pairs + pairs * BK, 0, sizeof(uint32_t) * (last - pairs) * BK);
-        multiply<true, Matrix::kCols>(b.grad_lanes + from, BQ, w.weights + first * BK, BK, d_value, BK, DV, columns, last - first);
-        multiply<true, Matrix::kCols>(b.query_lanes + from, BQ, w.grad_pairs + first * BK, BK, d_key, BK, D, columns, last - first);
-        multiply<true, kCols>(w.grad_rows + from * BK, BK, keys.key_pairs, DC, d_query + from * DC, DC, to - from, DC, columns / 2);
+        multiply<true, Matrix::kCols>(b.grad_lanes + from, BQ, w.weights + first * BK, BK, d_value, BK, DV, columns, last
+            - first);
+        multiply<true, Matrix::kCols>(b.query_lanes + from, BQ, w.grad_pairs + first * BK, BK, d_key, BK, D, columns, last
+            - first);
+        multiply<true, kCols>(w.grad_rows + from * BK, BK, keys.key_pairs, DC, d_query + from * DC, DC, to - from, DC,
+            columns / 2);
         matrix.flush();
     }
 };
@@ -1418,7 +1484,8 @@ template <class Holds> static int first_row(int n, Holds holds) {
 }
 
 // One block of queries of one site against the keys first … last that it may see.
-static void block(const Call& c, const Sinks& t, const Site& s, const Goal& goal, const KeyRanges* tiles, const PackedKeys& keys, char* queries,
+static void block(const Call& c, const Sinks& t, const Site& s, const Goal& goal, const KeyRanges* tiles,
+    const PackedKeys& keys, char* queries,
                   const Scratch& w, const Shares& shares, char* gradients, int64_t q0, int64_t first, int64_t last) {
     const int nq = int(min64(BQ, c.q_len - q0));
     R* d_query = QueryGradients::block(gradients, q0);
@@ -1445,7 +1512,8 @@ static void block(const Call& c, const Sinks& t, const Site& s, const Goal& goal
         if (!find_exact(c, s, q0 + i, chosen)) continue;
         const redo::Scratch r(w.redo);
         R* packed = (R*)(w.redo + redo::Scratch::bytes());
-        redo::attend_exactly(c, t, s, goal, redo::Keys{c, s, packed, packed + (BK + redo::SLACK) * D}, r, shares, q0 + i, first, last,
+        redo::attend_exactly(c, t, s, goal, redo::Keys{c, s, packed, packed + (BK + redo::SLACK) * D}, r, shares, q0 + i,
+            first, last,
                              load(block.b.delta + i), chosen);
         add_exact(r, w, d_query + i * DC, nq - i < W ? nq - i : W);
     }
@@ -1453,7 +1521,8 @@ static void block(const Call& c, const Sinks& t, const Site& s, const Goal& goal
 }
 
 // Gradients of a part, transposed back a tile at a time.
-template <int WIDTH, int ROWS, int COLUMNS, class T> static void write_tiles(const Target<T>& to, const R* from, const Scratch& w, int64_t first, int64_t last, R scale) {
+template <int WIDTH, int ROWS, int COLUMNS, class T> static void write_tiles(const Target<T>& to, const R* from,
+    const Scratch& w, int64_t first, int64_t last, R scale) {
     for (int64_t k0 = first; k0 < last; k0 += BK, from += BK * ROWS) {
         copy_transposed(w.rows, COLUMNS, from, BK, 1, WIDTH, BK);
         write_rows<COLUMNS>(to, w.rows, WIDTH, k0, min64(k0 + BK, last), scale);
@@ -1520,7 +1589,8 @@ template <class Key> static void join(Place* places, Keyed* keyed, int64_t count
 // A value's sites must follow each other, as a key's do.
 static bool in_order(const Place* places, int64_t count) {
     for (int64_t i = 1; i < count; i++)
-        for (int64_t j = i - 2; j >= 0 && places[i].value != places[i - 1].value && places[j].component == places[i].component; j--)
+        for (int64_t j = i - 2; j >= 0 && places[i].value != places[i - 1].value && places[j].component == places[i].component;
+            j--)
             if (places[j].value == places[i].value) return false;
     return true;
 }
@@ -1558,7 +1628,8 @@ struct Backward {
     char* gradients(char* m) const { return m + queries_bytes() + keys_bytes(); }
     char* gradients(char* m, int64_t slot) const { return gradients(m) + (1 + slot) * gradients_bytes(); }
 
-    bool same_keys(int64_t a, int64_t b) const { return sites[a].key.data == sites[b].key.data && sites[a].value.data == sites[b].value.data; }
+    bool same_keys(int64_t a,
+        int64_t b) const { return sites[a].key.data == sites[b].key.data && sites[a].value.data == sites[b].value.data; }
 
     // Packs a block of queries or a tile of keys: item of blocks + key_tiles.
     void pack(int64_t site, char* m, bool packs_keys, int64_t item) const {
@@ -1577,7 +1648,8 @@ struct Backward {
             if (i > first && !same_keys(i, i - 1)) packed = m;
             const PackedKeys packed_keys(c, keys(packed));
             for (int64_t q0 = 0; q0 < c.q_len; q0 += BQ)
-                block(c, t, sites[i], goals[i], tiles + i * key_tiles, packed_keys, queries(m), w, shares(i, part), part == 0 ? gradients(m) : gradients(m, slot), q0, begin, end);
+                block(c, t, sites[i], goals[i], tiles + i * key_tiles, packed_keys, queries(m), w, shares(i, part), part == 0
+                    ? gradients(m) : gradients(m, slot), q0, begin, end);
             if (i + 1 == last || places[i].key != places[i + 1].key) write_key(goals[i], w, begin, end), clear_key(w);
             if (i + 1 == last || places[i].value != places[i + 1].value) write_value(goals[i], w, begin, end), clear_value(w);
         }
@@ -1619,7 +1691,8 @@ struct Backward {
             });
             each(shared, number * blocks, [&](int64_t i) {
                 char* m = at(first + i / blocks);
-                for (int64_t slot = part == 0; slot < now; slot++) add_query(c, gradients(m), gradients(m, slot), i % blocks * BQ);
+                for (int64_t slot = part == 0; slot < now; slot++) add_query(c, gradients(m), gradients(m, slot), i % blocks
+                    * BQ);
             });
         }
         each(shared, number * blocks, [&](int64_t i) {
@@ -1644,14 +1717,16 @@ extern "C" __attribute__((visibility("default"))) int fuse_attention(const int64
     if (slices > INT64_C(1073741824)) return 1;
     char *head = nullptr, *memory = nullptr;
     const int64_t tile_bytes = 0;
-    if (posix_memalign((void**)&head, 64, count * int64_t(sizeof(Site) + sizeof(Goal) + sizeof(Place) + sizeof(Keyed) + sizeof(int64_t)) + tile_bytes + slices + 128)) return 2;
+    if (posix_memalign((void**)&head, 64, count * int64_t(sizeof(Site) + sizeof(Goal) + sizeof(Place) + sizeof(Keyed)
+        + sizeof(int64_t)) + tile_bytes + slices + 128)) return 2;
     Site* sites = (Site*)head;
     Goal* goals = (Goal*)(sites + count);
     Place* places = (Place*)(goals + count);
     Keyed* keyed = (Keyed*)(places + count);
     int64_t* starts = (int64_t*)(keyed + count);
     KeyRanges* tiles = (KeyRanges*)(starts + count + 1);
-    Backward work = {c, t, count, blocks, key_tiles, parts, 1, starts, places, sites, goals, tiles, (char*)tiles + (tile_bytes + 63) / 64 * 64};
+    Backward work = {c, t, count, blocks, key_tiles, parts, 1, starts, places, sites, goals, tiles, (char*)tiles
+        + (tile_bytes + 63) / 64 * 64};
     {
         const FlushDenormals flush;
         for (int64_t i = 0; i < count; i++) sites[i] = make_site(c, i), places[i] = {i, 0, 0, 0, i};
@@ -1678,7 +1753,8 @@ extern "C" __attribute__((visibility("default"))) int fuse_attention(const int64
     const bool shared = threads > 1 && components < 4 * threads;
     work.slots = shared ? min64(parts, 2 * threads) : 1;
     const int64_t width = shared ? min64(components, (4 * threads + work.slots - 1) / work.slots) : 1;
-    const int64_t per_thread = (Scratch::bytes() + 127) / 64 * 64, per_wave = (width * largest * work.site_bytes() + 63) / 64 * 64;
+    const int64_t per_thread = (Scratch::bytes() + 127) / 64 * 64, per_wave = (width * largest * work.site_bytes() + 63) / 64
+        * 64;
     if (posix_memalign((void**)&memory, 64, threads * per_thread + (shared ? 1 : threads) * per_wave)) return free(head), 2;
 #pragma omp parallel num_threads(threads) if (threads > 1)
     {

@@ -6,6 +6,19 @@
 // plan  Plan(core='lanes', isa='avx2', real='float', width=8, vectors=3, rows=4, block_k=96, wave_bytes=8388608, thread_work=262144, part_keys=384, few=0)
 // made by torch-fuse …
 // alone: c++ -std=c++17 -O3 -march=native -w -fopenmp -DFUSE_STANDALONE <this file> -o kernel && ./kernel [threads]
+// operand 0 float32, 4 dimensions: query
+// operand 1 float32, 4 dimensions: key
+// operand 2 float32, 4 dimensions: value
+// sizes     B0, B1, q_len, kv_len
+// contents, in order
+//   Call             the arguments of a call
+//   Site             one batch index: where its operands begin
+//   upper_key        edit: one past the last key that a query may see
+//   Sinks            where gradients go
+//   entries_full     edit: weight and gradient of an entry, lanes are queries
+//   entries_partial  edit: the same where the mask hides some
+//   Backward         how the gradients are shared by the threads
+//   fuse_attention   the entry
 #define FUSE_WIDTH 8
 #define FUSE_DOUBLE 0
 typedef float R;
@@ -109,8 +122,10 @@ INLINE VR exp2_lanes(VR x) {
 
 // Swaps the off-diagonal blocks of 2H x 2H squares, one shuffle per row: log2(W) rounds transpose W x W.
 template <int H, bool HIGH, int... J> INLINE VR blend_blocks(VR a, VR b) {
-    if constexpr (sizeof...(J) < W) return blend_blocks<H, HIGH, J..., (sizeof...(J) & H) ? int(W + sizeof...(J)) - (HIGH ? 0 : H)
-                                                                                       : int(sizeof...(J)) + (HIGH ? H : 0)>(a, b);
+    if constexpr (sizeof...(J) < W) return blend_blocks<H, HIGH, J..., (sizeof...(J) & H) ? int(W + sizeof...(J)) - (HIGH ? 0
+        : H)
+                                                                                       : int(sizeof...(J)) + (HIGH ? H : 0)>(a,
+                                                                                           b);
     else return __builtin_shufflevector(a, b, J...);
 }
 template <int H = W / 2> INLINE void transpose(VR (&x)[W]) {
@@ -155,7 +170,8 @@ template <class T> INLINE T from_r(R x) {
 template <class T> INLINE VR load_as(const T* p) {
     if constexpr (__is_same(T, R)) return load(p);
 #if AVX512_FLOAT
-    else if constexpr (__is_same(T, Bf16)) return VR(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)p)), 16));
+    else if constexpr (__is_same(T,
+        Bf16)) return VR(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)p)), 16));
     else if constexpr (__is_same(T, _Float16)) return VR(_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p)));
 #endif
     else { VR v; for (int i = 0; i < W; i++) v[i] = to_r(p[i]); return v; }
@@ -171,11 +187,13 @@ template <class T> INLINE void store_as(T* p, VR v) {
 #endif
     else for (int i = 0; i < W; i++) p[i] = from_r<T>(v[i]);
 }
-template <class T> INLINE VR load_some(const T* p, int n) { VR v = {}; for (int i = 0; i < n; i++) v[i] = to_r(p[i]); return v; }
+template <class T> INLINE VR load_some(const T* p, int n) { VR v = {}; for (int i = 0; i < n; i++) v[i] = to_r(p[i]); return v;
+    }
 template <class T> INLINE void store_some(T* p, VR v, int n) { for (int i = 0; i < n; i++) p[i] = from_r<T>(v[i]); }
 
 // dst[row * ld + column] = src[row * rs + column * cs] for rows x columns.
-template <class T> static void copy_rows(R* dst, int64_t ld, const T* src, int64_t rs, int64_t cs, int64_t rows, int64_t columns) {
+template <class T> static void copy_rows(R* dst, int64_t ld, const T* src, int64_t rs, int64_t cs, int64_t rows,
+    int64_t columns) {
     for (int64_t i = 0; i < rows; i++) {
         if (cs == 1) {
             int64_t j = 0;
@@ -186,7 +204,8 @@ template <class T> static void copy_rows(R* dst, int64_t ld, const T* src, int64
 }
 
 // dst[column * ld + row] = src[row * rs + column * cs]: W x W squares through registers where columns are neighbours.
-template <class T> static void copy_transposed(R* dst, int64_t ld, const T* src, int64_t rs, int64_t cs, int64_t rows, int64_t columns) {
+template <class T> static void copy_transposed(R* dst, int64_t ld, const T* src, int64_t rs, int64_t cs, int64_t rows,
+    int64_t columns) {
     int64_t done = 0;
     if (cs == 1) {
         const int64_t whole = columns - columns % W;
@@ -209,10 +228,14 @@ template <class T> static void copy_transposed(R* dst, int64_t ld, const T* src,
 // What an expression reads: one element, or one per lane.
 template <class T> INLINE R read_real(const void* p, int64_t i) { return to_r(((const T*)p)[i]); }
 template <class T> INLINE int64_t read_int(const void* p, int64_t i) { return int64_t(((const T*)p)[i]); }
-template <class T> INLINE VR gather_real(const void* p, VL at) { VR v; for (int i = 0; i < W; i++) v[i] = read_real<T>(p, at[i]); return v; }
-template <class T> INLINE VI gather_int(const void* p, VL at) { VI v; for (int i = 0; i < W; i++) v[i] = I(read_int<T>(p, at[i])); return v; }
-template <class T> INLINE VL gather_long(const void* p, VL at) { VL v; for (int i = 0; i < W; i++) v[i] = read_int<T>(p, at[i]); return v; }
-template <class T> INLINE VI gather_bool(const void* p, VL at) { VI v; for (int i = 0; i < W; i++) v[i] = -I(((const T*)p)[at[i]] != 0); return v; }
+template <class T> INLINE VR gather_real(const void* p, VL at) { VR v; for (int i = 0; i < W; i++) v[i] = read_real<T>(p,
+    at[i]); return v; }
+template <class T> INLINE VI gather_int(const void* p, VL at) { VI v; for (int i = 0; i < W; i++) v[i] = I(read_int<T>(p,
+    at[i])); return v; }
+template <class T> INLINE VL gather_long(const void* p, VL at) { VL v; for (int i = 0; i < W; i++) v[i] = read_int<T>(p,
+    at[i]); return v; }
+template <class T> INLINE VI gather_bool(const void* p, VL at) { VI v; for (int i = 0; i < W;
+    i++) v[i] = -I(((const T*)p)[at[i]] != 0); return v; }
 INLINE VR load_lanes(const R* p) { return load(p); }
 INLINE VI load_lanes(const I* p) { VI v; memcpy(&v, p, sizeof v); return v; }
 #if !FUSE_DOUBLE
@@ -273,7 +296,8 @@ constexpr int kPiece = 64;  // bytes that are written at a time: up to so many b
 template <class T> INLINE void copy_pieces(T* dst, const T* src, int n) {
 #ifdef __AVX512BW__
     for (int left = n * int(sizeof(T)), i = 0; i < left; i += kPiece)
-        _mm512_storeu_si512((char*)dst + i, _mm512_maskz_loadu_epi8(left - i < kPiece ? (uint64_t(1) << (left - i)) - 1 : ~uint64_t(0), (const char*)src + i));
+        _mm512_storeu_si512((char*)dst + i, _mm512_maskz_loadu_epi8(left - i < kPiece ? (uint64_t(1) << (left - i)) - 1
+            : ~uint64_t(0), (const char*)src + i));
 #else
     memcpy(dst, src, n * sizeof(T));
 #endif
@@ -464,11 +488,13 @@ struct IntRange {
 // What overflows can be anything.
 INLINE IntRange operator+(IntRange a, IntRange b) {
     int64_t low, high;
-    return __builtin_add_overflow(a.low, b.low, &low) | __builtin_add_overflow(a.high, b.high, &high) ? IntRange::any() : IntRange(low, high);
+    return __builtin_add_overflow(a.low, b.low, &low) | __builtin_add_overflow(a.high, b.high, &high) ? IntRange::any()
+        : IntRange(low, high);
 }
 INLINE IntRange operator-(IntRange a, IntRange b) {
     int64_t low, high;
-    return __builtin_sub_overflow(a.low, b.high, &low) | __builtin_sub_overflow(a.high, b.low, &high) ? IntRange::any() : IntRange(low, high);
+    return __builtin_sub_overflow(a.low, b.high, &low) | __builtin_sub_overflow(a.high, b.low, &high) ? IntRange::any()
+        : IntRange(low, high);
 }
 INLINE IntRange operator-(IntRange a) { return IntRange(0) - a; }
 INLINE IntRange operator*(IntRange a, IntRange b) {
@@ -477,12 +503,14 @@ INLINE IntRange operator*(IntRange a, IntRange b) {
                       __builtin_mul_overflow(a.high, b.low, x + 2) | __builtin_mul_overflow(a.high, b.high, x + 3);
     return over ? IntRange::any() : IntRange(x[0], x[0]).with(x[1]).with(x[2]).with(x[3]);
 }
-INLINE IntRange f_abs(IntRange a) { return a.low >= 0 ? a : a.high <= 0 ? -a : a.low == INT64_MIN ? IntRange::any() : IntRange(0, max64(-a.low, a.high)); }
+INLINE IntRange f_abs(IntRange a) { return a.low >= 0 ? a : a.high <= 0 ? -a : a.low == INT64_MIN ? IntRange::any()
+    : IntRange(0, max64(-a.low, a.high)); }
 INLINE IntRange f_minimum(IntRange a, IntRange b) { return {min64(a.low, b.low), min64(a.high, b.high)}; }
 INLINE IntRange f_maximum(IntRange a, IntRange b) { return {max64(a.low, b.low), max64(a.high, b.high)}; }
 INLINE IntRange f_floordiv(IntRange a, IntRange b) {
     if (b.low <= 0) return IntRange::any();
-    return IntRange(f_floordiv(a.low, b.low)).with(f_floordiv(a.low, b.high)).with(f_floordiv(a.high, b.low)).with(f_floordiv(a.high, b.high));
+    return IntRange(f_floordiv(a.low, b.low)).with(f_floordiv(a.low, b.high)).with(f_floordiv(a.high,
+        b.low)).with(f_floordiv(a.high, b.high));
 }
 INLINE IntRange f_mod(IntRange a, IntRange b) {
     if (b.low <= 0) return IntRange::any();
@@ -504,11 +532,14 @@ struct RealRange {
     void include(R x) { *this = x != x ? any() : RealRange(f_minimum(low, x), f_maximum(high, x), nan); }
     bool infinite() const { return low == -R(INFINITY) || high == R(INFINITY); }
 };
-INLINE RealRange operator+(RealRange a, RealRange b) { return {a.low + b.low, a.high + b.high, a.nan || b.nan || (a.infinite() && b.infinite())}; }
+INLINE RealRange operator+(RealRange a, RealRange b) { return {a.low + b.low, a.high + b.high,
+    a.nan || b.nan || (a.infinite() && b.infinite())}; }
 INLINE RealRange operator-(RealRange a) { return {-a.high, -a.low, a.nan}; }
 INLINE RealRange operator-(RealRange a, RealRange b) { return a + -b; }
-INLINE RealRange f_minimum(RealRange a, RealRange b) { return {f_minimum(a.low, b.low), f_minimum(a.high, b.high), a.nan || b.nan}; }
-INLINE RealRange f_maximum(RealRange a, RealRange b) { return {f_maximum(a.low, b.low), f_maximum(a.high, b.high), a.nan || b.nan}; }
+INLINE RealRange f_minimum(RealRange a, RealRange b) { return {f_minimum(a.low, b.low), f_minimum(a.high, b.high),
+    a.nan || b.nan}; }
+INLINE RealRange f_maximum(RealRange a, RealRange b) { return {f_maximum(a.low, b.low), f_maximum(a.high, b.high),
+    a.nan || b.nan}; }
 
 // Rounding keeps the order.
 INLINE RealRange round_f64(RealRange a) { return a; }
@@ -532,9 +563,11 @@ COMPARISONS(IntRange)
 COMPARISONS(RealRange)
 
 INLINE Truth choose(Truth c, Truth a, Truth b) { return (c & a) | (~c & b); }
-INLINE IntRange choose(Truth c, IntRange a, IntRange b) { return c.must ? a : !c.can ? b : IntRange(min64(a.low, b.low), max64(a.high, b.high)); }
+INLINE IntRange choose(Truth c, IntRange a, IntRange b) { return c.must ? a : !c.can ? b : IntRange(min64(a.low, b.low),
+    max64(a.high, b.high)); }
 INLINE RealRange choose(Truth c, RealRange a, RealRange b) {
-    return c.must ? a : !c.can ? b : RealRange(a.low < b.low ? a.low : b.low, a.high > b.high ? a.high : b.high, a.nan || b.nan);
+    return c.must ? a : !c.can ? b : RealRange(a.low < b.low ? a.low : b.low, a.high > b.high ? a.high : b.high,
+        a.nan || b.nan);
 }
 // One call, decoded from the packed int64 arguments: threads, out, log-sum-exp (dense, or null), the strides of out, the
 // sizes, then per operand its address, sizes and strides in elements.
@@ -723,7 +756,8 @@ static bool find_exact(const Call& c, const Site& s, int64_t q0, VI& chosen) {
 INLINE Lse row_lse(const Site& s, int64_t q) { return needs_exact(s.lse[q]) ? Lse(INFINITY) : s.lse[q]; }
 
 // Rows of gradients, times ``scale``.
-template <int COLUMNS, class T> static void write_rows(const Target<T>& to, const R* from, int width, int64_t first, int64_t last, R scale) {
+template <int COLUMNS, class T> static void write_rows(const Target<T>& to, const R* from, int width, int64_t first,
+    int64_t last, R scale) {
     for (int64_t k = first; k < last; k++, from += COLUMNS) {
         T* row = to.data + k * to.row;
         int e = 0;
@@ -794,7 +828,8 @@ struct Block {
     R *query_rows, *grad_rows;  // [queries][DC], [queries][EC]
 
     static constexpr int64_t reals(int queries) { return queries * (D + DV + DC + EC); }
-    Block(R* p, int queries) : query(p), grad(query + queries * D), query_rows(grad + queries * DV), grad_rows(query_rows + queries * DC) {}
+    Block(R* p, int queries) : query(p), grad(query + queries * D), query_rows(grad + queries * DV), grad_rows(query_rows
+        + queries * DC) {}
 };
 
 // Owned by one thread.
@@ -887,7 +922,8 @@ template <int N> struct Sums {
 };
 
 // Scores only.
-template <int N> static void scores_exact(const Call& c, const Site& s, const Rows<N>& r, const Scratch& w, int64_t q0, int nq, int64_t k0, int nk) {
+template <int N> static void scores_exact(const Call& c, const Site& s, const Rows<N>& r, const Scratch& w, int64_t q0, int nq,
+    int64_t k0, int nk) {
 
     for (int i = 0; i < nk; i++) {
         const int64_t k = k0 + i;
@@ -904,7 +940,8 @@ template <int N> static void scores_exact(const Call& c, const Site& s, const Ro
 }
 
 // Scores as eager rounds them, of every key.
-template <int N> static void entries_exact(const Call& c, const Sinks& t, const Site& s, const Rows<N>& r, const Scratch& w, const Norm<N>& norm, Sums<N>& sums, const Shares& shares, int64_t q0, int nq, int64_t k0, int nk) {
+template <int N> static void entries_exact(const Call& c, const Sinks& t, const Site& s, const Rows<N>& r, const Scratch& w,
+    const Norm<N>& norm, Sums<N>& sums, const Shares& shares, int64_t q0, int nq, int64_t k0, int nk) {
 
     for (int i = 0; i < nk; i++) {
         const int64_t k = k0 + i;
@@ -928,7 +965,8 @@ template <int N> static void entries_exact(const Call& c, const Sinks& t, const 
 }
 
 // Every entry is visible.
-template <int N> static void entries_full(const Call& c, const Sinks& t, const Site& s, const Rows<N>& r, const Scratch& w, const Norm<N>& norm, Sums<N>& sums, const Shares& shares, int64_t q0, int nq, int64_t k0, int nk) {
+template <int N> static void entries_full(const Call& c, const Sinks& t, const Site& s, const Rows<N>& r, const Scratch& w,
+    const Norm<N>& norm, Sums<N>& sums, const Shares& shares, int64_t q0, int nq, int64_t k0, int nk) {
 
     for (int i = 0; i < nk; i++) {
         const int64_t k = k0 + i;
@@ -947,7 +985,8 @@ template <int N> static void entries_full(const Call& c, const Sinks& t, const S
 }
 
 // Some entries are masked.
-template <int N> static void entries_partial(const Call& c, const Sinks& t, const Site& s, const Rows<N>& r, const Scratch& w, const Norm<N>& norm, Sums<N>& sums, const Shares& shares, int64_t q0, int nq, int64_t k0, int nk) {
+template <int N> static void entries_partial(const Call& c, const Sinks& t, const Site& s, const Rows<N>& r, const Scratch& w,
+    const Norm<N>& norm, Sums<N>& sums, const Shares& shares, int64_t q0, int nq, int64_t k0, int nk) {
 
     for (int i = 0; i < nk; i++) {
         const int64_t k = k0 + i;
@@ -968,7 +1007,8 @@ template <int N> static void entries_partial(const Call& c, const Sinks& t, cons
 INLINE int lanes_of(int nq) { return (nq + W - 1) / W * W; }
 
 // Rows [nq][COLUMNS] and lanes [WIDTH][lanes] of a matrix, zeros where it ends.
-template <int WIDTH, int COLUMNS, class T> static void pack_rows_and_lanes(R* rows, R* lanes, const View<T>& from, int64_t q0, int nq) {
+template <int WIDTH, int COLUMNS, class T> static void pack_rows_and_lanes(R* rows, R* lanes, const View<T>& from, int64_t q0,
+    int nq) {
     const T* data = from.data + q0 * from.row;
     const int ld = lanes_of(nq);
     copy_rows(rows, COLUMNS, data, from.row, from.column, nq, WIDTH);
@@ -978,7 +1018,8 @@ template <int WIDTH, int COLUMNS, class T> static void pack_rows_and_lanes(R* ro
         for (int i = nq; i < ld; i++) lanes[d * ld + i] = 0;
 }
 
-template <int N> static void add_sums(const Call& c, const Sinks& t, const Site& s, const Sums<N>& sums, const Shares& shares, int64_t q0, int nq) {
+template <int N> static void add_sums(const Call& c, const Sinks& t, const Site& s, const Sums<N>& sums, const Shares& shares,
+    int64_t q0, int nq) {
 }
 
 // Products of nk keys' rows with lanes of queries, summed as forward sums scores: half of the features at a time.
@@ -995,7 +1036,8 @@ template <int N, int WIDTH> static void products(R* to, const R* rows, const R* 
 
 // The products of one tile, around ``entries``. ``key`` and ``value`` are the tile's, ``d_key`` and ``d_value`` their gradients.
 template <int N, class Entries>
-static void tile(const R* key, const R* value, R* d_key, R* d_value, const Block& b, const Scratch& w, R* d_query, int nq, int nk, Entries entries) {
+static void tile(const R* key, const R* value, R* d_key, R* d_value, const Block& b, const Scratch& w, R* d_query, int nq,
+    int nk, Entries entries) {
     constexpr int L = N * W;
     products<N, D>(w.scores, key, b.query, nk);
     products<N, DV>(w.grads, value, b.grad, nk);
@@ -1012,7 +1054,8 @@ static void tile(const R* key, const R* value, R* d_key, R* d_value, const Block
 // The rows q0 + i of one vector for which ``chosen``, against all keys for their sums and then against those of the part.
 // ``keys`` gives tiles of keys and values; what the rows add to the gradients of query, key and value is in the scratch.
 template <class Keys>
-static void attend_exactly(const Call& c, const Sinks& t, const Site& s, const Goal& goal, const Keys& keys, const Scratch& w, const Shares& shares,
+static void attend_exactly(const Call& c, const Sinks& t, const Site& s, const Goal& goal, const Keys& keys, const Scratch& w,
+    const Shares& shares,
                            int64_t q0, int64_t first, int64_t last, VR delta, VI chosen) {
     const int nq = int(min64(W, c.q_len - q0));
     pack_rows_and_lanes<D, DC>(w.one.query_rows, w.one.query, s.query, q0, nq);
@@ -1051,7 +1094,8 @@ struct PackedQueries {
 
     static constexpr int64_t REALS = Block::reals(BQ) + 3 * BQ;
     static int64_t bytes(const Call& c) { return (c.q_len + BQ - 1) / BQ * REALS * sizeof(R); }
-    PackedQueries(char* p, int64_t q0) : block((R*)p + q0 / BQ * REALS, BQ), lse(block.query + Block::reals(BQ)), inverse(lse + BQ), delta(inverse + BQ) {}
+    PackedQueries(char* p, int64_t q0) : block((R*)p + q0 / BQ * REALS, BQ), lse(block.query + Block::reals(BQ)), inverse(lse
+        + BQ), delta(inverse + BQ) {}
 };
 
 static void pack_keys(const Call& c, const Site& s, char* memory, int64_t k0) {
@@ -1079,21 +1123,25 @@ static void pack_queries(const Call& c, const Site& s, const Goal& goal, char* m
 }
 
 // One block of queries against the keys first … last that it may see.
-template <int N> static void attend(const Call& c, const Sinks& t, const Site& s, const Goal& goal, const KeyRanges* tiles, const PackedKeys& keys, const PackedQueries& b,
-                                    const Scratch& w, const Shares& shares, R* d_query, int64_t q0, int64_t first, int64_t last) {
+template <int N> static void attend(const Call& c, const Sinks& t, const Site& s, const Goal& goal, const KeyRanges* tiles,
+    const PackedKeys& keys, const PackedQueries& b,
+                                    const Scratch& w, const Shares& shares, R* d_query, int64_t q0, int64_t first,
+                                        int64_t last) {
     const int nq = int(min64(BQ, c.q_len - q0));
     memset(d_query, 0, sizeof(R) * DP * N * W);
     const Rows<N> r = make_rows<N>(c, s, q0);
     Norm<N> norm;
     Sums<N> sums;
-    for (int v = 0; v < N; v++) norm.lse[v] = load(b.lse + v * W), norm.inverse[v] = load(b.inverse + v * W), norm.delta[v] = load(b.delta + v * W);
+    for (int v = 0; v < N; v++) norm.lse[v] = load(b.lse + v * W), norm.inverse[v] = load(b.inverse + v * W),
+        norm.delta[v] = load(b.delta + v * W);
     int64_t begin = 0, end = c.kv_len, full_begin = 0, full_end = c.kv_len;
     end = clamp64(upper_key(c, s, q0 + nq - 1), 0, c.kv_len), full_end = upper_key(c, s, q0);
     begin = max64(begin - begin % BK, first), end = min64(end, last);
     for (int64_t k0 = begin; k0 < end; k0 += BK) {
         const int nk = int(min64(BK, end - k0));
         bool full = k0 >= full_begin && k0 + nk <= full_end;
-        tile<N>(keys.key + k0 * D, keys.value + k0 * DV, w.key + (k0 - first) * DC, w.value + (k0 - first) * EC, b.block, w, d_query, nq, nk, [&] {
+        tile<N>(keys.key + k0 * D, keys.value + k0 * DV, w.key + (k0 - first) * DC, w.value + (k0 - first) * EC, b.block, w,
+            d_query, nq, nk, [&] {
             if (!full) return entries_partial<N>(c, t, s, r, w, norm, sums, shares, q0, nq, k0, nk);
             entries_full<N>(c, t, s, r, w, norm, sums, shares, q0, nq, k0, nk);
         });
@@ -1103,22 +1151,29 @@ template <int N> static void attend(const Call& c, const Sinks& t, const Site& s
         VI chosen;
         if (!find_exact(c, s, q0 + v * W, chosen)) continue;
         attend_exactly(c, t, s, goal, keys, w, shares, q0 + v * W, first, last, norm.delta[v], chosen);
-        for (int d = 0; d < D; d++) store(d_query + (d * N + v) * W, load(d_query + (d * N + v) * W) + load(w.one_result + d * W));
+        for (int d = 0; d < D; d++) store(d_query + (d * N + v) * W, load(d_query + (d * N + v) * W) + load(w.one_result + d
+            * W));
     }
 }
 
 // The queries of one site against one part of the keys; their gradients, [DP][lanes] a block, go to ``d_query``.
-template <int N = NV> static void block(const Call& c, const Sinks& t, const Site& s, const Goal& goal, const KeyRanges* tiles, const PackedKeys& keys, char* queries,
-                                        const Scratch& w, const Shares& shares, char* d_query, int64_t q0, int64_t first, int64_t last) {
+template <int N = NV> static void block(const Call& c, const Sinks& t, const Site& s, const Goal& goal, const KeyRanges* tiles,
+    const PackedKeys& keys, char* queries,
+                                        const Scratch& w, const Shares& shares, char* d_query, int64_t q0, int64_t first,
+                                            int64_t last) {
     if constexpr (N > 1)
-        if (q0 + (N - 1) * W >= c.q_len) return block<N - 1>(c, t, s, goal, tiles, keys, queries, w, shares, d_query, q0, first, last);
-    attend<N>(c, t, s, goal, tiles, keys, PackedQueries(queries, q0), w, shares, QueryGradients::block(d_query, q0), q0, first, last);
+        if (q0 + (N - 1) * W >= c.q_len) return block<N - 1>(c, t, s, goal, tiles, keys, queries, w, shares, d_query, q0,
+            first, last);
+    attend<N>(c, t, s, goal, tiles, keys, PackedQueries(queries, q0), w, shares, QueryGradients::block(d_query, q0), q0, first,
+        last);
 }
 
 static void clear_key(const Scratch& w) { memset(w.key, 0, sizeof(R) * (PART + SLACK) * DC); }
 static void clear_value(const Scratch& w) { memset(w.value, 0, sizeof(R) * (PART + SLACK) * EC); }
-static void write_key(const Goal& goal, const Scratch& w, int64_t first, int64_t last) { write_rows<DC>(goal.key, w.key, D, first, last, R(0.125)); }
-static void write_value(const Goal& goal, const Scratch& w, int64_t first, int64_t last) { write_rows<EC>(goal.value, w.value, DV, first, last, R(1)); }
+static void write_key(const Goal& goal, const Scratch& w, int64_t first, int64_t last) { write_rows<DC>(goal.key, w.key, D,
+    first, last, R(0.125)); }
+static void write_value(const Goal& goal, const Scratch& w, int64_t first, int64_t last) { write_rows<EC>(goal.value, w.value,
+    DV, first, last, R(1)); }
 // Adds gradients of one block of queries; the ``first`` ones replace what was there.
 static void add_query(const Call& c, char* to, char* from, int64_t q0) {
     const int n = DP * lanes_of(int(min64(BQ, c.q_len - q0)));
@@ -1174,7 +1229,8 @@ template <class Key> static void join(Place* places, Keyed* keyed, int64_t count
 // A value's sites must follow each other, as a key's do.
 static bool in_order(const Place* places, int64_t count) {
     for (int64_t i = 1; i < count; i++)
-        for (int64_t j = i - 2; j >= 0 && places[i].value != places[i - 1].value && places[j].component == places[i].component; j--)
+        for (int64_t j = i - 2; j >= 0 && places[i].value != places[i - 1].value && places[j].component == places[i].component;
+            j--)
             if (places[j].value == places[i].value) return false;
     return true;
 }
@@ -1212,7 +1268,8 @@ struct Backward {
     char* gradients(char* m) const { return m + queries_bytes() + keys_bytes(); }
     char* gradients(char* m, int64_t slot) const { return gradients(m) + (1 + slot) * gradients_bytes(); }
 
-    bool same_keys(int64_t a, int64_t b) const { return sites[a].key.data == sites[b].key.data && sites[a].value.data == sites[b].value.data; }
+    bool same_keys(int64_t a,
+        int64_t b) const { return sites[a].key.data == sites[b].key.data && sites[a].value.data == sites[b].value.data; }
 
     // Packs a block of queries or a tile of keys: item of blocks + key_tiles.
     void pack(int64_t site, char* m, bool packs_keys, int64_t item) const {
@@ -1231,7 +1288,8 @@ struct Backward {
             if (i > first && !same_keys(i, i - 1)) packed = m;
             const PackedKeys packed_keys(c, keys(packed));
             for (int64_t q0 = 0; q0 < c.q_len; q0 += BQ)
-                block(c, t, sites[i], goals[i], tiles + i * key_tiles, packed_keys, queries(m), w, shares(i, part), part == 0 ? gradients(m) : gradients(m, slot), q0, begin, end);
+                block(c, t, sites[i], goals[i], tiles + i * key_tiles, packed_keys, queries(m), w, shares(i, part), part == 0
+                    ? gradients(m) : gradients(m, slot), q0, begin, end);
             if (i + 1 == last || places[i].key != places[i + 1].key) write_key(goals[i], w, begin, end), clear_key(w);
             if (i + 1 == last || places[i].value != places[i + 1].value) write_value(goals[i], w, begin, end), clear_value(w);
         }
@@ -1273,7 +1331,8 @@ struct Backward {
             });
             each(shared, number * blocks, [&](int64_t i) {
                 char* m = at(first + i / blocks);
-                for (int64_t slot = part == 0; slot < now; slot++) add_query(c, gradients(m), gradients(m, slot), i % blocks * BQ);
+                for (int64_t slot = part == 0; slot < now; slot++) add_query(c, gradients(m), gradients(m, slot), i % blocks
+                    * BQ);
             });
         }
         each(shared, number * blocks, [&](int64_t i) {
@@ -1298,14 +1357,16 @@ extern "C" __attribute__((visibility("default"))) int fuse_attention(const int64
     if (slices > INT64_C(1073741824)) return 1;
     char *head = nullptr, *memory = nullptr;
     const int64_t tile_bytes = 0;
-    if (posix_memalign((void**)&head, 64, count * int64_t(sizeof(Site) + sizeof(Goal) + sizeof(Place) + sizeof(Keyed) + sizeof(int64_t)) + tile_bytes + slices + 128)) return 2;
+    if (posix_memalign((void**)&head, 64, count * int64_t(sizeof(Site) + sizeof(Goal) + sizeof(Place) + sizeof(Keyed)
+        + sizeof(int64_t)) + tile_bytes + slices + 128)) return 2;
     Site* sites = (Site*)head;
     Goal* goals = (Goal*)(sites + count);
     Place* places = (Place*)(goals + count);
     Keyed* keyed = (Keyed*)(places + count);
     int64_t* starts = (int64_t*)(keyed + count);
     KeyRanges* tiles = (KeyRanges*)(starts + count + 1);
-    Backward work = {c, t, count, blocks, key_tiles, parts, 1, starts, places, sites, goals, tiles, (char*)tiles + (tile_bytes + 63) / 64 * 64};
+    Backward work = {c, t, count, blocks, key_tiles, parts, 1, starts, places, sites, goals, tiles, (char*)tiles
+        + (tile_bytes + 63) / 64 * 64};
     {
         const FlushDenormals flush;
         for (int64_t i = 0; i < count; i++) sites[i] = make_site(c, i), places[i] = {i, 0, 0, 0, i};
@@ -1332,7 +1393,8 @@ extern "C" __attribute__((visibility("default"))) int fuse_attention(const int64
     const bool shared = threads > 1 && components < 4 * threads;
     work.slots = shared ? min64(parts, 2 * threads) : 1;
     const int64_t width = shared ? min64(components, (4 * threads + work.slots - 1) / work.slots) : 1;
-    const int64_t per_thread = (Scratch::bytes() + 127) / 64 * 64, per_wave = (width * largest * work.site_bytes() + 63) / 64 * 64;
+    const int64_t per_thread = (Scratch::bytes() + 127) / 64 * 64, per_wave = (width * largest * work.site_bytes() + 63) / 64
+        * 64;
     if (posix_memalign((void**)&memory, 64, threads * per_thread + (shared ? 1 : threads) * per_wave)) return free(head), 2;
 #pragma omp parallel num_threads(threads) if (threads > 1)
     {

@@ -214,8 +214,7 @@ def fuse_attention(
 
     scale = tl.full([BM], 1.0, tl.float32)
     highest = top * 0.125
-    # A sum over no keys is zero, whatever the weights are.
-    factor = tl.where(kv_len == 0, 0.0, scale / total)
+    factor = scale / total
     log_sum = highest + tl.log(total)
 
     offset = tl.cast(b0, tl.int64) * to_0 + tl.cast(b1, tl.int64) * to_1 + tl.cast(q, tl.int64) * to_2 + tl.cast(e, tl.int64) * to_3
@@ -263,8 +262,7 @@ def fuse_attention(
 
         scale = tl.full([BM], 1.0, tl.float32)
         highest = top * 1.0
-        # A sum over no keys is zero, whatever the weights are.
-        factor = tl.where(kv_len == 0, 0.0, scale / total)
+        factor = scale / total
         log_sum = highest + tl.log(total)
 
         tl.store(to + offset, tl.cast(out * factor[:, None], to.dtype.element_ty), mask=again & e_ok)

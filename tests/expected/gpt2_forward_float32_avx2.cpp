@@ -5,6 +5,20 @@
 // plan  Plan(core='lanes', isa='avx2', real='float', width=8, vectors=3, rows=4, block_k=128, wave_bytes=8388608, thread_work=262144, part_keys=384, few=4)
 // made by torch-fuse …
 // alone: c++ -std=c++17 -O3 -march=native -w -fopenmp -DFUSE_STANDALONE <this file> -o kernel && ./kernel [threads]
+// operand 0 float32, 4 dimensions: query
+// operand 1 float32, 4 dimensions: key
+// operand 2 float32, 4 dimensions: value
+// sizes     B0, B1, q_len, kv_len
+// contents, in order
+//   Call             the arguments of a call
+//   Site             one batch index: where its operands begin
+//   upper_key        edit: one past the last key that a query may see
+//   score_full       edit: the score of an entry, lanes are queries
+//   score_partial    edit: the same where the mask hides some
+//   score_exact      edit: the same as eager rounds it
+//   weigh            edit: the weight of an entry, lanes are queries
+//   queries_in       a block of queries against its keys, lanes are queries
+//   fuse_attention   the entry
 #define FUSE_WIDTH 8
 #define FUSE_DOUBLE 0
 typedef float R;
@@ -104,8 +118,10 @@ INLINE VR exp2_lanes(VR x) {
 
 // Swaps the off-diagonal blocks of 2H x 2H squares, one shuffle per row: log2(W) rounds transpose W x W.
 template <int H, bool HIGH, int... J> INLINE VR blend_blocks(VR a, VR b) {
-    if constexpr (sizeof...(J) < W) return blend_blocks<H, HIGH, J..., (sizeof...(J) & H) ? int(W + sizeof...(J)) - (HIGH ? 0 : H)
-                                                                                       : int(sizeof...(J)) + (HIGH ? H : 0)>(a, b);
+    if constexpr (sizeof...(J) < W) return blend_blocks<H, HIGH, J..., (sizeof...(J) & H) ? int(W + sizeof...(J)) - (HIGH ? 0
+        : H)
+                                                                                       : int(sizeof...(J)) + (HIGH ? H : 0)>(a,
+                                                                                           b);
     else return __builtin_shufflevector(a, b, J...);
 }
 template <int H = W / 2> INLINE void transpose(VR (&x)[W]) {
@@ -150,7 +166,8 @@ template <class T> INLINE T from_r(R x) {
 template <class T> INLINE VR load_as(const T* p) {
     if constexpr (__is_same(T, R)) return load(p);
 #if AVX512_FLOAT
-    else if constexpr (__is_same(T, Bf16)) return VR(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)p)), 16));
+    else if constexpr (__is_same(T,
+        Bf16)) return VR(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)p)), 16));
     else if constexpr (__is_same(T, _Float16)) return VR(_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p)));
 #endif
     else { VR v; for (int i = 0; i < W; i++) v[i] = to_r(p[i]); return v; }
@@ -166,11 +183,13 @@ template <class T> INLINE void store_as(T* p, VR v) {
 #endif
     else for (int i = 0; i < W; i++) p[i] = from_r<T>(v[i]);
 }
-template <class T> INLINE VR load_some(const T* p, int n) { VR v = {}; for (int i = 0; i < n; i++) v[i] = to_r(p[i]); return v; }
+template <class T> INLINE VR load_some(const T* p, int n) { VR v = {}; for (int i = 0; i < n; i++) v[i] = to_r(p[i]); return v;
+    }
 template <class T> INLINE void store_some(T* p, VR v, int n) { for (int i = 0; i < n; i++) p[i] = from_r<T>(v[i]); }
 
 // dst[row * ld + column] = src[row * rs + column * cs] for rows x columns.
-template <class T> static void copy_rows(R* dst, int64_t ld, const T* src, int64_t rs, int64_t cs, int64_t rows, int64_t columns) {
+template <class T> static void copy_rows(R* dst, int64_t ld, const T* src, int64_t rs, int64_t cs, int64_t rows,
+    int64_t columns) {
     for (int64_t i = 0; i < rows; i++) {
         if (cs == 1) {
             int64_t j = 0;
@@ -181,7 +200,8 @@ template <class T> static void copy_rows(R* dst, int64_t ld, const T* src, int64
 }
 
 // dst[column * ld + row] = src[row * rs + column * cs]: W x W squares through registers where columns are neighbours.
-template <class T> static void copy_transposed(R* dst, int64_t ld, const T* src, int64_t rs, int64_t cs, int64_t rows, int64_t columns) {
+template <class T> static void copy_transposed(R* dst, int64_t ld, const T* src, int64_t rs, int64_t cs, int64_t rows,
+    int64_t columns) {
     int64_t done = 0;
     if (cs == 1) {
         const int64_t whole = columns - columns % W;
@@ -204,10 +224,14 @@ template <class T> static void copy_transposed(R* dst, int64_t ld, const T* src,
 // What an expression reads: one element, or one per lane.
 template <class T> INLINE R read_real(const void* p, int64_t i) { return to_r(((const T*)p)[i]); }
 template <class T> INLINE int64_t read_int(const void* p, int64_t i) { return int64_t(((const T*)p)[i]); }
-template <class T> INLINE VR gather_real(const void* p, VL at) { VR v; for (int i = 0; i < W; i++) v[i] = read_real<T>(p, at[i]); return v; }
-template <class T> INLINE VI gather_int(const void* p, VL at) { VI v; for (int i = 0; i < W; i++) v[i] = I(read_int<T>(p, at[i])); return v; }
-template <class T> INLINE VL gather_long(const void* p, VL at) { VL v; for (int i = 0; i < W; i++) v[i] = read_int<T>(p, at[i]); return v; }
-template <class T> INLINE VI gather_bool(const void* p, VL at) { VI v; for (int i = 0; i < W; i++) v[i] = -I(((const T*)p)[at[i]] != 0); return v; }
+template <class T> INLINE VR gather_real(const void* p, VL at) { VR v; for (int i = 0; i < W; i++) v[i] = read_real<T>(p,
+    at[i]); return v; }
+template <class T> INLINE VI gather_int(const void* p, VL at) { VI v; for (int i = 0; i < W; i++) v[i] = I(read_int<T>(p,
+    at[i])); return v; }
+template <class T> INLINE VL gather_long(const void* p, VL at) { VL v; for (int i = 0; i < W; i++) v[i] = read_int<T>(p,
+    at[i]); return v; }
+template <class T> INLINE VI gather_bool(const void* p, VL at) { VI v; for (int i = 0; i < W;
+    i++) v[i] = -I(((const T*)p)[at[i]] != 0); return v; }
 INLINE VR load_lanes(const R* p) { return load(p); }
 INLINE VI load_lanes(const I* p) { VI v; memcpy(&v, p, sizeof v); return v; }
 #if !FUSE_DOUBLE
@@ -268,7 +292,8 @@ constexpr int kPiece = 64;  // bytes that are written at a time: up to so many b
 template <class T> INLINE void copy_pieces(T* dst, const T* src, int n) {
 #ifdef __AVX512BW__
     for (int left = n * int(sizeof(T)), i = 0; i < left; i += kPiece)
-        _mm512_storeu_si512((char*)dst + i, _mm512_maskz_loadu_epi8(left - i < kPiece ? (uint64_t(1) << (left - i)) - 1 : ~uint64_t(0), (const char*)src + i));
+        _mm512_storeu_si512((char*)dst + i, _mm512_maskz_loadu_epi8(left - i < kPiece ? (uint64_t(1) << (left - i)) - 1
+            : ~uint64_t(0), (const char*)src + i));
 #else
     memcpy(dst, src, n * sizeof(T));
 #endif
@@ -459,11 +484,13 @@ struct IntRange {
 // What overflows can be anything.
 INLINE IntRange operator+(IntRange a, IntRange b) {
     int64_t low, high;
-    return __builtin_add_overflow(a.low, b.low, &low) | __builtin_add_overflow(a.high, b.high, &high) ? IntRange::any() : IntRange(low, high);
+    return __builtin_add_overflow(a.low, b.low, &low) | __builtin_add_overflow(a.high, b.high, &high) ? IntRange::any()
+        : IntRange(low, high);
 }
 INLINE IntRange operator-(IntRange a, IntRange b) {
     int64_t low, high;
-    return __builtin_sub_overflow(a.low, b.high, &low) | __builtin_sub_overflow(a.high, b.low, &high) ? IntRange::any() : IntRange(low, high);
+    return __builtin_sub_overflow(a.low, b.high, &low) | __builtin_sub_overflow(a.high, b.low, &high) ? IntRange::any()
+        : IntRange(low, high);
 }
 INLINE IntRange operator-(IntRange a) { return IntRange(0) - a; }
 INLINE IntRange operator*(IntRange a, IntRange b) {
@@ -472,12 +499,14 @@ INLINE IntRange operator*(IntRange a, IntRange b) {
                       __builtin_mul_overflow(a.high, b.low, x + 2) | __builtin_mul_overflow(a.high, b.high, x + 3);
     return over ? IntRange::any() : IntRange(x[0], x[0]).with(x[1]).with(x[2]).with(x[3]);
 }
-INLINE IntRange f_abs(IntRange a) { return a.low >= 0 ? a : a.high <= 0 ? -a : a.low == INT64_MIN ? IntRange::any() : IntRange(0, max64(-a.low, a.high)); }
+INLINE IntRange f_abs(IntRange a) { return a.low >= 0 ? a : a.high <= 0 ? -a : a.low == INT64_MIN ? IntRange::any()
+    : IntRange(0, max64(-a.low, a.high)); }
 INLINE IntRange f_minimum(IntRange a, IntRange b) { return {min64(a.low, b.low), min64(a.high, b.high)}; }
 INLINE IntRange f_maximum(IntRange a, IntRange b) { return {max64(a.low, b.low), max64(a.high, b.high)}; }
 INLINE IntRange f_floordiv(IntRange a, IntRange b) {
     if (b.low <= 0) return IntRange::any();
-    return IntRange(f_floordiv(a.low, b.low)).with(f_floordiv(a.low, b.high)).with(f_floordiv(a.high, b.low)).with(f_floordiv(a.high, b.high));
+    return IntRange(f_floordiv(a.low, b.low)).with(f_floordiv(a.low, b.high)).with(f_floordiv(a.high,
+        b.low)).with(f_floordiv(a.high, b.high));
 }
 INLINE IntRange f_mod(IntRange a, IntRange b) {
     if (b.low <= 0) return IntRange::any();
@@ -499,11 +528,14 @@ struct RealRange {
     void include(R x) { *this = x != x ? any() : RealRange(f_minimum(low, x), f_maximum(high, x), nan); }
     bool infinite() const { return low == -R(INFINITY) || high == R(INFINITY); }
 };
-INLINE RealRange operator+(RealRange a, RealRange b) { return {a.low + b.low, a.high + b.high, a.nan || b.nan || (a.infinite() && b.infinite())}; }
+INLINE RealRange operator+(RealRange a, RealRange b) { return {a.low + b.low, a.high + b.high,
+    a.nan || b.nan || (a.infinite() && b.infinite())}; }
 INLINE RealRange operator-(RealRange a) { return {-a.high, -a.low, a.nan}; }
 INLINE RealRange operator-(RealRange a, RealRange b) { return a + -b; }
-INLINE RealRange f_minimum(RealRange a, RealRange b) { return {f_minimum(a.low, b.low), f_minimum(a.high, b.high), a.nan || b.nan}; }
-INLINE RealRange f_maximum(RealRange a, RealRange b) { return {f_maximum(a.low, b.low), f_maximum(a.high, b.high), a.nan || b.nan}; }
+INLINE RealRange f_minimum(RealRange a, RealRange b) { return {f_minimum(a.low, b.low), f_minimum(a.high, b.high),
+    a.nan || b.nan}; }
+INLINE RealRange f_maximum(RealRange a, RealRange b) { return {f_maximum(a.low, b.low), f_maximum(a.high, b.high),
+    a.nan || b.nan}; }
 
 // Rounding keeps the order.
 INLINE RealRange round_f64(RealRange a) { return a; }
@@ -527,9 +559,11 @@ COMPARISONS(IntRange)
 COMPARISONS(RealRange)
 
 INLINE Truth choose(Truth c, Truth a, Truth b) { return (c & a) | (~c & b); }
-INLINE IntRange choose(Truth c, IntRange a, IntRange b) { return c.must ? a : !c.can ? b : IntRange(min64(a.low, b.low), max64(a.high, b.high)); }
+INLINE IntRange choose(Truth c, IntRange a, IntRange b) { return c.must ? a : !c.can ? b : IntRange(min64(a.low, b.low),
+    max64(a.high, b.high)); }
 INLINE RealRange choose(Truth c, RealRange a, RealRange b) {
-    return c.must ? a : !c.can ? b : RealRange(a.low < b.low ? a.low : b.low, a.high > b.high ? a.high : b.high, a.nan || b.nan);
+    return c.must ? a : !c.can ? b : RealRange(a.low < b.low ? a.low : b.low, a.high > b.high ? a.high : b.high,
+        a.nan || b.nan);
 }
 // One call, decoded from the packed int64 arguments: threads, out, log-sum-exp (dense, or null), the strides of out, the
 // sizes, then per operand its address, sizes and strides in elements.
@@ -633,7 +667,8 @@ struct Packed {
 
     static int64_t rows(int64_t key_tiles) { return key_tiles * BK + MR; }
     static int64_t bytes(int64_t key_tiles) { return (rows(key_tiles) * (D + DVP) * int64_t(sizeof(R)) + 63) / 64 * 64; }
-    Packed(char* slot, int64_t key_tiles, const KeyRanges* tiles) : key((R*)slot), value(key + rows(key_tiles) * D), tiles(tiles) {}
+    Packed(char* slot, int64_t key_tiles, const KeyRanges* tiles) : key((R*)slot), value(key + rows(key_tiles) * D),
+        tiles(tiles) {}
     struct Part { const R *key, *value; };
     Part part(int64_t k0) const { return {key + k0 * D, value + k0 * DVP}; }
 };
@@ -651,7 +686,8 @@ struct Scratch {
     R* rows;    // queries, then results, as rows: for few of them
     static int64_t bytes() { return staged() + 0 * int64_t(BK) * NV * W * 8 + FEW * (DR + DVR) * int64_t(sizeof(R)); }
     static int64_t staged() { return (D + BK + DVP) * NV * W * int64_t(sizeof(R)); }
-    explicit Scratch(char* p) : query((R*)p), scores(query + D * NV * W), out(scores + BK * NV * W), tiles(p + staged()), rows((R*)(tiles + 0 * int64_t(BK) * NV * W * 8)) {}
+    explicit Scratch(char* p) : query((R*)p), scores(query + D * NV * W), out(scores + BK * NV * W), tiles(p + staged()),
+        rows((R*)(tiles + 0 * int64_t(BK) * NV * W * 8)) {}
 };
 
 // The score program, as lanes of queries.
@@ -674,7 +710,8 @@ template <int N> static Rows<N> make_rows(const Call& c, const Site& s, int64_t 
 }
 
 // Every entry is visible.
-template <int N> static void score_full(const Call& c, const Site& s, const Rows<N>& r, const Scratch& w, int64_t q0, int nq, int64_t k0, int nk, VR (&top)[N]) {
+template <int N> static void score_full(const Call& c, const Site& s, const Rows<N>& r, const Scratch& w, int64_t q0, int nq,
+    int64_t k0, int nk, VR (&top)[N]) {
 
     for (int i = 0; i < nk; i++) {
         const int64_t k = k0 + i;
@@ -687,7 +724,8 @@ template <int N> static void score_full(const Call& c, const Site& s, const Rows
 }
 
 // Some entries are masked.
-template <int N> static void score_partial(const Call& c, const Site& s, const Rows<N>& r, const Scratch& w, int64_t q0, int nq, int64_t k0, int nk, VR (&top)[N]) {
+template <int N> static void score_partial(const Call& c, const Site& s, const Rows<N>& r, const Scratch& w, int64_t q0,
+    int nq, int64_t k0, int nk, VR (&top)[N]) {
 
     for (int i = 0; i < nk; i++) {
         const int64_t k = k0 + i;
@@ -702,7 +740,8 @@ template <int N> static void score_partial(const Call& c, const Site& s, const R
 }
 
 // As eager rounds, over every key.
-template <int N> static void score_exact(const Call& c, const Site& s, const Rows<N>& r, const Scratch& w, int64_t q0, int nq, int64_t k0, int nk, VR (&top)[N]) {
+template <int N> static void score_exact(const Call& c, const Site& s, const Rows<N>& r, const Scratch& w, int64_t q0, int nq,
+    int64_t k0, int nk, VR (&top)[N]) {
 
     for (int i = 0; i < nk; i++) {
         const int64_t k = k0 + i;
@@ -722,7 +761,8 @@ template <int N> static void score_exact(const Call& c, const Site& s, const Row
 
 // Scores become weights relative to ``reference``, subtracted first: the lowest float times log2(e) would overflow. ``sum``,
 // times ``scale``, takes up their sum, before ``weight`` acts on them: sums of PART keys, then of these.
-template <int N> static void weigh(const Call& c, const Site& s, const Rows<N>& r, const Scratch& w, int64_t q0, int nq, int64_t k0, int nk, R unit, const VR (&reference)[N], const VR (&scale)[N], VR (&sum)[N]) {
+template <int N> static void weigh(const Call& c, const Site& s, const Rows<N>& r, const Scratch& w, int64_t q0, int nq,
+    int64_t k0, int nk, R unit, const VR (&reference)[N], const VR (&scale)[N], VR (&sum)[N]) {
     constexpr int PART = 16;
 
     VR total[N] = {};
@@ -787,7 +827,8 @@ static void pack_rows(const Call& c, const Site& s, R* key, R* value, int64_t k0
 INLINE VR finite_reference(VR top) { return top == -R(INFINITY) ? VR{} : top; }
 
 // Writes the rows ``keep`` allows, lane by lane.
-template <int N> static void write_out(const Call& c, const Site& s, const Scratch& w, int64_t q0, const VR* factor, const VI* keep) {
+template <int N> static void write_out(const Call& c, const Site& s, const Scratch& w, int64_t q0, const VR* factor,
+    const VI* keep) {
     const int64_t rs = c.out_stride[2], cs = c.out_stride[3];
     for (int v = 0; v < N; v++)
         for (int e0 = 0; e0 < DV; e0 += W) {
@@ -805,7 +846,8 @@ template <int N> static void write_out(const Call& c, const Site& s, const Scrat
 }
 
 // log of the sum of exp over a row's scores, of which ``highest`` was subtracted: as a rule top * natural, rounded.
-template <int N> static void write_lse(const Site& s, int64_t q0, const VR* top, R natural, const VR* highest, const VR* sum, const VI* keep) {
+template <int N> static void write_lse(const Site& s, int64_t q0, const VR* top, R natural, const VR* highest, const VR* sum,
+    const VI* keep) {
     for (int v = 0; v < N; v++)
         for (int i = 0; i < W; i++) {
             if (!keep[v][i]) continue;
@@ -923,7 +965,8 @@ static void collect(const InPlace&, const Scratch& w, int nq) {
 
 // One block of N * W queries against every key that it may see. EXACT: no tile is skipped and scores are rounded as eager
 // rounds them; only the rows of ``redo`` are written. Returns through ``redo`` the rows that need this.
-template <int N, bool EXACT, class Keys> static bool block(const Call& c, const Site& s, const Keys& p, const Scratch& w, int64_t q0, VI* redo) {
+template <int N, bool EXACT, class Keys> static bool block(const Call& c, const Site& s, const Keys& p, const Scratch& w,
+    int64_t q0, VI* redo) {
     const int nq = int(min64(N * W, c.q_len - q0));
     const Rows<N> r = make_rows<N>(c, s, q0);
     load_queries<N>(p, s, w, q0, nq);
@@ -986,7 +1029,8 @@ template <int N, class Keys> static void queries_in(const Call& c, const Site& s
     }
 }
 
-static void pack(const Call& c, const Site& s, const Packed& p, int64_t k0) { pack_rows(c, s, p.key + k0 * D, p.value + k0 * DVP, k0); }
+static void pack(const Call& c, const Site& s, const Packed& p, int64_t k0) { pack_rows(c, s, p.key + k0 * D, p.value + k0
+    * DVP, k0); }
 
 // One block, of no more vectors than it needs.
 template <int N = NV> static void queries(const Call& c, const Site& s, const Packed& p, const Scratch& w, int64_t q0) {
@@ -994,7 +1038,8 @@ template <int N = NV> static void queries(const Call& c, const Site& s, const Pa
         if (q0 + (N - 1) * W >= c.q_len) return queries<N - 1>(c, s, p, w, q0);
     queries_in<N>(c, s, p, w, q0);
 }
-static void few_queries(const Call& c, const Site& s, const KeyRanges* tiles, const Scratch& w) { queries_in<1>(c, s, InPlace{s, tiles}, w, 0); }
+static void few_queries(const Call& c, const Site& s, const KeyRanges* tiles, const Scratch& w) { queries_in<1>(c, s,
+    InPlace{s, tiles}, w, 0); }
 
 // Heads are taken in waves: all threads pack the keys and values of a wave, then share its blocks of queries.
 

@@ -16,6 +16,7 @@ from fuse.kernel.example import example
 from fuse.kernel.forward import forward_program
 from fuse.kernel.source import ENTRY, environment, header_lines, made_by
 from fuse.targets.cpp import write_keys
+from fuse.targets.cpp.outline import finished
 from fuse.targets.cpp.plan import Plan, lse_dtype
 from fuse.targets.cpp.ranges import Ranges, ranges_of
 from fuse.targets.cpp.write import C_TYPES, Body, Draw, Stage, Value, Writer, scalar_function
@@ -120,7 +121,8 @@ def render(spec: AttentionSpec, plan: Plan) -> str:
     }  # fmt: skip
     if plan.core == "matrix":
         context |= _matrix_context(source)
-    return environment().get_template(f"cpp/{plan.core}/forward.cpp.jinja").render(context)
+    text = environment().get_template(f"cpp/{plan.core}/forward.cpp.jinja").render(context)
+    return finished(text, header(spec, plan), spec)
 
 
 def call_context(source: Source, plan: Plan) -> dict[str, object]:

@@ -15,6 +15,7 @@ from fuse.kernel.example import example_of_gradients
 from fuse.kernel.places import is_affine, is_separable
 from fuse.kernel.sinks import Sink
 from fuse.kernel.source import environment, header_lines
+from fuse.targets.cpp.outline import finished
 from fuse.targets.cpp.plan import Plan
 from fuse.targets.cpp.render import Program, Source, call_context, origin
 from fuse.targets.cpp.write import C_TYPES, Value, Writer, scalar_function
@@ -155,8 +156,9 @@ def render_backward(spec: AttentionSpec, wanted: Sequence[bool], plan: Plan) -> 
     entries = any(s.kind in ("dense", "row", "key", "entry") for s in found)
     read = ", ".join(s.name if s.kind == "matrix" else str(s.load) for s in found)
     lines = (f"gradients of {read}, as fuse.ir.gradient has them, of", *header_lines(spec), *origin(plan))
+    header = "\n".join(f"// {line}" for line in lines)
     context = call_context(source, plan) | {
-        "header": "\n".join(f"// {line}" for line in lines),
+        "header": header,
         "programs": [p for p in programs if isinstance(p, Entries)], "key_programs": key_programs,
         "key_runs": write.runs.context(), "masked": masked, "exact": computed.exact_below is not None,
         "threshold": repr(computed.exact_below),
@@ -170,7 +172,8 @@ def render_backward(spec: AttentionSpec, wanted: Sequence[bool], plan: Plan) -> 
         "slices": any(s.kind in ("row", "key", "entry", "logit") for s in found), "argument_count": argument_count(spec),
         "stage_count": max((len(p.stages) for p in programs), default=0) + sum(map(_tiled, found)),
     }  # fmt: skip
-    return environment().get_template(f"cpp/{plan.core}/backward.cpp.jinja").render(context)
+    text = environment().get_template(f"cpp/{plan.core}/backward.cpp.jinja").render(context)
+    return finished(text, header, spec)
 
 
 def argument_count(spec: AttentionSpec) -> int:

@@ -9,6 +9,7 @@ from fuse.ir.interval import MAX_LENGTH
 from fuse.ir.tile_map import EMPTY, FULL, KEYS, PARTIAL, ROWS, TileMap
 from fuse.kernel.example import example
 from fuse.kernel.source import ENTRY, environment
+from fuse.targets.cpp.outline import finished
 from fuse.targets.cpp.plan import Plan
 from fuse.targets.cpp.render import origin
 from fuse.targets.cpp.write import C_TYPES, Body, scalar_function
@@ -42,8 +43,9 @@ def render_tile_map(spec: TileMap, plan: Plan) -> str:
     shown = apply("where", spec.predicate, const(1.0, "float32"), const(0.0, "float32"), dtype="float32")
     lines = [f"which tiles hold an entry where {spec.predicate}", f"spec  {spec.to_json()}", *origin(plan)]
     program = key_program(site, runs, count, "Visible", "1 where seen.", shown)
+    header = "\n".join(f"// {line}" for line in lines)
     context = {
-        "header": "\n".join(f"// {line}" for line in lines), "plan": plan, "entry": ENTRY, "ctypes": C_TYPES,
+        "header": header, "plan": plan, "entry": ENTRY, "ctypes": C_TYPES,
         "max_length": MAX_LENGTH,
         "batch": spec.batch, "symbols": spec.symbols, "batch_sizes": [f"B{i}" for i in range(spec.batch)],
         "ranks": [o.rank for o in spec.operands], "key_programs": [program], "key_runs": runs.context(),
@@ -51,4 +53,5 @@ def render_tile_map(spec: TileMap, plan: Plan) -> str:
         "site": site, "bytes": _bytes(spec.predicate, count), "rows": ROWS, "keys": KEYS,
         "empty": EMPTY, "partial": PARTIAL, "full": FULL,
     }  # fmt: skip
-    return environment().get_template("cpp/shared/tile_map.cpp.jinja").render(context)
+    text = environment().get_template("cpp/shared/tile_map.cpp.jinja").render(context)
+    return finished(text, header, spec)

@@ -60,6 +60,10 @@ class TritonKernel:
 
     def launch(self, operands: Sequence[Tensor], sizes: Sequence[int], lse: Tensor | None, route: Route | None) -> Tensor:
         """The result by one of two ways: with a ``route`` rows are packed and keys cut, else blocks are of queries."""
+        out = self._launch(operands, sizes, lse, route)
+        return out if sizes[self._spec.batch + 1] else out.zero_()  # a sum over no keys, whatever the weights are
+
+    def _launch(self, operands: Sequence[Tensor], sizes: Sequence[int], lse: Tensor | None, route: Route | None) -> Tensor:
         spec = self._spec
         dtype: torch.dtype = getattr(torch, spec.out_dtype)
         strides = spec.out_strides(sizes)

@@ -1,0 +1,81 @@
+"""How a C++ source reads from the top: an outline after its header, and no line of code beyond what a screen shows."""
+
+from __future__ import annotations
+
+import re
+
+from fuse.ir.expr import Expr, Load, walk
+from fuse.ir.spec import AttentionSpec
+from fuse.ir.tile_map import TileMap
+from fuse.kernel.source import ENTRY
+
+WIDTH = 128
+# What a source may hold: how its definition begins, and what it is; in the order in which it is found.
+_PARTS = (
+    (r"struct Call ", "Call", "the arguments of a call"),
+    (r"struct Site ", "Site", "one batch index: where its operands begin"),
+    (r"static int64_t lower_key\(", "lower_key", "edit: the first key that a query may see"),
+    (r"static int64_t upper_key\(", "upper_key", "edit: one past the last key that a query may see"),
+    (r"struct Sinks ", "Sinks", "where gradients go"),
+    (r"struct Matrix ", "Matrix", "products of bfloat16"),
+    (r"void score_full\(", "score_full", "edit: the score of an entry, lanes are queries"),
+    (r"void score_partial\(", "score_partial", "edit: the same where the mask hides some"),
+    (r"void score_exact\(", "score_exact", "edit: the same as eager rounds it"),
+    (r"void weigh\(", "weigh", "edit: the weight of an entry, lanes are queries"),
+    (r"struct ScoreFull ", "ScoreFull", "edit: the score of an entry, lanes are keys"),
+    (r"struct ScorePartial ", "ScorePartial", "edit: the same where the mask hides some"),
+    (r"struct Weight ", "Weight", "edit: the weight of an entry, lanes are keys"),
+    (r"struct Visible ", "Visible", "edit: the mask, lanes are keys"),
+    (r"void entries_full\(", "entries_full", "edit: weight and gradient of an entry, lanes are queries"),
+    (r"void entries_partial\(", "entries_partial", "edit: the same where the mask hides some"),
+    (r"struct EntriesFull ", "EntriesFull", "edit: weight and gradient of an entry, lanes are keys"),
+    (r"struct EntriesPartial ", "EntriesPartial", "edit: the same where the mask hides some"),
+    (r"static void queries_in\(", "queries_in", "a block of queries against its keys, lanes are queries"),
+    (r"struct QueryBlock ", "QueryBlock", "a block of queries against its keys, by matrix products"),
+    (r"struct Backward ", "Backward", "how the gradients are shared by the threads"),
+    (rf'extern "C" .*int {ENTRY}\(', ENTRY, "the entry"),
+)
+
+
+def finished(text: str, header: str, spec: AttentionSpec | TileMap) -> str:
+    """The source with an outline after its header, in lines of WIDTH."""
+    body = text[len(header) :]
+    lines = [*_operands(spec), f"sizes     {', '.join(spec.symbols)}", "contents, in order", *_contents(body)]
+    outline = "\n".join(f"// {line}" for line in lines)
+    return f"{header}\n{outline}{wrapped(body)}"
+
+
+def _operands(spec: AttentionSpec | TileMap) -> list[str]:
+    """Number, dtype, rank and part of each operand."""
+    roots: dict[str, Expr] = spec.roots() if isinstance(spec, AttentionSpec) else {"mask": spec.predicate}
+    parts: dict[int, list[str]] = {}
+    for name, root in roots.items():
+        for node in walk(root):
+            if isinstance(node, Load) and name not in parts.setdefault(node.operand, []):
+                parts[node.operand].append(name)
+    return [
+        f"operand {i} {o.dtype}, {o.rank} dimensions: {', '.join(parts.get(i, ['not read']))}"
+        for i, o in enumerate(spec.operands)
+    ]
+
+
+def _contents(body: str) -> list[str]:
+    found = [(m.start(), name, what) for begin, name, what in _PARTS if (m := re.search(begin, body))]
+    return [f"  {name:<16} {what}" for _, name, what in sorted(found)]
+
+
+def wrapped(text: str) -> str:
+    """Lines of code beyond WIDTH, broken after a comma or before an operator; comments and directives are left."""
+    return "\n".join(_broken(line) for line in text.split("\n"))
+
+
+def _broken(line: str) -> str:
+    start = line.lstrip()
+    if len(line) <= WIDTH or start.startswith(("//", "#")) or '"' in line:
+        return line
+    indent = len(line) - len(start)
+    breaks = [m.end() for m in re.finditer(r",(?= )| (?=[-+*?:&|] )|;(?= )", line[:WIDTH]) if m.end() > indent + 8]
+    if not breaks:
+        return line
+    rest = " " * (indent + 4) + line[breaks[-1] :].lstrip()
+    return f"{line[: breaks[-1]].rstrip()}\n{_broken(rest)}"
