@@ -105,7 +105,7 @@ def _kernels(args: argparse.Namespace) -> int:
     """Newest first, each with the comment it begins with."""
     for source in sorted(_cached(SOURCES), key=lambda path: path.stat().st_mtime, reverse=True):
         print(source)
-        for line in source.read_text().splitlines():
+        for line in source.read_text(errors="replace").splitlines():
             if not line.startswith(("//", "#")) or line.startswith("#include"):
                 break
             print("   ", line.lstrip("/# ")[:120])

@@ -44,7 +44,7 @@ def fuse(
     chosen = resolve(mode, options)
     original = verify.keep(gm) if chosen.verify else None
     sites = rewrite(gm, example_inputs, chosen)
-    specs = [(site.spec, site.wanted) for site in sites if site.fused and site.spec is not None]
+    specs = [(site.spec, site.wanted) for site in sites if site.recovered and site.spec is not None]
     runtime.prepare((spec for spec, _ in specs), chosen.target, chosen.tune)  # builds run beside the inner compiler
     for spec, wanted in specs:
         if any(wanted):
@@ -53,7 +53,7 @@ def fuse(
         for call in warm.calls(gm):
             runtime.beside(warm.compile_for, call, dict(specs).get(op.parsed(call.spec), ()))
     compiled = _compiled(gm, example_inputs, chosen)
-    compiled_sites.extend(_with_kernel(site, chosen.target) for site in sites)
+    compiled_sites.extend(_built(site, chosen.target) for site in sites)
     return compiled if original is None else verify.against(original, compiled, sites)
 
 
@@ -85,11 +85,21 @@ def rewrite(gm: GraphModule, example_inputs: Sequence[Any], chosen: Options) -> 
         return []
 
 
-def _with_kernel(site: Site, target: str) -> Site:
-    if not site.fused or site.spec is None:
+def _built(site: Site, target: str) -> Site:
+    """With its kernel, which is waited for."""
+    if not site.recovered or site.spec is None:
         return site
-    source = runtime.kernel(site.spec, target).source
-    return replace(site, kernels={} if source is None else {"cpp" if target == "auto" else target: source})
+    runtime.kernel(site.spec, target)
+    return with_runs(replace(site, target=target))
+
+
+def with_runs(site: Site) -> Site:
+    """With what is known now of the kernels that compute it; nothing is waited for."""
+    if not site.target or site.spec is None:
+        return site
+    runs = {**site.runs, **runtime.running(site.spec, site.target, site.wanted)}
+    file = runs["forward"].file if "forward" in runs else None
+    return replace(site, runs=runs, kernels={} if file is None else {"cpp" if site.target == "auto" else site.target: file})
 
 
 @cache

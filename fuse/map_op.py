@@ -29,6 +29,7 @@ def _parsed(text: str) -> TileMap:
 def _kernel(text: str, target: str) -> Callable[[Sequence[Tensor], Sequence[int]], Tensor]:
     from fuse import runtime  # builds kernels: not needed to trace or to save a graph
 
+    runtime.forgets(_kernel.cache_clear)
     return runtime.map_kernel(_parsed(text), target)
 
 

@@ -51,6 +51,7 @@ def _differentiable(text: str) -> tuple[bool, ...]:
 def _kernel(text: str, target: str) -> Any:
     from fuse import runtime
 
+    runtime.forgets(_kernel.cache_clear)
     return runtime.kernel(parsed(text), target)
 
 
@@ -58,6 +59,7 @@ def _kernel(text: str, target: str) -> Any:
 def _forward_kernel(text: str, target: str) -> Any:
     from fuse import runtime
 
+    runtime.forgets(_forward_kernel.cache_clear)
     return runtime.forward_kernel(parsed(text), target)
 
 
@@ -65,6 +67,7 @@ def _forward_kernel(text: str, target: str) -> Any:
 def _backward_kernel(text: str, target: str, wanted: tuple[bool, ...]) -> Any:
     from fuse import runtime
 
+    runtime.forgets(_backward_kernel.cache_clear)
     return runtime.backward_kernel(parsed(text), target, wanted)
 
 

@@ -15,11 +15,14 @@ from torch.fx import GraphModule, Node
 from fuse import backend, planner
 from fuse.coverage import Coverage, coverage
 from fuse.options import resolve
+from fuse.runs import Part, Runs
 from fuse.runtime.cpp import instruction_set
+from fuse.runtime.standin import ASKED
 from fuse.site import Site
 
 # An analysis shares Dynamo's code cache with the user's compiled functions but none of its entries.
 _ANALYSIS = {"recompile_limit": 1 << 20, "accumulated_recompile_limit": 1 << 20, "automatic_dynamic_shapes": False}
+_LINES = 3  # of a compiler's errors in a table
 
 
 def explain(model: Callable[..., Any], *args: Any, **kwargs: Any) -> Report:
@@ -36,7 +39,7 @@ def explain(model: Callable[..., Any], *args: Any, **kwargs: Any) -> Report:
         nonlocal graphs
         graphs += 1
         results = _results(gm)  # the passes may replace the nodes that know them
-        sites.extend(backend.rewrite(gm, example_inputs, chosen))
+        sites.extend(_expected(site, chosen.target) for site in backend.rewrite(gm, example_inputs, chosen))
         return lambda *_: tuple(map(_stand_in, results))
 
     note = ""
@@ -51,8 +54,8 @@ def explain(model: Callable[..., Any], *args: Any, **kwargs: Any) -> Report:
 
 
 def report() -> Report:
-    """The sites of every graph compiled in this process since the last ``reset()``."""
-    return Report(tuple(backend.compiled_sites))
+    """The sites of every graph compiled in this process since the last ``reset()``, with what is known now of their kernels."""
+    return Report(tuple(map(backend.with_runs, backend.compiled_sites)))
 
 
 def reset() -> None:
@@ -69,7 +72,13 @@ class Report:
 
     @property
     def fused(self) -> int:
+        """Sites that a generated kernel computes."""
         return sum(site.fused for site in self.sites)
+
+    @property
+    def recovered(self) -> int:
+        """Sites that fuse computes, by kernels or by the reference."""
+        return sum(site.recovered for site in self.sites)
 
     def groups(self) -> list[Group]:
         """Sites that differ in nothing but the module path, which is what the layers of a model are."""
@@ -83,7 +92,11 @@ class Report:
 
     @property
     def summary(self) -> str:
-        return f"{len(self.sites)} attention site{'s' * (len(self.sites) != 1)}, {self.fused} fused"
+        found = [f"{len(self.sites)} attention site{'s' * (len(self.sites) != 1)}", f"{self.fused} fused"]
+        slow = sum(site.by_reference for site in self.sites)
+        behind = sum(site.fused and "backward" in site.runs and site.runs["backward"].by == "reference" for site in self.sites)
+        found += [f"{slow} by the reference"] * bool(slow) + [f"gradients of {behind} by the reference"] * bool(behind)
+        return ", ".join(found)
 
     def to_json(self) -> str:
         return json.dumps({"sites": [_as_data(site) for site in self.sites], "note": self.note}, indent=2)
@@ -116,11 +129,17 @@ class Group:
         found = [
             ("score", site.formula),
             ("skipped", _skipped_text(site)),
-            *((f"{target} kernel", str(path)) for target, path in site.kernels.items()),
+            *((part, _brief(str(runs))) for part, runs in site.runs.items()),
         ]
         if reason is not None:
             found += [("why not", f"{reason.name}: {reason}"), ("to fuse it", reason.unblock)]
         return [(name, text) for name, text in found if text]
+
+
+def _brief(text: str) -> str:
+    """The first lines of what a compiler had to say."""
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    return " | ".join(lines[:_LINES]) + (" | …" if len(lines) > _LINES else "")
 
 
 def skipped(site: Site) -> Coverage | None:
@@ -193,9 +212,21 @@ def _as_data(site: Site) -> dict[str, Any]:
         "fused": site.fused, "where": site.where, "module": site.module, "formula": site.formula, "mask": site.mask,
         "reason": None if reason is None else {"name": reason.name, "text": str(reason), "unblock": reason.unblock},
         "skipped": None if share is None else {"share": share.skipped, "exact": share.exact},
-        "kernels": {target: str(path) for target, path in site.kernels.items()},
+        "recovered": site.recovered, "kernels": {target: str(path) for target, path in site.kernels.items()},
+        "runs": {
+            part: {"by": runs.by, "file": None if runs.file is None else str(runs.file), "why": runs.why}
+            for part, runs in site.runs.items()
+        },
         "spec": None if site.spec is None else json.loads(site.spec.to_json()),
     }  # fmt: skip
+
+
+def _expected(site: Site, target: str) -> Site:
+    """An analysis builds nothing, and knows only what was asked for."""
+    if target != "reference" or not site.recovered:
+        return site
+    parts: list[Part] = ["forward", "backward"] if any(site.wanted) else ["forward"]
+    return replace(site, runs=dict.fromkeys(parts, Runs("reference", why=ASKED)))
 
 
 def _results(gm: GraphModule) -> list[Any]:

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from fuse.reasons import Reason
+from fuse.runs import Part, Runs
 from fuse.spec import AttentionSpec
 
 
@@ -13,19 +14,21 @@ from fuse.spec import AttentionSpec
 class Site:
     """What the passes found at one place of the model.
 
-    fused     a generated kernel computes it
-    reason    why it was left as it is; None where it is fused
+    recovered its function was read and proved, and one op of fuse stands in its place
+    reason    why it was left as it is; None where it was recovered
     where     "file.py:line" of the user's source
     module    path of the module in the model, "model.layers.0.self_attn", or ""
     formula   the score in the user's terms
     mask      the predicate that was recovered: "k <= q"; "" where there is none
     sizes     the values of spec.symbols in the call that was compiled; 0 for one that only the data tell
     names     operand number → what the graph calls the tensor
-    kernels   target → generated source, filled in when kernels are built
+    kernels   target → source of what computes the result, filled in when kernels are built
     wanted    for each operand whether training asks for its gradient
+    target    that the graph was compiled for; "" where it was only analysed
+    runs      what computes its result ("forward"), its gradients ("backward") and its mask's map ("tile map"), as far as known
     """
 
-    fused: bool
+    recovered: bool
     reason: Reason | None
     where: str
     module: str
@@ -36,3 +39,15 @@ class Site:
     names: dict[int, str] = field(default_factory=dict)
     kernels: dict[str, Path] = field(default_factory=dict)
     wanted: tuple[bool, ...] = ()
+    target: str = ""
+    runs: dict[Part, Runs] = field(default_factory=dict)
+
+    @property
+    def fused(self) -> bool:
+        """A generated kernel computes its result, or would: nothing is known against it."""
+        return self.recovered and not self.by_reference
+
+    @property
+    def by_reference(self) -> bool:
+        """Plain PyTorch computes its result, where a kernel could not be had or was not asked for."""
+        return "forward" in self.runs and self.runs["forward"].by == "reference"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import statistics
 import sys
 from collections.abc import Callable, Sequence
@@ -22,6 +23,7 @@ from fuse.runtime.triton_launch import REFUSALS
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
 
+log = logging.getLogger("fuse")
 VERSION = 1
 Clock = Callable[[Callable[[], None]], float]
 P = TypeVar("P", bound="DataclassInstance")  # a plan, which is frozen
@@ -51,7 +53,7 @@ def kept(subject: Subject, plans: Sequence[P]) -> P | None:
     """The result of an earlier run, if it is one of ``plans``; a file that cannot be read is none."""
     try:
         fastest = json.loads(subject.path.read_text())["fastest"]
-    except (OSError, ValueError, TypeError, KeyError):
+    except (OSError, ValueError, TypeError, KeyError, RecursionError):
         return None
     return next((plan for plan in plans if asdict(plan) == fastest), None)
 
@@ -72,12 +74,20 @@ def fastest(subject: Subject, plans: Sequence[P], launch: Callable[[P], None], c
                 raise
     _show(subject, len(plans), len(plans))
     best = min(found, key=found.__getitem__)
-    path = subject.path
-    path.parent.mkdir(parents=True, exist_ok=True)
+    _keep(subject, found, best)
+    return best
+
+
+def _keep(subject: Subject, found: dict[P, float], best: P) -> None:
+    """What cannot be kept costs the next process a measurement, and nobody a call."""
     measured = [{**asdict(plan), "seconds": seconds} for plan, seconds in found.items()]
     facts = {"kernel": subject.kernel.name, "device": subject.device, "sizes": subject.sizes, **_versions()}
-    write_atomically(path, json.dumps({**facts, "fastest": asdict(best), "measured": measured}, indent=1) + "\n")
-    return best
+    text = json.dumps({**facts, "fastest": asdict(best), "measured": measured}, indent=1) + "\n"
+    try:
+        subject.path.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(subject.path, text)
+    except OSError as error:
+        log.warning("what was measured is not kept: %s. FUSE_CACHE_DIR can be set to a folder that is writable.", error)
 
 
 def seconds(launch: Callable[[], None]) -> float:

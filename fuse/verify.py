@@ -58,5 +58,5 @@ def _compare(expected: torch.Tensor, got: torch.Tensor, index: int, sites: Seque
     finite = e.isfinite() & g.isfinite()
     error = (torch.linalg.vector_norm((e - g)[finite]) / torch.linalg.vector_norm(e[finite]).clamp_min(1e-30)).item()
     if not same or error > allowed:
-        where = ", ".join(sorted({site.where for site in sites if site.fused})) or "none fused"
+        where = ", ".join(sorted({site.where for site in sites if site.recovered})) or "none fused"
         raise VerificationFailed(index=index, error=error if same else float("inf"), allowed=allowed, sites=where)

@@ -16,7 +16,7 @@ from fuse import backend, errors, passes
 from fuse.options import Options
 from fuse.site import Site
 
-SITE = Site(fused=True, reason=None, where="model.py:7", module="h.0.attn")
+SITE = Site(recovered=True, reason=None, where="model.py:7", module="h.0.attn")
 Run = Callable[[GraphModule, Options], list[Site]]
 
 

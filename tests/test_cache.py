@@ -20,7 +20,7 @@ def build(source, binary):
     time.sleep(0.3)
     binary.write_text(source.read_text())
 
-entry("test", "kernel", ".txt", "text", "flags", build)
+entry("test", "kernel", ".txt", "text", "flags", build, Path.read_text)
 print(builds.count)
 """
 
@@ -36,7 +36,7 @@ def copy(source: Path, binary: Path) -> None:
 
 
 def built(source: str = "text", depends: str = "flags") -> Path:
-    return entry("test", "kernel", ".txt", source, depends, copy).binary
+    return entry("test", "kernel", ".txt", source, depends, copy, Path.read_text).binary
 
 
 def test_same_source_is_built_once(folder: Path) -> None:
@@ -67,10 +67,10 @@ def test_failed_build_leaves_nothing_that_a_later_one_would_take(folder: Path) -
         raise RuntimeError("no compiler")
 
     with pytest.raises(RuntimeError, match="no compiler"):
-        entry("test", "kernel", ".txt", "text", "flags", fail)
+        entry("test", "kernel", ".txt", "text", "flags", fail, Path.read_text)
     assert built().read_text() == "text"
 
 
-def test_nothing_but_sources_binaries_and_locks_stays_behind(folder: Path) -> None:
+def test_nothing_but_sources_binaries_manifests_and_locks_stays_behind(folder: Path) -> None:
     built()
-    assert {path.suffix for path in (folder / "test").iterdir()} == {".txt", ".so", ".lock"}
+    assert {path.suffix for path in (folder / "test").iterdir()} == {".txt", ".so", ".json", ".lock"}

@@ -60,7 +60,7 @@ def test_g1_a_custom_function_does_not_keep_the_attention_from_being_fused() -> 
 
     with torch.no_grad():
         torch.testing.assert_close(compiled(program)(*qkv()), program(*qkv()))
-    assert fuse.report().fused == 1
+    assert fuse.report().recovered == 1
 
 
 def test_g3_a_mask_built_by_vmap_is_batched() -> None:
@@ -70,7 +70,7 @@ def test_g3_a_mask_built_by_vmap_is_batched() -> None:
         return (q @ k.mT).masked_fill(~keep, -torch.inf).softmax(-1) @ v
 
     torch.testing.assert_close(compiled(program)(*qkv()), program(*qkv()))
-    assert fuse.report().fused == 1
+    assert fuse.report().recovered == 1
 
 
 @pytest.mark.parametrize(
@@ -107,7 +107,7 @@ def test_g5_dtypes_of_the_spec_are_those_that_autocast_gave() -> None:
 def test_g5_ambient_autocast_is_seen() -> None:
     with torch.autocast("cpu", dtype=torch.bfloat16):
         found, expected = compiled(attend)(*qkv()), attend(*qkv())
-    assert fuse.report().fused == 1 and found.dtype == torch.bfloat16
+    assert fuse.report().recovered == 1 and found.dtype == torch.bfloat16
     torch.testing.assert_close(found, expected, rtol=2e-2, atol=2e-2)
 
 
@@ -127,7 +127,7 @@ def test_g7_python_floats_that_become_symbols_are_read() -> None:
     for scale in (0.25, 0.5):
         model = Scaled(scale, 0.1).eval()
         torch.testing.assert_close(compiled(model, dynamic=True)(x), model(x))
-    assert fuse.report().fused == 2
+    assert fuse.report().recovered == 2
 
 
 def test_g8_triangles_in_place_with_symbolic_sizes() -> None:
@@ -140,7 +140,7 @@ def test_g8_triangles_in_place_with_symbolic_sizes() -> None:
     for length in (9, 12):
         x = rand(2, length, 48)
         torch.testing.assert_close(run(x), program(x))
-    assert fuse.report().fused == 1
+    assert fuse.report().recovered == 1
 
 
 def test_g9_metadata_changed_in_place() -> None:
@@ -162,7 +162,7 @@ def test_g10_pure_operators_with_the_names_of_mutations() -> None:
         return (q @ k.mT).masked_fill(~keep, -torch.inf).softmax(-1) @ v
 
     torch.testing.assert_close(compiled(program)(*qkv()), program(*qkv()))
-    assert fuse.report().fused == 1
+    assert fuse.report().recovered == 1
 
 
 def test_g10_mutations_that_do_not_look_like_one() -> None:
@@ -250,7 +250,7 @@ class Tagged(Tensor):
 def test_g15_inputs_of_a_tensor_subclass_are_left_alone() -> None:
     q, k, v = (x.as_subclass(Tagged) for x in qkv())
     torch.testing.assert_close(compiled(attend, "eager")(q, k, v).as_subclass(Tensor), attend(*qkv()))
-    assert fuse.report().fused == 0
+    assert fuse.report().recovered == 0
 
 
 def test_g16_a_nested_compile_region_holds_the_op() -> None:

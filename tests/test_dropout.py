@@ -61,7 +61,7 @@ def kept(program: Callable[..., Any], seed: int = 0, heads: int = HEADS) -> Tens
 @pytest.mark.parametrize("program", SPELLINGS)
 def test_every_spelling_keeps_the_share_that_it_says(program: Callable[..., Any]) -> None:
     mask = kept(compiled(program))
-    assert fuse.report().fused == 1
+    assert fuse.report().recovered == 1
     assert abs(float(mask.double().mean()) - (1 - RATE)) < 4 * (RATE * (1 - RATE) / ENTRIES) ** 0.5
 
 
@@ -98,7 +98,7 @@ def test_layers_of_one_graph_draw_their_own_masks() -> None:
 
     zero, one = torch.zeros(1, 1, LENGTH, 16), torch.eye(LENGTH)[None, None]
     first, second = compiled(both)(zero, zero, one)
-    assert fuse.report().fused == 2 and not torch.equal(first, second)
+    assert fuse.report().recovered == 2 and not torch.equal(first, second)
 
 
 def test_the_expectation_is_the_result_without_dropout() -> None:
@@ -123,7 +123,7 @@ def test_backward_uses_the_mask_of_forward(program: Callable[..., Any], inner: s
     g, run = torch.randn_like(q), compiled(program, inner)
     out = run(q, k, v)
     out.backward(g)
-    assert v.grad is not None and fuse.report().fused == 1
+    assert v.grad is not None and fuse.report().recovered == 1
     assert float((out * g).sum()) == pytest.approx(float((v * v.grad).sum()), rel=1e-4, abs=1e-3)
 
 
@@ -152,7 +152,7 @@ def test_multihead_attention_in_training_is_fused_with_its_dropout() -> None:
         fuse.reset()
         compiled(lambda x, n=need_weights: attention(x, x, x, need_weights=n)[0])(x).sum().backward()
         (site,) = fuse.report().sites
-        assert site.fused and "uniform" in str(site.spec and site.spec.weight)
+        assert site.recovered and "uniform" in str(site.spec and site.spec.weight)
 
 
 def test_no_mask_is_stored_and_the_rate_is_read() -> None:
@@ -177,5 +177,5 @@ def test_a_mask_shared_by_two_sites_is_one_mask() -> None:
         return torch.stack([(q @ k.mT).softmax(-1) * mask @ v, (q @ k.mT / 1).softmax(-1) * mask @ v])
 
     first, second = compiled(program)(*heads())
-    assert fuse.report().fused == 2
+    assert fuse.report().recovered == 2
     torch.testing.assert_close(first, second)

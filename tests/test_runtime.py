@@ -20,7 +20,9 @@ from fuse import planner, reference, runtime, tiles
 from fuse.codegen.backward import render_backward
 from fuse.codegen.render import render
 from fuse.codegen.tile_map import render_tile_map
-from fuse.runtime.cpp import BuildFailed, CppKernel, instruction_set
+from fuse.runtime import make
+from fuse.runtime.cache import BuildFailed
+from fuse.runtime.cpp import CppKernel, instruction_set
 
 
 @pytest.fixture(autouse=True)
@@ -155,8 +157,11 @@ def test_length_beyond_the_kernels_limit_takes_the_reference(folder: Path, monke
     monkeypatch.setattr("fuse.codegen.render.MAX_LENGTH", 4)
     made = problem("float32", batch=(1, 1), q_len=5)
     kernel = runtime.kernel(made.spec, "cpp")
-    assert isinstance(kernel, CppKernel)
-    found = kernel(made.operands, made.sizes)
+    assert isinstance(kernel, CppKernel) and not kernel.runs.why
+    with pytest.warns(RuntimeWarning, match=r"kernel .*\.cpp: calls of more than .* are left to the reference") as told:
+        for _ in range(2):
+            found = kernel(made.operands, made.sizes)
+    assert len(told) == 1 and kernel.runs.by == "kernel" and "left to the reference" in kernel.runs.why
     assert torch.equal(found, reference.attention(made.spec, made.operands, made.sizes, "eager"))
 
 
@@ -169,12 +174,12 @@ def test_a_backward_kernel_that_nobody_has_asked_for_gives_way(monkeypatch: pyte
         priorities.append(os.getpriority(os.PRIO_PROCESS, threading.get_native_id()))
         raise BuildFailed("nothing is built here")
 
-    monkeypatch.setattr(runtime, "build", seen)
-    monkeypatch.setattr(runtime, "build_backward", seen)
+    monkeypatch.setattr(make, "build", seen)
+    monkeypatch.setattr(make, "build_backward", seen)
     spec, wanted = CASES["plain"]("float32").spec, (True, True, True)
     with pytest.warns(RuntimeWarning, match="nothing is built"):
         runtime.kernel(spec, "cpp")
-    runtime.prepare_backward(spec, "cpp", wanted)
-    runtime.backward_kernel(spec, "cpp", wanted)
+        runtime.prepare_backward(spec, "cpp", wanted)
+        runtime.backward_kernel(spec, "cpp", wanted)
     forward, backward = priorities
     assert backward > forward == os.getpriority(os.PRIO_PROCESS, 0)

@@ -44,9 +44,12 @@ def test_a_call_with_meta_tensors_compiles_what_a_later_call_launches(kind: str,
     assert found[f"{kind}, meta"] == [1, 0] and found[f"{kind}, cpu"] == [0, 1]
 
 
-def test_what_triton_cannot_compile_is_left_to_the_reference_with_one_warning(found: dict[str, Any]) -> None:
-    same, (warning,) = found["refused"]
-    assert same and "PassManager::run failed" in warning
+def test_what_triton_cannot_compile_is_left_to_the_reference_with_one_warning_of_each_kind(
+    found: dict[str, Any],
+) -> None:
+    same, (forward, backward) = found["refused"]
+    assert same and all("PassManager::run failed" in warning for warning in (forward, backward))
+    assert "attention without its kernels" in forward and "gradients" in backward
 
 
 def test_a_plan_that_a_device_has_no_resources_for_gives_way_to_the_next(found: dict[str, Any]) -> None:

@@ -31,7 +31,7 @@ torch.compile(layer, backend="fuse", options={"target": "reference"})(x).backwar
 grads = [p.grad for p in layer.parameters() if p.grad is not None]
 print(
     hashlib.sha256(b"".join(g.numpy().tobytes() for g in grads)).hexdigest()[:12],
-    fuse.report().fused,
+    fuse.report().recovered,
     counters["aot_autograd"]["autograd_cache_hit"],
     counters["inductor"]["fxgraph_cache_hit"],
 )

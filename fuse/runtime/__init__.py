@@ -5,91 +5,54 @@ from __future__ import annotations
 import os
 import sys
 import threading
-import warnings
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from functools import partial
-from pathlib import Path
-from typing import Any, Protocol, TypeVar, runtime_checkable
+from typing import Any, Protocol, TypeVar
 
-import torch
 from torch import Tensor
 
-from fuse import kept, reference, tiles
-from fuse.codegen.sinks import Unsupported
+from fuse import kept, tiles
 from fuse.gradient import Gradient, gradient
-from fuse.planner import lse_dtype
+from fuse.runs import Part, Runs
+from fuse.runtime import make, told
 from fuse.runtime.cache import builds
-from fuse.runtime.cpp import BuildFailed, CppKernel, CppTileMap, build, build_tile_map
-from fuse.runtime.cpp_backward import CppBackward, build_backward
-from fuse.runtime.refused import KernelOrElse, OrElse
+from fuse.runtime.protocols import Backward, Kernel, MapKernel, Tunable
 from fuse.spec import AttentionSpec
 from fuse.tiles import TileMap
 
 __all__ = [
+    "Backward",
     "Kernel",
+    "MapKernel",
     "backward_kernel",
+    "beside",
     "builds",
+    "forgets",
     "forward_kernel",
     "kernel",
     "map_kernel",
     "prepare",
     "prepare_backward",
     "reset",
+    "running",
 ]
 
 
-class Kernel(Protocol):
-    """Computes one spec. ``source`` is the generated file, None where the reference stands in for a kernel."""
-
+class _Runs(Protocol):
     @property
-    def source(self) -> Path | None: ...
-
-    def __call__(self, operands: Sequence[Tensor], sizes: Sequence[int]) -> Tensor: ...
-
-    def forward(self, operands: Sequence[Tensor], sizes: Sequence[int]) -> tuple[Tensor, Tensor]:
-        """The result and the log-sum-exp of its rows, as fuse.gradient defines it."""
-        ...
-
-
-@runtime_checkable
-class Tunable(Protocol):
-    """A kernel that can measure which of its plans is the fastest."""
-
-    def tune(self) -> None: ...
-
-
-class ReferenceKernel:
-    """What runs where no kernel can be built: the same function in plain PyTorch, slowly."""
-
-    source: Path | None = None
-
-    def __init__(self, spec: AttentionSpec, target: str, reason: str = "") -> None:
-        self._spec = spec
-        self._lse_dtype: torch.dtype = getattr(torch, lse_dtype(spec, target))
-        self.reason = reason  # why there is no kernel; empty where none was asked for
-
-    def __call__(self, operands: Sequence[Tensor], sizes: Sequence[int]) -> Tensor:
-        return reference.attention(self._spec, operands, sizes, "eager")
-
-    def forward(self, operands: Sequence[Tensor], sizes: Sequence[int]) -> tuple[Tensor, Tensor]:
-        out, lse = reference.attention_with_lse(self._spec, operands, sizes, "eager")
-        return out, lse.to(self._lse_dtype)
+    def runs(self) -> Runs: ...
 
 
 S = TypeVar("S")
 K = TypeVar("K")
-MapKernel = Callable[[Sequence[Tensor], Sequence[int]], Tensor]
+R = TypeVar("R", bound=_Runs)
 Forward = Callable[[Sequence[Tensor], Sequence[int]], tuple[Tensor, Tensor]]
-# (grad_out of any strides, operands, sizes, out, lse) → gradients of the wanted operands, each laid out as empty_like of it
-Backward = Callable[[Tensor, Sequence[Tensor], Sequence[int], Tensor, Tensor], list[Tensor]]
 _kernels: dict[tuple[AttentionSpec, str], Future[Kernel]] = {}
 _map_kernels: dict[tuple[TileMap, str], Future[MapKernel]] = {}
 _backward_kernels: dict[tuple[Gradient, str], Future[Backward]] = {}
-_CPP = ("auto", "cpp")
 _lock = threading.Lock()
 _pools: dict[bool, ThreadPoolExecutor] = {}
-_warned = False
+_caches: set[Callable[[], None]] = set()
 
 
 def kernel(spec: AttentionSpec, target: str) -> Kernel:
@@ -97,10 +60,7 @@ def kernel(spec: AttentionSpec, target: str) -> Kernel:
 
     target  one of fuse.options.TARGETS
     """
-    made = _begun(_kernels, (spec, target), _make).result()
-    if isinstance(made, ReferenceKernel) and made.reason:
-        _warn(made.reason)
-    return made
+    return _given(_begun(_kernels, (spec, target), make.forward), target, "forward")
 
 
 def forward_kernel(spec: AttentionSpec, target: str) -> Forward:
@@ -110,40 +70,86 @@ def forward_kernel(spec: AttentionSpec, target: str) -> Forward:
 
 def backward_kernel(spec: AttentionSpec, target: str, wanted: tuple[bool, ...]) -> Backward:
     """The kernel of the gradients of the ``wanted`` operands; never fails, as ``kernel``."""
-    return _begun(_backward_kernels, (gradient(spec, tuple(wanted)), target), _make_backward).result()
+    of = gradient(spec, tuple(wanted))
+    return _given(_begun(_backward_kernels, (of, target), make.backward), target, "backward")
 
 
 def map_kernel(spec: TileMap, target: str) -> MapKernel:
     """What computes a map of tiles; never fails, as ``kernel``."""
-    return _begun(_map_kernels, (spec, target), _make_map).result()
+    return _given(_begun(_map_kernels, (spec, target), make.tile_map), target, "tile map")
+
+
+def running(spec: AttentionSpec, target: str, wanted: tuple[bool, ...]) -> dict[Part, Runs]:
+    """What computes ``spec``, the gradients of its ``wanted`` operands, and the map of its mask, as far as anybody has asked
+    for them. Waits for nothing.
+    """
+    use = _map_of(spec)
+    found: dict[Part, Future[Any] | None] = {
+        "forward": _kernels.get((spec, target)),
+        "backward": _backward_kernels.get((gradient(spec, wanted), target)) if any(wanted) else None,
+        "tile map": _map_kernels.get((use, target)) if use is not None else None,
+    }
+    return {part: _runs(future) for part, future in found.items() if future is not None}
 
 
 def prepare(specs: Iterable[AttentionSpec], target: str, tune: bool = False) -> None:
     """Starts building the kernels of ``specs`` in parallel and returns at once. ``tune``: those that have plans to measure."""
     for spec in specs:
-        made = _begun(_kernels, (spec, target), _make)
+        made = _begun(_kernels, (spec, target), make.forward)
         if tune:
             made.add_done_callback(_tune)
-        if spec.mask is not None and spec.mask.tiles is not None and (use := tiles.map_of(spec)) is not None:
-            _begun(_map_kernels, (use.tile_map, target), _make_map)
+        if (use := _map_of(spec)) is not None:
+            _begun(_map_kernels, (use, target), make.tile_map)
 
 
 def prepare_backward(spec: AttentionSpec, target: str, wanted: tuple[bool, ...], tune: bool = False) -> None:
     """As ``prepare``, for the kernel that ``backward_kernel`` will give. It gives way to all else: nobody may ask for it."""
-    made = _begun(_backward_kernels, (gradient(spec, wanted), target), _make_backward, later=True)
+    made = _begun(_backward_kernels, (gradient(spec, wanted), target), make.backward, later=True)
     if tune:
         made.add_done_callback(_tune)
 
 
+def forgets(clear: Callable[[], None]) -> None:
+    """``reset`` calls ``clear``, of whoever remembers kernels that it was given: what runs is what ``running`` says."""
+    _caches.add(clear)
+
+
 def reset() -> None:
     """Forgets loaded kernels; what is on disk stays."""
-    global _lock, _warned
+    _empty()
+    for clear in _caches:
+        clear()
+
+
+def _empty() -> None:
+    global _lock
     _kernels.clear()
     _map_kernels.clear()
     _backward_kernels.clear()
     _pools.clear()
     kept.reset()
-    _lock, _warned = threading.Lock(), False
+    told.reset()
+    _lock = threading.Lock()
+
+
+def _map_of(spec: AttentionSpec) -> TileMap | None:
+    if spec.mask is None or spec.mask.tiles is None or (use := tiles.map_of(spec)) is None:
+        return None
+    return use.tile_map
+
+
+def _given(future: Future[R], target: str, part: Part) -> R:
+    made = future.result()
+    if made.runs.by == "reference" and target != "reference":
+        told.warn(part, made.runs.why)
+    return made
+
+
+def _runs(future: Future[Any]) -> Runs:
+    if not future.done():
+        return Runs("being built")
+    runs: Runs = future.result().runs
+    return runs
 
 
 def _begun(
@@ -174,81 +180,11 @@ def _give_way() -> None:
         os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), min(os.getpriority(os.PRIO_PROCESS, 0) + 5, 19))
 
 
-def _make_backward(of: Gradient, target: str) -> Backward:
-    try:
-        if target in _CPP:
-            return CppBackward(of.spec, of.wanted, build_backward(of.spec, of.wanted))
-        if target == "triton":
-            return _triton_backward(of)
-    except (Unsupported, BuildFailed, ImportError, OSError):
-        pass  # where nothing can be built forward fails likewise, and warns
-    except Exception as error:  # a defect of code generation must not cost the user the model
-        _warn(f"rendering failed, please report it: {type(error).__name__}: {error}")
-
-    return _reference_backward(of)
-
-
-def _reference_backward(of: Gradient) -> Backward:
-    def run(grad_out: Tensor, operands: Sequence[Tensor], sizes: Sequence[int], out: Tensor, lse: Tensor) -> list[Tensor]:
-        return reference.attention_backward(of.spec, grad_out, operands, sizes, of.wanted, "eager")
-
-    return run
-
-
-def _make_map(spec: TileMap, target: str) -> MapKernel:
-    try:
-        if target != "reference":
-            return CppTileMap(spec, build_tile_map(spec)) if target in _CPP else _triton_map(spec)
-    except (BuildFailed, ImportError, OSError):
-        pass  # the site's own kernel fails likewise, and warns
-    return partial(reference.tile_map, spec)
-
-
-def _make(spec: AttentionSpec, target: str) -> Kernel:
-    if target == "reference":
-        return ReferenceKernel(spec, target)
-    try:
-        return CppKernel(spec, build(spec)) if target in _CPP else _triton(spec)
-    except (BuildFailed, ImportError, OSError) as error:
-        return ReferenceKernel(spec, target, str(error))
-    except Exception as error:  # a defect of code generation must not cost the user the model
-        return ReferenceKernel(spec, target, f"rendering failed, please report it: {type(error).__name__}: {error}")
-
-
 def _tune(made: Future[Any]) -> None:
     if isinstance(kernel := made.result(), Tunable):
         kernel.tune()
 
 
-def _triton(spec: AttentionSpec) -> Kernel:
-    from fuse.runtime.triton import TritonKernel  # Triton is not there for every platform
-    from fuse.runtime.triton_launch import REFUSALS
-
-    return KernelOrElse(TritonKernel(spec), ReferenceKernel(spec, "triton"), REFUSALS, _warn)
-
-
-def _triton_backward(of: Gradient) -> Backward:
-    from fuse.runtime.triton_backward import TritonBackward
-    from fuse.runtime.triton_launch import REFUSALS
-
-    return OrElse(TritonBackward(of.spec, of.wanted), _reference_backward(of), REFUSALS, _warn)
-
-
-def _triton_map(spec: TileMap) -> MapKernel:
-    from fuse.runtime.triton_launch import REFUSALS
-    from fuse.runtime.triton_map import TritonTileMap
-
-    return OrElse(TritonTileMap(spec), partial(reference.tile_map, spec), REFUSALS, _warn)
-
-
-def _warn(reason: str) -> None:
-    global _warned
-    with _lock:
-        first, _warned = not _warned, True
-    if first:
-        warnings.warn(f"fuse runs attention without its kernels, slowly: {reason}", RuntimeWarning, stacklevel=3)
-
-
 # The threads of the pool do not survive a fork, and a lock may be held by one of them.
 if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=reset)
+    os.register_at_fork(after_in_child=_empty)

@@ -1,19 +1,24 @@
 """Built kernels on disk, addressed by what they are made of; shared between threads, processes and runs.
 
-An entry is a source ``<name>-<key>.<suffix>`` and its binary beside it. The key is a digest of everything that the binary
-depends on, so an entry is never stale; it is written under another name and renamed, so it is never half there.
+An entry is a source ``<name>-<key>.<suffix>``, its binary and a manifest beside it. The key is a digest of everything that the
+binary depends on, so an entry is never stale. The manifest has the digests of both files and is written last: what a killed
+process or a full disk left half done, and what was cut short or overwritten since, does not match it, and is built again.
 """
 
 from __future__ import annotations
 
 import contextlib
 import hashlib
+import json
 import os
+import shutil
+import stat
 import tempfile
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Generic, TypeVar
 
 from fuse.options import settings
 
@@ -22,11 +27,21 @@ try:
 except ImportError:  # not a POSIX system: two processes may then build the same entry, and either result is right
     fcntl = None  # type: ignore[assignment]
 
+FORMAT = 1  # of manifests
+T = TypeVar("T")
+
+
+class BuildFailed(RuntimeError):
+    """No kernel could be built here; the message says why, and what to do where that is known."""
+
 
 @dataclass(frozen=True)
-class Entry:
+class Entry(Generic[T]):
+    """``loaded`` is what ``load`` gave for the binary."""
+
     source: Path
     binary: Path
+    loaded: T
 
 
 @dataclass
@@ -42,55 +57,147 @@ _count_lock = threading.Lock()
 Build = Callable[[Path, Path], None]
 
 
-def entry(target: str, name: str, suffix: str, source: str, depends: str, build: Build) -> Entry:
-    """The binary of ``source``, built by ``build(source, binary)`` if no run before has done so.
+def entry(target: str, name: str, suffix: str, source: str, depends: str, build: Build, load: Callable[[Path], T]) -> Entry[T]:
+    """The binary of ``source``, built by ``build(source, binary)`` if no run before has left one that is whole.
 
     depends  whatever else the binary depends on: compiler, flags, instruction set
-    Raises what ``build`` raises, and leaves nothing behind then.
+    load     makes of a binary what its user needs; raises BuildFailed where it is not that
+    Raises BuildFailed, and what ``build`` raises; nothing that a later run would take is left behind then.
     """
     key = hashlib.sha256(f"{depends}\0{source}".encode()).hexdigest()[:20]
     folder = settings().cache_dir / target
-    path = folder / f"{name}-{key}{suffix}"
-    found = Entry(path, path.with_suffix(".so"))
-    if found.binary.exists():
-        return found
-    folder.mkdir(parents=True, exist_ok=True)
-    with _locked(path.with_suffix(".lock")):
-        if not found.binary.exists():
-            write_atomically(found.source, source)
-            _build_atomically(found, build)
+    wanted = _Wanted(folder / f"{name}-{key}{suffix}", source, depends)
+    found = wanted.kept(load)
+    if found is None:
+        with _told(folder), _locked(wanted.path.with_suffix(".lock")):
+            found = wanted.kept(load) or wanted.built(build, load)
     return found
 
 
-def _build_atomically(found: Entry, build: Build) -> None:
-    with tempfile.TemporaryDirectory(dir=found.binary.parent, prefix=".build-") as scratch:
-        binary = Path(scratch) / found.binary.name
-        build(found.source, binary)
-        os.replace(binary, found.binary)
-    with _count_lock:
-        builds.count += 1
+@dataclass(frozen=True)
+class _Wanted:
+    """An entry that may be there or not."""
+
+    path: Path
+    source: str
+    depends: str
+
+    @property
+    def binary(self) -> Path:
+        return self.path.with_suffix(".so")
+
+    @property
+    def manifest(self) -> Path:
+        return self.path.with_suffix(".json")
+
+    def kept(self, load: Callable[[Path], T]) -> Entry[T] | None:
+        """What an earlier run has left, if every byte of it is as it was then and it can be loaded."""
+        if content(self.path) != self.source.encode():
+            return None
+        binary, manifest = content(self.binary), content(self.manifest)
+        if binary is None or manifest != self._described(binary).encode():
+            return None
+        with contextlib.suppress(BuildFailed):  # right, but not for this machine any more: it lacks a library, say
+            return Entry(self.path, self.binary, load(self.binary))
+        return None
+
+    def built(self, build: Build, load: Callable[[Path], T]) -> Entry[T]:
+        """What is not whole goes first, so that a failed build leaves nothing; it is loaded before it is given its name."""
+        for path in (self.manifest, self.binary):
+            _remove(path)
+        write_atomically(self.path, self.source)
+        with tempfile.TemporaryDirectory(dir=self.path.parent, prefix=".build-") as scratch:
+            made = Path(scratch) / self.binary.name
+            build(self.path, made)
+            data = content(made)
+            if data is None:
+                raise BuildFailed(f"nothing was built of {self.path}")
+            loaded = load(made)
+            with made.open("rb") as file:
+                os.fsync(file.fileno())
+            os.replace(made, self.binary)
+        write_atomically(self.manifest, self._described(data))
+        with _count_lock:
+            builds.count += 1
+        return Entry(self.path, self.binary, loaded)
+
+    def _described(self, binary: bytes) -> str:
+        """The manifest, a function of what it describes: whoever has that compares texts, and reads none that may be broken."""
+        files = {self.path.name: self.source.encode(), self.binary.name: binary}
+        digests = {name: {"size": len(data), "sha256": hashlib.sha256(data).hexdigest()} for name, data in files.items()}
+        return json.dumps({"format": FORMAT, "files": digests, "depends": self.depends.splitlines()}, indent=1) + "\n"
 
 
 def write_once(target: str, name: str, suffix: str, source: str) -> Path:
-    """A file with the text ``source``, whose compiler keeps its results elsewhere."""
+    """A file with the text ``source``, whose compiler keeps its results elsewhere. Raises BuildFailed."""
     folder = settings().cache_dir / target
     path = folder / f"{name}_{hashlib.sha256(source.encode()).hexdigest()[:20]}{suffix}"
-    if not path.exists():
-        folder.mkdir(parents=True, exist_ok=True)
-        write_atomically(path, source)
+    if content(path) != source.encode():
+        with _told(folder):
+            write_atomically(path, source)
     return path
 
 
+def content(path: Path) -> bytes | None:
+    """What a file holds; None where there is none, or something else in its place."""
+    try:
+        return path.read_bytes() if stat.S_ISREG(path.stat().st_mode) else None
+    except OSError:
+        return None
+
+
 def write_atomically(path: Path, text: str) -> None:
-    """Readers see the old text or the new, never a part."""
-    with tempfile.NamedTemporaryFile("w", dir=path.parent, prefix=".write-", delete=False) as file:
-        file.write(text)
-    os.replace(file.name, path)
+    """Readers see the old text or the new, never a part, even if the machine stops; what else is in its place is removed."""
+    if path.is_dir():
+        _remove(path)
+    with tempfile.NamedTemporaryFile(
+        "w", dir=path.parent, prefix=".write-", encoding="utf-8", newline="", delete=False
+    ) as file:
+        try:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+            os.replace(file.name, path)
+        except BaseException:
+            os.unlink(file.name)
+            raise
+    _sync(path.parent)
+
+
+def _sync(folder: Path) -> None:
+    """Makes names last, where the system can do that."""
+    with contextlib.suppress(OSError):
+        handle = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def _told(folder: Path) -> Iterator[None]:
+    """Makes ``folder``. What the system refuses there is something that the user can change."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        yield
+    except OSError as error:
+        raise BuildFailed(
+            f"{error}. Kernels are kept in {folder}: make it writable, or set FUSE_CACHE_DIR to a folder that is"
+        ) from error
 
 
 @contextlib.contextmanager
 def _locked(path: Path) -> Iterator[None]:
     """One builder at a time, among threads and processes: every opening of the file holds its own lock."""
+    if path.is_dir():
+        _remove(path)
     with path.open("w") as file:
         if fcntl is not None:
             fcntl.flock(file, fcntl.LOCK_EX)

@@ -3,26 +3,31 @@
 from __future__ import annotations
 
 import ctypes
-import hashlib
 import os
 import platform
 import shlex
 import shutil
 import struct
 import subprocess
-from collections.abc import Sequence
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from fuse import planner, reference
 from fuse.codegen import render
+from fuse.codegen.cpp import MAX_LENGTH
 from fuse.codegen.tile_map import render_tile_map
-from fuse.options import settings
+from fuse.runs import Part, Runs
 from fuse.runtime import cpu
-from fuse.runtime.cache import Entry, entry, write_atomically
+from fuse.runtime.cache import BuildFailed, entry
+from fuse.runtime.dump import dumped
+from fuse.runtime.told import left
 from fuse.spec import AttentionSpec
 from fuse.tiles import TileMap
 
@@ -30,6 +35,7 @@ GET_COMPILER = (
     "Install g++ or clang++ (Debian, Ubuntu: apt install g++; Fedora: dnf install gcc-c++; macOS: xcode-select --install; "
     "conda: conda install cxx-compiler), or set CXX to a C++17 compiler."
 )
+OTHER_COMPILER = "Set CXX to another C++17 compiler"
 _BUILD_SECONDS = 300
 _FLAGS = ("-std=c++17", "-fno-math-errno", "-fno-trapping-math", "-fPIC", "-shared", "-fvisibility=hidden", "-w")
 _AVX512_FLAGS = ("-O3", "-march=native", "-mprefer-vector-width=512")
@@ -41,10 +47,23 @@ _ISA_FLAGS = {
     "neon": ("-O3", "-mcpu=native"),
     "sse": ("-O3",),
 }
+# Ends as a process ends that loads the library: one that was cut short ends it by a signal.
+_PROBE = "import ctypes, sys; ctypes.CDLL(sys.argv[1])"
+_LONG: dict[Part, str] = {
+    "forward": f"calls of more than {MAX_LENGTH} positions",
+    "backward": f"calls of more than {MAX_LENGTH} positions, or with sums of more than 1 GiB,",
+    "tile map": f"masks of more than {MAX_LENGTH} positions",
+}
+Run = Callable[[bytes], int]
 
 
-class BuildFailed(RuntimeError):
-    """No kernel could be built here; the message says why, and what to do where that is known."""
+@dataclass(frozen=True)
+class Built:
+    """A library that is loaded: its source in the cache, its entry, and what is to be said of it."""
+
+    source: Path
+    run: Run
+    runs: Runs
 
 
 def compiler() -> tuple[str, ...]:
@@ -73,22 +92,31 @@ def _cpu() -> str:
     return f"{platform.machine()} {platform.processor()} {' '.join(cpu.flags())}"
 
 
-def build(spec: AttentionSpec, isa: str | None = None) -> Entry:
+def build(spec: AttentionSpec, isa: str | None = None) -> Built:
     """The built kernel of ``spec``, from the cache if it is there. Raises BuildFailed."""
     plan = planner.plan(spec, isa or instruction_set())
     name = f"attention_{spec.out_dtype}_{spec.qk_dim}x{spec.v_dim}_{plan.isa}"
     return build_source(name, plan.isa, render.render(spec, plan))
 
 
-def build_tile_map(spec: TileMap, isa: str | None = None) -> Entry:
+def build_tile_map(spec: TileMap, isa: str | None = None) -> Built:
     """As ``build``, the kernel of a map."""
     plan = planner.plan_tile_map(spec, isa or instruction_set())
     return build_source(f"tile_map_{plan.isa}", plan.isa, render_tile_map(spec, plan))
 
 
-def build_source(name: str, isa: str, source: str) -> Entry:
-    command = (*compiler(), *_FLAGS, *_ISA_FLAGS[isa])
-    return entry("cpp", name, ".cpp", _dumped(name, source), _depends(command), partial(_compile, command))
+def build_source(name: str, isa: str, rendered: str) -> Built:
+    """Raises BuildFailed, which names the file that somebody edited where it is not ours."""
+    source, command = dumped(name, rendered), (*compiler(), *_FLAGS, *_ISA_FLAGS[isa])
+    try:
+        found = entry("cpp", name, ".cpp", source.text, _depends(command), partial(_compile, command), _load)
+    except BuildFailed as error:
+        if source.edited is None:
+            raise
+        remedy = "Correct it, or delete it to have the kernel as it was rendered"
+        raise BuildFailed(f"the edited kernel {source.edited} cannot be built. {remedy}. {error}") from error
+    runs = Runs("kernel", found.source) if source.edited is None else Runs("edited kernel", source.edited)
+    return Built(found.source, found.loaded, runs)
 
 
 def _depends(command: tuple[str, ...]) -> str:
@@ -103,62 +131,84 @@ def _compile(command: tuple[str, ...], source: Path, binary: Path) -> None:
     failed = failed and _run_compiler((*command, str(source), "-o", str(binary), "-lm"))
     if failed:
         raise BuildFailed(failed)
+    if sys.executable and subprocess.run([sys.executable, "-ISc", _PROBE, binary], capture_output=True).returncode < 0:
+        raise BuildFailed(
+            f"{shlex.join(command)} made a library of {source} that ends the process which loads it. {OTHER_COMPILER}"
+        )
 
 
 def _run_compiler(command: tuple[str, ...]) -> str:
-    """Empty, or what went wrong."""
+    """Empty, or what went wrong: the first errors."""
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=_BUILD_SECONDS, check=False)
     except (OSError, subprocess.TimeoutExpired) as error:
         return f"the C++ compiler did not run: {error}. {GET_COMPILER}"
-    return f"{shlex.join(command)} failed:\n{done.stderr[-2000:]}" if done.returncode else ""
+    return f"{shlex.join(command)} failed:\n{done.stderr[:2000]}" if done.returncode else ""
 
 
-def _dumped(name: str, source: str) -> str:
-    """With FUSE_DUMP, the text of the kernel's file there, which somebody may have edited; it is written if it is not there."""
-    folder = settings().dump
-    if folder is None:
-        return source
-    path = folder / f"{name}-{hashlib.sha256(source.encode()).hexdigest()[:12]}.cpp"
-    if not path.exists():
-        folder.mkdir(parents=True, exist_ok=True)
-        write_atomically(path, source)
-    return path.read_text()
+def _load(binary: Path) -> Run:
+    """The entry of a library. Raises BuildFailed."""
+    try:
+        run: Any = getattr(ctypes.CDLL(str(binary)), render.ENTRY)
+    except (OSError, AttributeError) as error:  # no library, or one without the entry
+        raise BuildFailed(f"what the C++ compiler made cannot be used: {error}. {OTHER_COMPILER}") from error
+    run.argtypes, run.restype = (ctypes.c_char_p,), ctypes.c_int
+    found: Run = run
+    return found
+
+
+class Library:
+    """A loaded kernel, called with one packed array of ``count`` int64: decoding it costs the kernel nothing.
+
+    runs  what is to be said of it; it changes when a call is left to the reference
+    """
+
+    def __init__(self, built: Built, part: Part, count: int) -> None:
+        self.runs = built.runs
+        self._run, self._part, self._pack = built.run, part, struct.Struct(f"{count}q").pack
+
+    def call(self, arguments: Sequence[int]) -> bool:
+        """False where the kernel does not take a call: a length exceeds its 32-bit positions, or sums of gradients memory."""
+        code = self._run(self._pack(*arguments))
+        if code > 1:
+            raise RuntimeError({2: "out of memory"}.get(code, f"kernel error {code}"))
+        if code:
+            self.runs = left(self.runs, self._part, _LONG[self._part])
+        return not code
 
 
 class _Loaded:
-    """A loaded library. One packed array of int64 carries the call: decoding it costs the kernel nothing."""
+    """What calls of results and of maps have in common."""
 
-    def __init__(self, spec: AttentionSpec | TileMap, built: Entry) -> None:
+    def __init__(self, spec: AttentionSpec | TileMap, built: Built, part: Part) -> None:
         self._spec = spec
-        self._run = getattr(ctypes.CDLL(str(built.binary)), render.ENTRY)
-        self._run.argtypes, self._run.restype = (ctypes.c_char_p,), ctypes.c_int
         count = 3 + spec.batch + 2 + len(spec.symbols) + sum(1 + 2 * o.rank for o in spec.operands)
-        self._pack = struct.Struct(f"{count}q").pack
+        self.library = Library(built, part, count)
 
     def run(self, out: Tensor, lse: Tensor | None, operands: Sequence[Tensor], sizes: Sequence[int]) -> bool:
-        """Fills ``out`` and ``lse``; False where a length exceeds the kernel's 32-bit positions, MAX_LENGTH."""
+        """Fills ``out`` and ``lse``; False as ``Library.call``."""
         strides = self._spec.out_strides(sizes)
         arguments = [torch.get_num_threads(), out.data_ptr(), 0 if lse is None else lse.data_ptr(), *strides, *sizes]
         for tensor in operands:
             arguments.append(tensor.data_ptr())
             arguments += tensor.shape
             arguments += tensor.stride()
-        code = self._run(self._pack(*arguments))
-        if code > 1:
-            raise RuntimeError({2: "out of memory"}.get(code, f"kernel error {code}"))
-        return not code
+        return self.library.call(arguments)
 
 
 class CppKernel:
     """A loaded kernel of an attention spec."""
 
-    def __init__(self, spec: AttentionSpec, built: Entry) -> None:
+    def __init__(self, spec: AttentionSpec, built: Built) -> None:
         self.source = built.source
         self._spec = spec
         self._dtype: torch.dtype = getattr(torch, spec.out_dtype)
         self._lse_dtype: torch.dtype = getattr(torch, planner.lse_dtype(spec, "cpp"))
-        self._loaded = _Loaded(spec, built)
+        self._loaded = _Loaded(spec, built, "forward")
+
+    @property
+    def runs(self) -> Runs:
+        return self._loaded.library.runs
 
     def __call__(self, operands: Sequence[Tensor], sizes: Sequence[int]) -> Tensor:
         """``operands`` as the spec numbers them, ``sizes`` as ``spec.symbols``; the result has ``spec.out_strides``."""
@@ -180,10 +230,14 @@ class CppKernel:
 class CppTileMap:
     """A loaded kernel of a TileMap; called as a CppKernel is."""
 
-    def __init__(self, spec: TileMap, built: Entry) -> None:
+    def __init__(self, spec: TileMap, built: Built) -> None:
         self.source = built.source
         self._spec = spec
-        self._loaded = _Loaded(spec, built)
+        self._loaded = _Loaded(spec, built, "tile map")
+
+    @property
+    def runs(self) -> Runs:
+        return self._loaded.library.runs
 
     def __call__(self, operands: Sequence[Tensor], sizes: Sequence[int]) -> Tensor:
         out = torch.empty(self._spec.out_shape(sizes), dtype=torch.uint8)

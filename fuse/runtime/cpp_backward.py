@@ -2,24 +2,21 @@
 
 from __future__ import annotations
 
-import ctypes
-import struct
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from fuse import planner, reference
-from fuse.codegen import render
 from fuse.codegen.backward import argument_count, render_backward
 from fuse.codegen.sinks import sinks
-from fuse.runtime.cache import Entry
-from fuse.runtime.cpp import build_source, instruction_set
+from fuse.runs import Runs
+from fuse.runtime.cpp import Built, Library, build_source, instruction_set
 from fuse.runtime.gradients import Gradients
 from fuse.spec import AttentionSpec
 
 
-def build_backward(spec: AttentionSpec, wanted: Sequence[bool], isa: str | None = None) -> Entry:
+def build_backward(spec: AttentionSpec, wanted: Sequence[bool], isa: str | None = None) -> Built:
     """The built kernel of the gradients of ``wanted`` operands. Raises BuildFailed, and codegen.sinks.Unsupported."""
     terms = any(s.kind not in ("matrix", "logit") for s in sinks(spec, wanted))
     plan = planner.backward_plan(spec, isa or instruction_set(), terms)
@@ -30,15 +27,17 @@ def build_backward(spec: AttentionSpec, wanted: Sequence[bool], isa: str | None 
 class CppBackward:
     """A loaded kernel of gradients."""
 
-    def __init__(self, spec: AttentionSpec, wanted: Sequence[bool], built: Entry) -> None:
+    def __init__(self, spec: AttentionSpec, wanted: Sequence[bool], built: Built) -> None:
         self.source = built.source
         found = sinks(spec, wanted)
         self._spec, self._wanted, self._gradients = spec, tuple(wanted), Gradients(spec, found)
         self._lse_dtype: torch.dtype = getattr(torch, planner.lse_dtype(spec, "cpp"))
-        self._run = getattr(ctypes.CDLL(str(built.binary)), render.ENTRY)
-        self._run.argtypes, self._run.restype = (ctypes.c_char_p,), ctypes.c_int
         count = argument_count(spec) + 1 + spec.batch + 2 + sum(1 + len(s.order) for s in found)
-        self._pack = struct.Struct(f"{count}q").pack
+        self._library = Library(built, "backward", count)
+
+    @property
+    def runs(self) -> Runs:
+        return self._library.runs
 
     def __call__(
         self, grad_out: Tensor, operands: Sequence[Tensor], sizes: Sequence[int], out: Tensor, lse: Tensor
@@ -51,9 +50,6 @@ class CppBackward:
             arguments += [tensor.data_ptr(), *tensor.shape, *tensor.stride()]
         for tensor in (grad_out, *gradients.values()):
             arguments += [tensor.data_ptr(), *tensor.stride()]
-        code = self._run(self._pack(*arguments))
-        if code > 1:
-            raise RuntimeError({2: "out of memory"}.get(code, f"kernel error {code}"))
-        if code:
+        if not self._library.call(arguments):
             return reference.attention_backward(self._spec, grad_out, operands, sizes, self._wanted, "eager")
         return self._gradients.totals(operands, self._wanted, gradients)

@@ -8,38 +8,56 @@ from typing import Any, Generic, ParamSpec, TypeVar
 
 from torch import Tensor
 
+from fuse.runs import Part, Runs
+from fuse.runtime.told import warn
+
 P = ParamSpec("P")
 R = TypeVar("R")
 
 
 class OrElse(Generic[P, R]):
-    """``run`` until it raises one of ``refusals``; from then on ``instead``, after a warning."""
+    """``kernel`` until it raises one of ``refusals``; from then on what ``instead`` makes of the reason, after a warning.
 
-    def __init__(
-        self, run: Callable[P, R], instead: Callable[P, R], refusals: tuple[type[Exception], ...], warn: Callable[[str], None]
-    ) -> None:
-        self._run: Callable[P, R] | None = run
-        self._instead, self._refusals, self._warn = instead, refusals, warn
+    kernel, and what takes its place, are called, and say in ``runs`` what they are
+    """
+
+    def __init__(self, kernel: Any, instead: Callable[[str], Any], refusals: tuple[type[Exception], ...], part: Part) -> None:
+        self._now, self._instead, self._refusals, self._part = kernel, instead, refusals, part
+
+    @property
+    def runs(self) -> Runs:
+        runs: Runs = self._now.runs
+        return runs
 
     def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R:
-        if self._run is not None:
-            try:
-                return self._run(*args, **kwargs)
-            except self._refusals as error:
-                self._run = None
-                self._warn(str(error))
-        return self._instead(*args, **kwargs)
+        result: R = self._tried(lambda now: now(*args, **kwargs))
+        return result
+
+    def _tried(self, call: Callable[[Any], Any]) -> Any:
+        try:
+            return call(self._now)
+        except self._refusals as error:
+            self._now = self._instead(str(error))
+            warn(self._part, str(error))
+        return call(self._now)
 
     def tune(self) -> None:
-        """As ``run`` does."""
-        if (tune := getattr(self._run, "tune", None)) is not None:
+        """As the kernel does."""
+        if (tune := getattr(self._now, "tune", None)) is not None:
             tune()
 
 
 class KernelOrElse(OrElse[..., Tensor]):
-    """A fuse.runtime.Kernel, of which each way to call it may be refused."""
+    """A fuse.runtime.Kernel: refused in one of the ways to call it, it is in the other."""
 
-    def __init__(self, kernel: Any, instead: Any, refusals: tuple[type[Exception], ...], warn: Callable[[str], None]) -> None:
-        super().__init__(kernel, instead, refusals, warn)
-        self.source: Path | None = kernel.source
-        self.forward: OrElse[..., tuple[Tensor, Tensor]] = OrElse(kernel.forward, instead.forward, refusals, warn)
+    def __init__(self, kernel: Any, instead: Callable[[str], Any], refusals: tuple[type[Exception], ...]) -> None:
+        super().__init__(kernel, instead, refusals, "forward")
+
+    @property
+    def source(self) -> Path | None:
+        source: Path | None = self._now.source
+        return source
+
+    def forward(self, *args: Any) -> tuple[Tensor, Tensor]:
+        result: tuple[Tensor, Tensor] = self._tried(lambda now: now.forward(*args))
+        return result

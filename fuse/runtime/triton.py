@@ -14,6 +14,7 @@ from fuse.codegen.render import ENTRY
 from fuse.codegen.render_triton import render_triton
 from fuse.decode import Route
 from fuse.planner_triton import TritonPlan, candidates, plan_triton
+from fuse.runs import Runs
 from fuse.runtime.cache import write_once
 from fuse.runtime.triton_decode import TritonDecode
 from fuse.runtime.triton_descriptors import Copies
@@ -33,6 +34,7 @@ class TritonKernel:
         name = f"attention_{spec.out_dtype}_{spec.qk_dim}x{spec.v_dim}"
         plan = plan_triton(spec, current_architecture())
         self.source = write_once("triton", name, ".py", render_triton(spec, plan))
+        self.runs = Runs("kernel", self.source)
         self.function = Function(getattr(load(self.source), ENTRY))
         self._runs = sharing.runs(spec)
         self._copies = Copies(spec, ("query", "key", "value"), plan.described)

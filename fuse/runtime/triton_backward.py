@@ -18,9 +18,11 @@ from fuse.frame import Frame
 from fuse.gradient import gradient
 from fuse.planner_backward import Launch, TritonBackwardPlan, candidates_backward
 from fuse.planner_triton import described
+from fuse.runs import Runs
 from fuse.runtime.cache import write_once
 from fuse.runtime.gradients import Gradients
 from fuse.runtime.groups import Groups, groups_of
+from fuse.runtime.told import left
 from fuse.runtime.triton_descriptors import Copies
 from fuse.runtime.triton_launch import Function
 from fuse.runtime.triton_module import current_architecture, load, precision
@@ -47,6 +49,7 @@ class TritonBackward:
         rendered = described(spec, current_architecture())
         self._copies = Copies(spec, COPIED, rendered)
         self.source = write_once("triton", name, ".py", render_backward(spec, wanted, rendered))
+        self.runs = Runs("kernel", self.source)
         module = load(self.source)
         names = ["rows", "keys", "queries", *(["distances"] if written_by("k - q", self._sinks) else [])]
         self.functions = {name: Function(getattr(module, f"{ENTRY}_{name}")) for name in names}
@@ -60,6 +63,7 @@ class TritonBackward:
         torch is told to be deterministic, the reference computes them.
         """
         if self._shared and torch.are_deterministic_algorithms_enabled():
+            self.runs = left(self.runs, "backward", "calls under torch.use_deterministic_algorithms")
             return reference.attention_backward(self._spec, grad_out, operands, sizes, self._wanted, "eager")
         found: list[Tensor] = []
 

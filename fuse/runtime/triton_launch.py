@@ -10,13 +10,15 @@ from torch import Tensor
 from triton.runtime import JITFunction, driver
 from triton.runtime.errors import OutOfResources
 
+from fuse.runtime.cache import BuildFailed
+
 
 class CannotCompile(RuntimeError):
     """Triton failed at a kernel; the message says how."""
 
 
 # What keeps a kernel from being launched, whatever its operands hold.
-REFUSALS = (CannotCompile, OutOfResources)
+REFUSALS = (CannotCompile, OutOfResources, BuildFailed)
 # A product and a sum become one instruction: Triton 3.9 warns where nobody says whether, later ones will not do it unasked.
 _FUSION = {"enable_fp_fusion": True}
 _MOST = 1024  # compiled specialisations that are remembered, in which sizes are counted one by one

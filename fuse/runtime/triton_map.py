@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from fuse.codegen.tile_map_triton import TILE_MAP, render_tile_map_triton
+from fuse.runs import Runs
 from fuse.runtime.cache import write_once
 from fuse.runtime.triton_launch import Function
 from fuse.runtime.triton_module import load
@@ -24,6 +25,7 @@ class TritonTileMap:
     def __init__(self, spec: TileMap) -> None:
         self._spec = spec
         self.source = write_once("triton", "tile_map", ".py", render_tile_map_triton(spec))
+        self.runs = Runs("kernel", self.source)
         self.function = Function(getattr(load(self.source), TILE_MAP))
 
     def __call__(self, operands: Sequence[Tensor], sizes: Sequence[int]) -> Tensor:

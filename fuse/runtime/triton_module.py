@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Callable
 from functools import cache
+from importlib.machinery import SourceFileLoader
+from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
-from types import ModuleType
+from types import CodeType, ModuleType
 from typing import TypeVar
 
 import torch
@@ -18,10 +19,19 @@ from fuse.runtime.triton_launch import REFUSALS
 P = TypeVar("P")  # a plan
 
 
+class _Source(SourceFileLoader):
+    """Reads a module and no bytecode beside it, which nothing protects from being cut short or being another's."""
+
+    def get_code(self, fullname: str) -> CodeType:
+        code: CodeType = self.source_to_code(self.get_data(self.path), self.path)
+        return code
+
+
 def load(path: Path) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(f"fuse_generated_{path.stem}", path)
+    name = f"fuse_generated_{path.stem}"
+    spec = spec_from_file_location(name, path, loader=_Source(name, str(path)))
     assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
+    module = module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
 

@@ -105,13 +105,13 @@ def check(name: str, inner: str = "eager", dynamic: bool | None = None, training
     compiled = torch.compile(case.program, backend="fuse", dynamic=dynamic, options=options)
     got = run(case, compiled, copied(inputs))
     sites = fuse.report().sites
-    found = [f"{s.where} " + ("fused" if s.fused else f"{s.reason and s.reason.name}: {s.reason}") for s in sites]
+    found = [f"{s.where} " + ("fused" if s.recovered else f"{s.reason and s.reason.name}: {s.reason}") for s in sites]
     tolerance = max((TOLERANCE[x.dtype] for x in eager if isinstance(x, Tensor) and x.is_floating_point()), default=0.0)
     for result, expected, exact in zip(got, eager, wide, strict=True):
         if not case.random:
             compare(result, expected, exact, tolerance)
     if case.fused is not None:
-        assert sum(s.fused for s in sites) == case.fused, f"expected {case.fused} fused; sites: {found}"
+        assert sum(s.recovered for s in sites) == case.fused, f"expected {case.fused} fused; sites: {found}"
     if case.reason:
         assert case.reason in {s.reason.name for s in sites if s.reason}, found
 

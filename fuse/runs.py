@@ -1,0 +1,28 @@
+"""What computes a site: a value that the runtime gives, and that reports print."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+Part = Literal["forward", "backward", "tile map"]
+By = Literal["kernel", "edited kernel", "reference", "being built"]
+
+
+@dataclass(frozen=True)
+class Runs:
+    """What computes one part of a site: its result, its gradients, or the map of its mask's tiles.
+
+    by    a generated kernel, one that somebody edited (FUSE_DUMP), plain PyTorch, or what cannot be said before it is built
+    file  the source of a kernel, or the file that was edited; None of the others
+    why   why the reference; of a kernel, which calls it left to the reference; "" where there is nothing to say
+    """
+
+    by: By
+    file: Path | None = None
+    why: str = ""
+
+    def __str__(self) -> str:
+        what = self.by if self.file is None else f"{self.by} {self.file}"
+        return f"{what}: {self.why}" if self.why else what

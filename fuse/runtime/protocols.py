@@ -1,0 +1,54 @@
+"""What kernels are to those who call them, be they generated or not."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Protocol, runtime_checkable
+
+from torch import Tensor
+
+from fuse.runs import Runs
+
+
+class Kernel(Protocol):
+    """Computes one spec. ``source`` is the generated file, None where the reference stands in for a kernel."""
+
+    @property
+    def source(self) -> Path | None: ...
+
+    @property
+    def runs(self) -> Runs: ...
+
+    def __call__(self, operands: Sequence[Tensor], sizes: Sequence[int]) -> Tensor: ...
+
+    def forward(self, operands: Sequence[Tensor], sizes: Sequence[int]) -> tuple[Tensor, Tensor]:
+        """The result and the log-sum-exp of its rows, as fuse.gradient defines it."""
+        ...
+
+
+class Backward(Protocol):
+    """Computes gradients of the wanted operands, each laid out as empty_like of it; ``grad_out`` may have any strides."""
+
+    @property
+    def runs(self) -> Runs: ...
+
+    def __call__(
+        self, grad_out: Tensor, operands: Sequence[Tensor], sizes: Sequence[int], out: Tensor, lse: Tensor
+    ) -> list[Tensor]: ...
+
+
+class MapKernel(Protocol):
+    """Computes a map of tiles."""
+
+    @property
+    def runs(self) -> Runs: ...
+
+    def __call__(self, operands: Sequence[Tensor], sizes: Sequence[int]) -> Tensor: ...
+
+
+@runtime_checkable
+class Tunable(Protocol):
+    """A kernel that can measure which of its plans is the fastest."""
+
+    def tune(self) -> None: ...

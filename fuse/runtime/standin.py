@@ -1,0 +1,61 @@
+"""What runs where there is no kernel: the same functions in plain PyTorch, slowly."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from fuse import reference
+from fuse.gradient import Gradient
+from fuse.planner import lse_dtype
+from fuse.runs import Runs
+from fuse.spec import AttentionSpec
+from fuse.tiles import TileMap
+
+# Of target "reference".
+ASKED = "target 'reference' asks for it"
+
+
+class ReferenceKernel:
+    """``why`` there is no kernel."""
+
+    source: Path | None = None
+
+    def __init__(self, spec: AttentionSpec, target: str, why: str = ASKED) -> None:
+        self._spec = spec
+        self._lse_dtype: torch.dtype = getattr(torch, lse_dtype(spec, target))
+        self.runs = Runs("reference", why=why)
+
+    def __call__(self, operands: Sequence[Tensor], sizes: Sequence[int]) -> Tensor:
+        return reference.attention(self._spec, operands, sizes, "eager")
+
+    def forward(self, operands: Sequence[Tensor], sizes: Sequence[int]) -> tuple[Tensor, Tensor]:
+        out, lse = reference.attention_with_lse(self._spec, operands, sizes, "eager")
+        return out, lse.to(self._lse_dtype)
+
+
+class ReferenceBackward:
+    """As ReferenceKernel, of gradients."""
+
+    def __init__(self, of: Gradient, why: str = ASKED) -> None:
+        self._of = of
+        self.runs = Runs("reference", why=why)
+
+    def __call__(
+        self, grad_out: Tensor, operands: Sequence[Tensor], sizes: Sequence[int], out: Tensor, lse: Tensor
+    ) -> list[Tensor]:
+        return reference.attention_backward(self._of.spec, grad_out, operands, sizes, self._of.wanted, "eager")
+
+
+class ReferenceTileMap:
+    """As ReferenceKernel, of maps."""
+
+    def __init__(self, spec: TileMap, why: str = ASKED) -> None:
+        self._spec = spec
+        self.runs = Runs("reference", why=why)
+
+    def __call__(self, operands: Sequence[Tensor], sizes: Sequence[int]) -> Tensor:
+        return reference.tile_map(self._spec, operands, sizes)
