@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from fuse.kept import kept
+from fuse.remembered import remembered
 from fuse.spec import IntLike
 from fuse.tiles import TileMap
 
@@ -25,11 +26,10 @@ def _parsed(text: str) -> TileMap:
     return TileMap.from_json(text)
 
 
-@cache
+@remembered
 def _kernel(text: str, target: str) -> Callable[[Sequence[Tensor], Sequence[int]], Tensor]:
     from fuse import runtime  # builds kernels: not needed to trace or to save a graph
 
-    runtime.forgets(_kernel.cache_clear)
     return runtime.map_kernel(_parsed(text), target)
 
 

@@ -17,6 +17,7 @@ from torch import Tensor
 from fuse.errors import SecondDerivative
 from fuse.gradient import differentiable
 from fuse.planner import lse_dtype
+from fuse.remembered import remembered
 from fuse.spec import AttentionSpec, IntLike
 
 # Kernels take any strides: a copy into another layout would cost and gain nothing.
@@ -47,27 +48,24 @@ def _differentiable(text: str) -> tuple[bool, ...]:
 # runtime is imported when the first kernel is run: tracing or saving a graph does not need it.
 
 
-@cache
+@remembered
 def _kernel(text: str, target: str) -> Any:
     from fuse import runtime
 
-    runtime.forgets(_kernel.cache_clear)
     return runtime.kernel(parsed(text), target)
 
 
-@cache
+@remembered
 def _forward_kernel(text: str, target: str) -> Any:
     from fuse import runtime
 
-    runtime.forgets(_forward_kernel.cache_clear)
     return runtime.forward_kernel(parsed(text), target)
 
 
-@cache
+@remembered
 def _backward_kernel(text: str, target: str, wanted: tuple[bool, ...]) -> Any:
     from fuse import runtime
 
-    runtime.forgets(_backward_kernel.cache_clear)
     return runtime.backward_kernel(parsed(text), target, wanted)
 
 

@@ -143,8 +143,10 @@ def _brief(text: str) -> str:
 
 
 def skipped(site: Site) -> Coverage | None:
-    """The share of tiles that the site's kernel on this machine skips, for the sizes that were compiled; None without mask."""
-    if site.spec is None or site.spec.mask is None:
+    """The share of tiles that the site's kernel on this machine skips, for the sizes that were compiled; None without mask,
+    and where the reference runs, which skips none.
+    """
+    if site.spec is None or site.spec.mask is None or site.by_reference:
         return None
     plan = planner.plan(site.spec, instruction_set())
     return coverage(site.spec, site.sizes, plan.vectors * plan.width, plan.block_k)

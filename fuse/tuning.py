@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, TypeVar
 import torch
 
 from fuse.options import settings
-from fuse.runtime.cache import write_atomically
+from fuse.runtime.cache import content, write_atomically
 from fuse.runtime.triton_launch import REFUSALS
 
 if TYPE_CHECKING:
@@ -52,8 +52,8 @@ class Subject:
 def kept(subject: Subject, plans: Sequence[P]) -> P | None:
     """The result of an earlier run, if it is one of ``plans``; a file that cannot be read is none."""
     try:
-        fastest = json.loads(subject.path.read_text())["fastest"]
-    except (OSError, ValueError, TypeError, KeyError, RecursionError):
+        fastest = json.loads(content(subject.path) or b"")["fastest"]
+    except (ValueError, TypeError, KeyError, RecursionError):
         return None
     return next((plan for plan in plans if asdict(plan) == fastest), None)
 

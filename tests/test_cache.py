@@ -2,23 +2,28 @@
 
 from __future__ import annotations
 
+import json
+import os
 import subprocess
 import sys
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
-from fuse.runtime.cache import builds, entry
+from fuse.runtime.cache import BuildFailed, Entry, builds, entry, write_once
 
 PROGRAM = """
-import sys, time
+import os, signal, sys, time
 from pathlib import Path
 from fuse.runtime.cache import builds, entry
 
 def build(source, binary):
     time.sleep(0.3)
     binary.write_text(source.read_text())
+    if sys.argv[1:]:
+        os.kill(os.getpid(), signal.SIGKILL)
 
 entry("test", "kernel", ".txt", "text", "flags", build, Path.read_text)
 print(builds.count)
@@ -35,8 +40,12 @@ def copy(source: Path, binary: Path) -> None:
     binary.write_text(source.read_text())
 
 
+def made(source: str = "text", depends: str = "flags", load: Callable[[Path], str] = Path.read_text) -> Entry[str]:
+    return entry("test", "kernel", ".txt", source, depends, copy, load)
+
+
 def built(source: str = "text", depends: str = "flags") -> Path:
-    return entry("test", "kernel", ".txt", source, depends, copy, Path.read_text).binary
+    return made(source, depends).binary
 
 
 def test_same_source_is_built_once(folder: Path) -> None:
@@ -56,9 +65,19 @@ def test_threads_that_ask_together_build_once(folder: Path) -> None:
     assert builds.count == before + 1
 
 
+def start(*arguments: str) -> subprocess.Popen[str]:
+    return subprocess.Popen([sys.executable, "-c", PROGRAM, *arguments], stdout=subprocess.PIPE, text=True)
+
+
 def test_processes_that_ask_together_build_once(folder: Path) -> None:
-    running = [subprocess.Popen([sys.executable, "-c", PROGRAM], stdout=subprocess.PIPE, text=True) for _ in range(3)]
-    assert sum(int(process.communicate()[0]) for process in running) == 1
+    assert sum(int(process.communicate()[0]) for process in [start() for _ in range(3)]) == 1
+
+
+def test_what_a_killed_process_was_building_is_built_again(folder: Path) -> None:
+    assert start("killed").wait() < 0
+    before = builds.count
+    for _ in range(2):
+        assert made().loaded == "text" and builds.count == before + 1
 
 
 def test_failed_build_leaves_nothing_that_a_later_one_would_take(folder: Path) -> None:
@@ -74,3 +93,133 @@ def test_failed_build_leaves_nothing_that_a_later_one_would_take(folder: Path) -
 def test_nothing_but_sources_binaries_manifests_and_locks_stays_behind(folder: Path) -> None:
     built()
     assert {path.suffix for path in (folder / "test").iterdir()} == {".txt", ".so", ".json", ".lock"}
+
+
+# ------------------------------------------------------------------------------------------ what is read back is checked
+
+
+def replaced(path: Path, how: Callable[[Path], object]) -> None:
+    path.unlink()
+    how(path)
+
+
+DAMAGES: dict[str, Callable[[Path], object]] = {
+    "cut short": lambda path: os.truncate(path, path.stat().st_size - 1),
+    "emptied": lambda path: os.truncate(path, 0),
+    "one byte is another": lambda path: path.write_bytes(bytes([path.read_bytes()[0] ^ 1]) + path.read_bytes()[1:]),
+    "longer": lambda path: path.write_bytes(path.read_bytes() + b"\0"),
+    "no text": lambda path: path.write_bytes(b"\xff\xfe\x00"),
+    "another JSON": lambda path: path.write_text("[[]]"),
+    "gone": Path.unlink,
+    "a folder": lambda path: replaced(path, lambda p: (p / "in").mkdir(parents=True)),
+    "a dangling link": lambda path: replaced(path, lambda p: p.symlink_to("nowhere")),
+    "a pipe": lambda path: replaced(path, os.mkfifo),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+@pytest.mark.parametrize("suffix", [".txt", ".so", ".json"])
+def test_an_entry_that_is_not_as_it_was_left_is_built_again_once(folder: Path, suffix: str, damage: str) -> None:
+    DAMAGES[damage](built().with_suffix(suffix))
+    before = builds.count
+    again = made()
+    assert again.loaded == again.source.read_text() == again.binary.read_text() == "text"
+    assert builds.count == before + 1
+    assert made().loaded == "text" and builds.count == before + 1
+
+
+def test_a_manifest_says_what_its_files_hold_and_were_made_with(folder: Path) -> None:
+    manifest = json.loads(built(depends="compiler\nflags").with_suffix(".json").read_text())
+    assert {name.rpartition(".")[2]: facts["size"] for name, facts in manifest["files"].items()} == {"txt": 4, "so": 4}
+    assert all(len(facts["sha256"]) == 64 for facts in manifest["files"].values())
+    assert manifest["depends"] == ["compiler", "flags"] and manifest["format"] == 1
+
+
+def test_a_manifest_of_another_entry_is_none(folder: Path) -> None:
+    manifest = built().with_suffix(".json")
+    manifest.write_bytes(built(depends="other").with_suffix(".json").read_bytes())
+    before = builds.count
+    built()
+    assert builds.count == before + 1
+
+
+def test_what_cannot_be_loaded_is_an_error_and_no_entry(folder: Path) -> None:
+    def refuse(binary: Path) -> str:
+        raise BuildFailed("no entry in it")
+
+    for _ in range(2):
+        with pytest.raises(BuildFailed, match="no entry in it"):
+            made(load=refuse)
+        assert {path.suffix for path in (folder / "test").iterdir()} <= {".txt", ".lock"}
+    assert made().loaded == "text"
+
+
+def test_a_build_that_fails_leaves_nothing_of_what_was_there(folder: Path) -> None:
+    def nothing(source: Path, binary: Path) -> None:
+        pass
+
+    os.truncate(built(), 1)
+    with pytest.raises(BuildFailed, match="nothing was built of .*kernel"):
+        entry("test", "kernel", ".txt", "text", "flags", nothing, Path.read_text)
+    assert {path.suffix for path in (folder / "test").iterdir()} <= {".txt", ".lock"}
+
+
+def test_what_is_whole_but_can_no_longer_be_loaded_is_built_again(folder: Path) -> None:
+    loads: list[Path] = []
+
+    def first_fails(binary: Path) -> str:
+        loads.append(binary)
+        if len(loads) <= 2:  # without the lock, and with it
+            raise BuildFailed("a library that it needs is gone")
+        return binary.read_text()
+
+    built()
+    before = builds.count
+    assert made(load=first_fails).loaded == "text" and builds.count == before + 1
+
+
+def test_every_file_is_on_the_disk_before_it_has_its_name_and_the_manifest_is_last(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    synced: set[int] = set()
+    named: list[tuple[str, bool]] = []
+    sync, rename = os.fsync, os.replace
+
+    def seen_sync(handle: int) -> None:
+        synced.add(os.fstat(handle).st_ino)
+        sync(handle)
+
+    def seen_rename(old: Path, new: Path) -> None:
+        named.append((Path(new).suffix, os.stat(old).st_ino in synced))
+        rename(old, new)
+
+    monkeypatch.setattr(os, "fsync", seen_sync)
+    monkeypatch.setattr(os, "replace", seen_rename)
+    built()
+    assert named == [(".txt", True), (".so", True), (".json", True)]
+    assert (folder / "test").stat().st_ino in synced
+
+
+def test_a_folder_that_cannot_be_written_is_told_with_what_to_set(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("FUSE_CACHE_DIR", str(tmp_path / "file" / "below"))
+    for make in (built, lambda: write_once("test", "kernel", ".txt", "text")):
+        with pytest.raises(BuildFailed, match="file/below.*set FUSE_CACHE_DIR"):
+            make()
+
+
+def test_a_file_that_could_not_be_written_is_not_left_behind(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(handle: int) -> None:
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(BuildFailed, match="no space left"):
+        write_once("test", "kernel", ".txt", "text")
+    assert list((folder / "test").iterdir()) == []
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_source_that_is_read_back_is_written_again_if_it_is_another(folder: Path, damage: str) -> None:
+    path = write_once("test", "kernel", ".txt", "text")
+    DAMAGES[damage](path)
+    assert write_once("test", "kernel", ".txt", "text") == path and path.read_text() == "text"

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from fuse import kept, tiles
 from fuse.gradient import Gradient, gradient
+from fuse.remembered import forget
 from fuse.runs import Part, Runs
 from fuse.runtime import make, told
 from fuse.runtime.cache import builds
@@ -27,7 +28,6 @@ __all__ = [
     "backward_kernel",
     "beside",
     "builds",
-    "forgets",
     "forward_kernel",
     "kernel",
     "map_kernel",
@@ -52,7 +52,6 @@ _map_kernels: dict[tuple[TileMap, str], Future[MapKernel]] = {}
 _backward_kernels: dict[tuple[Gradient, str], Future[Backward]] = {}
 _lock = threading.Lock()
 _pools: dict[bool, ThreadPoolExecutor] = {}
-_caches: set[Callable[[], None]] = set()
 
 
 def kernel(spec: AttentionSpec, target: str) -> Kernel:
@@ -109,16 +108,10 @@ def prepare_backward(spec: AttentionSpec, target: str, wanted: tuple[bool, ...],
         made.add_done_callback(_tune)
 
 
-def forgets(clear: Callable[[], None]) -> None:
-    """``reset`` calls ``clear``, of whoever remembers kernels that it was given: what runs is what ``running`` says."""
-    _caches.add(clear)
-
-
 def reset() -> None:
-    """Forgets loaded kernels; what is on disk stays."""
+    """Forgets loaded kernels, wherever they are remembered; what is on disk stays."""
     _empty()
-    for clear in _caches:
-        clear()
+    forget()
 
 
 def _empty() -> None:

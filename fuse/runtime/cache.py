@@ -112,7 +112,10 @@ class _Wanted:
             data = content(made)
             if data is None:
                 raise BuildFailed(f"nothing was built of {self.path}")
-            loaded = load(made)
+            try:
+                loaded = load(made)
+            except BuildFailed as error:
+                raise BuildFailed(f"what was built of {self.path} cannot be used: {error}") from error
             with made.open("rb") as file:
                 os.fsync(file.fileno())
             os.replace(made, self.binary)

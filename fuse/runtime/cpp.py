@@ -151,7 +151,7 @@ def _load(binary: Path) -> Run:
     try:
         run: Any = getattr(ctypes.CDLL(str(binary)), render.ENTRY)
     except (OSError, AttributeError) as error:  # no library, or one without the entry
-        raise BuildFailed(f"what the C++ compiler made cannot be used: {error}. {OTHER_COMPILER}") from error
+        raise BuildFailed(f"{str(error).replace(f'{binary.parent}/', '')}. {OTHER_COMPILER}") from error
     run.argtypes, run.restype = (ctypes.c_char_p,), ctypes.c_int
     found: Run = run
     return found

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,7 +13,7 @@ from fuse.runtime.cache import BuildFailed, write_atomically
 
 @dataclass(frozen=True)
 class Source:
-    """A kernel's text. ``edited``: the file that it comes from, where that is not what was rendered."""
+    """A kernel's text. ``edited``: the file that it comes from, where that is not what was rendered; errors cite that."""
 
     text: str
     edited: Path | None = None
@@ -31,4 +32,4 @@ def dumped(name: str, rendered: str) -> Source:
         text = path.read_bytes().decode()
     except (OSError, UnicodeDecodeError) as error:
         raise BuildFailed(f"FUSE_DUMP: {path} is no source that can be read and written: {error}. Move it away") from error
-    return Source(text) if text == rendered else Source(text, path)
+    return Source(text) if text == rendered else Source(f"#line 1 {json.dumps(str(path))}\n{text}", path)

@@ -1,0 +1,23 @@
+"""What is made once for each argument, until ``forget`` is told."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cache
+from typing import Any, TypeVar
+
+C = TypeVar("C", bound=Callable[..., Any])
+_clears: list[Callable[[], None]] = []
+
+
+def remembered(make: C) -> C:
+    """As functools.cache."""
+    cached: Any = cache(make)
+    _clears.append(cached.cache_clear)
+    found: C = cached
+    return found
+
+
+def forget() -> None:
+    for clear in _clears:
+        clear()
