@@ -138,12 +138,13 @@ def _compile(command: tuple[str, ...], source: Path, binary: Path) -> None:
 
 
 def _run_compiler(command: tuple[str, ...]) -> str:
-    """Empty, or what went wrong: the first errors."""
+    """Empty, or what went wrong, first errors first."""
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=_BUILD_SECONDS, check=False)
     except (OSError, subprocess.TimeoutExpired) as error:
         return f"the C++ compiler did not run: {error}. {GET_COMPILER}"
-    return f"{shlex.join(command)} failed:\n{done.stderr[:2000]}" if done.returncode else ""
+    errors = done.stderr.strip()[:2000] or f"exit status {done.returncode}"
+    return f"{errors}\nsaid {shlex.join(command)}. {OTHER_COMPILER}, or report this" if done.returncode else ""
 
 
 def _load(binary: Path) -> Run:
