@@ -186,4 +186,8 @@ def test_overlapping_keys_of_batches_are_left_to_the_reference() -> None:
     p = Problem(spec, [base.operands[0], key, value], base.sizes)
     with pytest.raises(Unsupported):
         build_backward(p.spec, floats(p), LANES)
-    check(p, run(p, runtime.backward_kernel(p.spec, "cpp", floats(p))), floats(p))
+    runtime.reset()
+    with pytest.warns(RuntimeWarning, match="gradients.*batch indices share parts of"):
+        backward = runtime.backward_kernel(p.spec, "cpp", floats(p))
+    assert backward.runs.by == "reference" and "share parts of" in backward.runs.why
+    check(p, run(p, backward), floats(p))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 import threading
@@ -18,11 +19,11 @@ from specs import CASES
 
 from fuse import planner, reference, runtime, tiles
 from fuse.codegen.backward import render_backward
-from fuse.codegen.render import render
+from fuse.codegen.render import ENTRY, render
 from fuse.codegen.tile_map import render_tile_map
-from fuse.runtime import make
+from fuse.runtime import cpp, make
 from fuse.runtime.cache import BuildFailed
-from fuse.runtime.cpp import CppKernel, instruction_set
+from fuse.runtime.cpp import CppKernel, build_source, instruction_set
 
 
 @pytest.fixture(autouse=True)
@@ -78,6 +79,43 @@ def test_identical_specs_build_once_and_a_warm_cache_builds_nothing(folder: Path
     for spec in specs:
         runtime.kernel(spec, "cpp")
     assert runtime.builds.count == before + 2
+
+
+EMPTY = f'extern "C" __attribute__((visibility("default"))) int {ENTRY}(const long*) {{ return 0; }}'
+
+
+@pytest.mark.compiler
+@pytest.mark.parametrize("other", ["time", "size", "place", "its flags", "flags of the instruction set", "machine", "source"])
+def test_a_kernel_is_built_anew_for_whatever_its_binary_depends_on(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, other: str
+) -> None:
+    """The compiler's time, size and place tell its version."""
+    compiler, link, isa, source = folder / "compiler", folder / "link", instruction_set(), EMPTY
+    compiler.write_text(f'#!/bin/sh\nexec {" ".join(cpp.compiler())} "$@"\n')
+    compiler.chmod(0o755)
+    shutil.copy2(compiler, folder / "copy")
+    link.symlink_to(compiler)
+    monkeypatch.setenv("CXX", str(link))
+    first, before, time = build_source("kernel", isa, source), runtime.builds.count, compiler.stat().st_mtime_ns
+    assert build_source("kernel", isa, source).source == first.source and runtime.builds.count == before
+    if other == "time":
+        os.utime(compiler, ns=(time, time + 1))
+    elif other == "size":
+        with compiler.open("a") as file:
+            file.write("\n")
+        os.utime(compiler, ns=(time, time))
+    elif other == "place":
+        link.unlink()
+        link.symlink_to(folder / "copy")
+    elif other == "its flags":
+        monkeypatch.setenv("CXX", f"{link} -DOTHER")
+    elif other == "flags of the instruction set":
+        isa = "sse"
+    elif other == "machine":
+        monkeypatch.setattr(cpp, "_cpu", lambda: "another")
+    else:
+        source += "\n"
+    assert build_source("kernel", isa, source).source != first.source and runtime.builds.count == before + 1
 
 
 @pytest.mark.compiler

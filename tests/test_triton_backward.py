@@ -97,8 +97,11 @@ def test_sums_in_no_determined_order_are_left_to_the_reference_where_torch_is_to
     real = reference.attention_backward
     monkeypatch.setattr(reference, "attention_backward", lambda *a: asked.append(a) or real(*a))
     monkeypatch.setattr(torch, "are_deterministic_algorithms_enabled", lambda: True)
-    found = run(p, kernel(p))
-    assert asked
+    backward = kernel(p)
+    assert not backward.runs.why
+    with pytest.warns(RuntimeWarning, match="gradients.*torch.use_deterministic_algorithms are left to the reference"):
+        found = run(p, backward)
+    assert asked and backward.runs.by == "kernel" and "left to the reference" in backward.runs.why
     check(p, found, floats(p))
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import logging
+import os
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -83,11 +85,31 @@ def test_a_result_belongs_to_one_kernel_device_and_magnitude(other: Subject) -> 
     assert kept(other, PLANS) is None
 
 
-@pytest.mark.parametrize("text", ["", "{", "[]", "{}", '{"fastest": 3}', '{"fastest": {"block_q": 64}}', "\0"])
+@pytest.mark.parametrize("text", ["", "{", "[]", "{}", '{"fastest": 3}', '{"fastest": {"block_q": 64}}', "\0", "[" * 10**5])
 def test_a_broken_file_is_ignored(text: str) -> None:
     SUBJECT.path.parent.mkdir(parents=True)
     SUBJECT.path.write_text(text)
     assert kept(SUBJECT, PLANS) is None
+
+
+@pytest.mark.parametrize("there", [Path.mkdir, os.mkfifo], ids=["folder", "pipe"])
+def test_what_is_no_file_is_ignored_and_makes_room(there: Callable[[Path], None]) -> None:
+    SUBJECT.path.parent.mkdir(parents=True)
+    there(SUBJECT.path)
+    assert kept(SUBJECT, PLANS) is None
+    bench = Bench({32: 2e-3, 16: 9e-3})
+    fastest(SUBJECT, PLANS, bench.launch, bench.clock)
+    assert kept(SUBJECT, PLANS) == PLANS[2]
+
+
+def test_a_result_that_cannot_be_kept_costs_no_call(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder.write_text("a file in the folder's place")
+    bench = Bench({32: 2e-3, 16: 9e-3})
+    with caplog.at_level(logging.WARNING, "fuse"):
+        assert fastest(SUBJECT, PLANS, bench.launch, bench.clock) == PLANS[2]
+    assert "not kept" in caplog.text and "FUSE_CACHE_DIR" in caplog.text
 
 
 def test_a_plan_that_is_no_candidate_any_more_is_ignored() -> None:
