@@ -61,6 +61,22 @@ def test_failed_build_warns_with_what_the_compiler_said(folder: Path, monkeypatc
         assert runtime.kernel(CASES["plain"]("float32").spec, "cpp").source is None
 
 
+@pytest.mark.parametrize(
+    ("variable", "value", "says"),
+    [
+        ("CXX", 'g++ "', "CXX=g.. .* is no command"),
+        ("FUSE_CACHE_DIR", __file__, "environment variable FUSE_CACHE_DIR=.*a folder"),
+    ],
+)
+def test_what_a_user_can_correct_is_not_called_a_defect(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, variable: str, value: str, says: str
+) -> None:
+    monkeypatch.setenv(variable, value)
+    with pytest.warns(RuntimeWarning, match=says) as told:
+        assert runtime.kernel(CASES["plain"]("float32").spec, "cpp").runs.by == "reference"
+    assert "please report" not in str(told[0].message)
+
+
 def test_reference_target_builds_nothing(folder: Path) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")

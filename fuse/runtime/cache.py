@@ -199,7 +199,7 @@ def _told(folder: Path) -> Iterator[None]:
 @contextlib.contextmanager
 def _locked(path: Path) -> Iterator[None]:
     """One builder at a time, among threads and processes: every opening of the file holds its own lock."""
-    if path.is_dir():
+    if path.exists() and not path.is_file():
         _remove(path)
     with path.open("w") as file:
         if fcntl is not None:

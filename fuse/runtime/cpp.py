@@ -69,7 +69,10 @@ class Built:
 def compiler() -> tuple[str, ...]:
     """The C++ compiler as the start of a command: $CXX, g++, clang++ or c++. Raises BuildFailed where there is none."""
     for name in (os.environ.get("CXX"), "g++", "clang++", "c++"):
-        words = shlex.split(name or "")
+        try:
+            words = shlex.split(name or "")
+        except ValueError as error:
+            raise BuildFailed(f"CXX={name} is no command: {error}. Correct or unset it") from error
         if words and (found := shutil.which(words[0])):
             return (found, *words[1:])
     raise BuildFailed(f"no C++ compiler was found. {GET_COMPILER}")

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from fuse.options import settings
-from fuse.runtime.cache import BuildFailed, write_atomically
+from fuse.runtime.cache import BuildFailed, content, write_atomically
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,10 @@ def dumped(name: str, rendered: str) -> Source:
         if not path.exists():
             folder.mkdir(parents=True, exist_ok=True)
             write_atomically(path, rendered)
-        text = path.read_bytes().decode()
+        data = content(path)
+        if data is None:
+            raise OSError("it is no file")
+        text = data.decode()
     except (OSError, UnicodeDecodeError) as error:
         raise BuildFailed(f"FUSE_DUMP: {path} is no source that can be read and written: {error}. Move it away") from error
     return Source(text) if text == rendered else Source(f"#line 1 {json.dumps(str(path))}\n{text}", path)
