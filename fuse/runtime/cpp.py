@@ -47,7 +47,7 @@ _ISA_FLAGS = {
     "neon": ("-O3", "-mcpu=native"),
     "sse": ("-O3",),
 }
-# Ends as a process ends that loads the library: one that was cut short ends it by a signal.
+# A library that was cut short ends the process that loads it by a signal.
 _PROBE = "import ctypes, sys; ctypes.CDLL(sys.argv[1])"
 _LONG: dict[Part, str] = {
     "forward": f"calls of more than {MAX_LENGTH} positions",
@@ -134,10 +134,17 @@ def _compile(command: tuple[str, ...], source: Path, binary: Path) -> None:
     failed = failed and _run_compiler((*command, str(source), "-o", str(binary), "-lm"))
     if failed:
         raise BuildFailed(failed)
-    if sys.executable and subprocess.run([sys.executable, "-ISc", _PROBE, binary], capture_output=True).returncode < 0:
-        raise BuildFailed(
-            f"{shlex.join(command)} made a library of {source} that ends the process which loads it. {OTHER_COMPILER}"
-        )
+    if _ends_its_process(binary):
+        raise BuildFailed(f"{shlex.join(command)} made a library of {source} that ends its process. {OTHER_COMPILER}")
+
+
+def _ends_its_process(binary: Path) -> bool:
+    """Asks a process that may be ended. Whether the library is of use is not asked: only torch's process has torch's OpenMP."""
+    try:
+        done = subprocess.run([sys.executable, "-ISc", _PROBE, binary], capture_output=True, timeout=60, check=False)
+    except (OSError, subprocess.TimeoutExpired):  # an embedded Python, which is no program
+        return False
+    return done.returncode < 0
 
 
 def _run_compiler(command: tuple[str, ...]) -> str:
