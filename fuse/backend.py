@@ -10,12 +10,11 @@ from functools import cache
 from typing import Any
 
 import torch
-from torch._dynamo import lookup_backend
 from torch._subclasses import FakeTensor
 from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException
 from torch.fx import GraphModule
 
-from fuse import op, opaque, passes, runtime, verify
+from fuse import inner, op, opaque, passes, runtime, verify
 from fuse.options import Options, resolve
 from fuse.runtime import warm
 from fuse.site import Site
@@ -59,24 +58,31 @@ def fuse(
 
 def _compiled(gm: GraphModule, example_inputs: Sequence[Any], chosen: Options) -> Callable[..., Any]:
     """What the inner compiler makes of ``gm``, again without derivatives that it cannot trace if that is what stopped it."""
-    inner = _inner(chosen)
+    compiler = inner.compiler(chosen, patterns=not looks_at(example_inputs, chosen))
     try:
-        compiled = inner(gm, example_inputs)
+        compiled = compiler(gm, example_inputs)
     except (DataDependentOutputException, DynamicOutputShapeException):
         if not opaque.hide(gm):
             raise
-        compiled = inner(gm, example_inputs)
+        compiled = compiler(gm, example_inputs)
     return compiled  # type: ignore[no-any-return]
+
+
+def looks_at(example_inputs: Sequence[Any], chosen: Options) -> bool:
+    """Whether fuse reads a graph with such inputs at all; one that it does not read is the inner compiler's alone."""
+    tensors = [x for x in example_inputs if isinstance(x, torch.Tensor)]
+    if chosen.disable or any(type(x) not in PLAIN for x in tensors):
+        return False
+    devices = {x.device.type for x in tensors}
+    if devices - _DEVICES.get(chosen.target, devices):
+        _warn_of_device(", ".join(sorted(devices)), chosen.target)
+        return False
+    return True
 
 
 def rewrite(gm: GraphModule, example_inputs: Sequence[Any], chosen: Options) -> list[Site]:
     """Rewrites ``gm`` in place. A defect of a pass must not cost the user more than its fusions."""
-    tensors = [x for x in example_inputs if isinstance(x, torch.Tensor)]
-    if chosen.disable or any(type(x) not in PLAIN for x in tensors):
-        return []
-    devices = {x.device.type for x in tensors}
-    if devices - _DEVICES.get(chosen.target, devices):
-        _warn_of_device(", ".join(sorted(devices)), chosen.target)
+    if not looks_at(example_inputs, chosen):
         return []
     try:
         return passes.run(gm, chosen)
@@ -109,11 +115,3 @@ def _warn_of_device(devices: str, target: str) -> None:
         "For GPUs there is target \"triton\" to try, which has not been measured yet.",
         devices, target, " and ".join(sorted(_DEVICES[target])),
     )  # fmt: skip
-
-
-def _inner(chosen: Options) -> Callable[..., Any]:
-    if chosen.inner == "eager":
-        return lambda gm, example_inputs: gm.forward
-    if chosen.inner == "aot_eager":
-        return lookup_backend("aot_eager")
-    return torch._TorchCompileInductorWrapper(chosen.mode, dict(chosen.inductor), dynamic=None)

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.fx import GraphModule
 
 import fuse
-from fuse import backend, errors, passes
+from fuse import backend, errors, inner, passes
 from fuse.options import Options
 from fuse.site import Site
 
@@ -78,7 +78,7 @@ def test_an_error_of_the_inner_compiler_is_not_swallowed(run: Callable[[Run], No
         raise ValueError("inner says no")
 
     run(lambda gm, _: [SITE])
-    monkeypatch.setattr(backend, "_inner", lambda _: broken)
+    monkeypatch.setattr(inner, "compiler", lambda *_, **__: broken)
     with pytest.raises(torch._dynamo.exc.BackendCompilerFailed, match="inner says no"):
         compiled()(torch.randn(3))
     assert fuse.report().sites == ()  # a graph that was never compiled has no sites
@@ -117,8 +117,9 @@ def test_graphs_on_other_devices_are_left_alone_with_one_warning(
 
 
 def test_mode_and_options_reach_inductor() -> None:
-    inner = backend._inner(Options(mode="max-autotune-no-cudagraphs", inductor={"epilogue_fusion": False}))
-    assert getattr(inner, "config") == {"max_autotune": True, "coordinate_descent_tuning": True, "epilogue_fusion": False}  # noqa: B009
+    chosen = Options(mode="max-autotune-no-cudagraphs", inductor={"epilogue_fusion": False})
+    made: Any = inner.compiler(chosen, patterns=True)
+    assert made.config == {"max_autotune": True, "coordinate_descent_tuning": True, "epilogue_fusion": False}
 
 
 def test_a_wrong_option_is_refused_when_compiling() -> None:

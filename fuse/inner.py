@@ -1,0 +1,84 @@
+"""The inner compiler: what becomes of everything in a graph that is no fused attention.
+
+Inductor has attention patterns of its own, which it tries on the joint graph of every compilation. They take any dimension of
+a softmax for the keys' and constants for wildcards, so that a site which fuse declined with a reason would be replaced after
+all, by another function. There is no setting for these patterns alone. Every one of them holds a softmax, which is written
+with ``aten::exp`` by then: it bears another name, ``fuse::exp``, for as long as patterns are tried. Renaming and naming back
+are passes that Inductor calls before and after, set for one compilation; their ids are part of the keys of torch's caches, so
+that no graph is handed over that was compiled with the patterns on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch._dynamo import lookup_backend
+from torch._inductor.custom_graph_pass import CustomGraphPass
+from torch._ops import OpOverload
+from torch.fx import Graph
+
+from fuse.options import Options
+
+_library: Any = torch.library.Library("fuse", "FRAGMENT")
+_library.define("exp(Tensor x) -> Tensor", tags=(torch.Tag.pt2_compliant_tag, torch.Tag.pointwise))
+_library.impl("exp", torch.exp, "CompositeExplicitAutograd")
+torch.library.register_fake("fuse::exp", torch.exp, lib=_library)
+
+
+def compiler(chosen: Options, patterns: bool) -> Callable[..., Any]:
+    """The compiler of graphs (graph module, example inputs) → callable that ``chosen`` names.
+
+    patterns  whether Inductor may look for attention itself, as it does in graphs that fuse does not look at
+    """
+    if chosen.inner == "eager":
+        return lambda gm, example_inputs: gm.forward
+    if chosen.inner == "aot_eager":
+        return lookup_backend("aot_eager")
+    options = dict(chosen.inductor)
+    if not patterns:
+        plain, hidden = torch.ops.aten.exp.default, torch.ops.fuse.exp.default
+        options["joint_custom_pre_pass"] = Passes(*_given(options, "joint_custom_pre_pass"), Rename(plain, hidden))
+        options["joint_custom_post_pass"] = Passes(Rename(hidden, plain), *_given(options, "joint_custom_post_pass"))
+    return torch._TorchCompileInductorWrapper(chosen.mode, options, dynamic=None)
+
+
+class Rename(CustomGraphPass):
+    """Calls of ``old`` become calls of ``new``, which computes the same."""
+
+    def __init__(self, old: OpOverload[..., Any], new: OpOverload[..., Any]) -> None:
+        self._old, self._new = old, new
+
+    def __call__(self, graph: Graph) -> None:
+        for node in graph.find_nodes(op="call_function", target=self._old):
+            node.target = self._new
+
+    def uuid(self) -> str:
+        return f"{self._old} is {self._new}"
+
+
+class Passes(CustomGraphPass):
+    """Several as one, in order: not every version of torch takes a list."""
+
+    def __init__(self, *passes: Callable[[Graph], None]) -> None:
+        self._passes = passes
+
+    def __call__(self, graph: Graph) -> None:
+        for each in self._passes:
+            each(graph)
+
+    def uuid(self) -> tuple[Any, ...] | None:
+        """None, which keeps torch from caching, if a pass has no id, as Inductor has it for each."""
+        ids = tuple(each.uuid() if isinstance(each, CustomGraphPass) else None for each in self._passes)
+        return ids if all(ids) else None
+
+
+def _given(options: dict[str, Any], name: str) -> Sequence[Callable[[Graph], None]]:
+    """The user's own passes under ``name``, for this compilation or for all."""
+    from torch._inductor import config
+
+    given = options.get(name, getattr(config, name))
+    if given is None:
+        return ()
+    return given if isinstance(given, (list, tuple)) else (given,)
