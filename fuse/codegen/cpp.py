@@ -133,7 +133,7 @@ class Writer:
         body = self.place(_axes(node))
         if isinstance(node, Index):
             return Value(_index(node, body), "int" if body.lanes else "long", body.lanes)
-        key = (node, exact and node.dtype in FLOATS and not _is_read(node))
+        key = (node, exact and node.dtype in FLOATS and not is_read(node))
         if key not in body.known:
             kind, text = kind_of(node, body.lanes), self._text(node, body, exact)
             text = f"{ROUND[node.dtype]}({text})" if key[1] else text
@@ -145,7 +145,7 @@ class Writer:
             return self.leaves[node].text
         if isinstance(node, Load):
             return self._load(node, body)
-        draws = body.lanes and _is_read(node)
+        draws = body.lanes and is_read(node)
         return self._draw(node) if draws else self._apply(node, body, exact or decides(node))
 
     def _name(self) -> str:
@@ -319,7 +319,7 @@ def _axes(node: Expr) -> frozenset[str]:
     return axes(node) | ({"q", "k"} if contains(node, Score) or contains(node, Prob) else frozenset())
 
 
-def _is_read(node: Expr) -> bool:
+def is_read(node: Expr) -> bool:
     """Whether a value comes from memory, or is drawn: it is as its dtype has it."""
     return isinstance(node, Load) or (isinstance(node, Apply) and node.op == "uniform")
 
