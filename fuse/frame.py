@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from fuse import philox
 from fuse.expr import FLOATS, Apply, Const, Expr, Index, Load, Symbol, walk
+from fuse.roundings import decides
 from fuse.spec import IntLike, InvalidSpec
 
 Range = tuple[IntLike, IntLike]
@@ -23,7 +24,8 @@ class Frame:
     indices   by axis, each of the grid's rank and of size 1 along every dimension but its own
     symbols   the values of sizes, by name
     operands  the tensors behind Load
-    exact     floats are float64, whatever their dtype; else each node has its own dtype, as in eager PyTorch
+    exact     floats are float64, whatever their dtype, but for what decides something (fuse.roundings); else each node has its
+              own dtype, as in eager PyTorch
     """
 
     indices: Mapping[str, Tensor]
@@ -46,10 +48,12 @@ class Frame:
 
     def evaluate(self, root: Expr, given: Mapping[Expr, Tensor] | None = None) -> Tensor:
         """The value of ``root``, of size 1 along the dimensions that it does not depend on; ``given`` are known values."""
-        values = dict(given or {})
+        given = given or {}
+        values = dict(given)
         for node in walk(root):
             if node not in values:
-                values[node] = self._node(node, [values[a] for a in node.args])
+                decided = self.exact and decides(node)
+                values[node] = self._decided(node, given) if decided else self._node(node, [values[a] for a in node.args])
         value = values[root].to(dtype_of(root.dtype, self.exact))
         return value if value.dim() else self._scalar(value)
 
@@ -61,6 +65,11 @@ class Frame:
             total.add_(grad.reshape(()))
         elif total.numel():
             total.index_put_(tuple(coords), grad, accumulate=True)
+
+    def _decided(self, node: Expr, given: Mapping[Expr, Tensor]) -> Tensor:
+        """As eager decides it, with all the roundings below."""
+        as_eager = {n: x.to(dtype_of(n.dtype)) for n, x in given.items()}
+        return replace(self, exact=False).evaluate(node, as_eager).to(dtype_of(node.dtype, self.exact))
 
     def _node(self, node: Expr, args: list[Tensor]) -> Tensor:
         if isinstance(node, Const):

@@ -30,7 +30,8 @@ FILL_SLACK = 128.0
 def attention(spec: AttentionSpec, operands: Sequence[Tensor], sizes: Sequence[int], precision: str = "exact") -> Tensor:
     """The result of ``spec``, of shape ``spec.out_shape(sizes)`` and strides ``spec.out_strides(sizes)``.
 
-    precision "exact": float64 throughout and as result; dtypes matter only for what overflows them to infinity.
+    precision "exact": float64 throughout and as result; dtypes matter only for what overflows them to infinity, and for what
+    roundings decide: see fuse.roundings.
     precision "eager": each node in its own dtype, as eager PyTorch computes it; the result in ``spec.out_dtype``.
     """
     return attention_with_lse(spec, operands, sizes, precision)[0]

@@ -9,7 +9,7 @@ import sympy
 import torch
 
 from fuse import expr
-from fuse.expr import Expr, apply, const
+from fuse.expr import Const, Expr, apply, const
 from fuse.index import Index
 from fuse.passes.elements import Coords, Reader, arguments, as_index, dims, handles, op_name
 from fuse.passes.trace import Value
@@ -91,13 +91,15 @@ def _add(r: Reader, v: Value, coords: Coords) -> Expr:
 def _div(r: Reader, v: Value, coords: Coords) -> Expr:
     a = arguments(v)
     mode = a.get("rounding_mode")
-    if mode is not None and v.dtype in expr.FLOATS:
-        quotient = apply("div", read(r, a["self"], coords, v.dtype), read(r, a["other"], coords, v.dtype), dtype=v.dtype)
-        return apply(mode, quotient, dtype=v.dtype)
-    if mode == "trunc":
+    if mode == "trunc" and v.dtype not in expr.FLOATS:
         return r.load(v, coords)
-    operator = "floordiv" if mode == "floor" else "div"
-    return apply(operator, read(r, a["self"], coords, v.dtype), read(r, a["other"], coords, v.dtype), dtype=v.dtype)
+    operator, dtype = "floordiv" if mode == "floor" else "div", v.dtype
+    if mode is not None and dtype in ("bfloat16", "float16") and not isinstance(a["other"], Value):
+        dtype = "float32"  # a quotient by a number is cut before it is rounded
+    quotient = apply(
+        operator, cast(read(r, a["self"], coords, v.dtype), dtype), read(r, a["other"], coords, dtype), dtype=dtype
+    )
+    return cast(apply("trunc", quotient, dtype=dtype) if mode == "trunc" else quotient, v.dtype)
 
 
 @handles(*COMPARE)
@@ -204,7 +206,12 @@ def _copy(r: Reader, v: Value, coords: Coords) -> Expr:
 @handles("full", "full_like", "new_full", "fill")
 def _full(r: Reader, v: Value, coords: Coords) -> Expr:
     a = arguments(v)
-    return read(r, a["fill_value"] if "fill_value" in a else a["value"], (), v.dtype)
+    return _held(read(r, a["fill_value"] if "fill_value" in a else a["value"], (), v.dtype))
+
+
+def _held(e: Expr) -> Expr:
+    """A number in a tensor, which is of the tensor's dtype, as one in a program is not."""
+    return const(expr.rounded(e.value, e.dtype), e.dtype) if isinstance(e, Const) and e.dtype in expr.FLOATS else e
 
 
 @handles("zeros", "zeros_like", "new_zeros", "zero")
@@ -219,7 +226,7 @@ def _ones(r: Reader, v: Value, coords: Coords) -> Expr:
 
 @handles("scalar_tensor")
 def _scalar(r: Reader, v: Value, coords: Coords) -> Expr:
-    return read(r, v.args[0], (), v.dtype)
+    return _held(read(r, v.args[0], (), v.dtype))
 
 
 @handles("arange")

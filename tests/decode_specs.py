@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
-from problems import B0, B1, B2, KV_LEN, LOWEST, Q_LEN, Case, K, Problem, Q, both, hide, load, op, problem, rand
+from problems import B0, B1, B2, KV_LEN, LOWEST, Q_LEN, Case, K, Problem, Q, both, cast, hide, load, op, problem, rand
 
 from fuse.expr import Expr, const, symbol
 from fuse.spec import Mask
@@ -94,3 +96,30 @@ def member_bias(dtype: str) -> Problem:
     bias = rand(2, 2, 3, 2, 150, dtype=dtype)
     return problem(dtype, bias, batch=(2, 2, 3), kv_batch=(2, 2), kv_index=(B0, B1), q_len=2, kv_len=150,
                    score=lambda s: op("add", s, load(bias, 3, B0, B1, B2, Q, K)))  # fmt: skip
+
+
+@decoding
+def values_with_strided_features(dtype: str) -> Problem:
+    """A key that may be read where it lies beside a value that may not."""
+    base = problem(dtype, batch=(2, 4), q_len=1, kv_len=90, v_dim=24)
+    return replace(base, operands=[*base.operands[:2], base.operands[2].mT.contiguous().mT])
+
+
+@decoding
+def no_keys_yet(dtype: str) -> Problem:
+    return problem(dtype, q_len=1, kv_len=0, score=with_cache)
+
+
+@decoding
+def low_sinks_beside_rows_of_padding(dtype: str) -> Problem:
+    """The first of the batch sees nothing but its sink."""
+    keep, sink = torch.arange(90) >= torch.tensor([[90], [0]]), torch.tensor([-100.0, -3000.0], dtype=getattr(torch, dtype))
+    return problem(dtype, keep, sink, batch=(2, 2), q_len=1, kv_len=90, score=lambda s: hide(s, load(keep, 3, B0, K)),
+                   extra_logits=(load(sink, 4, B1),))  # fmt: skip
+
+
+@decoding
+def cache_by_positions_in_bfloat16(dtype: str) -> Problem:
+    """The newest key, 301, is as good as the two before it."""
+    predicate = op("ge", cast(K, "bfloat16"), cast(LAST, "bfloat16"))
+    return problem(dtype, q_len=1, kv_len=302, score=lambda s: hide(s, predicate))

@@ -218,3 +218,33 @@ def masked_rows_with_sink(dtype: str) -> Problem:
     """Whatever is masked, the sink keeps the row finite."""
     sink = rand(3, dtype=dtype)
     return problem(dtype, sink, score=lambda s: hide(s, _NO_ROW_3), extra_logits=(load(sink, 3, B1),))
+
+
+@case
+def masked_rows_with_low_sinks(dtype: str) -> Problem:
+    """exp of their distance from nothing at all overflows; a sink of -inf leaves such a row NaN."""
+    sink = torch.tensor([-100.0, -3000.0, -math.inf], dtype=getattr(torch, dtype))
+    return problem(dtype, sink, score=lambda s: hide(s, _NO_ROW_3), extra_logits=(load(sink, 3, B1),))
+
+
+@case
+def masked_rows_with_two_low_sinks(dtype: str) -> Problem:
+    sink = torch.tensor([-100.0, -3000.0, -math.inf], dtype=getattr(torch, dtype))
+    return problem(dtype, sink, score=lambda s: hide(s, _NO_ROW_3), extra_logits=(load(sink, 3, B1), const(-200.0, dtype)))
+
+
+@case
+def no_keys_under_a_lowest_fill(dtype: str) -> Problem:
+    return problem(dtype, kv_len=0, score=lambda s: hide(s, op("le", K, Q), LOWEST[dtype], upper=op("add", Q, 1)))
+
+
+@case
+def no_keys_beside_a_low_sink(dtype: str) -> Problem:
+    sink = torch.tensor([-100.0, -3000.0, 1.0], dtype=getattr(torch, dtype))
+    return problem(dtype, sink, kv_len=0, score=causal_mask, extra_logits=(load(sink, 3, B1),))
+
+
+@case
+def no_keys_in_a_mapped_mask(dtype: str) -> Problem:
+    keep = torch.ones(70, 0, dtype=torch.bool)
+    return mapped(problem(dtype, keep, q_len=70, kv_len=0, score=lambda s: hide(s, load(keep, 3, Q, K))))

@@ -70,9 +70,13 @@ int main() {
     }
     std::vector<int64_t> small(grid.begin() + 2, grid.end() - 2);
     for (const auto& a : cases<IntRange, int64_t>(small)) for (const auto& b : cases<IntRange, int64_t>(small)) compare(a, b);
-    const auto reals = cases<RealRange, R>({-R(INFINITY), -FLT_MAX, -2, -1, R(-0.0), 0, 0.5, 2, FLT_MAX, R(INFINITY), R(NAN)});
+    const auto reals = cases<RealRange, R>({-R(INFINITY), -FLT_MAX, -65520, -2, -1, R(-0.0), 0, 0.5, 257, FLT_MAX, R(INFINITY), R(NAN)});
     for (const auto& a : reals) for (const auto& b : reals) {
         compare(a, b);
+        for (R x : a.values) {
+            const R y = 0;
+            CHECK(round_bf16(a.range), round_bf16(x)); CHECK(round_f16(a.range), round_f16(x)); CHECK(round_f32(a.range), round_f32(x));
+        }
         for (R x : a.values) for (R y : b.values) { CHECK(a.range + b.range, x + y); CHECK(a.range - b.range, x - y); }
     }
     const auto truths = cases<Truth, bool>({false, true});

@@ -11,6 +11,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 import mask_specs  # noqa: F401  (it registers its problems)
+import rounding_specs  # noqa: F401  (likewise)
 import torch
 from problems import (
     B0,
@@ -84,6 +85,17 @@ def empty_batch(dtype: str) -> Problem:
 
 
 @case
+def no_keys(dtype: str) -> Problem:
+    """An empty sum, whatever the softmax of nothing is."""
+    return problem(dtype, kv_len=0)
+
+
+@case
+def no_queries(dtype: str) -> Problem:
+    return problem(dtype, q_len=0, kv_len=5, score=causal_mask)
+
+
+@case
 def vit_length(dtype: str) -> Problem:
     return problem(dtype, batch=(1, 2), q_len=197, qk_dim=64)
 
@@ -131,6 +143,16 @@ def grouped_query(dtype: str) -> Problem:
 @case
 def multi_query(dtype: str) -> Problem:
     return problem(dtype, batch=(2, 8), kv_batch=(2,), kv_index=(B0,))
+
+
+@case
+def shared_keys_and_own_values(dtype: str) -> Problem:
+    """One key for all heads, a value for each."""
+    base = problem(dtype, batch=(2, 3))
+    key = base.operands[1][:, 0].contiguous()
+    spec = replace(base.spec, key=load(key, 1, B0, K, D),
+                   operands=(base.spec.operands[0], Operand(3, dtype), base.spec.operands[2]))  # fmt: skip
+    return replace(base, spec=spec, operands=[base.operands[0], key, base.operands[2]])
 
 
 @case

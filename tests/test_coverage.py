@@ -64,6 +64,12 @@ def test_no_tile_counts_as_skipped_that_has_a_visible_entry(
         assert share is not None and share.skipped <= empty_tiles(keep, q_len, kv_len, rows, keys) + 1e-9
 
 
+def test_the_last_tiles_end_with_the_sequence() -> None:
+    """Of 9 positions in tiles of 8, the last query sees nothing after itself."""
+    spec, sizes = masked(lambda q, k: k > q, 9, 9) or pytest.fail("no mask was recovered")
+    assert coverage(spec, sizes, 8, 8) == Coverage(0.5, exact=True)
+
+
 def test_what_the_data_decide_is_not_claimed() -> None:
     def program(q: Tensor, k: Tensor, v: Tensor, kept: Tensor, causal: bool) -> Tensor:
         i = torch.arange(64)

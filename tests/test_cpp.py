@@ -16,9 +16,13 @@ pytestmark = pytest.mark.compiler
 BY_DTYPE = (
     "plain", "features_strided", "transposed_output", "one_query", "dense_additive", "relative_table", "sinks",
     "integer_mask_product", "left_padding_and_causal", "masked_rows_added_fill", "two_lowest_masks_overflow",
-    "score_before_and_after_cast",
+    "score_before_and_after_cast", "no_keys", "masked_rows_with_two_low_sinks",
 )  # fmt: skip
+# What decides is rounded to a narrower type than the one that is computed in.
+IN_DOUBLE = ("positions_in_bfloat16", "blocks_by_division_in_float32", "sum_of_products_in_float32", "documents_in_float16",
+             "large_numbers_in_float32", "overflow_of_float16_decides")  # fmt: skip
 CHOSEN = [(name, "float32") for name in CASES] + [(n, d) for n in BY_DTYPE for d in ("bfloat16", "float16", "float64")]
+CHOSEN += [(name, "float64") for name in IN_DOUBLE]
 ISA = "avx512" if cpu.matrix_unit() else instruction_set()  # bfloat16 too: the matrix core has tests of its own
 
 

@@ -58,13 +58,18 @@ GRADIENTS = (
     "integer_mask_product", "masked_rows_infinite_fill", "masked_rows_added_fill", "masked_rows_are_zero",
     "two_lowest_masks_overflow", "masked_rows_with_sink", "alibi", "t5_bias", "relative_table", "decomposed_positions",
     "soft_cap_causal", "scalar_tensor_scale", "two_extra_logits", "weight_factor", "weight_masked_after_softmax",
+    "no_keys_beside_a_low_sink", "no_keys_in_a_mapped_mask", "no_queries", "masked_rows_with_low_sinks",
+    "masked_rows_with_two_low_sinks", "positions_in_bfloat16", "blocks_by_division_in_float32", "documents_in_float16",
+    "score_in_bfloat16_decides", "coordinate_by_way_of_bfloat16", "weight_chosen_in_bfloat16",
 )  # fmt: skip
 CHOSEN = [(n, "float32", LANES) for n in GRADIENTS]
 CHOSEN += [(n, d, LANES) for n in ("transposed_output", "left_padding_and_causal") for d in ("float16", "bfloat16", "float64")]
+CHOSEN += [(n, "float64", LANES) for n in ("masked_rows_with_low_sinks", "sum_of_products_in_float32")]
 CHOSEN += [("left_padding_and_causal", "float32", isa) for isa in ("avx2", "sse")]
 # The matrix core: tails of queries, keys and features, masks, groups, strides, logits without a value, rows computed again.
 MATRIX = ("vit_length", "grouped_query", "features_strided", "causal_long", "window", "documents", "soft_cap_causal",
-          "masked_rows_are_zero", "weight_masked_after_softmax")  # fmt: skip
+          "masked_rows_are_zero", "weight_masked_after_softmax", "no_keys", "masked_rows_with_low_sinks",
+          "positions_in_bfloat16", "score_in_bfloat16_decides")  # fmt: skip
 EMULATED = ("cross_attention", "head_dim_80", "value_narrower_than_key", "left_padding_and_causal", "two_extra_logits")
 CHOSEN += [(n, "bfloat16", "avx512_bf16") for n in MATRIX] + [(n, "bfloat16", "amx_emulated") for n in EMULATED]
 

@@ -36,7 +36,9 @@ NAMES = (
     "vit_length", "one_query", "three_batch_dimensions", "packed_qkv", "features_strided", "transposed_output", "prefix",
     "dilated", "padding", "documents", "dense_bool", "t5_bias", "relative_table", "decomposed_positions", "soft_cap_causal",
     "sinks", "masked_rows_are_zero", "masked_rows_added_fill", "masked_rows_with_sink", "two_lowest_masks_overflow",
-    "integer_mask_product",
+    "integer_mask_product", "no_keys", "no_keys_beside_a_low_sink", "masked_rows_with_two_low_sinks",
+    "positions_in_bfloat16", "documents_in_float16", "mapped_by_bfloat16", "score_in_bfloat16_decides",
+    "coordinate_by_way_of_bfloat16", "weight_chosen_in_bfloat16",
 )  # fmt: skip
 
 

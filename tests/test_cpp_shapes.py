@@ -8,6 +8,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from decode_specs import DECODING
 from problems import B0, K, Problem, Q, both, const, hide, load, op, problem, symbol
 from specs import CASES
 
@@ -17,7 +18,7 @@ from fuse.runtime.cpp import CppKernel, build, instruction_set
 
 pytestmark = pytest.mark.compiler
 
-LENGTHS = (1, 3, 5, 15, 16, 17, 33, 47, 49, 65, 97, 127, 129, 145, 257)
+LENGTHS = (1, 3, 5, 15, 16, 17, 33, 47, 49, 50, 65, 97, 98, 127, 129, 145, 146, 194, 257)
 SCORES: dict[str, Callable[[Expr], object]] = {
     "full": lambda s: s,
     "causal": lambda s: hide(s, op("le", K, Q), upper=op("add", Q, 1)),
@@ -25,6 +26,8 @@ SCORES: dict[str, Callable[[Expr], object]] = {
         s, both(op("le", K, Q), op("gt", K, op("sub", Q, 9))), lower=op("sub", Q, 8), upper=op("add", Q, 1)
     ),
 }  # fmt: skip
+
+FEW = ("values_with_strided_features", "no_keys_yet", "low_sinks_beside_rows_of_padding", "cache_by_positions_in_bfloat16")
 
 
 def check(made: Problem) -> torch.Tensor:
@@ -48,6 +51,12 @@ def test_narrower_vectors_from_the_same_source(name: str, isa: str) -> None:
         pytest.skip("this machine has no AVX2")
     made = CASES[name]("float32")
     made.check(CppKernel(made.spec, build(made.spec, isa))(made.operands, made.sizes))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("name", FEW)
+def test_few_queries(name: str, dtype: str) -> None:
+    check(DECODING[name](dtype))
 
 
 def test_padding_of_many_tiles_is_skipped_or_full_or_partial() -> None:

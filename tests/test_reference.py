@@ -97,6 +97,17 @@ def test_softmax_plus_one_by_hand() -> None:
     torch.testing.assert_close(out, weights / (1 + weights.sum(-1, keepdim=True)) @ v)
 
 
+def test_what_roundings_decide_is_decided_as_in_eager() -> None:
+    out, (q, k, v) = exact("positions_in_bfloat16")
+    i = torch.arange(550).bfloat16()
+    torch.testing.assert_close(out, (q @ k.mT / 4).masked_fill(i > i[:, None], -math.inf).softmax(-1) @ v)
+
+
+def test_no_keys_give_zero() -> None:
+    out, _ = exact("no_keys")
+    assert out.shape == (2, 3, 37, 16) and not out.any()
+
+
 def test_blocks_of_rows_give_the_same_as_all_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     made = CASES["causal_offset"]("float32")
     whole = oracle(made)

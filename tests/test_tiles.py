@@ -112,6 +112,26 @@ def test_a_buffers_map_is_made_again_only_when_the_buffer_has_changed(monkeypatc
         assert torch.allclose(compiled(*inputs), module(*inputs), atol=1e-5)
 
 
+class HalfBuffered(Buffered):
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, given: Tensor) -> Tensor:
+        return attend(q, k, v, self.mask & given)
+
+
+def test_a_map_of_a_buffer_and_an_input_is_not_kept() -> None:
+    kept.reset()
+    compiled = torch.compile(HalfBuffered(), backend="fuse", options={"target": "reference", "inner": "eager"})
+    with torch.no_grad():
+        compiled(*heads(), torch.ones(N, N, dtype=torch.bool))
+    assert not kept._kept
+
+
+def test_buffers_that_are_views_of_one_storage_have_a_map_each() -> None:
+    ones = torch.ones(N, N, dtype=torch.bool)
+    for mask in torch.stack((ones.tril(), ones.triu())):
+        made = kept.kept([mask], "positive", lambda mask=mask: reference.tile_map(_map("bool"), [mask[None]], [1, N, N]))
+        assert torch.equal(made, _expected(mask[None]))
+
+
 def test_an_inputs_map_is_made_for_every_call() -> None:
     compiled = torch.compile(attend, backend="fuse", options={"target": "reference", "inner": "eager"})
     inputs, mask = heads(), torch.ones(N, N, dtype=torch.bool).tril()
@@ -126,6 +146,14 @@ def test_the_references_map_says_what_the_cells_hold(shape: tuple[int, int, int]
     data = (torch.rand(shape, generator=torch.Generator().manual_seed(0)) < 0.999).cumprod(-1)
     mask = data.bool()
     assert torch.equal(reference.tile_map(_map("bool"), [mask], list(shape)), _expected(mask))
+
+
+@pytest.mark.compiler
+def test_a_float64_mask_is_compared_in_float64() -> None:
+    mask = torch.rand(1, 48, 512, generator=torch.Generator().manual_seed(0), dtype=torch.float64).sub(0.99).clamp(0, 1e-300)
+    spec = _map("float64")
+    made = CppTileMap(spec, build_tile_map(spec))([mask], [1, 48, 512])
+    assert made.any() and torch.equal(made, reference.tile_map(spec, [mask], [1, 48, 512]))
 
 
 def check_map(spec: TileMap, kernel: MapKernel, dtype: str, shapes: Iterable[tuple[int, int, int]]) -> None:

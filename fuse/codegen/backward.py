@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 from fuse import expr
-from fuse.codegen.cpp import C_TYPES, HALVES, Value, Writer, is_affine, is_separable, scalar_function
+from fuse.codegen.cpp import C_TYPES, Value, Writer, is_affine, is_separable, scalar_function
 from fuse.codegen.example import example_of_gradients
 from fuse.codegen.keys import KeyProgram, KeyRuns, KeyWriter, bound
 from fuse.codegen.render import (
@@ -110,8 +110,7 @@ class _Programs:
         factors = [t.visible if visible and t.visible is not None else t.factor for t in of.terms]
         for leaf in expr.walk(score, slope, of.spec.weight, of.weight, *factors):
             if isinstance(leaf, Score):
-                rounded = exact and leaf.dtype in HALVES
-                writer.leaves[leaf] = Value(f"{HALVES[leaf.dtype]}(score)" if rounded else "score", "real", True)
+                writer.leaves[leaf] = Value("score", "real", True)
             if isinstance(leaf, Prob):
                 writer.leaves[leaf] = Value("prob", "real", True)
         if exact:

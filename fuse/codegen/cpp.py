@@ -10,13 +10,15 @@ import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
-from fuse.expr import COMPARISONS, FLOATS, Apply, Const, Expr, Index, Load, Prob, Score, Symbol, axes, contains, index, walk
+from fuse.expr import COMPARISONS, FLOATS, Apply, Const, Expr, Index, Load, Prob, Score, Symbol, axes, contains, index
+from fuse.roundings import as_taken, decides
 
 C_TYPES = {
     "float64": "double", "float32": "float", "bfloat16": "Bf16", "float16": "_Float16", "int64": "int64_t",
     "int32": "int32_t", "int16": "int16_t", "int8": "int8_t", "uint8": "uint8_t", "bool": "bool",
 }  # fmt: skip
-HALVES = {"bfloat16": "round_bf16", "float16": "round_f16"}
+ROUND = {"bfloat16": "round_bf16", "float16": "round_f16", "float32": "round_f32", "float64": "round_f64"}
+HALVES = ("bfloat16", "float16")
 
 # Kernels refuse longer sequences, so index arithmetic can be proved to fit 32-bit lanes.
 MAX_LENGTH = 2**24
@@ -109,7 +111,8 @@ class Draw:
 class Writer:
     """Writes values into the bodies that ``place`` chooses by the indices they depend on.
 
-    exact   also perform the roundings of 16-bit dtypes, as eager does after every operation
+    exact   round every value to its dtype, as eager does after every operation; what decides something is always so computed
+    leaves  values of nodes that are there already
     """
 
     place: Callable[[frozenset[str]], Body]
@@ -118,8 +121,10 @@ class Writer:
     leaves: dict[Expr, Value] = field(default_factory=dict)
     count: list[int] = field(default_factory=lambda: [0])
 
-    def value(self, node: Expr) -> Value:
-        if node in self.leaves:
+    def value(self, node: Expr, exact: bool = False) -> Value:
+        """``exact``: rounded as eager rounds it, and all that it is computed of."""
+        exact = exact or self.exact
+        if node in self.leaves and not (exact and isinstance(node, Score)):
             return self.leaves[node]
         if isinstance(node, Const):
             return Value(_literal(node), kind_of(node, False), False)
@@ -128,15 +133,20 @@ class Writer:
         body = self.place(_axes(node))
         if isinstance(node, Index):
             return Value(_index(node, body), "int" if body.lanes else "long", body.lanes)
-        key = (node, self.exact and _rounds(node))
+        key = (node, exact and node.dtype in FLOATS and not is_read(node))
         if key not in body.known:
-            kind = kind_of(node, body.lanes)
-            draws = body.lanes and isinstance(node, Apply) and node.op == "uniform"
-            text = self._load(node, body) if isinstance(node, Load) else self._draw(node) if draws else self._apply(node, body)
-            if key[1] and node.dtype in HALVES and isinstance(node, Apply):
-                text = f"{HALVES[node.dtype]}({text})"
+            kind, text = kind_of(node, body.lanes), self._text(node, body, exact)
+            text = f"{ROUND[node.dtype]}({text})" if key[1] else text
             body.known[key] = Value(body.define(_ctype(kind, body.lanes), text, self._name()), kind, body.lanes)
         return body.known[key]
+
+    def _text(self, node: Expr, body: Body, exact: bool) -> str:
+        if node in self.leaves:
+            return self.leaves[node].text
+        if isinstance(node, Load):
+            return self._load(node, body)
+        draws = body.lanes and is_read(node)
+        return self._draw(node) if draws else self._apply(node, body, exact or decides(node))
 
     def _name(self) -> str:
         self.count[0] += 1
@@ -215,14 +225,14 @@ class Writer:
 
     # -------------------------------------------------------------------------------------------------- operations
 
-    def _apply(self, node: Expr, body: Body) -> str:
-        if isinstance(node, (Score, Prob)):
+    def _apply(self, node: Expr, body: Body, exact: bool) -> str:
+        """``exact``: of operands that are rounded as eager rounds them."""
+        if not isinstance(node, Apply):
             raise ValueError(f"{node} has no value here")
-        assert isinstance(node, Apply)
-        args = [self.value(a) for a in node.operands]
-        return self._lanes(node, args) if body.lanes else _scalar(node, [a.text for a in args])
+        args = [self.value(a, exact) for a in (as_taken(node) if exact else node.operands)]
+        return self._lanes(node, args, exact) if body.lanes else _scalar(node, [a.text for a in args])
 
-    def _lanes(self, node: Apply, args: list[Value]) -> str:
+    def _lanes(self, node: Apply, args: list[Value], exact: bool) -> str:
         if node.op == "cast":
             return _cast_lanes(node, args[0])
         kind = kind_of(node, True)
@@ -240,7 +250,7 @@ class Writer:
                 f"{args[0].spread(inner)} >> {shift}" if node.op == "floordiv" else f"{args[0].spread(inner)} & {2**shift - 1}"
             )
             return _fit(low, inner, kind)
-        if node.op == "div" and not self.exact and isinstance(by := node.operands[1], Const) and 1e-30 < abs(by.value) < 1e30:
+        if node.op == "div" and not exact and isinstance(by := node.operands[1], Const) and 1e-30 < abs(by.value) < 1e30:
             return f"{args[0].spread(inner)} * R({1 / by.value!r})"  # a division costs as much as ten products
         text = infix_or_call(node.op, [a.spread(inner) for a in args])
         if node.op in COMPARISONS:
@@ -309,8 +319,9 @@ def _axes(node: Expr) -> frozenset[str]:
     return axes(node) | ({"q", "k"} if contains(node, Score) or contains(node, Prob) else frozenset())
 
 
-def _rounds(node: Expr) -> bool:
-    return any(n.dtype in HALVES for n in walk(node))
+def is_read(node: Expr) -> bool:
+    """Whether a value comes from memory, or is drawn: it is as its dtype has it."""
+    return isinstance(node, Load) or (isinstance(node, Apply) and node.op == "uniform")
 
 
 def is_affine(node: Expr, over: frozenset[str] = frozenset({"q", "k"})) -> bool:

@@ -87,11 +87,11 @@ class RangeWriter(ABC):
 def _has_range(node: Apply) -> bool:
     if node.op == "where":
         return True
-    if node.op in COMPARISONS and not {a.dtype for a in node.operands} & {"bfloat16", "float16"}:
+    if node.op in COMPARISONS:
         return True
     if node.dtype == "bool":
         return node.op in _LOGIC
-    return node.op in (_INTEGER if node.dtype == "int64" else _REAL if node.dtype in ("float32", "float64") else ())
+    return node.op in (_INTEGER if node.dtype == "int64" else _REAL if node.dtype in FLOATS else ())
 
 
 def has_floats(node: Apply) -> bool:

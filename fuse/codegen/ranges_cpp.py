@@ -9,9 +9,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from fuse.codegen.cpp import C_TYPES, Writer, infix_or_call, scalar_function
+from fuse.codegen.cpp import C_TYPES, ROUND, Writer, infix_or_call, scalar_function
 from fuse.codegen.ranges import RangeWriter, is_narrowing
-from fuse.expr import INTS, Apply, Expr, Index
+from fuse.expr import FLOATS, INTS, Apply, Expr, Index
+from fuse.roundings import as_taken
 
 _TYPES = {"real": "RealRange", "long": "IntRange", "bool": "Truth"}
 
@@ -40,6 +41,11 @@ class Ranges:
     result: str = "Truth{}"
 
 
+def _rounded(node: Apply, text: str) -> str:
+    """The text of a range, rounded as the values in it are."""
+    return f"{ROUND[node.dtype]}({text})" if node.dtype in FLOATS else text
+
+
 def ranges_of(predicate: Expr, site: Callable[[], Writer], count: list[int]) -> Ranges:
     """``site`` gives a writer of values that are the same for the whole tile."""
     writer = _CppRanges(site(), count)
@@ -54,28 +60,28 @@ class _CppRanges(RangeWriter):
         self._site = site
 
     def constant(self, node: Expr, kind: str) -> str:
-        return f"{_TYPES[kind]}({self._site.value(node).text})"
+        return f"{_TYPES[kind]}({self._site.value(node, exact=True).text})"
 
     def position(self, node: Index) -> str:
         return node.axis
 
     def summary(self, node: Expr, of_keys: bool, kind: str) -> str:
         name = self.new_name()
-        text = scalar_function(lambda w: w.value(node).text, self._count)
+        text = scalar_function(lambda w: w.value(node, exact=True).text, self._count)
         ctype = {"real": "R", "long": "int64_t", "bool": "bool"}[kind]
         (self.found.keys if of_keys else self.found.rows).append(Summary(name, ctype, _TYPES[kind], text))
         return f"{'keys' if of_keys else 'rows'}.{name}"
 
     def operation(self, node: Apply) -> str:
-        args = [self.range(a) for a in node.operands]
-        return f"choose({', '.join(args)})" if node.op == "where" else infix_or_call(node.op, args)
+        args = [self.range(a) for a in as_taken(node)]
+        return _rounded(node, f"choose({', '.join(args)})" if node.op == "where" else infix_or_call(node.op, args))
 
     def cast(self, node: Apply) -> str | None:
         source = node.operands[0]
         if is_narrowing(node):
             return f"{self.range(source)}.as<{C_TYPES[node.dtype]}>()"
-        if source.dtype in (*INTS, "bool") and node.dtype in ("float32", "float64"):
-            return f"RealRange({self.range(source)})"
+        if node.dtype in FLOATS:
+            return _rounded(node, f"RealRange({self.range(source)})")
         if source.dtype == "bool" and node.dtype in INTS:
             return f"IntRange({self.range(source)})"
         return f"{self.range(source)} != IntRange(0)" if node.dtype == "bool" and source.dtype in INTS else None

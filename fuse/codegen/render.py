@@ -89,8 +89,7 @@ class Source:
         writer = self.writer(program, exact)
         for leaf in expr.walk(node):
             if isinstance(leaf, Score):
-                rounded = exact and leaf.dtype in HALVES
-                writer.leaves[leaf] = Value(f"{HALVES[leaf.dtype]}(score)" if rounded else "score", "real", True)
+                writer.leaves[leaf] = Value("score", "real", True)
         program.result = writer.value(node).spread("real")
         if predicate is not None:
             allowed = " & ".join(self.bounds() + ([] if _true(predicate) else [f"({writer.value(predicate).spread('bool')})"]))

@@ -77,20 +77,42 @@ INLINE VI f_floordiv(VI a, VI b) {
     return b == 0 ? VI{} : whole + narrow(VL(__builtin_convertvector(whole, VD) > quotient));
 }
 INLINE VI f_mod(VI a, VI b) { return b == 0 ? VI{} : a - f_floordiv(a, b) * b; }
-INLINE R f_floordiv(R a, R b) { return R(floor(a / b)); }
 INLINE R f_mod(R a, R b) { const R r = R(fmod(a, b)); return r != 0 && (r < 0) != (b < 0) ? r + b : r; }
-INLINE VR f_floordiv(VR a, VR b) { return f_floor(a / b); }
+// Of the exact quotient: a / b may be rounded up to the next whole number.
+INLINE R f_floordiv(R a, R b) {
+    if (b == 0) return a / b;
+    const R rest = R(fmod(a, b)), whole = (a - rest) / b - (rest != 0 && (rest < 0) != (b < 0)), below = R(floor(whole));
+    return whole == 0 ? R(copysign(0, a / b)) : whole - below > R(0.5) ? below + 1 : below;
+}
+INLINE VR f_floordiv(VR a, VR b) { for (int i = 0; i < W; i++) a[i] = f_floordiv(a[i], b[i]); return a; }
 INLINE VR f_mod(VR a, VR b) { for (int i = 0; i < W; i++) a[i] = f_mod(a[i], b[i]); return a; }
 #if !FUSE_DOUBLE
 INLINE VL f_floordiv(VL a, VL b) { for (int i = 0; i < W; i++) a[i] = f_floordiv(a[i], b[i]); return a; }
 INLINE VL f_mod(VL a, VL b) { for (int i = 0; i < W; i++) a[i] = f_mod(a[i], b[i]); return a; }
 #endif
 
-// Rounding of a value that eager keeps in a 16-bit format.
+// The value as a tensor of its dtype holds it; halves are rounded to float first, which is what eager computes them in. A value
+// that is rounded is kept apart from what is computed of it: compilers make a product and a sum one operation with one rounding,
+// and gcc has been seen to drop a vector's conversion to a narrower type and back.
+template <class T> INLINE T apart(T x) {
+#if defined(__x86_64__)
+    asm("" : "+v"(x));
+#elif defined(__aarch64__)
+    asm("" : "+w"(x));
+#endif
+    return x;
+}
+INLINE R round_f64(R x) { return apart(x); }
+INLINE R round_f32(R x) { return apart(R(float(x))); }
+INLINE R round_bf16(R x) { return to_r(from_r<Bf16>(x)); }
+INLINE R round_f16(R x) { return apart(R(_Float16(float(x)))); }
+INLINE VR round_f64(VR x) { return apart(x); }
+INLINE VR round_f32(VR x) {
+    if constexpr (sizeof(R) == 8) return lanewise(x, [](R y) { return round_f32(y); });
+    else return apart(x);
+}
 INLINE VR round_bf16(VR x) {
-    if constexpr (sizeof(R) == 8) return lanewise(x, [](R y) { return R(to_r(from_r<Bf16>(y))); });
+    if constexpr (sizeof(R) == 8) return lanewise(x, [](R y) { return round_bf16(y); });
     else return f_isnan(x) ? x : real((bits(x) + (((bits(x) >> 16) & 1) + 0x7fff)) & I(0xffff0000));
 }
-INLINE VR round_f16(VR x) { return lanewise(x, [](R y) { return R(_Float16(y)); }); }
-INLINE R round_bf16(R x) { return to_r(from_r<Bf16>(x)); }
-INLINE R round_f16(R x) { return R(_Float16(x)); }
+INLINE VR round_f16(VR x) { return lanewise(x, [](R y) { return round_f16(y); }); }

@@ -75,6 +75,12 @@ INLINE RealRange operator-(RealRange a, RealRange b) { return a + -b; }
 INLINE RealRange f_minimum(RealRange a, RealRange b) { return {f_minimum(a.low, b.low), f_minimum(a.high, b.high), a.nan || b.nan}; }
 INLINE RealRange f_maximum(RealRange a, RealRange b) { return {f_maximum(a.low, b.low), f_maximum(a.high, b.high), a.nan || b.nan}; }
 
+// Rounding keeps the order.
+INLINE RealRange round_f64(RealRange a) { return a; }
+INLINE RealRange round_f32(RealRange a) { return {round_f32(a.low), round_f32(a.high), a.nan}; }
+INLINE RealRange round_bf16(RealRange a) { return {round_bf16(a.low), round_bf16(a.high), a.nan}; }
+INLINE RealRange round_f16(RealRange a) { return {round_f16(a.low), round_f16(a.high), a.nan}; }
+
 INLINE bool has_nan(IntRange) { return false; }
 INLINE bool has_nan(RealRange a) { return a.nan; }
 // Comparisons with NaN are false, inequality is true.

@@ -74,6 +74,30 @@ def causal_arange_where(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return attend(torch.where(i[:, None] >= i[None, :], scores(q, k), -math.inf), v)
 
 
+@spelling(dtype=torch.bfloat16)
+def number_held_in_bfloat16(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """3 * 0.3 is more than 0.9 where 0.3 is a tensor's; a number in a program is not rounded before the product."""
+    i = torch.arange(9, dtype=torch.bfloat16)
+    all_of_them = i[:, None] * torch.full((), 0.3, dtype=torch.bfloat16) == 0.90234375
+    return attend(scores(q, k).masked_fill(~(all_of_them | (i[:, None] >= i)), -math.inf), v)
+
+
+@spelling()
+def tenths_by_floor_division(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """1 / 0.1 is rounded up to 10, but 0.1 goes into 1 nine times only."""
+    i = torch.arange(9.0)
+    tenths = torch.div(i, 0.1, rounding_mode="floor")
+    return attend(scores(q, k).masked_fill(tenths[:, None] < 10 * i, -math.inf), v)
+
+
+@spelling(shape=(1, 2, 40, 16))
+def cut_before_it_is_rounded(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """A quotient by a number just below a whole one is cut in float32, though bfloat16 would round it up."""
+    i = torch.arange(40, dtype=torch.bfloat16)
+    block = torch.div(i, 1.0026, rounding_mode="trunc")
+    return attend(scores(q, k).masked_fill(block[:, None] < i, -math.inf), v)
+
+
 @spelling()
 def causal_arange_negated(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     i = torch.arange(9)
