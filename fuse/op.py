@@ -48,17 +48,15 @@ def _differentiable(text: str) -> tuple[bool, ...]:
 
 
 @cache
-def _kernel(text: str, target: str) -> Any:
+def _kernel(text: str, target: str, keys: bool) -> Any:
+    """Forward kernels divide by a sum over keys; where there are none, the reference stands in."""
     from fuse import runtime
 
-    return runtime.kernel(parsed(text), target)
+    return runtime.kernel(parsed(text), target) if keys else runtime.ReferenceKernel(parsed(text), target)
 
 
-@cache
-def _forward_kernel(text: str, target: str) -> Any:
-    from fuse import runtime
-
-    return runtime.forward_kernel(parsed(text), target)
+def _has_keys(text: str, sizes: list[int]) -> bool:
+    return sizes[parsed(text).batch + 1] > 0
 
 
 @cache
@@ -69,12 +67,12 @@ def _backward_kernel(text: str, target: str, wanted: tuple[bool, ...]) -> Any:
 
 
 def _attention(operands: list[Tensor], sizes: list[int], spec: str, target: str) -> Tensor:
-    out: Tensor = _kernel(spec, target)(operands, sizes)
+    out: Tensor = _kernel(spec, target, _has_keys(spec, sizes))(operands, sizes)
     return out
 
 
 def _forward(operands: list[Tensor], sizes: list[int], spec: str, target: str) -> tuple[Tensor, Tensor]:
-    out, lse = _forward_kernel(spec, target)(operands, sizes)
+    out, lse = _kernel(spec, target, _has_keys(spec, sizes)).forward(operands, sizes)
     return out, lse
 
 

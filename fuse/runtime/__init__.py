@@ -30,7 +30,6 @@ __all__ = [
     "Kernel",
     "backward_kernel",
     "builds",
-    "forward_kernel",
     "kernel",
     "map_kernel",
     "prepare",
@@ -80,7 +79,6 @@ class ReferenceKernel:
 S = TypeVar("S")
 K = TypeVar("K")
 MapKernel = Callable[[Sequence[Tensor], Sequence[int]], Tensor]
-Forward = Callable[[Sequence[Tensor], Sequence[int]], tuple[Tensor, Tensor]]
 # (grad_out of any strides, operands, sizes, out, lse) → gradients of the wanted operands, each laid out as empty_like of it
 Backward = Callable[[Tensor, Sequence[Tensor], Sequence[int], Tensor, Tensor], list[Tensor]]
 _kernels: dict[tuple[AttentionSpec, str], Future[Kernel]] = {}
@@ -101,11 +99,6 @@ def kernel(spec: AttentionSpec, target: str) -> Kernel:
     if isinstance(made, ReferenceKernel) and made.reason:
         _warn(made.reason)
     return made
-
-
-def forward_kernel(spec: AttentionSpec, target: str) -> Forward:
-    """``kernel`` for training: gives the rows' log-sum-exp beside the result."""
-    return kernel(spec, target).forward
 
 
 def backward_kernel(spec: AttentionSpec, target: str, wanted: tuple[bool, ...]) -> Backward:

@@ -114,6 +114,26 @@ def table_by_head_first(q: Tensor, k: Tensor, v: Tensor, table: Tensor, places: 
     return attend(scores(q, k) + table[:, places], v)
 
 
+@spelling(extra=lambda: (rand(3, 9, 2, 9, seed=5),))
+def table_at_places_with_a_slice_between(q: Tensor, k: Tensor, v: Tensor, table: Tensor) -> Tensor:
+    """What tensors index apart from one another comes first: (q, k, head, 2)."""
+    i = torch.arange(9)
+    return attend(scores(q, k) + table[:, i[:, None], :, i][..., 1].permute(2, 0, 1), v)
+
+
+@spelling(extra=lambda: (rand(3, 9, seed=5),))
+def table_at_negative_places(q: Tensor, k: Tensor, v: Tensor, table: Tensor) -> Tensor:
+    """They count from the end."""
+    i = torch.arange(9)
+    return attend(scores(q, k) + table[:, i - i[:, None]], v)
+
+
+@spelling(extra=lambda: (rand(3, 1, 1, seed=5),))
+def distance_in_blocks_towards_zero(q: Tensor, k: Tensor, v: Tensor, slope: Tensor) -> Tensor:
+    i = torch.arange(9)
+    return attend(scores(q, k) + slope * torch.div(i - i[:, None], 4, rounding_mode="trunc"), v)
+
+
 # -------------------------------------------------------------------------------------- relative to the query or the key
 
 
