@@ -26,11 +26,20 @@ def test_spelling(name: str) -> None:
     check(name)
 
 
-NEAR = {topic.__name__.rpartition(".")[2] for topic in (near_misses, near_miss_masks, regions)}
+# Fused, but not as they look at first sight; beside them what is not fused, and all that is called a near miss.
+CLOSE = {f"regions.{n}" for n in (
+    "query_mutated_after_use", "query_mutated_before_the_values", "value_mutated_between", "key_mutated_through_a_view",
+    "mask_mutated_after_use", "bias_written_after_use_in_training", "scores_written_over_a_slice", "probabilities_mutated",
+    "probabilities_used_twice", "probabilities_masked_again", "table_renormalised_by_its_lookup",
+)}  # fmt: skip
+
+
+def is_close(name: str) -> bool:
+    return name in CLOSE or name.startswith("near_miss") or SPELLINGS[name].fused == 0
 
 
 @pytest.mark.compiler
-@pytest.mark.parametrize("name", [n for n, case in SPELLINGS.items() if n.partition(".")[0] in NEAR or case.fused == 0])
+@pytest.mark.parametrize("name", filter(is_close, SPELLINGS))
 def test_near_miss_on_a_kernel(name: str) -> None:
     """The reference normalises first and visits every entry, so it is right even where a kernel must not be made."""
     check(name, target="cpp")
