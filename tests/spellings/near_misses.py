@@ -119,6 +119,25 @@ def sink_gate_of_each_feature(q: Tensor, k: Tensor, v: Tensor, logit: Tensor) ->
     return s.softmax(-1) @ v * torch.sigmoid(s.logsumexp(-1, keepdim=True) - logit)
 
 
+@spelling(0, reason="ProbabilitiesUsed", extra=lambda: (rand(3, 1, 1, seed=5),))
+def sink_gate_after_another_sink(q: Tensor, k: Tensor, v: Tensor, sink: Tensor) -> Tensor:
+    s = scores(q, k)
+    gate = torch.sigmoid(s.logsumexp(-1, keepdim=True) - sink)
+    return F.pad(s, (0, 1)).softmax(-1)[..., :-1] @ v * gate
+
+
+@spelling(0, reason="ScoresUsed", extra=lambda: (rand(9, seed=5),))
+def max_subtracted_before_a_factor_of_each_key(q: Tensor, k: Tensor, v: Tensor, factor: Tensor) -> Tensor:
+    s = scores(q, k)
+    return ((s - s.amax(-1, keepdim=True)) * factor).softmax(-1) @ v
+
+
+@spelling(0, reason="ScoresUsed", extra=lambda: (rand(9, seed=5),))
+def max_subtracted_behind_a_factor_of_each_key(q: Tensor, k: Tensor, v: Tensor, factor: Tensor) -> Tensor:
+    s = scores(q, k)
+    return (factor * (s - s.amax(-1, keepdim=True))).softmax(-1) @ v
+
+
 @spelling(0)
 def base_other_than_e(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     e = torch.exp2(scores(q, k))

@@ -105,6 +105,13 @@ def softmax_under_no_grad_values_outside(q: Tensor, k: Tensor, v: Tensor) -> Ten
 
 
 @spelling(0, inputs=training, grad=True)
+def detached_normaliser(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Unlike that of a maximum, its gradient is not zero."""
+    s = q @ k.mT / 4
+    return (s - s.logsumexp(-1, keepdim=True).detach()).exp() @ v
+
+
+@spelling(0, inputs=training, grad=True)
 def detached_scores(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return (q @ k.mT / 4).detach().softmax(-1) @ v
 
@@ -194,6 +201,13 @@ def output_written_into_a_buffer(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 def scores_written_over_a_slice(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     s = q @ k.mT
     s[..., 0] = 0.5
+    return s.softmax(-1) @ v
+
+
+@spelling(1)
+def scores_written_by_an_inplace_argument(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    s = q @ k.mT
+    F.relu(s, inplace=True)
     return s.softmax(-1) @ v
 
 
