@@ -369,6 +369,13 @@ def lengths_in_int32(q: Tensor, k: Tensor, v: Tensor, lengths: Tensor) -> Tensor
     return scores(q, k).masked_fill(hidden, LOWEST).softmax(-1) @ v
 
 
+@spelling(1, extra=lambda: (torch.tensor([2**32 + 4, 3]),))
+def lengths_that_wrap_in_int32(q: Tensor, k: Tensor, v: Tensor, lengths: Tensor) -> Tensor:
+    """2^32 + 4 is 4."""
+    hidden = torch.arange(9) >= lengths.to(torch.int32).to(torch.int64)[:, None, None, None]
+    return scores(q, k).masked_fill(hidden, LOWEST).softmax(-1) @ v
+
+
 @spelling(1, extra=lambda: (torch.tensor([200, 100], dtype=torch.uint8),))
 def sum_of_bytes_wraps(q: Tensor, k: Tensor, v: Tensor, one: Tensor) -> Tensor:
     """200 + 100 is 44."""

@@ -248,6 +248,11 @@ def clamped_scores(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 @spelling()
+def scores_saturated_on_both_sides(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return F.hardtanh(scores(q, k), -0.2, 0.3).softmax(-1) @ v
+
+
+@spelling()
 def soft_cap(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return (torch.tanh(scores(q, k) / 5.0) * 5.0).softmax(-1) @ v
 
