@@ -396,6 +396,12 @@ def keys_in_falling_order(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return scores(q, k).masked_fill(i > 8 - i[:, None], -math.inf).softmax(-1) @ v
 
 
+@spelling(1)
+def blocks_of_keys_in_falling_order(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    i = torch.arange(9)
+    return scores(q, k).masked_fill(i > 8 - i[:, None] // 2, -math.inf).softmax(-1) @ v
+
+
 @spelling(1, extra=lambda: (torch.tensor([3, 0, 5, 1, 8, 2, 7, 4, 6]),))
 def causal_by_unsorted_positions(q: Tensor, k: Tensor, v: Tensor, place: Tensor) -> Tensor:
     return scores(q, k).masked_fill(place > place[:, None], -math.inf).softmax(-1) @ v

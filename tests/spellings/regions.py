@@ -141,6 +141,13 @@ def value_mutated_between(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 @spelling(1)
+def value_mutated_that_was_the_key(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    p = (q @ v.mT / 4).softmax(-1)
+    v += 1
+    return p @ v
+
+
+@spelling(1)
 def key_mutated_through_a_view(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     s = q @ k.mT / 4
     k[:, :, 0].fill_(7.0)
@@ -188,6 +195,13 @@ def output_mutated(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     out = attend(q, k, v)
     out += 1
     return out
+
+
+@spelling()
+def output_mutated_and_read(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    out = attend(q, k, v)
+    out += 1
+    return out * 2
 
 
 @spelling(0, reason="NotTraceable")
