@@ -56,13 +56,6 @@ def _kernel(text: str, target: str) -> Any:
 
 
 @remembered
-def _forward_kernel(text: str, target: str) -> Any:
-    from fuse import runtime
-
-    return runtime.forward_kernel(parsed(text), target)
-
-
-@remembered
 def _backward_kernel(text: str, target: str, wanted: tuple[bool, ...]) -> Any:
     from fuse import runtime
 
@@ -75,7 +68,7 @@ def _attention(operands: list[Tensor], sizes: list[int], spec: str, target: str)
 
 
 def _forward(operands: list[Tensor], sizes: list[int], spec: str, target: str) -> tuple[Tensor, Tensor]:
-    out, lse = _forward_kernel(spec, target)(operands, sizes)
+    out, lse = _kernel(spec, target).forward(operands, sizes)
     return out, lse
 
 

@@ -11,10 +11,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import sympy
+import torch
 from torch.fx import Node
 
 from fuse import expr
-from fuse.expr import Apply, Expr, Load, Score, apply, const
+from fuse.expr import Apply, Const, Expr, Load, Score, apply, const
 from fuse.index import Index, linear
 from fuse.passes import pointwise, views  # noqa: F401  the readers register themselves
 from fuse.passes.dropout import with_scaled_choices
@@ -99,7 +100,11 @@ class _Lift:
         self.r.inner = {q, k, e}
         weights = self.r.element(*probs)
         softmax = recognise(self.r, weights, late, k)
+        if any({k.name, e.name} & expr.axes(z) for z in softmax.extra_logits):
+            raise Declined(NotSoftmax("what is added to the sum differs by key or feature"))
         score, scores, query, key, d = self._score(softmax, q, k)
+        if self.r.space.sizes[k] == 0 or self.r.space.sizes[d] == 0:
+            raise Declined(UnsupportedShape("a sum over nothing"))
         value = self._operand(*values)
         return self._assemble(softmax, score, scores, (query, key, value), (q, k, d, e))
 
@@ -279,6 +284,7 @@ class _Lift:
         score, weight, *extra_logits = renamed[3:]
         if drawn_in(score, *extra_logits):
             raise Declined(RandomNumbers("a part of the scores"))
+        _check_constants(renamed[3:])
         leaves = tuple(self.r.leaves[i] for i in used)
         extra = tuple(symbols[s] for s in others)
         spec = AttentionSpec(
@@ -308,6 +314,15 @@ def _supported(operand: Expr) -> Load:
     if not isinstance(operand, Load) or operand.dtype not in SUPPORTED:
         raise Declined(UnsupportedType(f"an operand is {operand.dtype}"))
     return operand
+
+
+def _check_constants(roots: Sequence[Expr]) -> None:
+    """Kernels compute halves in float32, and take numbers below the smallest normal one for zero."""
+    for n in expr.walk(*roots):
+        if isinstance(n, Const) and n.dtype in expr.FLOATS:
+            smallest = torch.finfo(torch.float64 if n.dtype == "float64" else torch.float32).tiny
+            if 0 < abs(n.value) < smallest:
+                raise Declined(UnsupportedType(f"the number {n.value:g} is no normal one"))
 
 
 def _summed_into(score: Expr) -> list[Opaque]:

@@ -61,3 +61,12 @@ def test_writes_in_place_belong_to_the_slice_that_owns_the_memory() -> None:
 
     (found,) = candidates(program, *heads())
     assert "masked_fill_" in names(found)
+
+
+def test_the_addend_of_baddbmm_is_followed_as_scores_are() -> None:
+    def program(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        mask = torch.full((6, 9, 9), float("-inf")).triu(1)
+        return torch.baddbmm(mask, q, k.transpose(1, 2)).softmax(-1) @ v
+
+    (found,) = candidates(program, *(x.flatten(0, 1) for x in heads()))
+    assert {"full", "triu"} <= names(found)

@@ -139,3 +139,9 @@ def test_index_algebra_is_integer_arithmetic(terms: list[tuple[int, str]], n: in
             assert not positive or expected >= 0
             assert upper is None or expected <= whole(upper, values)
             assert whole(rejoined, values) == expected
+
+
+def test_a_division_of_a_range_ends_where_its_last_element_is() -> None:
+    s = Space()
+    q = s.add("q", 9)
+    assert s.nonnegative(2 - FloorDiv(q, 4)) and not s.nonnegative(1 - FloorDiv(q, 4))

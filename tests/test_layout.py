@@ -35,6 +35,14 @@ def test_dense_where_a_view_would_not_accept_other_strides() -> None:
     assert order(lambda q, k, v: attend(q, k, v).transpose(0, 1).unsqueeze(0)) == (0, 1, 2, 3)
 
 
+def test_dense_where_one_of_two_readers_would_not_accept_other_strides() -> None:
+    def program(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        out = attend(q, k, v).transpose(1, 2)
+        return out.contiguous(), out.transpose(1, 2).view(6, 9, 16)
+
+    assert order(program) == (0, 1, 2, 3)
+
+
 def test_the_copy_that_follows_costs_nothing() -> None:
     passed = pass_over(lambda q, k, v: attend(q, k, v).transpose(1, 2).contiguous(), *heads())
     assert passed.result.is_contiguous()

@@ -181,3 +181,16 @@ def test_inference_mode_and_autocast_leave_the_operands_as_they_are() -> None:
 def test_an_unreadable_spec_is_an_error() -> None:
     with pytest.raises(ValueError):
         torch.ops.fuse.attention([torch.ones(2, 2)], [2, 2], "{", "reference")
+
+
+@pytest.mark.compiler
+@pytest.mark.parametrize("target", ["reference", "cpp"])
+def test_over_no_keys_every_sum_is_zero(target: str) -> None:
+    """A length that is data, such as the number of tokens that a router chose, may be zero when the graph runs."""
+    spec = CASES["plain"]("float32").spec
+    q, k, v = (torch.randn(2, 3, n, spec.qk_dim, requires_grad=True) for n in (5, 0, 0))
+    with torch.no_grad():
+        assert torch.equal(torch.ops.fuse.attention([q, k, v], [2, 3, 5, 0], spec.to_json(), target), torch.zeros(2, 3, 5, 16))
+    out = torch.ops.fuse.attention([q, k, v], [2, 3, 5, 0], spec.to_json(), target)
+    assert torch.equal(out, torch.zeros(2, 3, 5, 16))
+    assert torch.equal(torch.autograd.grad(out.sum(), q)[0], torch.zeros_like(q))

@@ -81,3 +81,40 @@ def test_one_that_keeps_its_result_is_left_to_dynamo() -> None:
     found = torch.autograd.grad(run(q, k, v, torch.tensor(1)), (q, k, v))
     expected = torch.autograd.grad(model(q, k, v, torch.tensor(1)), (q, k, v))
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+
+
+@torch.library.custom_op("fuse_tests::weighted", mutates_args=())
+def weighted(weight: Tensor, x: Tensor, count: Tensor) -> Tensor:
+    return weight * x * int(count)
+
+
+@weighted.register_fake
+def _(weight: Tensor, x: Tensor, count: Tensor) -> Tensor:
+    return torch.empty_like(x)
+
+
+def _keep_arguments(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs)
+
+
+def _weighted_backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
+    """Gives both, wanted or not, as most derivatives do."""
+    weight, x, count = ctx.saved_tensors
+    return grad * x * count.item(), grad * weight * count.item(), None
+
+
+weighted.register_autograd(_weighted_backward, setup_context=_keep_arguments)
+
+
+@pytest.mark.parametrize("wanted", [(True, False), (False, True), (True, True)])
+@pytest.mark.parametrize("inner", INNERS)
+def test_gradients_that_nobody_wants_are_dropped(inner: str, wanted: tuple[bool, bool]) -> None:
+    def model(weight: Tensor, q: Tensor, k: Tensor, v: Tensor, count: Tensor) -> Tensor:
+        return weighted(weight, attend(q, k, v), count).square().sum()
+
+    weight, q, k, v = torch.randn(2, 3, 9, 16), *heads()
+    leaves = [x.requires_grad_() for x, w in zip((weight, q), wanted, strict=True) if w]
+    run = torch.compile(model, backend="fuse", options={"inner": inner, "target": "reference"})
+    found = torch.autograd.grad(run(weight, q, k, v, torch.tensor(2)), leaves)
+    expected = torch.autograd.grad(model(weight, q, k, v, torch.tensor(2)), leaves)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)

@@ -28,7 +28,6 @@ __all__ = [
     "backward_kernel",
     "beside",
     "builds",
-    "forward_kernel",
     "kernel",
     "map_kernel",
     "prepare",
@@ -46,7 +45,6 @@ class _Runs(Protocol):
 S = TypeVar("S")
 K = TypeVar("K")
 R = TypeVar("R", bound=_Runs)
-Forward = Callable[[Sequence[Tensor], Sequence[int]], tuple[Tensor, Tensor]]
 _kernels: dict[tuple[AttentionSpec, str], Future[Kernel]] = {}
 _map_kernels: dict[tuple[TileMap, str], Future[MapKernel]] = {}
 _backward_kernels: dict[tuple[Gradient, str], Future[Backward]] = {}
@@ -60,11 +58,6 @@ def kernel(spec: AttentionSpec, target: str) -> Kernel:
     target  one of fuse.options.TARGETS
     """
     return _given(_begun(_kernels, (spec, target), make.forward), target, "forward")
-
-
-def forward_kernel(spec: AttentionSpec, target: str) -> Forward:
-    """``kernel`` for training: gives the rows' log-sum-exp beside the result."""
-    return kernel(spec, target).forward
 
 
 def backward_kernel(spec: AttentionSpec, target: str, wanted: tuple[bool, ...]) -> Backward:

@@ -114,6 +114,26 @@ def table_by_head_first(q: Tensor, k: Tensor, v: Tensor, table: Tensor, places: 
     return attend(scores(q, k) + table[:, places], v)
 
 
+@spelling(extra=lambda: (rand(3, 9, 2, 9, seed=5),))
+def table_at_places_with_a_slice_between(q: Tensor, k: Tensor, v: Tensor, table: Tensor) -> Tensor:
+    """What tensors index apart from one another comes first: (q, k, head, 2)."""
+    i = torch.arange(9)
+    return attend(scores(q, k) + table[:, i[:, None], :, i][..., 1].permute(2, 0, 1), v)
+
+
+@spelling(extra=lambda: (rand(3, 9, seed=5),))
+def table_at_negative_places(q: Tensor, k: Tensor, v: Tensor, table: Tensor) -> Tensor:
+    """They count from the end."""
+    i = torch.arange(9)
+    return attend(scores(q, k) + table[:, i - i[:, None]], v)
+
+
+@spelling(extra=lambda: (rand(3, 1, 1, seed=5),))
+def distance_in_blocks_towards_zero(q: Tensor, k: Tensor, v: Tensor, slope: Tensor) -> Tensor:
+    i = torch.arange(9)
+    return attend(scores(q, k) + slope * torch.div(i - i[:, None], 4, rounding_mode="trunc"), v)
+
+
 # -------------------------------------------------------------------------------------- relative to the query or the key
 
 
@@ -199,3 +219,59 @@ def transformer_xl(q: Tensor, k: Tensor, v: Tensor, content: Tensor, position: T
     second = (q + position[:, None]) @ table.mT
     second = F.pad(second, (1, 0)).view(2, 3, 18, 9)[:, :, 1:].reshape(2, 3, 9, 17)[..., :9]
     return attend((first + second) * 0.25, v)
+
+
+# ------------------------------------------------------------------------------------------ how what is added was made
+
+
+@spelling(extra=lambda: (rand(4, 3, 9, 9, seed=5),))
+def last_of_several(q: Tensor, k: Tensor, v: Tensor, biases: Tensor) -> Tensor:
+    return attend(scores(q, k) + biases.select(0, -1), v)
+
+
+@spelling(extra=lambda: (rand(3, 9, 9, seed=5),))
+def rolled_over_heads(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
+    return attend(scores(q, k) + bias.roll(1, 0), v)
+
+
+@spelling(extra=lambda: (rand(9, 5, seed=5),))
+def written_to_every_second_key(q: Tensor, k: Tensor, v: Tensor, some: Tensor) -> Tensor:
+    bias = torch.zeros(9, 9)
+    bias[:, ::2] = some
+    return attend(scores(q, k) + bias, v)
+
+
+@spelling(extra=lambda: (rand(9, seed=5),))
+def written_to_the_last_key(q: Tensor, k: Tensor, v: Tensor, some: Tensor) -> Tensor:
+    bias = torch.zeros(9, 9)
+    bias[:, -1] = some
+    return attend(scores(q, k) + bias, v)
+
+
+@spelling(extra=lambda: (rand(17, 3, seed=5),))
+def table_with_a_row_that_learns_nothing(q: Tensor, k: Tensor, v: Tensor, table: Tensor) -> Tensor:
+    i = torch.arange(9)
+    return attend(scores(q, k) + F.embedding(i - i[:, None] + 8, table, padding_idx=3).permute(2, 0, 1), v)
+
+
+@spelling(extra=lambda: (rand(3, 1, 1, seed=5),))
+def distance_in_blocks_as_a_float(q: Tensor, k: Tensor, v: Tensor, slope: Tensor) -> Tensor:
+    i = torch.arange(9.0)
+    return attend(scores(q, k) + slope * ((i - i[:, None]) // 4), v)
+
+
+@spelling(extra=lambda: (rand(3, 1, 1, seed=5),))
+def positions_in_halves(q: Tensor, k: Tensor, v: Tensor, slope: Tensor) -> Tensor:
+    return attend(scores(q, k) + slope * torch.arange(0, 4.5, 0.5), v)
+
+
+@spelling(
+    extra=lambda: (rand(9, 9, seed=5).index_fill(1, torch.tensor([2]), math.nan).index_fill(1, torch.tensor([4]), math.inf),)
+)
+def holes_filled_with_numbers(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
+    return attend(scores(q, k) + bias.nan_to_num(nan=-1.0, posinf=2.0), v)
+
+
+@spelling(extra=lambda: (rand(9, 4, seed=5), rand(9, 5, seed=6)))
+def joined_along_the_keys(q: Tensor, k: Tensor, v: Tensor, left: Tensor, right: Tensor) -> Tensor:
+    return attend(scores(q, k) + torch.cat((left, right), -1), v)

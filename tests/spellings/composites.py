@@ -148,7 +148,7 @@ def mha_both_masks(attention: nn.Module, x: Tensor, ignored: Tensor, hidden: Ten
     return attention(x, x, x, key_padding_mask=ignored, attn_mask=hidden, need_weights=False)[0]
 
 
-@spelling(None, inputs=mha)
+@spelling(0, reason="ProbabilitiesUsed", inputs=mha)
 def mha_weights_returned(attention: nn.Module, x: Tensor) -> Any:
     return attention(x, x, x)
 
@@ -159,7 +159,7 @@ def mha_weights_asked_for_and_dropped(attention: nn.Module, x: Tensor) -> Any:
     return attention(x, x, x)[0]
 
 
-@spelling(None, inputs=lambda: mha(add_zero_attn=True, add_bias_kv=True))
+@spelling(1, inputs=lambda: mha(add_zero_attn=True, add_bias_kv=True))
 def mha_extra_keys(attention: nn.Module, x: Tensor) -> Any:
     return attention(x, x, x, need_weights=False)[0]
 

@@ -129,7 +129,7 @@ def causal_by_cumsum_positions(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return attend(scores(q, k).masked_fill((position[:, None, :, None] < position[:, None, None, :]), -math.inf), v)
 
 
-@spelling(None)
+@spelling(0)
 def causal_by_setitem(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     s = scores(q, k)
     s[:, :, torch.ones(9, 9).triu(1).bool()] = -math.inf
@@ -154,7 +154,7 @@ def causal_by_log(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return attend(scores(q, k) + torch.ones(9, 9).tril().log(), v)
 
 
-@spelling(None)
+@spelling(0)
 def causal_masked_after_exp(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """Zeroed after exp, before the sum."""
     e = scores(q, k).exp() * torch.ones(9, 9).tril()

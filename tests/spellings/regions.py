@@ -105,6 +105,13 @@ def softmax_under_no_grad_values_outside(q: Tensor, k: Tensor, v: Tensor) -> Ten
 
 
 @spelling(0, inputs=training, grad=True)
+def detached_normaliser(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Unlike that of a maximum, its gradient is not zero."""
+    s = q @ k.mT / 4
+    return (s - s.logsumexp(-1, keepdim=True).detach()).exp() @ v
+
+
+@spelling(0, inputs=training, grad=True)
 def detached_scores(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return (q @ k.mT / 4).detach().softmax(-1) @ v
 
@@ -112,39 +119,62 @@ def detached_scores(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 # ------------------------------------------------------------------------------------------------ mutation and aliasing
 
 
-@spelling(None)
+@spelling(1)
 def query_mutated_after_use(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     s = q @ k.mT / 4
     q.mul_(0)
     return s.softmax(-1) @ v
 
 
-@spelling(None)
+@spelling(1)
 def query_mutated_before_the_values(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, ...]:
     p = (q @ k.mT / 4).softmax(-1)
     q.zero_()
     return p @ v, q.clone()
 
 
-@spelling(None)
+@spelling(1)
 def value_mutated_between(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     p = (q @ k.mT / 4).softmax(-1)
     v += 1
     return p @ v
 
 
-@spelling(None)
+@spelling(1)
+def value_mutated_that_was_the_key(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    p = (q @ v.mT / 4).softmax(-1)
+    v += 1
+    return p @ v
+
+
+@spelling(1)
 def key_mutated_through_a_view(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     s = q @ k.mT / 4
     k[:, :, 0].fill_(7.0)
     return s.softmax(-1) @ v
 
 
-@spelling(None, extra=lambda: (torch.zeros(2, 1, 9, 9),))
+@spelling(1, extra=lambda: (torch.zeros(2, 1, 9, 9),))
 def mask_mutated_after_use(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
     s = q @ k.mT / 4 + mask
     mask.fill_(3.0)
     return s.softmax(-1) @ v
+
+
+@spelling(inputs=lambda: (*training(), rand(2, 1, 9, 9, seed=5)), grad=True)
+def bias_written_after_use_in_training(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
+    """The derivative of a sum does not read it; one that computes the scores again does."""
+    out = (q @ k.mT / 4 + bias).softmax(-1) @ v
+    bias.fill_(3.0)
+    return out
+
+
+@spelling(extra=lambda: (4 * rand(17, 3, seed=5),))
+def table_renormalised_by_its_lookup(q: Tensor, k: Tensor, v: Tensor, table: Tensor) -> Tensor:
+    """max_norm= writes to the table."""
+    i = torch.arange(9)
+    bias = F.embedding(i - i[:, None] + 8, table, max_norm=1.0)
+    return (q @ k.mT / 4 + bias.permute(2, 0, 1)).softmax(-1) @ v
 
 
 @spelling()
@@ -167,28 +197,42 @@ def output_mutated(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return out
 
 
-@spelling(None)
+@spelling()
+def output_mutated_and_read(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    out = attend(q, k, v)
+    out += 1
+    return out * 2
+
+
+@spelling(0, reason="NotTraceable")
 def output_written_into_a_buffer(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     out = torch.empty_like(q)
     torch.matmul((q @ k.mT).softmax(-1), v, out=out)
     return out
 
 
-@spelling(None)
+@spelling(1)
 def scores_written_over_a_slice(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     s = q @ k.mT
     s[..., 0] = 0.5
     return s.softmax(-1) @ v
 
 
-@spelling(None)
+@spelling(1)
+def scores_written_by_an_inplace_argument(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    s = q @ k.mT
+    F.relu(s, inplace=True)
+    return s.softmax(-1) @ v
+
+
+@spelling(0)
 def scores_filled_diagonally(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     s = q @ k.mT
     s.diagonal(dim1=-2, dim2=-1).fill_(-torch.inf)
     return s.softmax(-1) @ v
 
 
-@spelling(None)
+@spelling(1)
 def probabilities_mutated(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     p = (q @ k.mT).softmax(-1)
     p *= 0.5
@@ -198,19 +242,19 @@ def probabilities_mutated(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 # --------------------------------------------------------------------------------------- what leaves, what comes between
 
 
-@spelling(None)
+@spelling(0, reason="ProbabilitiesUsed")
 def probabilities_returned(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, ...]:
     p = (q @ k.mT / 4).softmax(-1)
     return p @ v, p
 
 
-@spelling(None)
+@spelling(0, reason="ProbabilitiesUsed")
 def scores_returned(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, ...]:
     s = q @ k.mT / 4
     return s.softmax(-1) @ v, s
 
 
-@spelling(None)
+@spelling(2)
 def probabilities_used_twice(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, ...]:
     p = (q @ k.mT / 4).softmax(-1)
     return p @ v, p @ q
@@ -250,7 +294,7 @@ def one_product_of_scores_two_softmaxes(q: Tensor, k: Tensor, v: Tensor) -> Tens
     return (s / 4).softmax(-1) @ v - 0.5 * ((s / 2).softmax(-1) @ v)
 
 
-@spelling(None)
+@spelling(0)
 def difference_of_probabilities(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return ((q @ k.mT / 4).softmax(-1) - 0.5 * (k @ q.mT / 4).softmax(-1)) @ v
 
@@ -272,24 +316,24 @@ def nan_to_num_on_scores(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return (q @ k.mT / 4).nan_to_num().softmax(-1) @ v
 
 
-@spelling(None)
+@spelling(0, reason="WeightNotLinear")
 def nan_to_num_on_probabilities(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     s = (q @ k.mT / 4).masked_fill(torch.arange(9)[:, None] == 4, -torch.inf)
     return s.softmax(-1).nan_to_num(0.0) @ v
 
 
-@spelling(None)
+@spelling(1)
 def probabilities_masked_again(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """ESM and others zero what was masked once more."""
     hidden = torch.ones(9, 9, dtype=torch.bool).triu(1)
     return (q @ k.mT / 4).masked_fill(hidden, -1e9).softmax(-1).masked_fill(hidden, 0.0) @ v
 
 
-@spelling(None)
+@spelling(0, reason="NotTraceable")
 def under_vmap(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return torch.vmap(attend)(q, k, v)
 
 
-@spelling(None)
+@spelling(1)
 def in_a_branch(q: Tensor, k: Tensor, v: Tensor) -> Any:
     return torch.cond(q.sum() > 0, attend, lambda q, k, v: q + k + v, (q, k, v))

@@ -98,7 +98,7 @@ def exp_minus_detached_max(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return e / e.sum(-1, True) @ v
 
 
-@spelling(None)
+@spelling(0, reason="ScoresUsed")
 def exp_minus_global_max(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """Any number that is the same for a whole row cancels."""
     s = scores(q, k)
@@ -134,7 +134,7 @@ def late_normalisation_by_reciprocal(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return torch.matmul(e, v) * e.sum(-1, keepdim=True).reciprocal()
 
 
-@spelling(None)
+@spelling(0)
 def late_normalisation_by_ones_column(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """The sum is taken by the product itself: two products, one softmax."""
     e = scores(q, k).exp()
@@ -157,13 +157,13 @@ def logsumexp(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return torch.exp(s - torch.logsumexp(s, dim=-1, keepdim=True)) @ v
 
 
-@spelling(None)
+@spelling(0)
 def log_of_sum_of_exp(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     s = scores(q, k)
     return (s - s.exp().sum(-1, keepdim=True).log()).exp() @ v
 
 
-@spelling(None)
+@spelling(0)
 def base_two(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     e = torch.exp2(scores(q, k) * math.log2(math.e))
     return e / e.sum(-1, keepdim=True) @ v
@@ -190,7 +190,7 @@ def plus_one(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return e / (1 + e.sum(-1, keepdim=True)) @ v
 
 
-@spelling(None)
+@spelling(0, reason="ScoresUsed")
 def plus_one_minus_max(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     s = scores(q, k)
     m = s.amax(-1, keepdim=True).clamp(min=0)
@@ -203,7 +203,7 @@ def plus_one_by_padding(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return F.pad(scores(q, k), (0, 1)).softmax(-1)[..., :-1] @ v
 
 
-@spelling(None)
+@spelling(1)
 def plus_one_by_zero_key(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """nn.MultiheadAttention's add_zero_attn: a key and a value of zeros."""
     zero = torch.zeros_like(k[:, :, :1])
@@ -234,7 +234,7 @@ def sink_by_denominator(q: Tensor, k: Tensor, v: Tensor, sink: Tensor) -> Tensor
     return e / (e.sum(-1, keepdim=True) + sink.exp()[:, None, None]) @ v
 
 
-@spelling(None, extra=sinks)
+@spelling(1, extra=sinks)
 def sink_by_logsumexp_gate(q: Tensor, k: Tensor, v: Tensor, sink: Tensor) -> Tensor:
     """The sink as a gate behind an ordinary softmax."""
     s = scores(q, k)
@@ -245,6 +245,11 @@ def sink_by_logsumexp_gate(q: Tensor, k: Tensor, v: Tensor, sink: Tensor) -> Ten
 @spelling()
 def clamped_scores(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return scores(q, k).clamp(-1, 1).softmax(-1) @ v
+
+
+@spelling()
+def scores_saturated_on_both_sides(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return F.hardtanh(scores(q, k), -0.2, 0.3).softmax(-1) @ v
 
 
 @spelling()
@@ -262,24 +267,24 @@ def added_row_constant(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return (scores(q, k) + q.sum(-1, keepdim=True)).softmax(-1) @ v
 
 
-@spelling(None)
+@spelling(0)
 def epsilon_in_denominator(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     e = scores(q, k).exp()
     return e / (e.sum(-1, keepdim=True) + 1e-6) @ v
 
 
-@spelling(None)
+@spelling(0)
 def clamped_denominator(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     e = scores(q, k).exp()
     return e / e.sum(-1, keepdim=True).clamp(min=40.0) @ v
 
 
-@spelling(None)
+@spelling(0)
 def normalised_by_f_normalize(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return F.normalize(scores(q, k).exp(), p=1, dim=-1) @ v
 
 
-@spelling(None)
+@spelling(0)
 def plus_one_after_the_max(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """A known slip: one is added after the largest score was taken off, so it weighs differently in each row."""
     s = scores(q, k)
