@@ -9,7 +9,6 @@ from collections.abc import Callable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, Protocol, TypeVar
 
-
 from fuse import kept, tiles
 from fuse.gradient import Gradient, gradient
 from fuse.remembered import forget
