@@ -91,6 +91,12 @@ class TritonWriter:
             return text
         return f"tl.cast({text}, {self.real if node.dtype in FLOATS else 'tl.int64' if node.dtype == 'int64' else 'tl.int32'})"
 
+    def tile(self, node: Load, pointer: str, size: str, guards: list[str], cast: bool) -> str:
+        """A tile of query, key or value, ``size``: products take whole ones. One of a single position or feature, whose
+        coordinates leave that out, is there once, and nothing beyond it."""
+        whole = len(axes(node) & {"q", "k", "d", "e"}) == 2
+        return self.read(node, pointer if whole else f"tl.broadcast_to({pointer}, [{size}])", guards, cast)
+
     def offset(self, node: Load, strides: str | None = None) -> str:
         """Position of the element in its operand; ``strides``: what names begin with that are those of another such tensor."""
         terms = []
