@@ -74,6 +74,30 @@ def test_a_table_of_distances_is_summed_over_tiles_and_over_rows_that_see_nothin
     check(p, run(p, kernel(p)), floats(p))
 
 
+def test_the_largest_distance_may_begin_a_tile() -> None:
+    """65 distances, in tiles of 32."""
+    table = rand(2, 65)
+    place = op("add", op("sub", K, Q), 32)
+    p = problem("float32", table, batch=(1, 2), q_len=33, score=lambda s: op("add", s, load(table, 3, B1, place)))
+    assert kernel(p).plans.planned(torch.device("cpu")).distances.block_k == 32
+    check(p, run(p, kernel(p)), floats(p))
+
+
+def test_the_first_query_that_sees_a_tile_of_keys_may_end_a_tile_of_queries() -> None:
+    """Each query sees the key behind it."""
+    upper = op("add", Q, 2)
+    p = problem("float32", batch=(1, 2), q_len=100, score=lambda s: hide(s, op("lt", K, upper), upper=upper))
+    check(p, run(p, kernel(p)), floats(p))
+
+
+def test_rows_that_are_computed_again_know_their_sink() -> None:
+    """Of rows that see nothing the sink is the largest logit, and so small that the log-sum-exp has lost its digits."""
+    sink, upper = torch.tensor([-2e3, LOWEST["float32"]]), op("sub", Q, 9)
+    score = lambda s: hide(s, op("lt", K, upper), LOWEST["float32"], upper=upper)  # noqa: E731
+    p = problem("float32", sink, batch=(1, 2), score=score, extra_logits=(load(sink, 3, B1),))
+    check(p, run(p, kernel(p)), floats(p))
+
+
 def looked_up(dtype: str) -> Problem:
     """A table read where another tensor says, as Swin reads it; seen from a prefix on with a finite fill."""
     table, places = rand(9, 2, dtype=dtype), torch.randint(9, (37, 37), generator=torch.Generator().manual_seed(0))
