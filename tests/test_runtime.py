@@ -21,6 +21,7 @@ from fuse.codegen.backward import render_backward
 from fuse.codegen.render import render
 from fuse.codegen.tile_map import render_tile_map
 from fuse.runtime.cpp import BuildFailed, CppKernel, instruction_set
+from fuse.runtime.refused import OrElse
 
 
 @pytest.fixture(autouse=True)
@@ -47,6 +48,26 @@ def test_without_compiler_one_warning_says_how_to_get_one_and_the_model_runs(
         runtime.kernel(second.spec, "cpp")
     assert len(caught) == 1
     assert torch.equal(out, reference.attention(first.spec, first.operands, first.sizes, "eager"))
+
+
+def test_a_kernel_that_fails_as_nobody_foresaw_gives_way_with_a_warning_and_is_not_tried_again() -> None:
+    said: list[str] = []
+    tried: list[int] = []
+    kernel = OrElse(lambda x: [tried.append(x), x / "2"], lambda x: x + 1, (BuildFailed,), said.append)  # type: ignore[operator]
+    assert [kernel(1), kernel(2)] == [2, 3] and tried == [1]
+    assert said == ["a kernel failed, please report it: TypeError: unsupported operand type(s) for /: 'int' and 'str'"]
+
+
+def test_want_of_memory_is_raised_and_the_kernel_stays() -> None:
+    def run(enough: bool) -> int:
+        if not enough:
+            raise torch.OutOfMemoryError
+        return 1
+
+    kernel = OrElse(run, lambda _: 2, (BuildFailed,), lambda _: None)
+    with pytest.raises(torch.OutOfMemoryError):
+        kernel(False)
+    assert kernel(True) == 1
 
 
 def test_failed_build_warns_with_what_the_compiler_said(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

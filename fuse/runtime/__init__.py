@@ -201,6 +201,8 @@ def _make_map(spec: TileMap, target: str) -> MapKernel:
             return CppTileMap(spec, build_tile_map(spec)) if target in _CPP else _triton_map(spec)
     except (BuildFailed, ImportError, OSError):
         pass  # the site's own kernel fails likewise, and warns
+    except Exception as error:  # as above
+        _warn(f"rendering failed, please report it: {type(error).__name__}: {error}")
     return partial(reference.tile_map, spec)
 
 

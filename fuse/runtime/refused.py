@@ -1,4 +1,4 @@
-"""Kernels that are compiled when they are called first: something else takes their place where that fails."""
+"""Kernels that are compiled when they are called first: something else takes their place where they fail."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Generic, ParamSpec, TypeVar
 
+import torch
 from torch import Tensor
 
 P = ParamSpec("P")
@@ -13,7 +14,10 @@ R = TypeVar("R")
 
 
 class OrElse(Generic[P, R]):
-    """``run`` until it raises one of ``refusals``; from then on ``instead``, after a warning."""
+    """``run`` until it raises; from then on ``instead``, after a warning. Want of memory is the caller's to know, and raised.
+
+    refusals  what ``run`` is expected to raise; anything else is a defect, which must not cost the user the model
+    """
 
     def __init__(
         self, run: Callable[P, R], instead: Callable[P, R], refusals: tuple[type[Exception], ...], warn: Callable[[str], None]
@@ -25,9 +29,12 @@ class OrElse(Generic[P, R]):
         if self._run is not None:
             try:
                 return self._run(*args, **kwargs)
-            except self._refusals as error:
+            except torch.OutOfMemoryError:
+                raise
+            except Exception as error:
                 self._run = None
-                self._warn(str(error))
+                defect = f"a kernel failed, please report it: {type(error).__name__}: {error}"
+                self._warn(str(error) if isinstance(error, self._refusals) else defect)
         return self._instead(*args, **kwargs)
 
     def tune(self) -> None:
