@@ -53,8 +53,7 @@ def test_triton_is_as_close_to_float64_as_eager() -> None:
 
 
 def check(target: str, count: int, known: Sequence[Attention] = ()) -> None:
-    """``known`` and ``count`` random programs, of which nearly all are fused, and none raises."""
-    fused: list[bool] = []
+    """``known`` and ``count`` random programs: none raises, all are right, and fused unless einsum sums over one element."""
 
     @settings(EACH, max_examples=count)
     @given(attentions())
@@ -68,12 +67,11 @@ def check(target: str, count: int, known: Sequence[Attention] = ()) -> None:
             results(f, x) for f, x in ((program, [t.double() for t in inputs]), (program, inputs), (compiled, inputs))
         )
         judge(program, inputs, exact, eager, found)
-        fused.append(fuse.report().fused == 1)
+        assert fuse.report().fused or (program.product == "einsum" and 1 in (program.qk_dim, program.kv_len))
 
     for program in known:
         one = example(program)(one)
     one()
-    assert sum(fused) >= 0.8 * len(fused), f"{sum(fused)} of {len(fused)} programs are fused"
 
 
 def results(program: Callable[..., Tensor], inputs: Sequence[Tensor]) -> list[Tensor]:

@@ -16,10 +16,10 @@ from fuse.runtime.triton_module import precision  # noqa: E402
 
 # What is read, rounded and multiplied by dtype; and rows whose result depends on eager's roundings.
 BY_DTYPE = (
-    "plain", "head_dim_24", "features_strided", "grouped_query", "causal_long", "window", "documents_in_any_order",
-    "mapped_bool",
-    "dense_additive", "relative_table", "sinks", "soft_cap_causal", "left_padding_and_causal", "masked_rows_lowest_fill",
-    "masked_rows_added_fill", "two_lowest_masks_overflow", "score_before_and_after_cast", "weight_masked_after_softmax",
+    "plain", "head_dim_24", "packed_qkv_head_dim_24", "features_strided", "grouped_query", "causal_long", "window",
+    "documents_in_any_order", "mapped_bool", "dense_additive", "relative_table", "sinks", "soft_cap_causal",
+    "left_padding_and_causal", "masked_rows_lowest_fill", "masked_rows_added_fill", "two_lowest_masks_overflow",
+    "score_before_and_after_cast", "weight_masked_after_softmax",
 )  # fmt: skip
 CHOSEN = [(name, "float32") for name in CASES] + [(n, d) for n in BY_DTYPE for d in ("bfloat16", "float16", "float64")]
 

@@ -26,11 +26,11 @@ from fuse.runtime.triton_backward import TritonBackward  # noqa: E402
 # Each a path of its own: shapes and strides, tiles that are skipped, rows that are computed again, what terms are summed over.
 GRADIENTS = (
     "no_batch", "one_query", "one_key", "empty_batch", "head_dim_80", "value_narrower_than_key", "grouped_query",
-    "features_strided", "packed_qkv", "causal_long", "causal_offset", "causal_more_queries_than_keys", "window",
-    "padding", "left_padding_and_causal", "documents", "dense_additive", "masked_rows_infinite_fill", "masked_rows_added_fill",
-    "masked_rows_are_zero", "two_lowest_masks_overflow", "masked_rows_with_sink", "alibi", "soft_cap_causal",
-    "scalar_tensor_scale", "two_extra_logits", "weight_factor", "weight_masked_after_softmax", "relative_table", "t5_bias",
-    "decomposed_positions",
+    "features_strided", "packed_qkv", "packed_qkv_head_dim_24", "causal_long", "causal_offset",
+    "causal_more_queries_than_keys", "window", "padding", "left_padding_and_causal", "documents", "dense_additive",
+    "masked_rows_infinite_fill", "masked_rows_added_fill", "masked_rows_are_zero", "two_lowest_masks_overflow",
+    "masked_rows_with_sink", "alibi", "soft_cap_causal", "scalar_tensor_scale", "two_extra_logits", "weight_factor",
+    "weight_masked_after_softmax", "relative_table", "t5_bias", "decomposed_positions",
 )  # fmt: skip
 CHOSEN = [(n, "float32") for n in GRADIENTS]
 CHOSEN += [(n, d) for n in ("grouped_query", "left_padding_and_causal", "t5_bias") for d in ("bfloat16", "float16", "float64")]

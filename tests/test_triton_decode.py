@@ -24,10 +24,10 @@ from fuse.runtime.triton import TritonKernel  # noqa: E402
 
 COMMON = (
     "one_query", "one_key", "empty_batch", "no_batch", "head_dim_80", "three_batch_dimensions", "cross_attention",
-    "heads_last_output", "key_stored_transposed", "packed_qkv", "value_narrower_than_key", "causal_offset",
-    "causal_more_queries_than_keys", "window", "documents", "mapped_bool", "dense_additive", "masked_rows_are_zero",
-    "masked_rows_infinite_fill", "masked_rows_added_fill", "masked_rows_with_sink", "two_extra_logits", "weight_factor",
-    "multi_query", "t5_bias",
+    "heads_last_output", "key_stored_transposed", "packed_qkv", "packed_qkv_head_dim_24", "value_narrower_than_key",
+    "causal_offset", "causal_more_queries_than_keys", "window", "documents", "mapped_bool", "dense_additive",
+    "masked_rows_are_zero", "masked_rows_infinite_fill", "masked_rows_added_fill", "masked_rows_with_sink",
+    "two_extra_logits", "weight_factor", "multi_query", "t5_bias",
 )  # fmt: skip
 
 
