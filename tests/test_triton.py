@@ -9,7 +9,10 @@ from specs import CASES, RANDOM_CASES
 pytest.importorskip("triton", reason="no Triton on this platform")
 pytestmark = pytest.mark.triton
 
+import triton  # noqa: E402
+import triton.language as tl  # noqa: E402
 import triton_interpreter  # noqa: E402, F401  mends the interpreter
+from triton.runtime.errors import InterpreterError  # noqa: E402
 
 from fuse.runtime.triton import TritonKernel  # noqa: E402
 from fuse.runtime.triton_module import precision  # noqa: E402
@@ -46,3 +49,18 @@ def test_products_in_float32_are_as_precise_as_torch_is_told_by_either_name(name
     finally:
         setattr(torch.backends.cuda.matmul, name, ieee)
     assert precision() == "ieee"
+
+
+@triton.jit
+def copy(source, to, SIZE: tl.constexpr):
+    lane = tl.arange(0, SIZE)
+    tl.store(to + lane, tl.load(source + lane))
+
+
+def test_the_interpreter_notices_what_lies_outside_of_every_tensor() -> None:
+    memory, to = torch.arange(64.0), torch.zeros(32)
+    copy[(1,)](memory[16:48], to, 32)
+    assert torch.equal(to, memory[16:48])
+    for source, place in ((memory[:31], to), (memory[:32], to[:31])):
+        with pytest.raises(InterpreterError, match="1 of 32 addresses lie outside"):
+            copy[(1,)](source, place, 32)
