@@ -67,8 +67,8 @@ class _Guard:
         self._first, self._end = np.array(ranges, np.uint64).reshape(-1, 2).T
         return positional, named
 
-    def check(self, pointers: TensorHandle, mask: TensorHandle) -> None:
-        taken = pointers.data[np.broadcast_to(mask.data, pointers.data.shape)]
+    def check(self, pointers: TensorHandle, mask: Any) -> None:
+        taken = pointers.data[np.broadcast_to(np.asarray(mask.data, bool), pointers.data.shape)]
         size = pointers.get_element_ty().primitive_bitwidth // 8
         found = np.searchsorted(self._first, taken, side="right") - 1
         outside = (found < 0) | (taken + np.uint64(size) > self._end[found])
