@@ -186,10 +186,9 @@ def key_stored_transposed(dtype: str) -> Problem:
     return replace(base, spec=spec, operands=[base.operands[0], key, base.operands[2]])
 
 
-@case
-def packed_qkv(dtype: str) -> Problem:
+def _packed(dtype: str, width: int) -> Problem:
     """One projection's output [B, S, 3 * H * D] is query, key and value."""
-    base, heads, width = problem(dtype), 3, 16
+    base, heads = problem(dtype, qk_dim=width), 3
     packed = rand(2, 37, 3 * heads * width, dtype=dtype)
 
     def part(number: int, position: Expr, feature: Expr) -> Load:
@@ -198,6 +197,17 @@ def packed_qkv(dtype: str) -> Problem:
 
     spec = replace(base.spec, operands=(Operand(3, dtype),), query=part(0, Q, D), key=part(1, K, D), value=part(2, K, E))
     return Problem(spec, [packed], base.sizes)
+
+
+@case
+def packed_qkv(dtype: str) -> Problem:
+    return _packed(dtype, 16)
+
+
+@case
+def packed_qkv_head_dim_24(dtype: str) -> Problem:
+    """Beyond the features of a head lie those of the next one."""
+    return _packed(dtype, 24)
 
 
 # ------------------------------------------------------------------------------------------- biases and score programs

@@ -11,6 +11,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -24,6 +25,7 @@ from fuse.codegen.tile_map import render_tile_map
 from fuse.runtime import cpp, make
 from fuse.runtime.cache import BuildFailed
 from fuse.runtime.cpp import CppKernel, build_source, instruction_set
+from fuse.runtime.refused import OrElse
 
 
 @pytest.fixture(autouse=True)
@@ -50,6 +52,27 @@ def test_without_compiler_one_warning_says_how_to_get_one_and_the_model_runs(
         runtime.kernel(second.spec, "cpp")
     assert len(caught) == 1
     assert torch.equal(out, reference.attention(first.spec, first.operands, first.sizes, "eager"))
+
+
+def test_a_kernel_that_fails_as_nobody_foresaw_gives_way_with_a_warning_and_is_not_tried_again() -> None:
+    tried: list[int] = []
+    fails: Any = lambda x: [tried.append(x), x / "2"]  # noqa: E731
+    kernel: OrElse[[int], int] = OrElse(fails, lambda why: lambda x: x + 1, (BuildFailed,), "tile map")
+    with pytest.warns(RuntimeWarning, match="a kernel failed, please report it: TypeError: unsupported operand") as told:
+        assert [kernel(1), kernel(2)] == [2, 3]
+    assert tried == [1] and len(told) == 1
+
+
+def test_want_of_memory_is_raised_and_the_kernel_stays() -> None:
+    def run(enough: bool) -> int:
+        if not enough:
+            raise torch.OutOfMemoryError
+        return 1
+
+    kernel: OrElse[[bool], int] = OrElse(run, lambda why: lambda _: 2, (BuildFailed,), "tile map")
+    with pytest.raises(torch.OutOfMemoryError):
+        kernel(False)
+    assert kernel(True) == 1
 
 
 def test_failed_build_warns_with_what_the_compiler_said(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

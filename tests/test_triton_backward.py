@@ -26,11 +26,11 @@ from fuse.runtime.triton_backward import TritonBackward  # noqa: E402
 # Each a path of its own: shapes and strides, tiles that are skipped, rows that are computed again, what terms are summed over.
 GRADIENTS = (
     "no_batch", "one_query", "one_key", "empty_batch", "head_dim_80", "value_narrower_than_key", "grouped_query",
-    "features_strided", "packed_qkv", "causal_long", "causal_offset", "causal_more_queries_than_keys", "window",
-    "padding", "left_padding_and_causal", "documents", "dense_additive", "masked_rows_infinite_fill", "masked_rows_added_fill",
-    "masked_rows_are_zero", "two_lowest_masks_overflow", "masked_rows_with_sink", "alibi", "soft_cap_causal",
-    "scalar_tensor_scale", "two_extra_logits", "weight_factor", "weight_masked_after_softmax", "relative_table", "t5_bias",
-    "decomposed_positions",
+    "features_strided", "packed_qkv", "packed_qkv_head_dim_24", "causal_long", "causal_offset",
+    "causal_more_queries_than_keys", "window", "padding", "left_padding_and_causal", "documents", "dense_additive",
+    "masked_rows_infinite_fill", "masked_rows_added_fill", "masked_rows_are_zero", "two_lowest_masks_overflow",
+    "masked_rows_with_sink", "alibi", "soft_cap_causal", "scalar_tensor_scale", "two_extra_logits", "weight_factor",
+    "weight_masked_after_softmax", "relative_table", "t5_bias", "decomposed_positions",
 )  # fmt: skip
 CHOSEN = [(n, "float32") for n in GRADIENTS]
 CHOSEN += [(n, d) for n in ("grouped_query", "left_padding_and_causal", "t5_bias") for d in ("bfloat16", "float16", "float64")]
@@ -71,6 +71,30 @@ def test_a_table_of_distances_is_summed_over_tiles_and_over_rows_that_see_nothin
         return hide(biased, op("le", K, last), LOWEST["float32"], upper=op("add", last, 1))
 
     p = problem("float32", table, batch=(2, 2), q_len=70, kv_len=50, score=score)
+    check(p, run(p, kernel(p)), floats(p))
+
+
+def test_the_largest_distance_may_begin_a_tile() -> None:
+    """65 distances, in tiles of 32."""
+    table = rand(2, 65)
+    place = op("add", op("sub", K, Q), 32)
+    p = problem("float32", table, batch=(1, 2), q_len=33, score=lambda s: op("add", s, load(table, 3, B1, place)))
+    assert kernel(p).plans.planned(torch.device("cpu")).distances.block_k == 32
+    check(p, run(p, kernel(p)), floats(p))
+
+
+def test_the_first_query_that_sees_a_tile_of_keys_may_end_a_tile_of_queries() -> None:
+    """Each query sees the key behind it."""
+    upper = op("add", Q, 2)
+    p = problem("float32", batch=(1, 2), q_len=100, score=lambda s: hide(s, op("lt", K, upper), upper=upper))
+    check(p, run(p, kernel(p)), floats(p))
+
+
+def test_rows_that_are_computed_again_know_their_sink() -> None:
+    """Of rows that see nothing the sink is the largest logit, and so small that the log-sum-exp has lost its digits."""
+    sink, upper = torch.tensor([-2e3, LOWEST["float32"]]), op("sub", Q, 9)
+    score = lambda s: hide(s, op("lt", K, upper), LOWEST["float32"], upper=upper)  # noqa: E731
+    p = problem("float32", sink, batch=(1, 2), score=score, extra_logits=(load(sink, 3, B1),))
     check(p, run(p, kernel(p)), floats(p))
 
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 
 import pytest
 import torch
 from decode_specs import DECODING
-from problems import B0, Case, K, Problem, load, op, problem
+from problems import B0, B1, Case, K, Problem, Q, hide, load, op, problem
 from specs import CASES
 
 from fuse import decode, reference, sharing
@@ -23,17 +24,18 @@ from fuse.runtime.triton import TritonKernel  # noqa: E402
 
 COMMON = (
     "one_query", "one_key", "empty_batch", "no_batch", "head_dim_80", "three_batch_dimensions", "cross_attention",
-    "heads_last_output", "key_stored_transposed", "packed_qkv", "value_narrower_than_key", "causal_offset",
-    "causal_more_queries_than_keys", "window", "documents", "mapped_bool", "dense_additive", "masked_rows_are_zero",
-    "masked_rows_infinite_fill", "masked_rows_added_fill", "masked_rows_with_sink", "two_extra_logits", "weight_factor",
-    "multi_query", "t5_bias",
+    "heads_last_output", "key_stored_transposed", "packed_qkv", "packed_qkv_head_dim_24", "value_narrower_than_key",
+    "causal_offset", "causal_more_queries_than_keys", "window", "documents", "mapped_bool", "dense_additive",
+    "masked_rows_are_zero", "masked_rows_infinite_fill", "masked_rows_added_fill", "masked_rows_with_sink",
+    "two_extra_logits", "weight_factor", "multi_query", "t5_bias",
 )  # fmt: skip
 
 
 def attended(made: Problem, parts: int) -> torch.Tensor:
-    """The result in ``parts`` parts, whatever the sizes; the rows' log-sum-exp is compared on the way."""
+    """The result in ``parts`` parts, whatever the sizes, or with 0 by the forward kernel; the rows' log-sum-exp is compared on
+    the way."""
     kernel = TritonKernel(made.spec)
-    route = decode.packed(sharing.runs(made.spec), made.sizes, parts)
+    route = decode.packed(sharing.runs(made.spec), made.sizes, parts) if parts else None
     lse = torch.empty(made.spec.lse_shape(made.sizes), dtype=getattr(torch, made.spec.lse_dtype))
     out = kernel.launch(made.operands, made.sizes, lse, route)
     if out.numel():
@@ -55,6 +57,17 @@ def test_decoding_is_as_close_to_float64_as_eager(name: str, dtype: str, parts: 
 def test_parts_of_any_spec_are_merged(name: str) -> None:
     made = CASES[name]("float32")
     made.check(attended(made, 2))
+
+
+@pytest.mark.filterwarnings("ignore:.*encountered in.*:RuntimeWarning")
+@pytest.mark.parametrize("parts", [0, 1, 2])
+def test_a_row_that_sees_nothing_has_the_weight_of_its_sinks(parts: int) -> None:
+    """However small they are; where the only one is minus infinity, it is NaN."""
+    first, second = torch.tensor([-1e2, -2e3, -math.inf, -math.inf]), torch.tensor([-math.inf, -3e3, -1e2, -math.inf])
+    logits, upper = (load(first, 3, B1), load(second, 4, B1)), op("sub", Q, 9)
+    score = lambda s: hide(s, op("lt", K, upper), upper=upper)  # noqa: E731
+    made = problem("float32", first, second, batch=(1, 4), q_len=13, extra_logits=logits, score=score)
+    made.check(attended(made, parts))
 
 
 # --------------------------------------------------------------------------------------------------- what shares keys

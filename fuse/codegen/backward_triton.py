@@ -31,6 +31,8 @@ _FINITE = ("add", "sub", "mul", "neg", "abs", "minimum", "maximum", "cast", "whe
            "xor", "not", *expr.COMPARISONS)  # fmt: skip
 # What the kernel of queries may copy by tensor descriptors. That of keys, whose tiles are smaller, would gain nothing.
 COPIED = ("key", "value")
+# Kinds of sinks whose elements a kernel finds by their tensor's strides; others are sums, and lie side by side.
+PLACED = ("matrix", "dense", "shared")
 # log2(e)
 _LOG2E = 1.4426950408889634
 
@@ -106,8 +108,11 @@ class _Kernel:
         """A tile of query, key or value, in the dtype of the products; positions that are visited are ``row``, a column."""
         here, load = Block(), getattr(self.spec, name)
         writer = TritonWriter(lambda _: here, _real(self.spec), self.count, names={self.visited: "row"})
-        loaded, rows = writer.load(load, cast=not _one_dtype(self.spec)), rows_of(load)
-        width = widened(self.spec.v_dim if name == "value" else self.spec.qk_dim)
+        feature, width = ("e", widened(self.spec.v_dim)) if name == "value" else ("d", widened(self.spec.qk_dim))
+        axis, count = ("q", "BM") if name == "query" else ("k", "2 * BM" if self.owner == "k - q" else "BN")
+        guards = [f"{feature}_ok", f"{writer.names.get(axis, axis)}_ok"]
+        pointer, rows = f"p{load.operand} + {writer.offset(load)}", rows_of(load)
+        loaded = writer.tile(load, pointer, f"{count}, {width}", guards, cast=not _one_dtype(self.spec))
         copied = writer.copied(load, rows, name, width) if rows is not None and self.described and name in COPIED else ""
         return Text(here.lines, loaded, copied)
 
@@ -125,8 +130,9 @@ class _Kernel:
             here = Block()
             writer = TritonWriter(lambda _, here=here: here, _real(self.spec), self.count)  # type: ignore[misc]
             kind = kind_of(sink)
-            offset = writer.offset(sink.load, strides=f"s_{sink.name}") if kind in ("matrix", "dense", "shared") else ""
-            places.append({"name": sink.name, "kind": kind, "rank": len(sink.order), "place": Text(here.lines, offset)})
+            offset = writer.offset(sink.load, strides=f"s_{sink.name}") if kind in PLACED else ""
+            rank = len(sink.order) if kind in PLACED else 0
+            places.append({"name": sink.name, "kind": kind, "rank": rank, "place": Text(here.lines, offset)})
         return places
 
     # ----------------------------------------------------------------------------------------------------- entries

@@ -98,13 +98,17 @@ class Source:
         """The queries' features: in their own dtype, as tensor cores take it, where query, key and value have the same."""
         here = Block()
         writer = TritonWriter(lambda axes: here if axes else self.site, self.real, self.count)
-        return Program(here.lines, writer.load(load, cast=self._mixed()))
+        pointer, size = f"p{load.operand} + {writer.offset(load)}", f"BM, {widened(self.spec.qk_dim)}"
+        return Program(here.lines, writer.tile(load, pointer, size, ["d_ok", "q_ok"], cast=self._mixed()))
 
-    def stream(self, name: str, load: Load, column: str, full: bool, ahead: bool) -> Stream:
-        """Keys or values. ``column``: the name of their positions; ``full``: every feature of the tile is there.
+    def stream(self, name: str, load: Load, full: bool, ahead: bool) -> Stream:
+        """Tiles of "key", whose positions ``k`` are a row, or of "value", whose positions ``row`` are a column.
 
-        ``ahead``: addresses are computed before the loop, which takes registers.
+        full   every feature of the tile is there
+        ahead  addresses are computed before the loop, which takes registers
         """
+        width = widened(self.spec.v_dim if name == "value" else self.spec.qk_dim)
+        column, feature, size = ("row", "e", f"BN, {width}") if name == "value" else ("k", "d", f"{width}, BN")
         before, tile = Block(), Block()
         moved = [dim for dim, coord in enumerate(load.coords) if "k" in expr.axes(coord)]
         (dim,) = moved if ahead and len(moved) == 1 and isinstance(load.coords[moved[0]], Index) else (None,)
@@ -116,9 +120,8 @@ class Source:
             before.lines.append(f"{name}_at = {pointer}")
             pointer = f"{name}_at + tl.cast(k0, tl.int64) * s{load.operand}_{dim}"
         writer.names["k"] = column
-        guards = writer.guards(load)
-        inside = [g for g in guards if g != f"{column}_ok" and not full]
-        result, whole = (writer.read(load, pointer, chosen, cast=self._mixed()) for chosen in (guards, inside))
+        guards, inside = [f"{feature}_ok", f"{column}_ok"], [] if full else [f"{feature}_ok"]
+        result, whole = (writer.tile(load, pointer, size, chosen, cast=self._mixed()) for chosen in (guards, inside))
         return Stream(before.lines, tile.lines, result, whole, self.copied(name, load))
 
     def copied(self, name: str, load: Load) -> str:
@@ -210,8 +213,8 @@ def call_context(source: Source, plan: TritonPlan) -> dict[str, object]:
         "batch": spec.batch, "qk_dim": spec.qk_dim, "v_dim": spec.v_dim, "real": source.real, "mask_axes": mask_axes(spec),
         "double": source.double, "residual": residual is not None, "width": plan.width, "v_width": plan.v_width,
         "query": source.matrix(spec.query), "query_copied": source.copied("query", spec.query),
-        "key": source.stream("key", spec.key, "k", full[0], full[0] and plan.stages > 1),
-        "value": source.stream("value", spec.value, "row", full[1], full[1] and plan.stages > 1),
+        "key": source.stream("key", spec.key, full[0], full[0] and plan.stages > 1),
+        "value": source.stream("value", spec.value, full[1], full[1] and plan.stages > 1),
         "full": source.program(visible, factor, []),
         "partial": source.program(visible, factor, source.seen(), predicate=residual), "skip": source.skip(),
         "exact": None if threshold is None else source.program(spec.score, 1.0, ["k_ok"], exact=True),

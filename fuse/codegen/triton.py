@@ -10,9 +10,10 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from fuse.codegen.cpp import HALVES, interval
+from fuse.codegen.cpp import HALVES, interval, is_read
 from fuse.descriptors import Rows
-from fuse.expr import COMPARISONS, FLOATS, Apply, Const, Expr, Index, Load, Prob, Score, Symbol, axes, contains, walk
+from fuse.expr import COMPARISONS, FLOATS, Apply, Const, Expr, Index, Load, Prob, Score, Symbol, axes, contains
+from fuse.roundings import as_taken, decides
 
 _INFIX = {"add": "+", "sub": "-", "mul": "*", "div": "/", "and": "&", "or": "|", "xor": "^", "eq": "==", "ne": "!=",
           "lt": "<", "le": "<=", "gt": ">", "ge": ">="}  # fmt: skip
@@ -34,7 +35,7 @@ class TritonWriter:
     """Writes values into the blocks that ``place`` chooses by the indices they depend on.
 
     real    "tl.float32" or "tl.float64": the type of all floats
-    exact   also perform the roundings of 16-bit dtypes, as eager does after every operation
+    exact   round every value to its dtype, as eager does after every operation; what decides something is always so computed
     leaves  texts of nodes that are there already
     names   variables of indices, where they have other names
     drawn   how random numbers are drawn whose columns are the keys of a tile: a call that lacks its first three arguments
@@ -48,8 +49,10 @@ class TritonWriter:
     names: dict[str, str] = field(default_factory=dict)
     drawn: str = ""
 
-    def value(self, node: Expr) -> str:
-        if node in self.leaves:
+    def value(self, node: Expr, exact: bool = False) -> str:
+        """``exact``: rounded as eager rounds it, and all that it is computed of."""
+        exact = exact or self.exact
+        if node in self.leaves and not (exact and isinstance(node, Score)):
             return self.leaves[node]
         if isinstance(node, Const):
             return _literal(node)
@@ -58,13 +61,24 @@ class TritonWriter:
         if isinstance(node, Index):
             return self.names.get(node.axis, node.axis)
         block = self.place(depends(node))
-        key = (node, self.exact and any(n.dtype in HALVES for n in walk(node)))
+        key = (node, exact and node.dtype in FLOATS and not is_read(node))
         if key not in block.known:
-            text = self.load(node) if isinstance(node, Load) else self._apply(node)
-            if key[1] and node.dtype in HALVES and isinstance(node, Apply):
-                text = f"tl.cast(tl.cast({text}, {_type(node.dtype)}), {self.real})"
-            block.known[key] = self._define(block, text)
+            text = self._text(node, exact)
+            block.known[key] = self._define(block, self._rounded(text, node.dtype) if key[1] else text)
         return block.known[key]
+
+    def _text(self, node: Expr, exact: bool) -> str:
+        if node in self.leaves:
+            return self.leaves[node]
+        return self.load(node) if isinstance(node, Load) else self._apply(node, exact or decides(node))
+
+    def _rounded(self, text: str, dtype: str) -> str:
+        """Halves are rounded to float32 first, which is what eager computes them in."""
+        narrower = dict.fromkeys(_type(name) for name in ("float32", dtype)) if dtype != "float64" else {}
+        steps = [name for name in narrower if name != self.real]
+        for name in (*steps, self.real) if steps else ():
+            text = f"tl.cast({text}, {name})"
+        return text
 
     def _define(self, block: Block, text: str) -> str:
         self.count[0] += 1
@@ -91,6 +105,12 @@ class TritonWriter:
             return text
         return f"tl.cast({text}, {self.real if node.dtype in FLOATS else 'tl.int64' if node.dtype == 'int64' else 'tl.int32'})"
 
+    def tile(self, node: Load, pointer: str, size: str, guards: list[str], cast: bool) -> str:
+        """A tile of query, key or value, ``size``: products take whole ones. One of a single position or feature, whose
+        coordinates leave that out, is there once, and nothing beyond it."""
+        whole = len(axes(node) & {"q", "k", "d", "e"}) == 2
+        return self.read(node, pointer if whole else f"tl.broadcast_to({pointer}, [{size}])", guards, cast)
+
     def offset(self, node: Load, strides: str | None = None) -> str:
         """Position of the element in its operand; ``strides``: what names begin with that are those of another such tensor."""
         terms = []
@@ -114,10 +134,11 @@ class TritonWriter:
 
     # -------------------------------------------------------------------------------------------------- operations
 
-    def _apply(self, node: Expr) -> str:
+    def _apply(self, node: Expr, exact: bool) -> str:
+        """``exact``: of operands that are rounded as eager rounds them."""
         if not isinstance(node, Apply):
             raise ValueError(f"{node} has no value here")
-        args = [self.value(a) for a in node.operands]
+        args = [self.value(a, exact) for a in (as_taken(node) if exact else node.operands)]
         op, source = node.op, node.operands[0].dtype
         if op == "cast":
             return self._cast(node, args[0])
@@ -138,7 +159,7 @@ class TritonWriter:
             return f"tl.cast({self._uniform(node, args)}, {self.real})"
         if op in ("floordiv", "mod", "sign", "isnan", "isinf", "reciprocal"):
             return f"f_{op}{'_real' if source in FLOATS and op in ('floordiv', 'mod') else ''}({', '.join(args)})"
-        if op == "tanh" and node.dtype in HALVES and self.real == "tl.float32" and not self.exact:
+        if op == "tanh" and node.dtype in HALVES and self.real == "tl.float32" and not exact:
             return f"f_tanh_half({args[0]})"
         if op in _TL:
             return f"tl.{op}({args[0]})"

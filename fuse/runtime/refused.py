@@ -1,4 +1,4 @@
-"""Kernels that are compiled when they are called first: something else takes their place where that fails."""
+"""Kernels that are compiled when they are called first: something else takes their place where they fail."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Generic, ParamSpec, TypeVar
 
+import torch
 from torch import Tensor
 
 from fuse.runs import Part, Runs
@@ -16,13 +17,16 @@ R = TypeVar("R")
 
 
 class OrElse(Generic[P, R]):
-    """``kernel`` until it raises one of ``refusals``; from then on what ``instead`` makes of the reason, after a warning.
+    """``kernel`` until it raises; from then on what ``instead`` makes of the reason, after a warning. Want of memory is the
+    caller's to know, and raised.
 
-    kernel, and what takes its place, are called, and say in ``runs`` what they are
+    kernel    it, and what takes its place, are called, and say in ``runs`` what they are
+    refusals  what it is expected to raise; anything else is a defect, which must not cost the user the model
     """
 
     def __init__(self, kernel: Any, instead: Callable[[str], Any], refusals: tuple[type[Exception], ...], part: Part) -> None:
-        self._now, self._instead, self._refusals, self._part = kernel, instead, refusals, part
+        self._now, self._refusals, self._part = kernel, refusals, part
+        self._instead: Callable[[str], Any] | None = instead
 
     @property
     def runs(self) -> Runs:
@@ -34,11 +38,17 @@ class OrElse(Generic[P, R]):
         return result
 
     def _tried(self, call: Callable[[Any], Any]) -> Any:
+        if self._instead is None:
+            return call(self._now)
         try:
             return call(self._now)
-        except self._refusals as error:
-            self._now = self._instead(str(error))
-            warn(self._part, str(error))
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:
+            defect = f"a kernel failed, please report it: {type(error).__name__}: {error}"
+            reason = str(error) if isinstance(error, self._refusals) else defect
+            self._now, self._instead = self._instead(reason), None
+            warn(self._part, reason)
         return call(self._now)
 
     def tune(self) -> None:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fuse import expr, reference
 from fuse.codegen.backward import exact_below
-from fuse.codegen.backward_triton import COPIED, kind_of, render_backward, written_by
+from fuse.codegen.backward_triton import COPIED, PLACED, kind_of, render_backward, written_by
 from fuse.codegen.render import ENTRY
 from fuse.codegen.sinks import Sink, sinks
 from fuse.frame import Frame
@@ -96,7 +96,7 @@ class TritonBackward:
                 tiles = -(-(q_len + kv_len - 1) // plan.distances.block_k)
                 grid = (math.prod(batch) * tiles,)
                 self.functions["distances"][grid](*known, *given, *distances, **_options(plan.distances))
-            self._scatter(operands, sizes, lse, delta, partial, gradients)
+            self._scatter(operands, sizes, known, partial, gradients)
         return self._gradients.totals(operands, self._wanted, gradients)
 
     def _rows(
@@ -126,7 +126,8 @@ class TritonBackward:
         name, plan = ("keys", plans.keys) if owner == "k" else ("queries", plans.queries)
         rows, kind = self._copies.of(given, sizes, plan, plans.described) if owner == "q" else ((), {})
         lists, listed = self._tiles[owner].of(given, sizes, plan, known[0])
-        outputs = [x for s in found for x in (gradients[s.name], *gradients[s.name].stride()[: len(s.order)])]
+        strides = {s.name: gradients[s.name].stride() if kind_of(s) in PLACED else () for s in found}
+        outputs = [x for s in found for x in (gradients[s.name], *strides[s.name])]
         for groups in self._grouped(owner, found, sizes, known[0].device):
             flags = kind | {f"HAS_{s.name}": s.name in groups.written for s in found}
             flags |= {"ALONE": groups.count == len(groups.sites), "LISTED": listed}
@@ -145,10 +146,11 @@ class TritonBackward:
         return self._groups[key]
 
     def _scatter(
-        self, operands: Sequence[Tensor], sizes: Sequence[int], lse: Tensor, delta: Tensor, partial: Mapping[str, Tensor],
+        self, operands: Sequence[Tensor], sizes: Sequence[int], known: Sequence[Any], partial: Mapping[str, Tensor],
         gradients: Mapping[str, Tensor],
     ) -> None:  # fmt: skip
         """Adds sums of rows, keys or distances where the operands' elements are, and what logits without a value contribute."""
+        _, lse, _, delta, tops, rests, *_ = known
         *batch, q_len, kv_len = sizes[: self._spec.batch + 2]
         terms = gradient(self._spec, self._wanted).terms
         for sink, term in zip((s for s in self._sinks if s.kind != "matrix"), terms, strict=True):
@@ -160,7 +162,10 @@ class TritonBackward:
             frame = Frame.over(extents, dict(zip(self._spec.symbols, sizes, strict=True)), operands)
             if sink.kind == "logit":
                 logit = frame.evaluate(self._spec.extra_logits[int(term.root.rpartition(".")[2])]).to(self._real)
-                grad = -(logit - lse[..., None]).exp() * delta[..., None] * frame.evaluate(term.factor)
+                power = logit - lse[..., None]
+                if (below := exact_below(self._spec)) is not None:
+                    power = torch.where(lse[..., None] <= float(below), logit - tops[..., None] - rests[..., None], power)
+                grad = -power.exp() * delta[..., None] * frame.evaluate(term.factor)
             else:
                 grad = partial[sink.name]
             frame.scatter(grad, sink.load, gradients[sink.name])
