@@ -45,7 +45,6 @@ def test_a_registered_target_can_be_chosen_and_its_kernel_runs() -> None:
 
 
 def test_what_a_target_does_not_compute_is_left_to_the_reference() -> None:
-    targets.reset()  # a warning is given once
     compiled = torch.compile(attention, backend="fuse", options={"target": "toy", "inner": "eager"})
     x = torch.randn(2, 3, 32, 16, requires_grad=True)
     with pytest.warns(RuntimeWarning, match="gradients .*: the toy computes results only"):
