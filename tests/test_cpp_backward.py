@@ -15,7 +15,7 @@ from specs import CASES
 from fuse import targets
 from fuse.ir.expr import Expr
 from fuse.ir.spec import Mask, Operand
-from fuse.kernel.sinks import Unsupported
+from fuse.kernel.destinations import Unsupported
 from fuse.targets import reference
 from fuse.targets.cpp import cpu
 from fuse.targets.cpp.launch import CppKernel, build, instruction_set

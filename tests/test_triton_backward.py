@@ -14,7 +14,7 @@ from specs import CASES, RANDOM_CASES
 from fuse import targets
 from fuse.ir.expr import Expr, const
 from fuse.ir.spec import Mask, Operand
-from fuse.kernel.sinks import Unsupported
+from fuse.kernel.destinations import Unsupported
 from fuse.targets import reference
 
 pytest.importorskip("triton", reason="no Triton on this platform")

@@ -115,7 +115,7 @@ def render(spec: AttentionSpec, plan: Plan) -> str:
     weight = source.weight()
     extra_logits = source.extra_logits()
     context = call_context(source, plan) | {
-        "programs": programs, "weight": weight, "extra_logits": extra_logits, "exact": computed.threshold is not None,
+        "programs": programs, "weight": weight, "extra_logits": extra_logits, "recomputed": computed.threshold is not None,
         "threshold": repr(computed.threshold), "factor": repr(computed.factor),
         "stage_count": max(len(p.stages) for p in [*programs, weight]), "example": example(spec),
     }  # fmt: skip
@@ -141,7 +141,7 @@ def call_context(source: Source, plan: Plan) -> dict[str, object]:
         "drawn": drawn_in(*spec.roots().values()),
         "tile_map": tile_map, "map_rows": ROWS, "map_keys": KEYS,
         "ranges": Ranges() if residual is None or tile_map is not None else ranges_of(residual, source.writer, source.count),
-        "site": source.site, "rows": source.rows,
+        "batch_index": source.site, "rows": source.rows,
     }  # fmt: skip
 
 

@@ -11,9 +11,9 @@ from fuse.ir.expr import Expr, Prob, Score
 from fuse.ir.gradient import Gradient
 from fuse.ir.spec import AttentionSpec
 from fuse.kernel.backward import Added, BackwardProgram, Results, backward_program, is_one
+from fuse.kernel.destinations import Destination
 from fuse.kernel.example import example_of_gradients
 from fuse.kernel.places import is_affine, is_separable
-from fuse.kernel.sinks import Sink
 from fuse.kernel.source import environment, header_lines
 from fuse.targets.cpp.outline import finished
 from fuse.targets.cpp.plan import Plan
@@ -110,12 +110,12 @@ class _Programs:
         return f"exp2_lanes(({score} * R({factor!r}) - lse) * {_LOG2E}) * norm.inverse[v]"
 
     def _terms(self, writer: Writer, factors: Sequence[Expr]) -> Iterator[Added]:
-        found = [s for s in self.computed.sinks if s.kind != "matrix"]
-        for sink, term, factor in zip(found, self.computed.of.terms, factors, strict=True):
-            if sink.kind != "logit":
+        found = [s for s in self.computed.destinations if s.kind != "matrix"]
+        for to, term, factor in zip(found, self.computed.of.terms, factors, strict=True):
+            if to.kind != "logit":
                 outer = "d_weight" if term.root == "weight" else "d_score"
                 text = outer if is_one(factor) else f"{outer} * {self._real(writer, factor)}"
-                yield Added(sink.name, sink.kind, text, _tiled(sink))
+                yield Added(to.name, to.kind, text, _tiled(to))
 
     def _slope(self, writer: Writer, slope: Expr, exact: bool) -> str:
         """Where nothing depends on the raw score, its gradient is zero even in a row of NaN."""
@@ -129,9 +129,9 @@ class _Programs:
         return writer.value(node).spread("real")
 
 
-def _tiled(sink: Sink) -> bool:
+def _tiled(to: Destination) -> bool:
     """Whether entries add at a part of the query plus a part of the key."""
-    return sink.kind in ("dense", "entry") and (is_separable(sink.load) or all(is_affine(c) for c in sink.load.coords))
+    return to.kind in ("dense", "entry") and (is_separable(to.load) or all(is_affine(c) for c in to.load.coords))
 
 
 # -------------------------------------------------------------------------------------------------------------- source
@@ -140,12 +140,12 @@ def _tiled(sink: Sink) -> bool:
 def render_backward(spec: AttentionSpec, wanted: Sequence[bool], plan: Plan) -> str:
     """One self-contained C++ source. Raises Unsupported where a gradient cannot be computed without a risk."""
     computed = backward_program(spec, tuple(wanted))
-    found, masked = computed.sinks, computed.forward.masked
+    found, masked = computed.destinations, computed.forward.masked
     source = Source(spec)
     write = _Programs(source, computed)
     names = ("full", "partial") if masked else ("full",)
     programs: list[Program] = []
-    if computed.exact_below is not None:
+    if computed.recomputed_below is not None:
         programs = [write.lanes("exact"), source.program("scores_exact", "Scores only.", spec.score, exact=True)]
     key_programs: list[KeyEntries] = []
     if plan.core == "matrix":
@@ -160,11 +160,11 @@ def render_backward(spec: AttentionSpec, wanted: Sequence[bool], plan: Plan) -> 
     context = call_context(source, plan) | {
         "header": header,
         "programs": [p for p in programs if isinstance(p, Entries)], "key_programs": key_programs,
-        "key_runs": write.runs.context(), "masked": masked, "exact": computed.exact_below is not None,
-        "threshold": repr(computed.exact_below),
-        "exact_scores": next((p for p in programs if not isinstance(p, Entries)), None),
+        "key_runs": write.runs.context(), "masked": masked, "recomputed": computed.recomputed_below is not None,
+        "recomputed_below": repr(computed.recomputed_below),
+        "recomputed_scores": next((p for p in programs if not isinstance(p, Entries)), None),
         "extra_logits": source.extra_logits(), "wanted": matrices, "factor": repr(computed.scale),
-        "sinks": [_sink_context(source, computed.of, i, s) for i, s in enumerate(found)],
+        "destinations": [_destination_context(source, computed.of, i, s) for i, s in enumerate(found)],
         "example": example_of_gradients(
             spec, [(s.load.operand, s.load.dtype if s.kind == "matrix" else "real", s.order) for s in found]
         ),
@@ -181,25 +181,25 @@ def argument_count(spec: AttentionSpec) -> int:
     return 3 + spec.batch + 2 + len(spec.symbols) + sum(1 + 2 * o.rank for o in spec.operands)
 
 
-def _sink_context(source: Source, of: Gradient, number: int, sink: Sink) -> dict[str, object]:
+def _destination_context(source: Source, of: Gradient, number: int, to: Destination) -> dict[str, object]:
     def place(dims: Iterable[int] | None) -> str:
-        return scalar_function(lambda w: w.offset(sink.load, strides=f"t.stride[{number}]", dims=dims), source.count)
+        return scalar_function(lambda w: w.offset(to.load, strides=f"t.stride[{number}]", dims=dims), source.count)
 
-    found = {"name": sink.name, "kind": sink.kind, "number": number, "rank": len(sink.load.coords)}
-    found["matrix"] = sink.kind == "matrix"
-    if sink.kind == "matrix":
-        row, column = ("q" if sink.name == "query" else "k"), ("e" if sink.name == "value" else "d")
-        return found | {"row": row, "column": column, "ctype": C_TYPES[sink.load.dtype], "place": place(None), "sliced": False}
-    inner = tuple(d for d, c in enumerate(sink.load.coords) if expr.axes(c) & {"q", "k"})
-    size = " * ".join(f"c.size[{sink.load.operand}][{d}]" for d in sink.dims) or "1"
-    outer = tuple(d for d in range(len(sink.load.coords)) if d not in inner)
-    found |= {"comment": f"Gradient of {sink.load}.", "base": place(outer), "place": place(inner), "size": size,
-              "sliced": sink.kind != "dense", "inside": ""}  # fmt: skip
-    if _tiled(sink):
-        always = is_separable(sink.load)
-        found["inside"] = scalar_function(lambda w: "true" if always else w.inside(sink.load), source.count)
-    if sink.kind == "logit":
-        term = of.terms[int(sink.name.removeprefix("term"))]
+    found = {"name": to.name, "kind": to.kind, "number": number, "rank": len(to.load.coords)}
+    found["matrix"] = to.kind == "matrix"
+    if to.kind == "matrix":
+        row, column = ("q" if to.name == "query" else "k"), ("e" if to.name == "value" else "d")
+        return found | {"row": row, "column": column, "ctype": C_TYPES[to.load.dtype], "place": place(None), "sliced": False}
+    inner = tuple(d for d, c in enumerate(to.load.coords) if expr.axes(c) & {"q", "k"})
+    size = " * ".join(f"c.size[{to.load.operand}][{d}]" for d in to.dims) or "1"
+    outer = tuple(d for d in range(len(to.load.coords)) if d not in inner)
+    found |= {"comment": f"Gradient of {to.load}.", "base": place(outer), "place": place(inner), "size": size,
+              "sliced": to.kind != "dense", "inside": ""}  # fmt: skip
+    if _tiled(to):
+        always = is_separable(to.load)
+        found["inside"] = scalar_function(lambda w: "true" if always else w.inside(to.load), source.count)
+    if to.kind == "logit":
+        term = of.terms[int(to.name.removeprefix("term"))]
         logit = of.spec.extra_logits[int(term.root.rpartition(".")[2])]
         found |= {"logit": source.function(logit), "factor": source.function(term.factor)}
     return found

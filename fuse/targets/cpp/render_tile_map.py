@@ -50,7 +50,7 @@ def render_tile_map(spec: TileMap, plan: Plan) -> str:
         "batch": spec.batch, "symbols": spec.symbols, "batch_sizes": [f"B{i}" for i in range(spec.batch)],
         "ranks": [o.rank for o in spec.operands], "key_programs": [program], "key_runs": runs.context(),
         "example": example(spec), "lse_ctype": "float",
-        "site": site, "bytes": _bytes(spec.predicate, count), "rows": ROWS, "keys": KEYS,
+        "batch_index": site, "bytes": _bytes(spec.predicate, count), "rows": ROWS, "keys": KEYS,
         "empty": EMPTY, "partial": PARTIAL, "full": FULL,
     }  # fmt: skip
     text = environment().get_template("cpp/shared/tile_map.cpp.jinja").render(context)

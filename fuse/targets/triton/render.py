@@ -211,9 +211,9 @@ def call_context(source: Source, plan: TritonPlan) -> dict[str, object]:
         "value": source.stream("value", spec.value, full[1], full[1] and plan.stages > 1),
         "full": source.program(visible, factor, []),
         "partial": source.program(visible, factor, source.seen(), predicate=residual), "skip": source.skip(),
-        "exact": None if threshold is None else source.program(spec.score, 1.0, ["k_ok"], exact=True),
+        "recomputed": None if threshold is None else source.program(spec.score, 1.0, ["k_ok"], exact=True),
         "weight": source.weight(), "extras": [source.extra(x) for x in spec.extra_logits], "factor": repr(factor),
-        "threshold": repr(threshold), "empty_row": spec.empty_row, "site": source.site, "rows": source.rows,
+        "threshold": repr(threshold), "empty_row": spec.empty_row, "batch_index": source.site, "rows": source.rows,
         "out_strides": [f"to_{i}" for i in range(spec.batch + 2)], "out_offset": _out_offset(spec),
     }  # fmt: skip
 

@@ -19,7 +19,7 @@ def render_tile_map_triton(spec: TileMap) -> str:
     lines = (f"which tiles hold an entry where {spec.predicate}", f"spec  {spec.to_json()}")
     context = arguments(spec) | {
         "header": "\n".join(f"# {line}" for line in lines), "entry": TILE_MAP, "batch": spec.batch,
-        "predicate": writer.value(spec.predicate), "site": site, "entries": entries, "map_rows": ROWS,
+        "predicate": writer.value(spec.predicate), "batch_index": site, "entries": entries, "map_rows": ROWS,
         "map_keys": KEYS, "empty": EMPTY, "partial": PARTIAL, "full": FULL,
     }  # fmt: skip
     return environment().get_template("triton/tile_map.py.jinja").render(context)

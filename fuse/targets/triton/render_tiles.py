@@ -50,7 +50,7 @@ def render_tiles(spec: AttentionSpec, owner: str) -> str:
         result = TritonRanges(source.writer(visited), owner, source.rows, visited, source.count).range(residual)
     context = arguments(spec) | {
         "header": header(spec, "tiles that are visited"), "entry": f"{TILES}_{owner}", "own": own, "other": other,
-        "bounds": bounds, "mask_axes": mask_axes(spec), "site": source.site, "owned": source.rows, "visited": visited,
+        "bounds": bounds, "mask_axes": mask_axes(spec), "batch_index": source.site, "owned": source.rows, "visited": visited,
         "cells": cells, "result": result, "empty": tile_map.EMPTY, "full_cell": tile_map.FULL, "map_rows": tile_map.ROWS,
         "map_keys": tile_map.KEYS,
     }  # fmt: skip
