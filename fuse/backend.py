@@ -9,7 +9,6 @@ from functools import cache
 from typing import Any
 
 import torch
-from torch._subclasses import FakeTensor
 from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException
 from torch.fx import GraphModule
 
@@ -26,9 +25,6 @@ log = logging.getLogger("fuse")
 compiled_sites: list[Site] = []
 """Of every graph that was compiled in this process, in order; a recompile counts anew."""
 
-# Other subclasses (DTensor, nested tensors, a user's own) have a say in what each op does, so that no reading is a proof.
-PLAIN = (torch.Tensor, torch.nn.Parameter, torch.nn.Buffer, FakeTensor)
-
 
 def fuse(
     gm: GraphModule, example_inputs: Sequence[Any], *, mode: str | None = None, options: Mapping[str, Any] | None = None
@@ -40,7 +36,7 @@ def fuse(
     chosen = resolve(mode, options)
     original = check.keep(gm) if chosen.verify else None
     target = target_of(example_inputs, chosen)
-    sites = [] if target is None else rewrite(gm, target)
+    sites = [] if target is None else rewrite(gm, target, example_inputs)
     if target is not None:
         _prepare(gm, sites, target, chosen.tune)  # builds run beside the inner compiler
     compiled = _compiled(gm, example_inputs, inner.compiler(chosen, patterns=target is None))
@@ -73,7 +69,7 @@ def _compiled(gm: GraphModule, example_inputs: Sequence[Any], compiler: Callable
 def target_of(example_inputs: Sequence[Any], chosen: Options) -> Target | None:
     """Who runs what is fused in a graph with such inputs; None for one that fuse does not read: it is the inner compiler's."""
     tensors = [x for x in example_inputs if isinstance(x, torch.Tensor)]
-    if chosen.disable or any(type(x) not in PLAIN for x in tensors):
+    if chosen.disable:
         return None
     devices = {x.device.type for x in tensors}
     target = registry.for_devices(chosen.target, devices)
@@ -82,10 +78,10 @@ def target_of(example_inputs: Sequence[Any], chosen: Options) -> Target | None:
     return target
 
 
-def rewrite(gm: GraphModule, target: Target) -> list[Site]:
+def rewrite(gm: GraphModule, target: Target, inputs: Sequence[Any]) -> list[Site]:
     """Rewrites ``gm`` in place. A defect of a pass must not cost the user more than its fusions."""
     try:
-        return [replace(site, target=target.name) for site in passes.run(gm, target.name)]
+        return [replace(site, target=target.name) for site in passes.run(gm, target.name, inputs)]
     except Exception:
         log.warning("a pass failed; attention in this graph may run unfused. Please report this.", exc_info=True)
         return []

@@ -14,7 +14,8 @@ of the graph
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch.fx import Graph, GraphModule, Node
@@ -28,12 +29,12 @@ from fuse.passes.find import Candidate, find
 from fuse.passes.layout import put_keys_innermost
 from fuse.passes.lift import Lifted, Pass, Setting, lift
 from fuse.passes.masks import recover_mask
-from fuse.passes.read.graph import State, operator_name, states
+from fuse.passes.read.graph import State, hidden_subclass, operator_name, states
 from fuse.passes.read.trace import Trace, trace
 from fuse.passes.replace import insert, remove
 from fuse.passes.tables import tabulate
 from fuse.passes.tiles import map_tiles
-from fuse.report.reasons import Declined, InternalError, NoScoreProduct, NotSoftmax, StateChanges
+from fuse.report.reasons import Declined, InternalError, NoScoreProduct, NotSoftmax, StateChanges, Subclass
 from fuse.report.site import Site
 
 PASSES: tuple[Pass, ...] = (
@@ -47,12 +48,16 @@ PASSES: tuple[Pass, ...] = (
 _BODIES = ("checkpoint", "invoke_subgraph", "wrap", "cond")
 
 
-def run(gm: GraphModule, target: str) -> list[Site]:
-    """Rewrites ``gm`` and the bodies inside it; one Site for every attention that was found, fused or not. Never raises."""
+def run(gm: GraphModule, target: str, inputs: Sequence[Any] = ()) -> list[Site]:
+    """Rewrites ``gm`` and the bodies inside it; one Site for every attention that was found, fused or not. Never raises.
+
+    ``inputs`` are the graph's, if they are known: their types may say more than the graph does.
+    """
     sites: list[Site] = []
+    hidden = hidden_subclass(gm.graph, inputs)
     for graph in _graphs(gm):
         try:
-            sites += _run_graph(graph, target)
+            sites += _run_graph(graph, target, Declined(Subclass(hidden)) if hidden else None)
         except Exception as e:  # a defect of a pass must not cost the user the model
             sites.append(Site(False, InternalError(f"{type(e).__name__}: {e}"), "", ""))
     for module in gm.modules():
@@ -71,11 +76,11 @@ def _graphs(gm: GraphModule) -> Iterator[Graph]:
                     yield from _graphs(body)
 
 
-def _run_graph(graph: Graph, target: str) -> list[Site]:
+def _run_graph(graph: Graph, target: str, refused: Declined | None) -> list[Site]:
     """The passes on one graph; a composite call in which nothing is fused stays as it was."""
     expansions = expand(graph)
     before = set(graph.nodes)
-    sites = _fuse_sites(graph, target, {n for e in expansions for n in (e.call, *(old for old, _ in e.moved))})
+    sites = _fuse_sites(graph, target, refused, {n for e in expansions for n in (e.call, *(old for old, _ in e.moved))})
     made = {n for n in graph.nodes if n not in before}
     left = set(graph.nodes)
     for e in expansions:
@@ -86,15 +91,15 @@ def _run_graph(graph: Graph, target: str) -> list[Site]:
     return sites
 
 
-def _fuse_sites(graph: Graph, target: str, kept: set[Node]) -> list[Site]:
-    """Fuses what can be; of the nodes that nobody reads any more, ``kept`` stay."""
+def _fuse_sites(graph: Graph, target: str, refused: Declined | None, kept: set[Node]) -> list[Site]:
+    """Fuses what can be, if the graph is not ``refused``; of the nodes that nobody reads any more, ``kept`` stay."""
     state_of = states(graph)
     candidates = find(graph, state_of)
     if not candidates:
         return []
     sites: list[Site] = []
     found: list[Found] = []
-    for candidate, traced in _traces(graph, candidates, state_of):
+    for candidate, traced in _traces(graph, candidates, state_of) if refused is None else ((c, refused) for c in candidates):
         try:
             if isinstance(traced, Declined):
                 raise traced

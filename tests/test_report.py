@@ -27,7 +27,7 @@ DECLINED = Site(False, RandomNumbers("randn"), "model.py:7", "decoder <b>")
 
 @pytest.fixture
 def one_site_per_graph(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(passes, "run", lambda gm, _: [fused(0)], raising=False)
+    monkeypatch.setattr(passes, "run", lambda gm, *_: [fused(0)], raising=False)
 
 
 class Counting(nn.Module):

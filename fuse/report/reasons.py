@@ -82,6 +82,11 @@ class UnsupportedType(Reason):
     unblock = "use dense float32, bfloat16, float16 or float64 tensors"
 
 
+class Subclass(Reason):
+    message = "{detail}: a subclass of Tensor may give every operation another meaning"
+    unblock = "hand plain tensors to the attention (DTensor: to_local(), or use_local_output=True)"
+
+
 class Mutated(Reason):
     message = "{detail} is written in place between its use in the attention and the end of it"
     unblock = "use an out-of-place operation"

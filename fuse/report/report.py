@@ -41,7 +41,7 @@ def explain(model: Callable[..., Any], *args: Any, **kwargs: Any) -> Report:
         graphs += 1
         results = _results(gm)  # the passes may replace the nodes that know them
         if (target := backend.target_of(example_inputs, chosen)) is not None:
-            sites.extend(_expected(site) for site in backend.rewrite(gm, target))
+            sites.extend(_expected(site) for site in backend.rewrite(gm, target, example_inputs))
         return lambda *_: tuple(map(_stand_in, results))
 
     note = ""

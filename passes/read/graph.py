@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch._subclasses import FakeTensor
 from torch.fx import Graph, Node
 
 # Functions whose bare name would hide that they are in place, or that look in place and are not.
@@ -23,6 +24,8 @@ VIEWS = {
     "select", "repeat_interleave", "repeat", "expand_as", "view_as", "reshape_as", "detach", "getattr", "tile",
     "broadcast_to", "split_with_sizes", "tensor_split", "alias", "slice", "_unsafe_view", "lift_fresh_copy",
 }  # fmt: skip
+# Other subclasses (DTensor, nested tensors, a user's own) have a say in what each op does, so that no reading is a proof.
+PLAIN = (torch.Tensor, torch.nn.Parameter, torch.nn.Buffer, FakeTensor)
 MADE = "made by fuse"  # marks nodes that are no part of the user's program
 _FRAME = re.compile(r'File "(.*)", line (\d+), in (\S+)')
 
@@ -56,6 +59,14 @@ def operator_name(node: Node) -> str:
 def tensor_of(node: Node) -> torch.Tensor | None:
     value = node.meta.get("example_value")
     return value if isinstance(value, torch.Tensor) else None
+
+
+def hidden_subclass(graph: Graph, inputs: Sequence[Any]) -> str:
+    """ "x is a Tagged" where ``inputs``, the graph's, hold a subclass that Dynamo's graph shows as a plain tensor, or ""."""
+    for node, x in zip(graph.find_nodes(op="placeholder"), inputs, strict=False):
+        if isinstance(x, torch.Tensor) and type(x) not in PLAIN and type(tensor_of(node)) in PLAIN:
+            return f"{user_name(node)} is a {type(x).__name__}"
+    return ""
 
 
 def states(graph: Graph) -> dict[Node, State]:

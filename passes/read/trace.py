@@ -20,9 +20,9 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 from fuse.ir.spec import IntLike
-from fuse.passes.read.graph import Autocast, State, location, operator_name
+from fuse.passes.read.graph import PLAIN, Autocast, State, location, operator_name, user_name
 from fuse.passes.read.sdpa import sdpa_as_products
-from fuse.report.reasons import Declined, NotTraceable
+from fuse.report.reasons import Declined, NotTraceable, Subclass
 
 
 @dataclass(frozen=True, eq=False)
@@ -116,6 +116,7 @@ class _Recorder(TorchDispatchMode):
 
 def trace(nodes: Sequence[Node], inputs: Sequence[Node], state_of: Mapping[Node, State]) -> Trace:
     """Runs ``nodes``, in order, from fresh fakes for ``inputs``. Raises Declined if that fails or contradicts Dynamo."""
+    _refuse_subclasses([*inputs, *nodes])
     mode = _fake_mode([*inputs, *nodes])
     recorder = _Recorder()
     tensor_inputs = [n for n in inputs if isinstance(n.meta.get("example_value"), torch.Tensor)]
@@ -144,6 +145,13 @@ def trace(nodes: Sequence[Node], inputs: Sequence[Node], state_of: Mapping[Node,
             raise Declined(NotTraceable(f"{type(e).__name__}: {str(e).splitlines()[0] if str(e) else ''}")) from e
     held |= {n: r for n, r in zip(nodes, results, strict=True) if r is not None}
     return _as_trace(frozenset(nodes), held, recorder, state_of)
+
+
+def _refuse_subclasses(nodes: Sequence[Node]) -> None:
+    for node in nodes:
+        value = node.meta.get("example_value")
+        if isinstance(value, torch.Tensor) and type(value) not in PLAIN:
+            raise Declined(Subclass(f"{user_name(node)} is a {type(value).__name__}", location(node)))
 
 
 def computed(inputs: Sequence[Value], compute: Callable[..., torch.Tensor]) -> Value:
