@@ -8,15 +8,20 @@ The spec travels as text: torch's graph caches are keyed on it, and a graph with
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch._functorch.utils import enable_single_level_autograd_function
+from torch.autograd import forward_ad
+from torch.autograd.function import _SingleLevelFunction
 
 from fuse.errors import SecondDerivative
 from fuse.ir.gradient import differentiable
 from fuse.ir.spec import AttentionSpec, IntLike
+from fuse.ops import batching
 from fuse.remembered import remembered
 from fuse.targets import registry
 
@@ -106,15 +111,18 @@ def _fake_backward(
 # -------------------------------------------------------------------------------------------------------- autograd
 
 
-class _Attention(torch.autograd.Function):
+# Of one level: that of the transform, as in torch.func.grad, under which the dispatcher calls the autograd kernel; what is
+# below goes on to the next level, where gradients may be wanted too, as with ATen's operators.
+class _Attention(_SingleLevelFunction):
     """Saves the operands, the result and the log-sum-exp of its rows; the scores are computed again."""
 
     @staticmethod
     def forward(ctx: Any, sizes: list[IntLike], spec: str, target: str, *operands: Tensor) -> Tensor:
-        with torch._C._AutoDispatchBelowAutograd():
+        with torch.enable_grad(), torch._C._AutoDispatchBelowAutograd():
             out: Tensor
             out, lse = torch.ops.fuse.attention_forward.default(operands, sizes, spec, target)
         ctx.save_for_backward(out, lse, *operands)
+        ctx.save_for_forward(out, lse, *operands)
         ctx.call = sizes, spec, target
         return out
 
@@ -125,8 +133,17 @@ class _Attention(torch.autograd.Function):
         grads = iter(torch.ops.fuse.attention_backward.default(grad_out, operands, sizes, out, lse, spec, target, wanted))
         return (None, None, None, *(next(grads) if w else None for w in wanted))
 
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> Tensor:
+        """No kernel has it: the reference is plain PyTorch."""
+        from fuse.targets import reference
 
-class _Last(torch.autograd.Function):
+        (_, _, *operands), (sizes, spec, _) = ctx.saved_tensors, ctx.call
+        used = [t if d else None for t, d in zip(tangents[3:], _differentiable(spec), strict=True)]
+        return reference.attention_tangent(parsed(spec), operands, used, sizes)
+
+
+class _Last(_SingleLevelFunction):
     """The backward pass as something that has no derivative."""
 
     @staticmethod
@@ -134,7 +151,7 @@ class _Last(torch.autograd.Function):
         ctx: Any, sizes: list[IntLike], spec: str, target: str, wanted: list[bool], grad_out: Tensor, out: Tensor, lse: Tensor,
         *operands: Tensor,
     ) -> tuple[Tensor, ...]:  # fmt: skip
-        with torch._C._AutoDispatchBelowAutograd():
+        with torch.enable_grad(), torch._C._AutoDispatchBelowAutograd():
             call = torch.ops.fuse.attention_backward.default
             return tuple(call(grad_out, operands, sizes, out, lse, spec, target, wanted))
 
@@ -142,12 +159,31 @@ class _Last(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> None:
         raise SecondDerivative
 
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> None:
+        raise SecondDerivative
+
+
+def _apply(function: type[_SingleLevelFunction], *args: Any) -> Any:
+    if not torch._C._are_functorch_transforms_active():
+        return function.apply(*args)
+    with enable_single_level_autograd_function():
+        return function.apply(*args)
+
+
+def _any_gradient(tensors: Sequence[Tensor], differentiable: Sequence[bool]) -> bool:
+    return torch.is_grad_enabled() and any(t.requires_grad and d for t, d in zip(tensors, differentiable, strict=True))
+
+
+def _any_tangent(tensors: Sequence[Tensor]) -> bool:
+    return forward_ad._current_level >= 0 and any(forward_ad.unpack_dual(t).tangent is not None for t in tensors)
+
 
 def _attention_autograd(operands: list[Tensor], sizes: list[int], spec: str, target: str) -> Tensor:
     """Runs eagerly and while AOTAutograd traces."""
     result: Tensor
-    if torch.is_grad_enabled() and any(t.requires_grad and d for t, d in zip(operands, _differentiable(spec), strict=True)):
-        result = _Attention.apply(sizes, spec, target, *operands)  # type: ignore[no-untyped-call]
+    if _any_gradient(operands, _differentiable(spec)) or _any_tangent(operands):
+        result = _apply(_Attention, sizes, spec, target, *operands)
         return result
     with torch._C._AutoDispatchBelowAutograd():
         result = torch.ops.fuse.attention.default(operands, sizes, spec, target)
@@ -159,8 +195,9 @@ def _backward_autograd(
     wanted: list[bool],
 ) -> list[Tensor]:  # fmt: skip
     """Differentiable in name: with ``create_graph`` the gradients are given, and theirs raise SecondDerivative."""
-    if torch.is_grad_enabled() and any(t.requires_grad for t in (grad_out, out, *operands)):
-        return list(_Last.apply(sizes, spec, target, wanted, grad_out, out, lse, *operands))  # type: ignore[no-untyped-call]
+    tensors = (grad_out, out, *operands)
+    if _any_gradient(tensors, [True] * len(tensors)) or _any_tangent(tensors):
+        return list(_apply(_Last, sizes, spec, target, wanted, grad_out, out, lse, *operands))
     with torch._C._AutoDispatchBelowAutograd():
         grads: list[Tensor] = torch.ops.fuse.attention_backward.default(
             grad_out, operands, sizes, out, lse, spec, target, wanted
@@ -168,13 +205,15 @@ def _backward_autograd(
         return grads
 
 
-def _register(name: str, kernel: Any, autograd: Any, fake: Any) -> None:
+def _register(name: str, kernel: Any, autograd: Any, fake: Any, batching_rule: Any) -> None:
     _library.impl(name, kernel, "CompositeExplicitAutograd")
     if autograd is not None:
         _library.impl(name, autograd, "Autograd")
     torch.library.register_fake(f"fuse::{name}", fake, lib=_library)
+    torch.library.register_vmap(f"fuse::{name}", batching_rule, lib=_library)
 
 
-_register("attention", _attention, _attention_autograd, _fake)
-_register("attention_forward", _forward, None, _fake_forward)
-_register("attention_backward", _backward, _backward_autograd, _fake_backward)
+_register("attention", _attention, _attention_autograd, _fake, batching.attention_rule)
+_register("attention_forward", _forward, None, _fake_forward, batching.forward_rule)
+_register("attention_backward", _backward, _backward_autograd, _fake_backward, batching.backward_rule)
+_library.impl("attention_backward", batching.legacy_backward_rule, "Batched")

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from fuse.ir.spec import IntLike
 from fuse.ir.tile_map import TileMap
+from fuse.ops.batching import tile_map_rule
 from fuse.ops.kept import kept
 from fuse.remembered import remembered
 
@@ -52,3 +53,4 @@ def _autograd(operands: list[Tensor], sizes: list[int], spec: str, target: str, 
 _library.impl("tile_map", _tile_map, "CompositeExplicitAutograd")
 _library.impl("tile_map", _autograd, "Autograd")
 torch.library.register_fake("fuse::tile_map", _fake, lib=_library)
+torch.library.register_vmap("fuse::tile_map", tile_map_rule, lib=_library)

@@ -228,6 +228,56 @@ class _Backward:
         self.site.grid(**ranges).scatter(grad, load, totals[load.operand])
 
 
+# --------------------------------------------------------------------------------------------------------- tangent
+
+
+def attention_tangent(
+    spec: AttentionSpec, operands: Sequence[Tensor], tangents: Sequence[Tensor | None], sizes: Sequence[int]
+) -> Tensor:
+    """The derivative of the result along ``tangents``, one for each operand or None: forward-mode differentiation.
+
+    The tangent of a softmax is prob * (t - sum of prob * t), t the scores'. Laid out as the result.
+    """
+    wanted = tuple(t is not None for t in tangents)
+    along = [torch.zeros_like(x) if t is None else t for x, t in zip(operands, tangents, strict=True)]
+    tangent = _Tangent(_site(spec, operands, sizes, "eager"), _site(spec, along, sizes, "eager"), gradient(spec, wanted))
+    out = torch.empty_strided(
+        spec.out_shape(sizes), spec.out_strides(sizes), dtype=getattr(torch, spec.out_dtype), device=operands[0].device
+    )
+    with torch.no_grad(), torch.autocast(out.device.type, enabled=False):
+        for rows in tangent.site.blocks():
+            out[..., slice(*rows), :] = tangent.rows(rows).to(out.dtype)
+    return out
+
+
+@dataclass(frozen=True)
+class _Tangent:
+    """``along`` is the call with tangents in the place of the operands; the other names are those of ``fuse.ir.gradient``."""
+
+    site: _Site
+    along: _Site
+    gradient: Gradient
+
+    def rows(self, rows: Range) -> Tensor:
+        site, along, spec = self.site, self.along, self.site.spec
+        key, value = site.key(), site.value()
+        softmax = site.softmax(rows, key)
+        leaves: dict[type[Expr], Tensor] = {Score: softmax.raw, Prob: softmax.prob}
+        raw = along.query(rows) @ key.mT + site.query(rows) @ along.key().mT
+        score = raw * site.entries(self.gradient.score, rows, leaves) + self._terms("score", rows, leaves)
+        mean = (softmax.prob * score).sum(-1, keepdim=True)
+        for i, p in enumerate(softmax.extra):
+            mean = mean + p * self._terms(f"extra_logits.{i}", rows, leaves)
+        prob = softmax.prob * (score - mean)
+        weight = prob * site.entries(self.gradient.weight, rows, leaves) + self._terms("weight", rows, leaves)
+        return _product(weight, value) + _product(site.entries(spec.weight, rows, leaves), along.value())
+
+    def _terms(self, root: str, rows: Range, leaves: Mapping[type[Expr], Tensor]) -> Tensor | float:
+        """What loads add to the tangent of ``root``."""
+        terms = [t for t in self.gradient.terms if t.root == root]
+        return sum(self.site.entries(t.factor, rows, leaves) * self.along.entries(t.load, rows, {}) for t in terms)
+
+
 # ----------------------------------------------------------------------------------------------------------- masks
 
 
