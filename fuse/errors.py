@@ -30,7 +30,7 @@ class InductorOnly(FuseError):
     )
 
 
-class TritonOnly(FuseError):
+class NotTunable(FuseError):
     message = (
         "option {what!r} is for kernels that have something to choose from, but the target is {target!r}: "
         'drop it, or use options={{"target": "triton"}}.'

@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any
 
-from fuse.errors import InductorOnly, InvalidOption, InvalidVariable, TritonOnly, UnknownOption, UnknownVariable, did_you_mean
+from fuse.errors import InductorOnly, InvalidOption, InvalidVariable, NotTunable, UnknownOption, UnknownVariable, did_you_mean
 from fuse.settings import Settings
 from fuse.targets import registry
 
@@ -45,7 +45,7 @@ class Options:
                 hint = did_you_mean(str(value), _names(allowed))
                 raise InvalidOption(name=name, value=value, allowed=_listed(allowed), hint=hint)
         if self.tune and (self.target == registry.AUTO or not registry.named(self.target).tunable):
-            raise TritonOnly(what="tune", target=self.target)
+            raise NotTunable(what="tune", target=self.target)
         if self.inner != "inductor" and (self.mode or self.inductor):
             what = f"mode={self.mode!r}" if self.mode else f"option {next(iter(self.inductor))!r}"
             raise InductorOnly(what=what, inner=self.inner)

@@ -27,7 +27,7 @@ from fuse.passes.accept import Found, accept, declined_site
 from fuse.passes.expand import expand
 from fuse.passes.find import Candidate, find
 from fuse.passes.layout import put_keys_innermost
-from fuse.passes.lift import Lifted, Pass, Setting, lift
+from fuse.passes.lift import Lifted, Pass, SiteContext, lift
 from fuse.passes.masks import recover_mask
 from fuse.passes.read.graph import State, hidden_subclass, operator_name, states
 from fuse.passes.read.trace import Trace, trace
@@ -103,7 +103,7 @@ def _fuse_sites(graph: Graph, target: str, refused: Declined | None, kept: set[N
         try:
             if isinstance(traced, Declined):
                 raise traced
-            found.append(_fuse_site(graph, candidate, Setting(traced, target), state_of))
+            found.append(_fuse_site(graph, candidate, SiteContext(traced, target), state_of))
         except Declined as d:
             if not isinstance(d.reason, (NotSoftmax, NoScoreProduct)):
                 sites.append(declined_site(candidate, d.reason))
@@ -130,12 +130,12 @@ def _trace_slices(graph: Graph, candidates: list[Candidate], state_of: Mapping[N
         return d
 
 
-def _fuse_site(graph: Graph, candidate: Candidate, setting: Setting, state_of: Mapping[Node, State]) -> Found:
+def _fuse_site(graph: Graph, candidate: Candidate, context: SiteContext, state_of: Mapping[Node, State]) -> Found:
     """The site at the outermost of the candidate's roots that can be read."""
     declined: Declined | None = None
     for root in reversed(candidate.roots):
         try:
-            lifted = lift(root, setting.trace)
+            lifted = lift(root, context.trace)
         except Declined as d:
             declined = declined or d
             continue
@@ -143,9 +143,9 @@ def _fuse_site(graph: Graph, candidate: Candidate, setting: Setting, state_of: M
             raise Declined(StateChanges("the border of a functorch transform"))
         steps = [("lift", lifted.spec)]
         for each in PASSES:
-            lifted = _verified(each, each(lifted, setting))
+            lifted = _verified(each, each(lifted, context))
             steps.append((each.__name__, lifted.spec))
-        replacement = insert(graph, root, lifted, setting.trace, setting.target)
+        replacement = insert(graph, root, lifted, context.trace, context.target)
         return Found(candidate, lifted, replacement, (*steps, ("insert", replacement.spec)))
     assert declined is not None
     raise declined

@@ -98,7 +98,7 @@ def _is_row_sum(node: Node) -> bool:
 
 
 def _divisions_after(contraction: Node) -> tuple[Node, ...]:
-    """Late normalisation: (exp(s) @ v) / sum."""
+    """Deferred normalisation: (exp(s) @ v) / sum."""
     return tuple(u for u in contraction.users if operator_name(u) in ("div", "truediv", "mul", "div_", "mul_", "itruediv"))
 
 

@@ -13,7 +13,7 @@ from torch.fx import Graph, Node
 from torch.utils._sympy.functions import CleanDiv, FloorDiv
 
 from fuse.ir.gradient import differentiable
-from fuse.ir.index import Index
+from fuse.ir.index import IndexExpr
 from fuse.ir.spec import AttentionSpec, verify
 from fuse.passes.layout import memory_order
 from fuse.passes.lift import Lifted
@@ -146,7 +146,7 @@ class _Emitter:
             return {k: self._arguments(v) for k, v in x.items()}
         return x
 
-    def size(self, n: Index) -> int | Node:
+    def size(self, n: IndexExpr) -> int | Node:
         """An integer of the graph with the value n."""
         if n.is_Integer:
             return int(n)
@@ -163,7 +163,7 @@ class _Emitter:
             return out
         raise Declined(UnsupportedShape(f"the size {n} is not to be had from the graph"))
 
-    def _symbol(self, n: Index) -> Node | None:
+    def _symbol(self, n: IndexExpr) -> Node | None:
         """A size that the graph holds, or one that differs from it by a number: s from a tensor of s + 1 positions."""
         for node, at in self.order.items():
             if at >= self.order[self.root]:
@@ -208,7 +208,7 @@ def _may_be_written(graph: Graph, root: Node) -> bool:
     return any(storage_of(n) == storage for n in graph.output_node().all_input_nodes)
 
 
-def _difference(a: torch.SymInt, b: Index) -> int | None:
+def _difference(a: torch.SymInt, b: IndexExpr) -> int | None:
     """a - b where that is a number."""
     off = sympy.expand(as_index(a) - b)
     return int(off) if off.is_Integer else None

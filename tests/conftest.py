@@ -17,7 +17,7 @@ os.environ["TRITON_INTERPRET"] = "1"
 import torch
 
 import fuse
-from fuse.targets import told
+from fuse.targets import fallback_warnings
 
 # Else pytest attaches its handler to this logger, which turns on torch's traces: slow, and shown with every failure.
 logging.getLogger("torch.__trace").propagate = True
@@ -57,6 +57,6 @@ def private_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 def fresh() -> None:
     """No test sees what another compiled, or its random numbers, or misses a warning that another has had."""
     torch.manual_seed(0)
-    told.reset()
+    fallback_warnings.reset()
     torch._dynamo.reset()
     fuse.reset()

@@ -20,7 +20,7 @@ from torch.nn import functional as F
 
 import fuse
 from fuse import passes
-from fuse.passes.lift import Lifted, Setting
+from fuse.passes.lift import Lifted, SiteContext
 from fuse.passes.read.graph import location
 
 
@@ -282,7 +282,7 @@ def test_where_is_the_line_of_the_users_source() -> None:
 
 
 def test_a_spec_that_a_pass_broke_is_refused_by_the_name_of_the_pass(monkeypatch: pytest.MonkeyPatch) -> None:
-    def break_it(lifted: Lifted, _: Setting) -> Lifted:
+    def break_it(lifted: Lifted, _: SiteContext) -> Lifted:
         return replace(lifted, spec=replace(lifted.spec, empty_row="seven"))
 
     monkeypatch.setattr(passes, "PASSES", (*passes.PASSES, break_it))

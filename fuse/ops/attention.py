@@ -21,8 +21,8 @@ from torch.autograd.function import _SingleLevelFunction
 from fuse.errors import SecondDerivative
 from fuse.ir.gradient import differentiable
 from fuse.ir.spec import AttentionSpec, IntLike
+from fuse.memoize import memoize
 from fuse.ops import batching
-from fuse.remembered import remembered
 from fuse.targets import registry
 
 # Kernels take any strides: a copy into another layout would cost and gain nothing.
@@ -53,14 +53,14 @@ def _differentiable(text: str) -> tuple[bool, ...]:
 # runtime is imported when the first kernel is run: tracing or saving a graph does not need it.
 
 
-@remembered
+@memoize
 def _kernel(text: str, target: str) -> Any:
     from fuse import targets
 
     return targets.kernel(parsed(text), target)
 
 
-@remembered
+@memoize
 def _backward_kernel(text: str, target: str, wanted: tuple[bool, ...]) -> Any:
     from fuse import targets
 

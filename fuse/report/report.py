@@ -82,12 +82,12 @@ class Report:
         """Sites that fuse computes, by kernels or by the reference."""
         return sum(site.recovered for site in self.sites)
 
-    def groups(self) -> list[Group]:
+    def groups(self) -> list[SiteGroup]:
         """Sites that differ in nothing but the module path, which is what the layers of a model are."""
         alike: dict[str, list[Site]] = {}
         for site in self.sites:
             alike.setdefault(repr(replace(site, module="", spec=None, names={}, steps=())), []).append(site)
-        return [Group(sites[0], len(sites), merge_paths([site.module for site in sites])) for sites in alike.values()]
+        return [SiteGroup(sites[0], len(sites), merge_paths([site.module for site in sites])) for sites in alike.values()]
 
     def __str__(self) -> str:
         return "\n".join([self.summary, *_table(self.groups()), *([self.note] if self.note else [])])
@@ -130,7 +130,7 @@ class Report:
 
 
 @dataclass(frozen=True)
-class Group:
+class SiteGroup:
     """``count`` sites at one line of source in modules of one name pattern."""
 
     site: Site
@@ -211,7 +211,7 @@ def _ranges(numbers: Sequence[int]) -> str:
     return "{" + ",".join("..".join(map(str, span)) for span in spans) + "}"
 
 
-def _table(groups: Sequence[Group]) -> list[str]:
+def _table(groups: Sequence[SiteGroup]) -> list[str]:
     rows = [("sites", "fused", "where", "mask", "module")]
     rows += [(str(g.count), "yes" if g.site.fused else "no", g.site.where, g.site.mask or "-", g.modules) for g in groups]
     widths = [max(len(row[i]) for row in rows) for i in range(4)]

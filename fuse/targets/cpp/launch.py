@@ -31,7 +31,7 @@ from fuse.targets.cpp import cpu, render
 from fuse.targets.cpp.plan import lse_dtype, plan, plan_tile_map
 from fuse.targets.cpp.render_tile_map import render_tile_map
 from fuse.targets.dump import dumped
-from fuse.targets.told import left
+from fuse.targets.fallback_warnings import left_to_reference
 
 GET_COMPILER = (
     "Install g++ or clang++ (Debian, Ubuntu: apt install g++; Fedora: dnf install gcc-c++; macOS: xcode-select --install; "
@@ -183,7 +183,7 @@ class Library:
         if code > 1:
             raise RuntimeError({2: "out of memory"}.get(code, f"kernel error {code}"))
         if code:
-            self.runs = left(self.runs, self._part, _LONG[self._part])
+            self.runs = left_to_reference(self.runs, self._part, _LONG[self._part])
         return not code
 
 

@@ -14,7 +14,7 @@ from fuse.targets import reference
 from fuse.targets.cpp.launch import Built, Library, build_source, instruction_set
 from fuse.targets.cpp.plan import backward_plan, lse_dtype
 from fuse.targets.cpp.render_backward import argument_count, render_backward
-from fuse.targets.gradients import Gradients
+from fuse.targets.gradient_buffers import GradientBuffers
 
 
 def build_backward(spec: AttentionSpec, wanted: Sequence[bool], isa: str | None = None) -> Built:
@@ -31,7 +31,7 @@ class CppBackward:
     def __init__(self, spec: AttentionSpec, wanted: Sequence[bool], built: Built) -> None:
         self.source = built.source
         found = destinations(spec, wanted)
-        self._spec, self._wanted, self._gradients = spec, tuple(wanted), Gradients(spec, found)
+        self._spec, self._wanted, self._gradients = spec, tuple(wanted), GradientBuffers(spec, found)
         self._lse_dtype: torch.dtype = getattr(torch, lse_dtype(spec))
         count = argument_count(spec) + 1 + spec.batch + 2 + sum(1 + len(s.order) for s in found)
         self._library = Library(built, "backward", count)

@@ -15,17 +15,17 @@ from fuse.ir.grid import Grid
 from fuse.ir.spec import AttentionSpec
 from fuse.kernel.backward import recomputed_below
 from fuse.kernel.destinations import Destination, destinations
-from fuse.kernel.groups import Groups, groups_of
+from fuse.kernel.groups import BatchGroups, groups_of
 from fuse.kernel.source import ENTRY
 from fuse.targets import reference
-from fuse.targets.gradients import Gradients
-from fuse.targets.told import left
+from fuse.targets.fallback_warnings import left_to_reference
+from fuse.targets.gradient_buffers import GradientBuffers
 from fuse.targets.triton.copies import Copies
 from fuse.targets.triton.launch_tiles import TritonTiles
 from fuse.targets.triton.module import Module, current_architecture, made, precision
 from fuse.targets.triton.plan import described
 from fuse.targets.triton.plan_backward import Launch, TritonBackwardPlan, candidates_backward
-from fuse.targets.triton.plans import Plans
+from fuse.targets.triton.plan_choice import PlanChoice
 from fuse.targets.triton.render_backward import COPIED, PLACED, kind_of, render_backward, written_by
 
 _MOST = 64  # tables of groups that are kept, by batch sizes: while a CUDA graph is captured, none can be copied to the device
@@ -41,10 +41,10 @@ class TritonBackward:
         self._spec, self._wanted = spec, tuple(wanted)
         self._destinations = destinations(spec, wanted)
         self._shared = any(kind_of(s) == "shared" for s in self._destinations)
-        self._gradients = Gradients(spec, self._destinations)
+        self._gradients = GradientBuffers(spec, self._destinations)
         self._real: torch.dtype = getattr(torch, spec.lse_dtype)
-        self._groups: dict[tuple[object, ...], list[Groups]] = {}
-        self.plans = Plans(lambda arch: candidates_backward(spec, arch, self._shared))
+        self._groups: dict[tuple[object, ...], list[BatchGroups]] = {}
+        self.plans = PlanChoice(lambda arch: candidates_backward(spec, arch, self._shared))
         self._tiles = {owner: TritonTiles(spec, owner) for owner in ("k", "q")}
         name = f"attention_backward_{spec.out_dtype}_{spec.qk_dim}x{spec.v_dim}"
         rendered = described(spec, current_architecture())
@@ -63,7 +63,7 @@ class TritonBackward:
         torch is told to be deterministic, the reference computes them.
         """
         if self._shared and torch.are_deterministic_algorithms_enabled():
-            self.runs = left(self.runs, "backward", "calls under torch.use_deterministic_algorithms")
+            self.runs = left_to_reference(self.runs, "backward", "calls under torch.use_deterministic_algorithms")
             return reference.attention_backward(self._spec, grad_out, operands, sizes, self._wanted, "eager")
         found: list[Tensor] = []
 
@@ -104,15 +104,15 @@ class TritonBackward:
         delta: Tensor,
     ) -> list[Any]:  # fmt: skip
         """Computes what is known of each row; what the kernels have in common before the ``given`` operands and integers."""
-        sites = math.prod(sizes[: self._spec.batch])
-        tops = rests = flags = lse  # never read
+        count = math.prod(sizes[: self._spec.batch])
+        maxima = log_sums = flags = lse  # never read
         if recomputed_below(self._spec) is not None:
-            tops, rests = torch.empty_like(lse), torch.empty_like(lse)
-            flags = torch.zeros(sites, dtype=torch.int32, device=lse.device)
+            maxima, log_sums = torch.empty_like(lse), torch.empty_like(lse)
+            flags = torch.zeros(count, dtype=torch.int32, device=lse.device)
         normal = torch.empty_like(lse)
-        known = [grad_out, lse, normal, delta, tops, rests, flags, *grad_out.stride()]
+        known = [grad_out, lse, normal, delta, maxima, log_sums, flags, *grad_out.stride()]
         blocks = -(-sizes[self._spec.batch] // plan.block_q)
-        self.functions["rows"][(sites * blocks,)](out, *known, *given, *out.stride(), **_options(plan))
+        self.functions["rows"][(count * blocks,)](out, *known, *given, *out.stride(), **_options(plan))
         return known
 
     def _launch(
@@ -130,12 +130,14 @@ class TritonBackward:
         outputs = [x for s in found for x in (gradients[s.name], *strides[s.name])]
         for groups in self._grouped(owner, found, sizes, known[0].device):
             flags = kind | {f"HAS_{s.name}": s.name in groups.written for s in found}
-            flags |= {"ALONE": groups.count == len(groups.sites), "LISTED": listed}
+            flags |= {"ALONE": groups.count == len(groups.batch_indices), "LISTED": listed}
             self.functions[name][(groups.count * blocks,)](
-                *known, *given, *rows, groups.sites, groups.starts, *lists, *outputs, **flags, **_options(plan)
+                *known, *given, *rows, groups.batch_indices, groups.starts, *lists, *outputs, **flags, **_options(plan)
             )
 
-    def _grouped(self, owner: str, found: Sequence[Destination], sizes: Sequence[int], device: torch.device) -> list[Groups]:
+    def _grouped(
+        self, owner: str, found: Sequence[Destination], sizes: Sequence[int], device: torch.device
+    ) -> list[BatchGroups]:
         by_name = dict(zip(self._spec.symbols, sizes, strict=True))
         read = {f"B{i}" for i in range(self._spec.batch)}.union(expr.symbols(*(c for s in found for c in s.load.coords)))
         key = (owner, device, *(by_name[name] for name in sorted(read)))

@@ -44,7 +44,7 @@ class Text:
 
 
 @dataclass(frozen=True)
-class Entries:
+class TileEntries:
     """What happens to the entries of a tile between the products: statements, then ``results``."""
 
     lines: Sequence[str]
@@ -66,15 +66,15 @@ class _Kernel:
     """Writes what one kernel computes. ``owner``: "q" or "k", the position that a program keeps; it visits the other one. With
     "k - q" it keeps distances, and visits queries and keys together.
 
-    described    tiles may be copied by tensor descriptors
-    site, owned  what is computed once for a batch index, and once for each position that is kept
+    described           tiles may be copied by tensor descriptors
+    batch_index, owned  what is computed once for a batch index, and once for each position that is kept
     """
 
     computed: BackwardProgram
     owner: str
     count: list[int]
     described: bool = False
-    site: Block = field(default_factory=Block)
+    batch_index: Block = field(default_factory=Block)
     owned: Block = field(default_factory=Block)
 
     @property
@@ -85,18 +85,18 @@ class _Kernel:
     def visited(self) -> str:
         return "q" if self.owner == "k" else "k"
 
-    def writer(self, tile: Block | None = None, exact: bool = False, names: dict[str, str] | None = None) -> TritonWriter:
+    def writer(self, tile: Block | None = None, as_eager: bool = False, names: dict[str, str] | None = None) -> TritonWriter:
         def place(axes: frozenset[str]) -> Block:
             varying = axes & {"q", "k", "d", "e"}
-            return self.site if not varying else self.owned if varying == {self.owner} or tile is None else tile
+            return self.batch_index if not varying else self.owned if varying == {self.owner} or tile is None else tile
 
         drawn = {"q": "f_uniform_along({}, k0, BN)", "k": "f_uniform_down({}, first, BN, BM)"}.get(self.owner, "")
-        return TritonWriter(place, _real(self.spec), self.count, exact, names=names or {}, drawn=drawn)
+        return TritonWriter(place, _real(self.spec), self.count, as_eager, names=names or {}, drawn=drawn)
 
     def value(self, node: Expr, **names: str) -> Text:
         """``node``, of positions that have other names."""
-        here = Block()
-        writer = TritonWriter(lambda axes: here if axes & {"q", "k"} else self.site, _real(self.spec), self.count, names=names)
+        here, once = Block(), self.batch_index
+        writer = TritonWriter(lambda axes: here if axes & {"q", "k"} else once, _real(self.spec), self.count, names=names)
         return Text(here.lines, writer.value(node))
 
     # ------------------------------------------------------------------------------------------------------- tiles
@@ -150,7 +150,7 @@ class _Kernel:
         tile = Block()
         return Text(tile.lines, self.seen(self.writer(tile)))
 
-    def entries(self, found: Sequence[Destination], full: bool) -> Entries:
+    def entries(self, found: Sequence[Destination], full: bool) -> TileEntries:
         """Of a tile that is seen entirely, or of one that may not be."""
         computed, tile = self.computed, Block()
         forward, slope, factors = computed.forward, computed.slope, computed.factors
@@ -163,21 +163,21 @@ class _Kernel:
         text = "d_score" if is_one(slope) else f"d_score * {writer.value(slope)}"
         return self._results(tile, writer, text, factors, found, "{}" if full else "tl.where(seen, {}, 0.0)")
 
-    def exact(self, found: Sequence[Destination]) -> Entries:
+    def recomputed(self, found: Sequence[Destination]) -> TileEntries:
         """Of all entries of the rows that are ``chosen``, whose largest score is ``top`` and log-sum-exp ``top + rest``."""
         of, tile = self.computed.of, Block()
         factors = [t.factor for t in of.terms]
-        writer = self.writer(tile, exact=True)
+        writer = self.writer(tile, as_eager=True)
         _give_leaves(writer, self.spec.score, of.score, self.spec.weight, of.weight, *factors)
         prob = f"tl.exp2(({writer.value(self.spec.score)} - top - rest) * {_LOG2E!r})"
         tile.lines.append(f"prob = tl.where(chosen & {self.visited}_ok, {prob}, 0.0)")
-        writer.exact = False
+        writer.as_eager = False
         text = f"d_score * {writer.value(of.score)} * {1 / self.computed.scale!r}"
         return self._results(tile, writer, text, factors, found, "{}")
 
     def _results(
         self, tile: Block, writer: TritonWriter, slope: str, factors: Sequence[Expr], found: Sequence[Destination], visible: str
-    ) -> Entries:
+    ) -> TileEntries:
         """``visible``: gives what is computed, if the entry is seen."""
         weight, gate = self.spec.weight, self.computed.of.weight
         weighed = visible.format(writer.value(weight)) if self.computed.forward.weighted else "prob"
@@ -189,12 +189,12 @@ class _Kernel:
                 text = outer if is_one(factor) else f"{outer} * {writer.value(factor)}"
                 terms.append(Added(to.name, kind_of(to), visible.format(text)))
         slope = slope if slope == "d_score" else visible.format(slope)
-        return Entries(tile.lines, Results(weighed, gated, slope, tuple(terms)))
+        return TileEntries(tile.lines, Results(weighed, gated, slope, tuple(terms)))
 
     def scores(self) -> Text:
         """The scores of a tile as eager rounds them."""
         tile = Block()
-        writer = self.writer(tile, exact=True)
+        writer = self.writer(tile, as_eager=True)
         _give_leaves(writer, self.spec.score)
         return Text(tile.lines, writer.value(self.spec.score))
 
@@ -225,18 +225,18 @@ class _Kernel:
     def context(self) -> dict[str, object]:
         return {
             **{name: self.matrix(name) for name in ("query", "key", "value")}, "described": self.described,
-            "grad": self.like_out("grad_out", "sg"), "batch_index": self.site, "owned": self.owned,
+            "grad": self.like_out("grad_out", "sg"), "batch_index": self.batch_index, "owned": self.owned,
         }  # fmt: skip
 
     def programs(self, found: Sequence[Destination]) -> dict[str, object]:
-        exact = None if self.computed.recomputed_below is None else self.exact(found)
+        recomputed = None if self.computed.recomputed_below is None else self.recomputed(found)
         bounds, residual = [name for name, _ in self._bounds()], self.computed.forward.residual
         starts, ends = ("upper", "lower") if self.owner == "k" else ("lower", "upper")
         tail = self.owner == "q" or not self._harmless_tail()
         listed = is_listed(self.spec, self.owner)
         shown = None if residual is None or listed or self.owner != "k" else self.writer().value(residual)
         return {
-            "full": self.entries(found, full=True), "partial": self.entries(found, full=False), "recomputed": exact,
+            "full": self.entries(found, full=True), "partial": self.entries(found, full=False), "recomputed": recomputed,
             "listed": listed, "shown": shown,
             "starts_partial": shown is not None or starts in bounds, "ends_partial": tail or ends in bounds,
         }  # fmt: skip
@@ -328,7 +328,7 @@ def _is_finite(n: Apply) -> bool:
 def _give_leaves(writer: TritonWriter, *roots: Expr) -> None:
     for leaf in expr.walk(*roots):
         if isinstance(leaf, Score):
-            rounded = writer.exact and leaf.dtype in HALVES
+            rounded = writer.as_eager and leaf.dtype in HALVES
             writer.leaves[leaf] = f"tl.cast(tl.cast(raw, tl.{leaf.dtype}), {writer.real})" if rounded else "raw"
         if isinstance(leaf, Prob):
             writer.leaves[leaf] = "prob"

@@ -49,7 +49,7 @@ class Subject:
         return settings().cache_dir / "triton" / f"tuned-{hashlib.sha256(facts.encode()).hexdigest()[:20]}.json"
 
 
-def kept(subject: Subject, plans: Sequence[P]) -> P | None:
+def recorded(subject: Subject, plans: Sequence[P]) -> P | None:
     """The result of an earlier run, if it is one of ``plans``; a file that cannot be read is none."""
     try:
         fastest = json.loads(content(subject.path) or b"")["fastest"]

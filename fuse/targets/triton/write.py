@@ -41,15 +41,15 @@ class TritonWriter:
     place: Callable[[frozenset[str]], Block]
     real: str
     count: list[int]
-    exact: bool = False
+    as_eager: bool = False
     leaves: dict[Expr, str] = field(default_factory=dict)
     names: dict[str, str] = field(default_factory=dict)
     drawn: str = ""
 
-    def value(self, node: Expr, exact: bool = False) -> str:
+    def value(self, node: Expr, as_eager: bool = False) -> str:
         """``exact``: rounded as eager rounds it, and all that it is computed of."""
-        exact = exact or self.exact
-        if node in self.leaves and not (exact and isinstance(node, Score)):
+        as_eager = as_eager or self.as_eager
+        if node in self.leaves and not (as_eager and isinstance(node, Score)):
             return self.leaves[node]
         if isinstance(node, Const):
             return _literal(node)
@@ -58,16 +58,16 @@ class TritonWriter:
         if isinstance(node, Index):
             return self.names.get(node.axis, node.axis)
         block = self.place(depends(node))
-        key = (node, exact and node.dtype in FLOATS and not is_read(node))
+        key = (node, as_eager and node.dtype in FLOATS and not is_read(node))
         if key not in block.known:
-            text = self._text(node, exact)
+            text = self._text(node, as_eager)
             block.known[key] = self._define(block, self._rounded(text, node.dtype) if key[1] else text)
         return block.known[key]
 
-    def _text(self, node: Expr, exact: bool) -> str:
+    def _text(self, node: Expr, as_eager: bool) -> str:
         if node in self.leaves:
             return self.leaves[node]
-        return self.load(node) if isinstance(node, Load) else self._apply(node, exact or decides(node))
+        return self.load(node) if isinstance(node, Load) else self._apply(node, as_eager or decides(node))
 
     def _rounded(self, text: str, dtype: str) -> str:
         """Halves are rounded to float32 first, which is what eager computes them in."""
@@ -131,11 +131,11 @@ class TritonWriter:
 
     # -------------------------------------------------------------------------------------------------- operations
 
-    def _apply(self, node: Expr, exact: bool) -> str:
+    def _apply(self, node: Expr, as_eager: bool) -> str:
         """``exact``: of operands that are rounded as eager rounds them."""
         if not isinstance(node, Apply):
             raise ValueError(f"{node} has no value here")
-        args = [self.value(a, exact) for a in (as_taken(node) if exact else node.operands)]
+        args = [self.value(a, as_eager) for a in (as_taken(node) if as_eager else node.operands)]
         op, source = node.op, node.operands[0].dtype
         if op == "cast":
             return self._cast(node, args[0])
@@ -147,7 +147,7 @@ class TritonWriter:
             args = self._widened(node, args)
         if op == "uniform":
             return f"tl.cast({self._uniform(node, args)}, {self.real})"
-        if op == "tanh" and node.dtype in HALVES and self.real == "tl.float32" and not exact:
+        if op == "tanh" and node.dtype in HALVES and self.real == "tl.float32" and not as_eager:
             return f"f_tanh_half({args[0]})"
         row = OPERATORS[op]
         return (row.triton_real if row.triton_real and source in FLOATS else row.triton).format(*args)

@@ -13,7 +13,7 @@ from fuse.ir.spec import AttentionSpec
 from fuse.kernel.destinations import Destination
 
 
-class Gradients:
+class GradientBuffers:
     """The gradients of one spec that go to ``destinations``."""
 
     def __init__(self, spec: AttentionSpec, destinations: Sequence[Destination]) -> None:
