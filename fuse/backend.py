@@ -13,6 +13,7 @@ from torch._subclasses import FakeTensor
 from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException
 from torch.fx import GraphModule
 
+from fuse import flex as flex  # noqa: PLC0414  registers itself
 from fuse import inner, passes, targets
 from fuse.ops import opaque, warm
 from fuse.ops.attention import parsed

@@ -20,6 +20,7 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 from fuse.ir.spec import IntLike
+from fuse.passes.read.flex import flex_as_products, is_flex
 from fuse.passes.read.graph import Autocast, State, location, operator_name
 from fuse.passes.read.sdpa import sdpa_as_products
 from fuse.report.reasons import Declined, NotTraceable
@@ -123,7 +124,7 @@ def trace(nodes: Sequence[Node], inputs: Sequence[Node], state_of: Mapping[Node,
 
     def run(*fakes: torch.Tensor) -> list[Any]:
         env: dict[Node, Any] = dict(zip(tensor_inputs, fakes, strict=True))
-        env |= {n: _number(n.meta.get("example_value")) for n in inputs if n not in env}
+        env |= {n: _given(n) for n in inputs if n not in env}
         for node in nodes:
             recorder.running = node
             with _autocast(state_of[node].autocast):
@@ -225,8 +226,11 @@ def _fresh(example: torch.Tensor) -> torch.Tensor:
     return torch.empty_strided(example.size(), example.stride(), dtype=example.dtype, device=example.device)
 
 
-def _number(x: Any) -> Any:
-    """Scalars are fixed for the slice; reading a symbolic float guards on its value."""
+def _given(node: Node) -> Any:
+    """What an input is that is no tensor. Scalars are fixed for the slice; reading a symbolic float guards on its value."""
+    if node.op == "get_attr":  # the body of a function that is an argument, as FlexAttention's score_mod
+        return getattr(node.graph.owning_module, str(node.target))
+    x = node.meta.get("example_value")
     return float(x) if isinstance(x, torch.SymFloat) else x
 
 
@@ -243,6 +247,8 @@ def _run_node(node: Node, env: Mapping[Node, Any]) -> Any:
     args: Any
     kwargs: Any
     args, kwargs = torch.fx.node.map_arg((node.args, node.kwargs), lambda n: env[n])
+    if is_flex(node):
+        return flex_as_products(*args, **kwargs)
     if operator_name(node) == "scaled_dot_product_attention":
         return sdpa_as_products(*args, **kwargs)
     if node.op == "call_method":
