@@ -106,6 +106,9 @@ class _Recorder(TorchDispatchMode):
         result = func(*args, **kwargs)
         if func.namespace != "aten" or func._schema.is_mutable:
             return result  # the write-back of a mutated input; metadata queries
+        if func is torch.ops.aten._to_copy.default and not isinstance(args[0], torch.Tensor):
+            self.put(result, Value(None, (), {}, result, literal=_converted(args[0], result.dtype)))
+            return result  # a number of the program, of which batching makes a tensor
         spec = pytree.tree_structure(args)
         values = pytree.tree_unflatten(read, spec)
         named = {k: self.value(v) for k, v in kwargs.items()}
@@ -212,6 +215,11 @@ def _literal(x: torch.Tensor) -> float | int | bool | None:
         return None
     with _disable_current_modes():
         return x.item()
+
+
+def _converted(x: float | int | bool, dtype: torch.dtype) -> float | int | bool:
+    with _disable_current_modes():
+        return torch.tensor(x, dtype=dtype).item()
 
 
 def _fake_mode(nodes: Sequence[Node]) -> FakeTensorMode:
