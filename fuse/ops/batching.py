@@ -41,20 +41,24 @@ def batched_call(spec: str, sizes: Sequence[IntLike], dims: Dims, examples: IntL
     return _text(spec, tuple(d is not None for d in dims)), batched_sizes(sizes, _batch(spec), examples)
 
 
-def attention_rule(info: Any, in_dims: Any, operands: list[Tensor], sizes: list[IntLike], spec: str, target: str) -> tuple[Tensor, int]:
+def attention_rule(
+    info: VmapInfo, in_dims: Any, operands: list[Tensor], sizes: list[IntLike], spec: str, target: str
+) -> tuple[Tensor, int]:
     text, all_sizes = batched_call(spec, sizes, in_dims[0], info.batch_size)
     return torch.ops.fuse.attention.default(examples_first(operands, in_dims[0]), all_sizes, text, target), _batch(spec)
 
 
-def forward_rule(info: Any, in_dims: Any, operands: list[Tensor], sizes: list[IntLike], spec: str, target: str) -> tuple[Any, Any]:
+def forward_rule(
+    info: VmapInfo, in_dims: Any, operands: list[Tensor], sizes: list[IntLike], spec: str, target: str
+) -> tuple[tuple[Tensor, Tensor], tuple[int, int]]:
     text, all_sizes = batched_call(spec, sizes, in_dims[0], info.batch_size)
     results = torch.ops.fuse.attention_forward.default(examples_first(operands, in_dims[0]), all_sizes, text, target)
     return results, (_batch(spec), _batch(spec))
 
 
 def backward_rule(
-    info: Any, in_dims: Any, grad_out: Tensor, operands: list[Tensor], sizes: list[IntLike], out: Tensor, lse: Tensor, spec: str,
-    target: str, wanted: list[bool],
+    info: VmapInfo, in_dims: Any, grad_out: Tensor, operands: list[Tensor], sizes: list[IntLike], out: Tensor, lse: Tensor,
+    spec: str, target: str, wanted: list[bool],
 ) -> tuple[list[Tensor], list[int]]:  # fmt: skip
     """Each example has its own gradients, also of an operand that all of them read."""
     at, n = _batch(spec), info.batch_size
@@ -69,7 +73,7 @@ def backward_rule(
 
 
 def tile_map_rule(
-    info: Any, in_dims: Any, operands: list[Tensor], sizes: list[IntLike], spec: str, target: str, keep: bool
+    info: VmapInfo, in_dims: Any, operands: list[Tensor], sizes: list[IntLike], spec: str, target: str, keep: bool
 ) -> tuple[Tensor, int]:
     of = _map(spec)
     text = batched_map(of, tuple(d is not None for d in in_dims[0])).to_json()

@@ -240,12 +240,12 @@ def attention_tangent(
     """
     wanted = tuple(t is not None for t in tangents)
     along = [torch.zeros_like(x) if t is None else t for x, t in zip(operands, tangents, strict=True)]
-    tangent = _Tangent(_site(spec, operands, sizes, "eager"), _site(spec, along, sizes, "eager"), gradient(spec, wanted))
+    tangent = _Tangent(_call(spec, operands, sizes, "eager"), _call(spec, along, sizes, "eager"), gradient(spec, wanted))
     out = torch.empty_strided(
         spec.out_shape(sizes), spec.out_strides(sizes), dtype=getattr(torch, spec.out_dtype), device=operands[0].device
     )
     with torch.no_grad(), torch.autocast(out.device.type, enabled=False):
-        for rows in tangent.site.blocks():
+        for rows in tangent.call.blocks():
             out[..., slice(*rows), :] = tangent.rows(rows).to(out.dtype)
     return out
 
@@ -254,28 +254,28 @@ def attention_tangent(
 class _Tangent:
     """``along`` is the call with tangents in the place of the operands; the other names are those of ``fuse.ir.gradient``."""
 
-    site: _Site
-    along: _Site
+    call: _Call
+    along: _Call
     gradient: Gradient
 
-    def rows(self, rows: Range) -> Tensor:
-        site, along, spec = self.site, self.along, self.site.spec
-        key, value = site.key(), site.value()
-        softmax = site.softmax(rows, key)
+    def rows(self, rows: Extent) -> Tensor:
+        call, along, spec = self.call, self.along, self.call.spec
+        key, value = call.key(), call.value()
+        softmax = call.softmax(rows, key)
         leaves: dict[type[Expr], Tensor] = {Score: softmax.raw, Prob: softmax.prob}
-        raw = along.query(rows) @ key.mT + site.query(rows) @ along.key().mT
-        score = raw * site.entries(self.gradient.score, rows, leaves) + self._terms("score", rows, leaves)
+        raw = along.query(rows) @ key.mT + call.query(rows) @ along.key().mT
+        score = raw * call.entries(self.gradient.score, rows, leaves) + self._terms("score", rows, leaves)
         mean = (softmax.prob * score).sum(-1, keepdim=True)
         for i, p in enumerate(softmax.extra):
             mean = mean + p * self._terms(f"extra_logits.{i}", rows, leaves)
         prob = softmax.prob * (score - mean)
-        weight = prob * site.entries(self.gradient.weight, rows, leaves) + self._terms("weight", rows, leaves)
-        return _product(weight, value) + _product(site.entries(spec.weight, rows, leaves), along.value())
+        weight = prob * call.entries(self.gradient.weight, rows, leaves) + self._terms("weight", rows, leaves)
+        return _product(weight, value) + _product(call.entries(spec.weight, rows, leaves), along.value())
 
-    def _terms(self, root: str, rows: Range, leaves: Mapping[type[Expr], Tensor]) -> Tensor | float:
+    def _terms(self, root: str, rows: Extent, leaves: Mapping[type[Expr], Tensor]) -> Tensor | float:
         """What loads add to the tangent of ``root``."""
         terms = [t for t in self.gradient.terms if t.root == root]
-        return sum(self.site.entries(t.factor, rows, leaves) * self.along.entries(t.load, rows, {}) for t in terms)
+        return sum(self.call.entries(t.factor, rows, leaves) * self.along.entries(t.load, rows, {}) for t in terms)
 
 
 # ----------------------------------------------------------------------------------------------------------- masks

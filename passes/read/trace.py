@@ -20,6 +20,7 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 from fuse.ir.spec import IntLike
+from fuse.passes.read.flex import flex_as_products, is_flex
 from fuse.passes.read.graph import PLAIN, Autocast, State, location, operator_name, user_name
 from fuse.passes.read.sdpa import sdpa_as_products
 from fuse.report.reasons import Declined, NotTraceable, Subclass
@@ -105,6 +106,9 @@ class _Recorder(TorchDispatchMode):
         result = func(*args, **kwargs)
         if func.namespace != "aten" or func._schema.is_mutable:
             return result  # the write-back of a mutated input; metadata queries
+        if func is torch.ops.aten._to_copy.default and not isinstance(args[0], torch.Tensor):
+            self.put(result, Value(None, (), {}, result, literal=_converted(args[0], result.dtype)))
+            return result  # a number of the program, of which batching makes a tensor
         spec = pytree.tree_structure(args)
         values = pytree.tree_unflatten(read, spec)
         named = {k: self.value(v) for k, v in kwargs.items()}
@@ -124,7 +128,7 @@ def trace(nodes: Sequence[Node], inputs: Sequence[Node], state_of: Mapping[Node,
 
     def run(*fakes: torch.Tensor) -> list[Any]:
         env: dict[Node, Any] = dict(zip(tensor_inputs, fakes, strict=True))
-        env |= {n: _number(n.meta.get("example_value")) for n in inputs if n not in env}
+        env |= {n: _given(n) for n in inputs if n not in env}
         for node in nodes:
             recorder.running = node
             with _autocast(state_of[node].autocast):
@@ -221,6 +225,11 @@ def _literal(x: torch.Tensor) -> float | int | bool | None:
         return x.item()
 
 
+def _converted(x: float | int | bool, dtype: torch.dtype) -> float | int | bool:
+    with _disable_current_modes():
+        return torch.tensor(x, dtype=dtype).item()
+
+
 def _fake_mode(nodes: Sequence[Node]) -> FakeTensorMode:
     for node in nodes:
         value = node.meta.get("example_value")
@@ -233,8 +242,11 @@ def _fresh(example: torch.Tensor) -> torch.Tensor:
     return torch.empty_strided(example.size(), example.stride(), dtype=example.dtype, device=example.device)
 
 
-def _number(x: Any) -> Any:
-    """Scalars are fixed for the slice; reading a symbolic float guards on its value."""
+def _given(node: Node) -> Any:
+    """What an input is that is no tensor. Scalars are fixed for the slice; reading a symbolic float guards on its value."""
+    if node.op == "get_attr":  # the body of a function that is an argument, as FlexAttention's score_mod
+        return getattr(node.graph.owning_module, str(node.target))
+    x = node.meta.get("example_value")
     return float(x) if isinstance(x, torch.SymFloat) else x
 
 
@@ -251,6 +263,8 @@ def _run_node(node: Node, env: Mapping[Node, Any]) -> Any:
     args: Any
     kwargs: Any
     args, kwargs = torch.fx.node.map_arg((node.args, node.kwargs), lambda n: env[n])
+    if is_flex(node):
+        return flex_as_products(*args, **kwargs)
     if operator_name(node) == "scaled_dot_product_attention":
         return sdpa_as_products(*args, **kwargs)
     if node.op == "call_method":
