@@ -12,7 +12,7 @@ import torch
 from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException
 from torch.fx import GraphModule
 
-from fuse import flex as flex  # noqa: PLC0414  registers itself
+from fuse import flex as flex
 from fuse import inner, passes, targets
 from fuse.ops import opaque, warm
 from fuse.ops.attention import parsed

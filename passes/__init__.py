@@ -34,7 +34,8 @@ from fuse.passes.read.trace import Trace, trace
 from fuse.passes.replace import insert, remove
 from fuse.passes.tables import tabulate
 from fuse.passes.tiles import map_tiles
-from fuse.report.reasons import Declined, InternalError, NoScoreProduct, NotSoftmax, StateChanges, Subclass
+from fuse.passes.transforms import check_transforms
+from fuse.report.reasons import Declined, InternalError, NoScoreProduct, NotSoftmax, Subclass
 from fuse.report.site import Site
 
 PASSES: tuple[Pass, ...] = (
@@ -139,13 +140,12 @@ def _fuse_site(graph: Graph, candidate: Candidate, context: SiteContext, state_o
         except Declined as d:
             declined = declined or d
             continue
-        if state_of[candidate.anchor].level != state_of[root].level:
-            raise Declined(StateChanges("the border of a functorch transform"))
+        check_transforms(lifted, candidate.inputs, state_of[candidate.anchor], state_of[root])
         steps = [("lift", lifted.spec)]
         for each in PASSES:
             lifted = _verified(each, each(lifted, context))
             steps.append((each.__name__, lifted.spec))
-        replacement = insert(graph, root, lifted, context.trace, context.target)
+        replacement = insert(graph, root, lifted, context, state_of[root].transforms)
         return Found(candidate, lifted, replacement, (*steps, ("insert", replacement.spec)))
     assert declined is not None
     raise declined

@@ -29,6 +29,18 @@ PRODUCERS = {
     "multi_head_attention_forward", "_transformer_encoder_layer_fwd", ATTENTION, "fft", "rfft", "item", "tolist",
     "glu", "gelu", "silu", "pad_sequence", "index_copy_", "index_copy",
 }  # fmt: skip
+# What goes from one level of torch.func to another.
+_LEVELS = (
+    "_vmap",
+    "_add_batch",
+    "_remove_batch",
+    "_functorch",
+    "_wrap_for",
+    "_unwrap_for",
+    "_set_tensor",
+    "_make_dual",
+    "_autograd",
+)
 _FORWARD_LIMIT = 64  # nodes between a normalisation and its contraction
 _SLICE_LIMIT = 600  # nodes of one slice
 
@@ -144,7 +156,7 @@ def _slice(
             continue
         visited.add((node, views_only))
         whole = node is anchor and is_attention(node)
-        stop = node not in roots and not whole and (_is_input(node, states) or len(nodes) > _SLICE_LIMIT)
+        stop = node not in roots and not whole and (_is_input(node, states, states[roots[0]]) or len(nodes) > _SLICE_LIMIT)
         if stop or (views_only and not _is_view(node)):
             inputs.add(node)
             continue
@@ -177,15 +189,20 @@ def _writers(node: Node, mutations: Mapping[int, list[Node]], order: Mapping[Nod
     return [] if storage is None else [w for w in mutations.get(storage, []) if order[w] <= last]
 
 
-def _is_input(node: Node, states: Mapping[Node, State]) -> bool:
-    if node.op not in ("call_function", "call_method") or states[node].level > 0:
+def _within(inner: State, around: State) -> bool:
+    """Whether a value can be read where ``around`` holds without leaving a transform that it was made under."""
+    return inner.transforms == around.transforms[: len(inner.transforms)]
+
+
+def _is_input(node: Node, states: Mapping[Node, State], around: State) -> bool:
+    if node.op not in ("call_function", "call_method") or not _within(states[node], around):
         return True
     if isinstance(node.target, torch._ops.HigherOrderOperator) or operator_name(node) in PRODUCERS:
         return True
     name = operator_name(node)
     if name == "embedding" and (node.kwargs.get("max_norm") or len(node.args) > 3 and node.args[3]):
         return True  # it scales the table in place
-    if name.startswith(("conv", "_vmap", "_add_batch", "_remove_batch", "_functorch")):
+    if name.startswith(("conv", *_LEVELS)):
         return True
     value = node.meta.get("example_value")
     if value is None:
@@ -193,7 +210,7 @@ def _is_input(node: Node, states: Mapping[Node, State]) -> bool:
     if not isinstance(value, (torch.Tensor, tuple, list)) or isinstance(value, torch.Size):
         return True
     source = node.args[0] if node.args else None
-    return name == "getitem" and isinstance(source, Node) and not _tensors(source) and _is_input(source, states)
+    return name == "getitem" and isinstance(source, Node) and not _tensors(source) and _is_input(source, states, around)
 
 
 def _tensors(node: Node) -> bool:

@@ -164,7 +164,7 @@ class _Last(_SingleLevelFunction):
         raise SecondDerivative
 
 
-def _apply(function: type[_SingleLevelFunction], *args: Any) -> Any:
+def _apply(function: Any, *args: Any) -> Any:
     if not torch._C._are_functorch_transforms_active():
         return function.apply(*args)
     with enable_single_level_autograd_function():

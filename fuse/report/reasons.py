@@ -97,6 +97,11 @@ class StateChanges(Reason):
     unblock = "keep scores, softmax and values under one grad mode and outside of vmap"
 
 
+class Transformed(Reason):
+    message = "the attention is differentiated {detail}, for which there is no kernel"
+    unblock = "differentiate it once, in reverse: backward(), torch.func.grad, vjp or jacrev"
+
+
 class NotTraceable(Reason):
     message = "the region could not be traced: {detail}"
     unblock = "report it, with the model"

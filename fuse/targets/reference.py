@@ -239,7 +239,8 @@ def attention_tangent(
     The tangent of a softmax is prob * (t - sum of prob * t), t the scores'. Laid out as the result.
     """
     wanted = tuple(t is not None for t in tangents)
-    along = [torch.zeros_like(x) if t is None else t for x, t in zip(operands, tangents, strict=True)]
+    still = [torch.zeros_like(x) if x.is_floating_point() else x for x in operands]  # integers say where others are read
+    along = [x if t is None else t for x, t in zip(still, tangents, strict=True)]
     tangent = _Tangent(_call(spec, operands, sizes, "eager"), _call(spec, along, sizes, "eager"), gradient(spec, wanted))
     out = torch.empty_strided(
         spec.out_shape(sizes), spec.out_strides(sizes), dtype=getattr(torch, spec.out_dtype), device=operands[0].device

@@ -21,7 +21,17 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 
 from fuse.ir.spec import IntLike
 from fuse.passes.read.flex import flex_as_products, is_flex
-from fuse.passes.read.graph import PLAIN, Autocast, State, location, operator_name, user_name
+from fuse.passes.read.graph import (  # fmt: skip
+    PLAIN,
+    Autocast,
+    State,
+    below_transforms,
+    location,
+    operator_name,
+    tensor_of,
+    user_name,
+    wants_gradient,
+)
 from fuse.passes.read.sdpa import sdpa_as_products
 from fuse.report.reasons import Declined, NotTraceable, Subclass
 
@@ -198,7 +208,7 @@ def _as_trace(
             raise Declined(NotTraceable(detail, location(node)))
         value_of[node] = value
         node_of.setdefault(value, node)
-    wanting = {v for n, v in value_of.items() if v.op is None and n not in ran and n.meta["example_value"].requires_grad}
+    wanting = {v for n, v in value_of.items() if v.op is None and n not in ran and wants_gradient(n.meta["example_value"])}
     return Trace(ran, value_of, node_of, *_gradients(wanting, recorder.values.values(), state_of))
 
 
@@ -232,7 +242,8 @@ def _converted(x: float | int | bool, dtype: torch.dtype) -> float | int | bool:
 
 def _fake_mode(nodes: Sequence[Node]) -> FakeTensorMode:
     for node in nodes:
-        value = node.meta.get("example_value")
+        tensor = tensor_of(node)
+        value = None if tensor is None else below_transforms(tensor)
         if isinstance(value, FakeTensor):
             return value.fake_mode
     raise Declined(NotTraceable("no fake tensors in the graph"))
