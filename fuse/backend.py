@@ -75,7 +75,7 @@ def target_of(example_inputs: Sequence[Any], chosen: Options) -> Target | None:
     devices = {x.device.type for x in tensors}
     target = registry.for_devices(chosen.target, devices)
     if target is None:
-        _warn_of_device(", ".join(sorted(devices)), chosen.target)
+        _warn_of_devices(frozenset(devices), chosen.target)
     return target
 
 
@@ -106,9 +106,10 @@ def with_runs(site: Site) -> Site:
 
 
 @cache
-def _warn_of_device(devices: str, target: str) -> None:
+def _warn_of_devices(devices: frozenset[str], target: str) -> None:
+    others = registry.others_for(devices)
     log.warning(
-        "graphs with tensors on %s run without fuse: target %r has kernels for %s. "
-        "For GPUs there is target \"triton\" to try, which has not been measured yet.",
-        devices, target, " and ".join(registry.devices_of(target)),
+        "graphs with tensors on %s run without fuse: target %r has kernels for %s.%s",
+        ", ".join(sorted(devices)), target, " and ".join(registry.devices_of(target)),
+        f" For those there is target {' or '.join(map(repr, others))} to try." if others else "",
     )  # fmt: skip

@@ -33,7 +33,7 @@ class InductorOnly(FuseError):
 class NotTunable(FuseError):
     message = (
         "option {what!r} is for kernels that have something to choose from, but the target is {target!r}: "
-        'drop it, or use options={{"target": "triton"}}.'
+        "drop it, or use a target that has: {tunable}."
     )
 
 

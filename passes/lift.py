@@ -291,12 +291,10 @@ class _Lift:
         sizes = [space.sizes[x] for x in (*batch, q, k)]
         weights = with_scaled_choices(self._loaded(softmax.weight))
         roots = [*loads, score, weights, *map(self._loaded, softmax.extra_logits)]
-        used = expr.operands(*roots)
         symbols = _named_sizes(sizes, len(batch))
         others = [s for s in expr.symbols(*roots) if s not in symbols]
         symbols |= {s: f"n{i}" for i, s in enumerate(others)}  # torch numbers its symbols anew with each recompile
-        numbers = {old: new for new, old in enumerate(used)}
-        renamed = [expr.renamed(root, names, numbers, symbols) for root in roots]
+        renamed, used = expr.renumbered(roots, names, symbols)
         query, key, value = (_supported(x) for x in renamed[:3])
         score, weight, *extra_logits = renamed[3:]
         if drawn_in(score, *extra_logits):

@@ -43,7 +43,8 @@ def tabulate(lifted: Lifted, _: SiteContext) -> Lifted:
         return lifted
     operands = tuple(Operand(len(leaf.shape), leaf.dtype) for leaf in leaves)
     spec = dataclasses.replace(spec, operands=operands).mapped(lambda root: expr.substitute(root, found))
-    return _pruned(dataclasses.replace(lifted, spec=spec, leaves=tuple(leaves)))
+    pruned, read = spec.pruned()
+    return dataclasses.replace(lifted, spec=pruned, leaves=tuple(leaves[i] for i in read))
 
 
 def _terms(r: Reader, spec: AttentionSpec) -> list[tuple[Expr, Expr]]:
@@ -104,16 +105,3 @@ def _table(lifted: Lifted, of_distance: Expr, axes: Sequence[str]) -> Value:
     lengths: dict[str, Extent] = {axis: (0, sizes["B" + axis[1:]]) for axis in axes}
     lengths[_DISTANCE] = (0, sizes["q_len"] + sizes["kv_len"] - 1)
     return computed(lifted.leaves, lambda *operands: Grid.over(lengths, sizes, operands).evaluate(of_distance).contiguous())
-
-
-def _pruned(lifted: Lifted) -> Lifted:
-    """Without operands that nothing loads any more."""
-    used = expr.operands(*lifted.spec.roots().values())
-    number = {old: new for new, old in enumerate(used)}
-    spec = dataclasses.replace(lifted.spec, operands=tuple(lifted.spec.operands[i] for i in used))
-
-    def rule(n: Expr) -> Expr | None:
-        return Load(n.dtype, number[n.operand], n.coords) if isinstance(n, Load) else None
-
-    spec = spec.mapped(lambda root: expr.rewrite(root, rule))
-    return dataclasses.replace(lifted, spec=spec, leaves=tuple(lifted.leaves[i] for i in used))

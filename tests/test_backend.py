@@ -103,7 +103,13 @@ def test_graphs_on_other_devices_are_left_alone_with_one_warning(caplog: pytest.
     with caplog.at_level(logging.WARNING, "fuse"):
         for _ in range(2):
             assert backend.target_of([torch.empty(3, device="meta")], Options()) is None
-    assert caplog.text.count("tensors on meta run without fuse") == 1
+    assert caplog.text.count("tensors on meta run without fuse") == 1 and "to try" not in caplog.text
+
+
+def test_the_warning_names_the_targets_that_have_kernels_there(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.WARNING, "fuse"):
+        backend._warn_of_devices(frozenset({"cuda"}), "cpp")
+    assert "target 'cpp' has kernels for cpu. For those there is target 'triton' to try." in caplog.text
 
 
 def test_mode_and_options_reach_inductor() -> None:

@@ -82,7 +82,7 @@ class ToyKernel:
 
 class ToyTarget:
     name, devices, suffix = "toy", frozenset({"cpu"}), ".py"
-    by_itself = tunable = late = False
+    generated, by_itself, tunable, late = True, False, False, False
 
     def lse_dtype(self, spec: AttentionSpec) -> str:
         return spec.lse_dtype

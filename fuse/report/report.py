@@ -240,7 +240,7 @@ def _as_data(site: Site) -> dict[str, Any]:
 
 def _expected(site: Site) -> Site:
     """An analysis builds nothing, and knows only what was asked for."""
-    if not site.recovered or registry.named(site.target).suffix:
+    if not site.recovered or registry.named(site.target).generated:
         return site
     parts: list[Part] = ["forward", "backward"] if any(site.wanted) else ["forward"]
     return replace(site, runs=dict.fromkeys(parts, Runs("reference", why=ASKED)))

@@ -15,7 +15,7 @@ from fuse.ir.spec import AttentionSpec
 from fuse.ir.tile_map import TileMap
 from fuse.memoize import forget
 from fuse.report.runs import Part, Runs
-from fuse.targets import fallback_warnings, kernel_or_reference
+from fuse.targets import fallback_warnings, kernel_or_reference, registry
 from fuse.targets.cache import builds
 from fuse.targets.protocols import Backward, Kernel, MapKernel, Tunable
 
@@ -123,7 +123,7 @@ def _map_of(spec: AttentionSpec) -> TileMap | None:
 
 def _given(future: Future[R], target: str, part: Part) -> R:
     made = future.result()
-    if made.runs.by == "reference" and target != "reference":
+    if made.runs.by == "reference" and registry.named(target).generated:
         fallback_warnings.warn_once(part, made.runs.why)
     return made
 

@@ -27,7 +27,7 @@ from fuse.kernel.source import ENTRY
 from fuse.report.runs import Part, Runs
 from fuse.targets import reference
 from fuse.targets.cache import BuildFailed, entry
-from fuse.targets.cpp import cpu, render
+from fuse.targets.cpp import NAME, SUFFIX, cpu, render
 from fuse.targets.cpp.plan import lse_dtype, plan, plan_tile_map
 from fuse.targets.cpp.render_tile_map import render_tile_map
 from fuse.targets.dump import dumped
@@ -112,10 +112,10 @@ def build_tile_map(spec: TileMap, isa: str | None = None) -> Built:
 
 def build_source(name: str, isa: str, rendered: str) -> Built:
     """Raises BuildFailed, which names the file that somebody edited where it is not ours."""
-    source, command = dumped(name, rendered, ".cpp"), (*compiler(), *_FLAGS, *_ISA_FLAGS[isa])
+    source, command = dumped(name, rendered, SUFFIX), (*compiler(), *_FLAGS, *_ISA_FLAGS[isa])
     text = source.text if source.edited is None else f"#line 1 {json.dumps(str(source.edited))}\n{source.text}"
     try:
-        found = entry("cpp", name, ".cpp", text, _depends(command), partial(_compile, command), _load)
+        found = entry(NAME, name, SUFFIX, text, _depends(command), partial(_compile, command), _load)
     except BuildFailed as error:
         raise source.refused(error) from error
     return Built(found.source, found.loaded, source.runs(found.source))

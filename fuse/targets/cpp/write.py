@@ -105,8 +105,8 @@ class Draw:
 class Writer:
     """Writes values into the bodies that ``place`` chooses by the indices they depend on.
 
-    exact   round every value to its dtype, as eager does after every operation; what decides something is always so computed
-    leaves  values of nodes that are there already
+    as_eager  round every value to its dtype, as eager does after every operation; what decides something always is
+    leaves    values of nodes that are there already
     """
 
     place: Callable[[frozenset[str]], Body]
@@ -116,7 +116,7 @@ class Writer:
     count: list[int] = field(default_factory=lambda: [0])
 
     def value(self, node: Expr, as_eager: bool = False) -> CppValue:
-        """``exact``: rounded as eager rounds it, and all that it is computed of."""
+        """``as_eager``: rounded as eager rounds it, and all that it is computed of."""
         as_eager = as_eager or self.as_eager
         if node in self.leaves and not (as_eager and isinstance(node, Score)):
             return self.leaves[node]
@@ -220,7 +220,7 @@ class Writer:
     # -------------------------------------------------------------------------------------------------- operations
 
     def _apply(self, node: Expr, body: Body, as_eager: bool) -> str:
-        """``exact``: of operands that are rounded as eager rounds them."""
+        """``as_eager``: of operands that are rounded as eager rounds them."""
         if not isinstance(node, Apply):
             raise ValueError(f"{node} has no value here")
         args = [self.value(a, as_eager) for a in (as_taken(node) if as_eager else node.operands)]

@@ -39,7 +39,7 @@ class TritonKernel:
 
     @cached_property
     def decode(self) -> TritonDecode:
-        """Kernels for few queries, made when the first call has few."""
+        """Kernels of decoding, made when the first call has few queries."""
         made = TritonDecode(self._spec)
         made.plans.tune = self.plans.tune
         return made

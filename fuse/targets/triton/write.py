@@ -31,11 +31,11 @@ class Block:
 class TritonWriter:
     """Writes values into the blocks that ``place`` chooses by the indices they depend on.
 
-    real    "tl.float32" or "tl.float64": the type of all floats
-    exact   round every value to its dtype, as eager does after every operation; what decides something is always so computed
-    leaves  texts of nodes that are there already
-    names   variables of indices, where they have other names
-    drawn   how random numbers are drawn whose columns are the keys of a tile: a call that lacks its first three arguments
+    real      "tl.float32" or "tl.float64": the type of all floats
+    as_eager  round every value to its dtype, as eager does after every operation; what decides something always is
+    leaves    texts of nodes that are there already
+    names     variables of indices, where they have other names
+    drawn     how random numbers are drawn whose columns are the keys of a tile: a call that lacks its first three arguments
     """
 
     place: Callable[[frozenset[str]], Block]
@@ -47,7 +47,7 @@ class TritonWriter:
     drawn: str = ""
 
     def value(self, node: Expr, as_eager: bool = False) -> str:
-        """``exact``: rounded as eager rounds it, and all that it is computed of."""
+        """``as_eager``: rounded as eager rounds it, and all that it is computed of."""
         as_eager = as_eager or self.as_eager
         if node in self.leaves and not (as_eager and isinstance(node, Score)):
             return self.leaves[node]
@@ -132,7 +132,7 @@ class TritonWriter:
     # -------------------------------------------------------------------------------------------------- operations
 
     def _apply(self, node: Expr, as_eager: bool) -> str:
-        """``exact``: of operands that are rounded as eager rounds them."""
+        """``as_eager``: of operands that are rounded as eager rounds them."""
         if not isinstance(node, Apply):
             raise ValueError(f"{node} has no value here")
         args = [self.value(a, as_eager) for a in (as_taken(node) if as_eager else node.operands)]
