@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fuse.ir.expr import Load
-from fuse.ir.interval import Range, bounds, in_call
+from fuse.ir.interval import Range, in_call, range_of
 from fuse.ir.spec import AttentionSpec
 from fuse.kernel.destinations import Destination
 
@@ -62,7 +62,7 @@ class GradientBuffers:
         leaves = in_call(sizes, {"d": self._spec.qk_dim, "e": self._spec.v_dim})
 
         def ranges(load: Load) -> list[Range]:
-            return [bounds(c, leaves) for c in load.coords]
+            return [range_of(c, leaves) for c in load.coords]
 
         pairs = zip(ranges(a.load), ranges(b.load), strict=True)
         return any(x.high < y.low or y.high < x.low for x, y in pairs)

@@ -68,7 +68,7 @@ class Built:
     runs: Runs
 
 
-def compiler() -> tuple[str, ...]:
+def cxx_compiler() -> tuple[str, ...]:
     """The C++ compiler as the start of a command: $CXX, g++, clang++ or c++. Raises BuildFailed where there is none."""
     for name in (os.environ.get("CXX"), "g++", "clang++", "c++"):
         try:
@@ -112,7 +112,7 @@ def build_tile_map(spec: TileMap, isa: str | None = None) -> Built:
 
 def build_source(name: str, isa: str, rendered: str) -> Built:
     """Raises BuildFailed, which names the file that somebody edited where it is not ours."""
-    source, command = dumped(name, rendered, SUFFIX), (*compiler(), *_FLAGS, *_ISA_FLAGS[isa])
+    source, command = dumped(name, rendered, SUFFIX), (*cxx_compiler(), *_FLAGS, *_ISA_FLAGS[isa])
     text = source.text if source.edited is None else f"#line 1 {json.dumps(str(source.edited))}\n{source.text}"
     try:
         found = entry(NAME, name, SUFFIX, text, _depends(command), partial(_compile, command), _load)

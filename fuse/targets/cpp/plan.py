@@ -19,7 +19,7 @@ ISAS = (*_SHAPES, *_MATRIX_SHAPES)
 class Plan:
     """Choices that one kernel source is rendered with.
 
-    core            template ``forward_<core>.cpp.jinja``
+    core            templates in ``cpp/<core>``
     isa             instruction set, one of ISAS
     real            C type of scores and sums
     width           lanes of a vector

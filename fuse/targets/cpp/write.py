@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
 from fuse.ir.expr import COMPARISONS, FLOATS, Apply, Const, Expr, Index, Load, Prob, Score, Symbol, axes, contains, index
-from fuse.ir.interval import anywhere, bounds
+from fuse.ir.interval import anywhere, range_of
 from fuse.ir.operators import OPERATORS
 from fuse.ir.roundings import as_taken, decides, is_read
 from fuse.kernel.addressing import is_affine, is_separable
@@ -306,7 +306,7 @@ def kind_of(node: Expr, lanes: bool) -> str:
         return "bool"
     if not lanes:
         return "long"
-    found = bounds(node, anywhere)
+    found = range_of(node, anywhere)
     fits = found.low >= -_LANE_LIMIT and found.high <= _LANE_LIMIT
     return "int" if fits or node.dtype != "int64" else "long"
 

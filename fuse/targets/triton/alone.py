@@ -15,7 +15,7 @@ from fuse.ir.spec import AttentionSpec
 from fuse.kernel.example import ExampleTensor, example
 from fuse.targets.triton.launch import TritonKernel
 from fuse.targets.triton.launch_backward import TritonBackward
-from fuse.targets.triton.module import Module, load
+from fuse.targets.triton.module import Module, load_module
 
 _TIMES = 11
 # Positions and heads where Triton's interpreter runs.
@@ -27,7 +27,7 @@ def run(file: str) -> None:
     path, lines = Path(file), _header(Path(file))
     spec = AttentionSpec.from_json(lines["spec"])
     made, device = (example(spec), "cuda") if torch.cuda.is_available() else (example(spec, *_SMALL), "cpu")
-    operands, module = [_random(t, device) for t in made.operands], Module(path, load(path))
+    operands, module = [_random(t, device) for t in made.operands], Module(path, load_module(path))
     if "wanted" in lines:
         backward = TritonBackward(spec, json.loads(lines["wanted"]), module)
         out = _random(made.out, device)

@@ -26,7 +26,7 @@ from fuse.targets.triton.module import Module, current_architecture, made, preci
 from fuse.targets.triton.plan import described
 from fuse.targets.triton.plan_backward import Launch, TritonBackwardPlan, candidates_backward
 from fuse.targets.triton.plan_choice import PlanChoice
-from fuse.targets.triton.render_backward import COPIED, PLACED, kind_of, render_backward, written_by
+from fuse.targets.triton.render_backward import COPIED, PLACED, destination_kind, render_backward, written_by
 
 _MOST = 64  # tables of groups that are kept, by batch sizes: while a CUDA graph is captured, none can be copied to the device
 
@@ -40,7 +40,7 @@ class TritonBackward:
     def __init__(self, spec: AttentionSpec, wanted: Sequence[bool], module: Module | None = None) -> None:
         self._spec, self._wanted = spec, tuple(wanted)
         self._destinations = destinations(spec, wanted)
-        self._shared = any(kind_of(s) == "shared" for s in self._destinations)
+        self._shared = any(destination_kind(s) == "shared" for s in self._destinations)
         self._gradients = GradientBuffers(spec, self._destinations)
         self._real: torch.dtype = getattr(torch, spec.lse_dtype)
         self._groups: dict[tuple[object, ...], list[BatchGroups]] = {}
@@ -89,7 +89,7 @@ class TritonBackward:
             given = [*views, *sizes, *(n for t in views for n in (*t.shape, *t.stride()))]
             known = self._rows(plan.rows, grad_out, given, sizes, out, lse, delta)
             sums = {"row": (*batch, q_len, 1), "key": (*batch, 1, kv_len), "entry": (*batch, 1, q_len + kv_len - 1)}
-            partial = {s.name: lse.new_empty(sums[kind]) for s in self._destinations if (kind := kind_of(s)) in sums}
+            partial = {s.name: lse.new_empty(sums[kind]) for s in self._destinations if (kind := destination_kind(s)) in sums}
             self._launch("k", plan, -(-kv_len // plan.keys.block_k), known, given, sizes, gradients | partial)
             self._launch("q", plan, -(-q_len // plan.queries.block_q), known, given, sizes, gradients | partial)
             if distances := [partial[s.name] for s in written_by("k - q", self._destinations)]:
@@ -126,7 +126,7 @@ class TritonBackward:
         name, plan = ("keys", plans.keys) if owner == "k" else ("queries", plans.queries)
         rows, kind = self._copies.of(given, sizes, plan, plans.described) if owner == "q" else ((), {})
         lists, listed = self._tiles[owner].of(given, sizes, plan, known[0])
-        strides = {s.name: gradients[s.name].stride() if kind_of(s) in PLACED else () for s in found}
+        strides = {s.name: gradients[s.name].stride() if destination_kind(s) in PLACED else () for s in found}
         outputs = [x for s in found for x in (gradients[s.name], *strides[s.name])]
         for groups in self._grouped(owner, found, sizes, known[0].device):
             flags = kind | {f"HAS_{s.name}": s.name in groups.written for s in found}
@@ -156,7 +156,7 @@ class TritonBackward:
         *batch, q_len, kv_len = sizes[: self._spec.batch + 2]
         terms = gradient(self._spec, self._wanted).terms
         for to, term in zip((s for s in self._destinations if s.kind != "matrix"), terms, strict=True):
-            if kind_of(to) in ("dense", "shared"):
+            if destination_kind(to) in ("dense", "shared"):
                 continue
             extents = {f"b{i}": (0, n) for i, n in enumerate(batch)}
             ends = {"key": ((0, 1), (0, kv_len)), "entry": ((0, 1), (1 - q_len, kv_len))}

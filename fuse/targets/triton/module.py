@@ -53,12 +53,12 @@ def made(name: str, rendered: str) -> Module:
     source = dumped(name, rendered, SUFFIX)
     path = source.edited or write_once(NAME, name, SUFFIX, rendered)
     try:
-        return Module(path, load(path), source.runs(path))
+        return Module(path, load_module(path), source.runs(path))
     except Exception as error:
         raise source.refused(error) from error
 
 
-def load(path: Path) -> ModuleType:
+def load_module(path: Path) -> ModuleType:
     name = f"fuse_generated_{path.stem}"
     spec = spec_from_file_location(name, path, loader=_Source(name, str(path)))
     assert spec is not None and spec.loader is not None

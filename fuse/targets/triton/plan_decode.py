@@ -21,7 +21,7 @@ _STAGES = (3, 2)
 
 
 def plans(spec: AttentionSpec, arch: Architecture) -> tuple[TritonPlan, ...]:
-    """As ``planner_triton.candidates``; ``block_q`` is the number of rows that a tile may have."""
+    """As ``fuse.targets.triton.plan.candidates``; ``block_q`` is the number of rows that a tile may have."""
     width, v_width = widened(spec.qk_dim), widened(spec.v_dim)
     tiles = [(rows, *keys, stages) for rows in reversed(_ROWS) for keys in _KEYS for stages in _STAGES]
     found = [TritonPlan(width, v_width, *tile) for tile in tiles]

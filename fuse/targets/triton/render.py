@@ -190,7 +190,7 @@ def mask_axes(spec: AttentionSpec) -> tuple[int, ...]:
     return tuple(i for i in range(spec.batch) if any(f"b{i}" in expr.axes(root) for root in roots))
 
 
-def arguments(spec: AttentionSpec | TileMap) -> dict[str, object]:
+def argument_names(spec: AttentionSpec | TileMap) -> dict[str, object]:
     """Names of what every kernel takes."""
     return {
         "symbols": spec.symbols, "pointers": [f"p{i}" for i in range(len(spec.operands))],
@@ -203,7 +203,7 @@ def call_context(source: TritonSource, plan: TritonPlan) -> dict[str, object]:
     spec, computed = source.spec, source.computed
     visible, factor, residual, threshold = computed.visible, computed.factor, computed.residual, computed.threshold
     full = (spec.qk_dim == plan.width, spec.v_dim == plan.v_width)  # else conditions on features take registers
-    return arguments(spec) | {
+    return argument_names(spec) | {
         "batch": spec.batch, "qk_dim": spec.qk_dim, "v_dim": spec.v_dim, "real": source.real, "mask_axes": mask_axes(spec),
         "double": source.double, "residual": residual is not None, "width": plan.width, "v_width": plan.v_width,
         "query": source.matrix(spec.query), "query_copied": source.copied("query", spec.query),

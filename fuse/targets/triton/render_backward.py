@@ -22,7 +22,7 @@ from fuse.kernel.destinations import Destination, Unsupported
 from fuse.kernel.rectangles import rows_of
 from fuse.kernel.source import ENTRY, environment, header_lines
 from fuse.targets.triton.plan import widened
-from fuse.targets.triton.render import arguments, lanes_within, mask_axes
+from fuse.targets.triton.render import argument_names, lanes_within, mask_axes
 from fuse.targets.triton.render_tiles import is_listed
 from fuse.targets.triton.write import Block, TritonWriter, depends
 
@@ -126,7 +126,7 @@ class _Kernel:
         for to in written_by(self.owner, found):
             here = Block()
             writer = TritonWriter(lambda _, here=here: here, _real(self.spec), self.count)  # type: ignore[misc]
-            kind = kind_of(to)
+            kind = destination_kind(to)
             offset = writer.offset(to.load, strides=f"s_{to.name}") if kind in PLACED else ""
             rank = len(to.order) if kind in PLACED else 0
             places.append({"name": to.name, "kind": kind, "rank": rank, "place": Text(here.lines, offset)})
@@ -187,7 +187,7 @@ class _Kernel:
             if to.kind != "logit":
                 outer = "d_weight" if term.root == "weight" else "d_score"
                 text = outer if is_one(factor) else f"{outer} * {writer.value(factor)}"
-                terms.append(Added(to.name, kind_of(to), visible.format(text)))
+                terms.append(Added(to.name, destination_kind(to), visible.format(text)))
         slope = slope if slope == "d_score" else visible.format(slope)
         return TileEntries(tile.lines, Results(weighed, gated, slope, tuple(terms)))
 
@@ -268,7 +268,7 @@ def render_backward(spec: AttentionSpec, wanted: Sequence[bool], described: bool
         *header_lines(spec),
         f"wanted  {json.dumps(list(wanted))}",
     )
-    context = arguments(spec) | {
+    context = argument_names(spec) | {
         "header": "\n".join(f"# {line}" for line in lines), "entry": ENTRY, "batch": spec.batch, "mask_axes": mask_axes(spec),
         "qk_dim": spec.qk_dim, "v_dim": spec.v_dim, "width": widened(spec.qk_dim), "v_width": widened(spec.v_dim),
         "factor": repr(computed.scale), "real": _real(spec), "log2e": repr(_LOG2E),
@@ -285,10 +285,10 @@ def render_backward(spec: AttentionSpec, wanted: Sequence[bool], described: bool
 def written_by(owner: str, found: Sequence[Destination]) -> list[Destination]:
     """The destinations that are written by the kernel that keeps keys ("k"), queries ("q") or distances ("k - q")."""
     kinds = {"k": ("key", "value", "dense"), "q": ("query", "row", "shared"), "k - q": ("entry",)}[owner]
-    return [s for s in found if (s.name if s.kind == "matrix" else kind_of(s)) in kinds]
+    return [s for s in found if (s.name if s.kind == "matrix" else destination_kind(s)) in kinds]
 
 
-def kind_of(to: Destination) -> str:
+def destination_kind(to: Destination) -> str:
     """That of the destination; "shared" where entries share elements in another way than by distance: they add atomically."""
     return "shared" if to.kind == "entry" and not all(map(_of_distance, to.load.coords)) else to.kind
 

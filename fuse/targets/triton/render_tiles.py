@@ -10,7 +10,7 @@ from fuse.ir.spec import AttentionSpec
 from fuse.kernel.forward import forward_program
 from fuse.kernel.source import environment
 from fuse.targets.triton.ranges import TritonRanges
-from fuse.targets.triton.render import TritonSource, arguments, header, mask_axes
+from fuse.targets.triton.render import TritonSource, argument_names, header, mask_axes
 from fuse.targets.triton.write import Block, TritonWriter, depends
 
 TILES = "fuse_attention_tiles"
@@ -48,7 +48,7 @@ def render_tiles(spec: AttentionSpec, owner: str) -> str:
         cells = TritonWriter(place, source.real, source.count, names=names).value(spec.mask.tiles)
     else:
         result = TritonRanges(source.writer(visited), owner, source.rows, visited, source.count).range(residual)
-    context = arguments(spec) | {
+    context = argument_names(spec) | {
         "header": header(spec, "tiles that are visited"), "entry": f"{TILES}_{owner}", "own": own, "other": other,
         "bounds": bounds, "mask_axes": mask_axes(spec), "batch_index": source.batch_index, "owned": source.rows,
         "visited": visited, "cells": cells, "result": result, "empty": tile_map.EMPTY, "full_cell": tile_map.FULL,

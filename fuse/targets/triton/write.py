@@ -11,7 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from fuse.ir.expr import COMPARISONS, FLOATS, HALVES, Apply, Const, Expr, Index, Load, Prob, Score, Symbol, axes, contains
-from fuse.ir.interval import anywhere, bounds
+from fuse.ir.interval import anywhere, range_of
 from fuse.ir.operators import OPERATORS
 from fuse.ir.roundings import as_taken, decides, is_read
 from fuse.kernel.rectangles import Rows
@@ -176,7 +176,7 @@ class TritonWriter:
 
 def fits_a_word(node: Expr) -> bool:
     """Whether every value of an integer is known to fit 32 bits."""
-    found = bounds(node, anywhere)
+    found = range_of(node, anywhere)
     return bool(found.low >= -_WORD and found.high <= _WORD)
 
 
