@@ -21,7 +21,8 @@ import torch
 from torch.fx import Graph, GraphModule, Node
 
 import fuse.ops.attention
-import fuse.ops.tile_map  # noqa: F401  both register their ops
+import fuse.ops.snapshot
+import fuse.ops.tile_map  # noqa: F401  they register their ops
 from fuse.ir.spec import InvalidSpec, verify
 from fuse.passes.accept import Found, accept, declined_site
 from fuse.passes.expand import expand

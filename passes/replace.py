@@ -113,9 +113,9 @@ class _Emitter:
                 if max(r for r in readers if r < root) > at:
                     raise Declined(Mutated(node.name, location(writer)))
                 with self.graph.inserting_before(writer):
-                    return self.new_call(torch.clone, (node,), {})
+                    return self.new_call(torch.ops.fuse.snapshot.default, (node,), {})
             elif self.saves and at > root:
-                return self.new_call(torch.clone, (node,), {})
+                return self.new_call(torch.ops.fuse.snapshot.default, (node,), {})
         return node
 
     def _seed(self, seed: Seed) -> Node:

@@ -14,15 +14,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._functorch.utils import enable_single_level_autograd_function
 from torch.autograd import forward_ad
-from torch.autograd.function import _SingleLevelFunction
 
 from fuse.errors import SecondDerivative
 from fuse.ir.gradient import differentiable
 from fuse.ir.spec import AttentionSpec, IntLike
 from fuse.memoize import memoize
-from fuse.ops import batching
+from fuse.ops import batching, levels
 from fuse.targets import registry
 
 # Kernels take any strides: a copy into another layout would cost and gain nothing.
@@ -111,9 +109,7 @@ def _fake_backward(
 # -------------------------------------------------------------------------------------------------------- autograd
 
 
-# Of one level: that of the transform, as in torch.func.grad, under which the dispatcher calls the autograd kernel; what is
-# below goes on to the next level, where gradients may be wanted too, as with ATen's operators.
-class _Attention(_SingleLevelFunction):
+class _Attention(levels.Function):
     """Saves the operands, the result and the log-sum-exp of its rows; the scores are computed again."""
 
     @staticmethod
@@ -143,7 +139,7 @@ class _Attention(_SingleLevelFunction):
         return reference.attention_tangent(parsed(spec), operands, used, sizes)
 
 
-class _Last(_SingleLevelFunction):
+class _Last(levels.Function):
     """The backward pass as something that has no derivative."""
 
     @staticmethod
@@ -164,13 +160,6 @@ class _Last(_SingleLevelFunction):
         raise SecondDerivative
 
 
-def _apply(function: Any, *args: Any) -> Any:
-    if not torch._C._are_functorch_transforms_active():
-        return function.apply(*args)
-    with enable_single_level_autograd_function():
-        return function.apply(*args)
-
-
 def _any_gradient(tensors: Sequence[Tensor], differentiable: Sequence[bool]) -> bool:
     return torch.is_grad_enabled() and any(t.requires_grad and d for t, d in zip(tensors, differentiable, strict=True))
 
@@ -183,7 +172,7 @@ def _attention_autograd(operands: list[Tensor], sizes: list[int], spec: str, tar
     """Runs eagerly and while AOTAutograd traces."""
     result: Tensor
     if _any_gradient(operands, _differentiable(spec)) or _any_tangent(operands):
-        result = _apply(_Attention, sizes, spec, target, *operands)
+        result = levels.apply(_Attention, sizes, spec, target, *operands)
         return result
     with torch._C._AutoDispatchBelowAutograd():
         result = torch.ops.fuse.attention.default(operands, sizes, spec, target)
@@ -197,7 +186,7 @@ def _backward_autograd(
     """Differentiable in name: with ``create_graph`` the gradients are given, and theirs raise SecondDerivative."""
     tensors = (grad_out, out, *operands)
     if _any_gradient(tensors, [True] * len(tensors)) or _any_tangent(tensors):
-        return list(_apply(_Last, sizes, spec, target, wanted, grad_out, out, lse, *operands))
+        return list(levels.apply(_Last, sizes, spec, target, wanted, grad_out, out, lse, *operands))
     with torch._C._AutoDispatchBelowAutograd():
         grads: list[Tensor] = torch.ops.fuse.attention_backward.default(
             grad_out, operands, sizes, out, lse, spec, target, wanted

@@ -199,7 +199,7 @@ def user_name(node: Node) -> str:
     made = [node]
     while made:
         node = made.pop()
-        if not (MADE in node.meta or operator_name(node) in ("clone", "getattr")):
+        if not (MADE in node.meta or operator_name(node) in ("snapshot", "getattr")):
             break
         made += reversed(node.all_input_nodes)
         if operator_name(node) in ("bmm", "mm"):
