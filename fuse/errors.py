@@ -56,10 +56,10 @@ class VerificationFailed(FuseError):
     )
 
 
-class SecondDerivative(FuseError):
+class TangentOfGradient(FuseError):
     message = (
-        "the gradient of a fused attention was differentiated again, and fuse has no second derivative. Compile what needs it "
-        'with options={{"disable": True}}, or set FUSE_DISABLE=1.'
+        "the gradient of a fused attention was differentiated in forward mode, for which fuse has no formula. Differentiate "
+        'twice in reverse mode, or compile with options={{"disable": True}}.'
     )
 
 

@@ -15,8 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
+from torch.autograd.function import once_differentiable
 
-from fuse.errors import SecondDerivative
+from fuse.errors import TangentOfGradient
 from fuse.ir.gradient import differentiable
 from fuse.ir.spec import AttentionSpec, IntLike
 from fuse.memoize import memoize
@@ -139,25 +140,34 @@ class _Attention(levels.Function):
         return reference.attention_tangent(parsed(spec), operands, used, sizes)
 
 
-class _Last(levels.Function):
-    """The backward pass as something that has no derivative."""
+class _Backward(levels.Function):
+    """The backward pass, whose derivative is PyTorch's of the reference: no kernel has it."""
 
     @staticmethod
     def forward(
         ctx: Any, sizes: list[IntLike], spec: str, target: str, wanted: list[bool], grad_out: Tensor, out: Tensor, lse: Tensor,
         *operands: Tensor,
     ) -> tuple[Tensor, ...]:  # fmt: skip
+        ctx.save_for_backward(grad_out, *operands)
+        ctx.call = sizes, spec, wanted
         with torch.enable_grad(), torch._C._AutoDispatchBelowAutograd():
             call = torch.ops.fuse.attention_backward.default
             return tuple(call(grad_out, operands, sizes, out, lse, spec, target, wanted))
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> None:
-        raise SecondDerivative
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        """As if the result and the log-sum-exp were computed again from the operands."""
+        from fuse.targets import reference
+
+        (grad_out, *operands), (sizes, spec, wanted) = ctx.saved_tensors, ctx.call
+        by_grad_out, *by_operands = reference.attention_second(parsed(spec), grad_out, operands, sizes, wanted, grads)
+        given = iter(by_operands)
+        return (None, None, None, None, by_grad_out, None, None, *(next(given) if w else None for w in wanted))
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Any) -> None:
-        raise SecondDerivative
+        raise TangentOfGradient
 
 
 def _any_gradient(tensors: Sequence[Tensor], differentiable: Sequence[bool]) -> bool:
@@ -183,10 +193,9 @@ def _backward_autograd(
     grad_out: Tensor, operands: list[Tensor], sizes: list[int], out: Tensor, lse: Tensor, spec: str, target: str,
     wanted: list[bool],
 ) -> list[Tensor]:  # fmt: skip
-    """Differentiable in name: with ``create_graph`` the gradients are given, and theirs raise SecondDerivative."""
     tensors = (grad_out, out, *operands)
     if _any_gradient(tensors, [True] * len(tensors)) or _any_tangent(tensors):
-        return list(levels.apply(_Last, sizes, spec, target, wanted, grad_out, out, lse, *operands))
+        return list(levels.apply(_Backward, sizes, spec, target, wanted, grad_out, out, lse, *operands))
     with torch._C._AutoDispatchBelowAutograd():
         grads: list[Tensor] = torch.ops.fuse.attention_backward.default(
             grad_out, operands, sizes, out, lse, spec, target, wanted

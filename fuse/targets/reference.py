@@ -74,6 +74,34 @@ def attention_backward(
         return backward.run(grad_out)
 
 
+def attention_second(
+    spec: AttentionSpec,
+    grad_out: Tensor,
+    operands: Sequence[Tensor],
+    sizes: Sequence[int],
+    wanted: Sequence[bool],
+    grads: Sequence[Tensor],
+) -> list[Tensor]:
+    """The derivatives of ``attention_backward`` by grad_out and by the wanted operands, given those of its results, ``grads``.
+
+    PyTorch's own derivative of a derivative: every score of the call is held.
+    """
+
+    def result(*leaves: Tensor) -> Tensor:
+        given = iter(leaves)
+        call = _call(spec, [next(given) if w else t for t, w in zip(operands, wanted, strict=True)], sizes, "eager")
+        rows = (0, call.q_len)
+        prob = call.softmax(rows, call.key()).prob
+        return _product(call.entries(spec.weight, rows, {Prob: prob}), call.value()).to(grad_out.dtype)
+
+    def backward(grad: Tensor, *leaves: Tensor) -> tuple[Tensor, ...]:
+        return torch.func.vjp(result, *leaves)[1](grad)  # type: ignore[no-any-return]
+
+    with torch.autocast(grad_out.device.type, enabled=False):
+        leaves = [t for t, w in zip(operands, wanted, strict=True) if w]
+        return list(torch.func.vjp(backward, grad_out, *leaves)[1](tuple(grads)))
+
+
 def _call(spec: AttentionSpec, operands: Sequence[Tensor], sizes: Sequence[int], precision: str) -> _Call:
     if precision not in ("exact", "eager"):
         raise ValueError(f"precision {precision!r} is neither 'exact' nor 'eager'")
