@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import pytest
 from specs import CASES
-from together import together
+from together import asked, narrow, together
 
-from fuse.targets.cpp import cpu, launch
-from fuse.targets.cpp.launch import CppKernel, instruction_set
-from fuse.targets.cpp.plan import plan
-from fuse.targets.cpp.render import render
+from fuse.targets.cpp import cpu
+from fuse.targets.cpp.launch import CppKernel, build, instruction_set
 
 pytestmark = pytest.mark.compiler
 
@@ -36,27 +32,26 @@ CHOSEN += [(name, "float64") for name in IN_DOUBLE]
 ISA = "avx512" if cpu.matrix_unit() else instruction_set()  # bfloat16 too: the matrix core has tests of its own
 
 
+Kernels = dict[tuple[str, str], CppKernel]
+
+
 def kernel(name: str, dtype: str) -> CppKernel:
-    """Beside those of PLANNED with two vectors of queries in a block, by dtype with one: half as much to compile."""
+    """Beside those of PLANNED with two vectors of queries in a block, by dtype with one."""
     spec = CASES[name](dtype).spec
-    planned = plan(spec, ISA)
-    if dtype != "float32":
-        planned = replace(planned, vectors=1)
-    elif name not in PLANNED:
-        planned = replace(planned, vectors=2, few=0)
-    return CppKernel(spec, launch.build_source(f"{name}_{dtype}", planned.isa, render(spec, planned)))
+    if dtype == "float32" and name in PLANNED:
+        return CppKernel(spec, build(spec, ISA))
+    with narrow(2) if dtype == "float32" else narrow(1, few=4):
+        return CppKernel(spec, build(spec, ISA))
 
 
 @pytest.fixture(scope="module")
-def kernels(request: pytest.FixtureRequest) -> dict[tuple[str, str], CppKernel]:
-    """Of all tests that were asked for."""
-    items = [item for item in request.session.items if isinstance(item, pytest.Function) and item.path == request.path]
-    asked = [(item.callspec.params["name"], item.callspec.params["dtype"]) for item in items]
+def kernels(request: pytest.FixtureRequest) -> Kernels:
+    cases = [(p["name"], p["dtype"]) for p in asked(request, test_kernel_is_as_close_to_float64_as_eager)]
     with together():
-        return {case: kernel(*case) for case in asked}
+        return {case: kernel(*case) for case in cases}
 
 
 @pytest.mark.parametrize("name, dtype", CHOSEN)
-def test_kernel_is_as_close_to_float64_as_eager(kernels: dict[tuple[str, str], CppKernel], name: str, dtype: str) -> None:
+def test_kernel_is_as_close_to_float64_as_eager(kernels: Kernels, name: str, dtype: str) -> None:
     problem = CASES[name](dtype)
     problem.check(kernels[name, dtype](problem.operands, problem.sizes))

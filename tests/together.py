@@ -3,7 +3,8 @@
 with together():
     kernels = [CppKernel(spec, build(spec)) for spec in specs]  # may be called when all is built: behind the block
 
-What is built is what a user gets, text and flags; only that each kernel stands in a namespace of its own.
+What is built is what a user gets, text and flags; only that each kernel stands in a namespace of its own, and that ``narrow``
+leaves instances out.
 """
 
 from __future__ import annotations
@@ -11,10 +12,10 @@ from __future__ import annotations
 import ctypes
 import re
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,7 @@ from fuse.report.runs import Runs
 from fuse.targets.cache import entry
 from fuse.targets.cpp import launch, launch_backward
 from fuse.targets.cpp.launch import Built
+from fuse.targets.cpp.plan import Plan
 
 MANY = 8  # kernels of a library: more of them leave nothing to a second core
 PART = """#define {entry} {entry}_{number}
@@ -72,6 +74,32 @@ def together() -> Iterator[None]:
         by_isa[kernel.isa].append(kernel)
     with ThreadPoolExecutor(2) as pool:
         list(pool.map(_build, [k[i : i + MANY] for k in by_isa.values() for i in range(0, len(k), MANY)]))
+
+
+@contextmanager
+def narrow(vectors: int = 1, few: int = 0) -> Iterator[None]:
+    """Blocks of the lanes core have no more vectors of queries, and few queries no way of their own: half as much to compile.
+
+    For specs that say what an expression means: how it is written does not depend on either.
+    """
+
+    def narrowed(plan: Callable[..., Plan]) -> Callable[..., Plan]:
+        def called(*of: Any) -> Plan:
+            full = plan(*of)
+            return replace(full, vectors=vectors, few=few) if full.core == "lanes" else full
+
+        return called
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(launch, "plan", narrowed(launch.plan))
+        patch.setattr(launch_backward, "backward_plan", narrowed(launch_backward.backward_plan))
+        yield
+
+
+def asked(request: pytest.FixtureRequest, test: Callable[..., object]) -> list[dict[str, Any]]:
+    """The parameters of ``test`` in this run."""
+    items = [item for item in request.session.items if isinstance(item, pytest.Function)]
+    return [item.callspec.params for item in items if getattr(item.function, "__code__", None) is test.__code__]
 
 
 def _build(kernels: list[Kernel]) -> None:
