@@ -29,17 +29,15 @@ NAMES = (
 
 @pytest.fixture(scope="module")
 def kernels(request: pytest.FixtureRequest) -> dict[str, launch.CppKernel]:
-    specs = {
-        params["name"]: CASES[params["name"]]("bfloat16").spec
-        for params in asked(request, test_emulated_tiles_are_as_close_to_float64_as_eager)
-    }
+    names = [params["name"] for params in asked(request, test_emulated_tiles_are_within_twice_the_error_of_eager)]
+    specs = {name: CASES[name]("bfloat16").spec for name in names}
     with together():
         return {name: launch.CppKernel(spec, launch.build(spec, "amx_emulated")) for name, spec in specs.items()}
 
 
 @needs_avx512_bf16
 @pytest.mark.parametrize("name", NAMES)
-def test_emulated_tiles_are_as_close_to_float64_as_eager(kernels: dict[str, launch.CppKernel], name: str) -> None:
+def test_emulated_tiles_are_within_twice_the_error_of_eager(kernels: dict[str, launch.CppKernel], name: str) -> None:
     problem = CASES[name]("bfloat16")
     problem.check(kernels[name](problem.operands, problem.sizes))
 

@@ -101,7 +101,7 @@ def runs(isa: str) -> bool:
 @pytest.fixture(scope="module")
 def backwards(request: pytest.FixtureRequest) -> dict[Way, CppBackward]:
     """Of all tests that were asked for."""
-    ways = [params["chosen"] for params in asked(request, test_gradients_are_as_close_to_float64_as_eager)]
+    ways = [params["chosen"] for params in asked(request, test_gradients_are_within_twice_the_error_of_eager)]
     with together():
         return {way: backward(*way) for way in ways if runs(way[2])}
 
@@ -115,7 +115,7 @@ def backward(name: str, dtype: str, isa: str) -> CppBackward:
 
 
 @pytest.mark.parametrize("chosen", CHOSEN, ids="-".join)
-def test_gradients_are_as_close_to_float64_as_eager(backwards: dict[Way, CppBackward], chosen: Way) -> None:
+def test_gradients_are_within_twice_the_error_of_eager(backwards: dict[Way, CppBackward], chosen: Way) -> None:
     name, dtype, isa = chosen
     if not runs(isa):
         pytest.skip(f"this machine has no {isa}")

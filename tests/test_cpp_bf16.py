@@ -44,16 +44,14 @@ NAMES = (
 
 @pytest.fixture(scope="module")
 def kernels(request: pytest.FixtureRequest) -> dict[str, CppKernel]:
-    specs = {
-        params["name"]: CASES[params["name"]]("bfloat16").spec
-        for params in asked(request, test_kernel_is_as_close_to_float64_as_eager)
-    }
+    names = [params["name"] for params in asked(request, test_kernel_is_within_twice_the_error_of_eager)]
+    specs = {name: CASES[name]("bfloat16").spec for name in names}
     with together():
         return {name: CppKernel(spec, build(spec, "avx512_bf16")) for name, spec in specs.items()}
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_kernel_is_as_close_to_float64_as_eager(kernels: dict[str, CppKernel], name: str) -> None:
+def test_kernel_is_within_twice_the_error_of_eager(kernels: dict[str, CppKernel], name: str) -> None:
     p = CASES[name]("bfloat16")
     p.check(kernels[name](p.operands, p.sizes))
 

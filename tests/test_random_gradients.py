@@ -156,7 +156,7 @@ def test_kernels_have_the_reference_s_gradients(dtype: str) -> None:
         found.append(made(draw, dtype))
 
     collect()
-    with together(), narrow(2):
+    with together(), narrow():
         kernels = [CppBackward(p.spec, w := differentiable(p.spec), build_backward(p.spec, w)) for p in found]
     for p, kernel in zip(found, kernels, strict=True):
         check(p, run(p, kernel), differentiable(p.spec))
