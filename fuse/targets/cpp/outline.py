@@ -10,13 +10,14 @@ from fuse.ir.tile_map import TileMap
 from fuse.kernel.source import ENTRY
 
 WIDTH = 128
+_ONE_LINE = re.compile(r"( *)([^{}]*\)(?: const)?) \{ (.*;) \}")  # a function, or a block after its condition
 # What a source may hold: how its definition begins, and what it is; in the order in which it is found.
 _PARTS = (
     (r"struct Call ", "Call", "the arguments of a call"),
-    (r"struct Site ", "Site", "one batch index: where its operands begin"),
+    (r"struct BatchIndex ", "BatchIndex", "one batch index: where its operands begin"),
     (r"static int64_t lower_key\(", "lower_key", "edit: the first key that a query may see"),
     (r"static int64_t upper_key\(", "upper_key", "edit: one past the last key that a query may see"),
-    (r"struct Sinks ", "Sinks", "where gradients go"),
+    (r"struct Destinations ", "Destinations", "where gradients go"),
     (r"struct Matrix ", "Matrix", "products of bfloat16"),
     (r"void score_full\(", "score_full", "edit: the score of an entry, lanes are queries"),
     (r"void score_partial\(", "score_partial", "edit: the same where the mask hides some"),
@@ -65,7 +66,7 @@ def _contents(body: str) -> list[str]:
 
 
 def wrapped(text: str) -> str:
-    """Lines of code beyond WIDTH, broken after a comma or before an operator; comments and directives are left."""
+    """Lines beyond WIDTH are broken around a body, after a comma or before an operator; comments and directives are left."""
     return "\n".join(_broken(line) for line in text.split("\n"))
 
 
@@ -73,6 +74,9 @@ def _broken(line: str) -> str:
     start = line.lstrip()
     if len(line) <= WIDTH or start.startswith(("//", "#")) or '"' in line:
         return line
+    if whole := _ONE_LINE.fullmatch(line):
+        margin, head, body = whole.groups()
+        return "\n".join((_broken(f"{margin}{head} {{"), _broken(f"{margin}    {body}"), f"{margin}}}"))
     indent = len(line) - len(start)
     breaks = [m.end() for m in re.finditer(r",(?= )| (?=[-+*?:&|] )|;(?= )", line[:WIDTH]) if m.end() > indent + 8]
     if not breaks:
