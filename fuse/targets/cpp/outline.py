@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import re
 
-from fuse.ir.expr import Expr, Load, walk
 from fuse.ir.spec import AttentionSpec
 from fuse.ir.tile_map import TileMap
-from fuse.kernel.source import ENTRY
+from fuse.kernel.source import ENTRY, operand_lines
 
 WIDTH = 128
 _ONE_LINE = re.compile(r"( *)([^{}]*\)(?: const)?) \{ (.*;) \}")  # a function, or a block after its condition
@@ -41,23 +40,9 @@ _PARTS = (
 def finished(text: str, header: str, spec: AttentionSpec | TileMap) -> str:
     """The source with an outline after its header, in lines of WIDTH."""
     body = text[len(header) :]
-    lines = [*_operands(spec), f"sizes     {', '.join(spec.symbols)}", "contents, in order", *_contents(body)]
+    lines = [*operand_lines(spec), f"sizes     {', '.join(spec.symbols)}", "contents, in order", *_contents(body)]
     outline = "\n".join(f"// {line}" for line in lines)
     return f"{header}\n{outline}{wrapped(body)}"
-
-
-def _operands(spec: AttentionSpec | TileMap) -> list[str]:
-    """Number, dtype, rank and part of each operand."""
-    roots: dict[str, Expr] = spec.roots() if isinstance(spec, AttentionSpec) else {"mask": spec.predicate}
-    parts: dict[int, list[str]] = {}
-    for name, root in roots.items():
-        for node in walk(root):
-            if isinstance(node, Load) and name not in parts.setdefault(node.operand, []):
-                parts[node.operand].append(name)
-    return [
-        f"operand {i} {o.dtype}, {o.rank} dimensions: {', '.join(parts.get(i, ['not read']))}"
-        for i, o in enumerate(spec.operands)
-    ]
 
 
 def _contents(body: str) -> list[str]:
