@@ -42,8 +42,12 @@ class TritonRanges(RangeWriter):
 
     def lookup(self, node: Load, places: list[str]) -> str:
         near = " & ".join(f"({place}[1] - {place}[0] <= 1)" for place in places)
-        corners = (replace(self._writer, names={"q": q, "k": k}) for q in ("q0", "q1") for k in ("k0", "k1"))
+        corners = (self._writer_at({"q": q, "k": k}) for q in ("q0", "q1") for k in ("k0", "k1"))
         return f"int_among({', '.join(writer.load(node) for writer in corners)}, {near})"
+
+    def _writer_at(self, names: dict[str, str]) -> TritonWriter:
+        """Of the same statements, which it knows nothing of: they are about other positions."""
+        return replace(self._writer, names=names, place=lambda axes: Block(self._writer.place(axes).lines))
 
     def operation(self, node: Apply) -> str | None:
         if has_floats(node):
