@@ -55,8 +55,9 @@ class TritonBackward:
         self.functions = {name: module.function(f"{ENTRY}_{name}") for name in names}
 
     def __call__(
-        self, grad_out: Tensor, operands: Sequence[Tensor], sizes: Sequence[int], out: Tensor, lse: Tensor
-    ) -> list[Tensor]:
+        self, grad_out: Tensor, operands: Sequence[Tensor], sizes: Sequence[int], out: Tensor, lse: Tensor,
+        grad_lse: Tensor | None = None,
+    ) -> list[Tensor]:  # fmt: skip
         """The gradients of the wanted operands, with the layout that ``torch.empty_like`` gives these.
 
         Where entries share elements of a tensor in another way than by distance, their order in its sums is not determined; if
@@ -64,11 +65,11 @@ class TritonBackward:
         """
         if self._shared and torch.are_deterministic_algorithms_enabled():
             self.runs = left_to_reference(self.runs, "backward", "calls under torch.use_deterministic_algorithms")
-            return reference.attention_backward(self._spec, grad_out, operands, sizes, self._wanted, "eager")
+            return reference.attention_backward(self._spec, grad_out, operands, sizes, self._wanted, "eager", grad_lse)
         found: list[Tensor] = []
 
         def launch(plan: TritonBackwardPlan) -> None:
-            found[:] = self._with(plan, grad_out, operands, sizes, out, lse)
+            found[:] = self._with(plan, grad_out, operands, sizes, out, lse, grad_lse)
 
         self.plans.launch(self.source, grad_out.device, sizes[: self._spec.batch + 2], launch)
         return found
@@ -79,7 +80,7 @@ class TritonBackward:
 
     def _with(
         self, plan: TritonBackwardPlan, grad_out: Tensor, operands: Sequence[Tensor], sizes: Sequence[int], out: Tensor,
-        lse: Tensor,
+        lse: Tensor, grad_lse: Tensor | None,
     ) -> list[Tensor]:  # fmt: skip
         gradients = self._gradients.zeros(operands, sizes)
         *batch, q_len, kv_len = sizes[: self._spec.batch + 2]
@@ -87,7 +88,7 @@ class TritonBackward:
             delta = torch.empty_like(lse)
             views = [t.view(torch.uint8) if t.dtype == torch.bool else t for t in operands]
             given = [*views, *sizes, *(n for t in views for n in (*t.shape, *t.stride()))]
-            known = self._rows(plan.rows, grad_out, given, sizes, out, lse, delta)
+            known = self._rows(plan.rows, grad_out, given, sizes, out, lse, grad_lse, delta)
             sums = {"row": (*batch, q_len, 1), "key": (*batch, 1, kv_len), "entry": (*batch, 1, q_len + kv_len - 1)}
             partial = {s.name: lse.new_empty(sums[kind]) for s in self._destinations if (kind := destination_kind(s)) in sums}
             self._launch("k", plan, -(-kv_len // plan.keys.block_k), known, given, sizes, gradients | partial)
@@ -101,7 +102,7 @@ class TritonBackward:
 
     def _rows(
         self, plan: Launch, grad_out: Tensor, given: Sequence[Any], sizes: Sequence[int], out: Tensor, lse: Tensor,
-        delta: Tensor,
+        grad_lse: Tensor | None, delta: Tensor,
     ) -> list[Any]:  # fmt: skip
         """Computes what is known of each row; what the kernels have in common before the ``given`` operands and integers."""
         count = math.prod(sizes[: self._spec.batch])
@@ -112,7 +113,10 @@ class TritonBackward:
         normal = torch.empty_like(lse)
         known = [grad_out, lse, normal, delta, maxima, log_sums, flags, *grad_out.stride()]
         blocks = -(-sizes[self._spec.batch] // plan.block_q)
-        self.functions["rows"][(count * blocks,)](out, *known, *given, *out.stride(), **_options(plan))
+        of_lse = lse if grad_lse is None else grad_lse.to(lse.dtype)
+        self.functions["rows"][(count * blocks,)](
+            out, of_lse, *known, *given, *out.stride(), HAS_GRAD_LSE=grad_lse is not None, **_options(plan)
+        )
         return known
 
     def _launch(
