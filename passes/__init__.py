@@ -26,7 +26,7 @@ import fuse.ops.tile_map  # noqa: F401  they register their ops
 from fuse.ir.spec import InvalidSpec, verify
 from fuse.passes.accept import Found, accept, declined_site
 from fuse.passes.expand import expand
-from fuse.passes.find import Candidate, find
+from fuse.passes.find import Candidate, find, is_attention
 from fuse.passes.layout import put_keys_innermost
 from fuse.passes.lift import Lifted, Pass, SiteContext, lift
 from fuse.passes.masks import recover_mask
@@ -107,7 +107,7 @@ def _fuse_sites(graph: Graph, target: str, refused: Declined | None, kept: set[N
                 raise traced
             found.append(_fuse_site(graph, candidate, SiteContext(traced, target), state_of))
         except Declined as d:
-            if not isinstance(d.reason, (NotSoftmax, NoScoreProduct)):
+            if is_attention(candidate.anchor) or not isinstance(d.reason, (NotSoftmax, NoScoreProduct)):
                 sites.append(declined_site(candidate, d.reason))
         except Exception as e:
             sites.append(declined_site(candidate, InternalError(f"{type(e).__name__}: {e}")))
@@ -146,7 +146,7 @@ def _fuse_site(graph: Graph, candidate: Candidate, context: SiteContext, state_o
         for each in PASSES:
             lifted = _verified(each, each(lifted, context))
             steps.append((each.__name__, lifted.spec))
-        replacement = insert(graph, root, lifted, context, state_of[root].transforms)
+        replacement = insert(graph, root, candidate.lse, lifted, context, state_of[root].transforms)
         return Found(candidate, lifted, replacement, (*steps, ("insert", replacement.spec)))
     assert declined is not None
     raise declined
