@@ -225,6 +225,13 @@ def two_lowest_masks_overflow(dtype: str) -> Problem:
 
 
 @case
+def raised_to_the_largest_number(dtype: str) -> Problem:
+    """A negated mask: where it is, the scores are one number as large as there is, and so is the row's log-sum-exp."""
+    raised = op("where", op("eq", op("mod", K, 5), 0), const(-LOWEST[dtype], dtype), const(0.0, dtype))
+    return problem(dtype, score=lambda s: op("add", raised, s))
+
+
+@case
 def masked_rows_with_sink(dtype: str) -> Problem:
     """Whatever is masked, the sink keeps the row finite."""
     sink = rand(3, dtype=dtype)

@@ -15,6 +15,7 @@ pytestmark = pytest.mark.compiler
 BY_DTYPE = (
     "plain", "features_strided", "transposed_output", "one_query", "dense_additive", "relative_table", "sinks",
     "integer_mask_product", "left_padding_and_causal", "masked_rows_added_fill", "two_lowest_masks_overflow",
+    "raised_to_the_largest_number",
     "score_before_and_after_cast", "no_keys", "masked_rows_with_two_low_sinks",
 )  # fmt: skip
 # What decides is rounded to a narrower type than the one that is computed in.

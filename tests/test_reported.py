@@ -18,7 +18,7 @@ def case(report: Report) -> Any:
     return pytest.param(report, id=report.name, marks=[pytest.mark.compiler] if report.number in DECLINED else [])
 
 
-@pytest.mark.parametrize("report", map(case, REPORTS))
+@pytest.mark.parametrize("report", [case(r) for r in REPORTS])
 def test_a_reported_program_computes_what_it_does_without_a_compiler(report: Report) -> None:
     inner = "inductor" if report.number in DECLINED else "aot_eager"
     assert report.error("fuse", {"inner": inner, "target": "reference"}) < 1e-5

@@ -30,6 +30,7 @@ GRADIENTS = (
     "features_strided", "packed_qkv", "packed_qkv_head_dim_24", "causal_long", "causal_offset",
     "causal_more_queries_than_keys", "window", "padding", "left_padding_and_causal", "documents", "dense_additive",
     "masked_rows_infinite_fill", "masked_rows_added_fill", "masked_rows_are_zero", "two_lowest_masks_overflow",
+    "raised_to_the_largest_number",
     "masked_rows_with_sink", "alibi", "soft_cap_causal", "scalar_tensor_scale", "two_extra_logits", "weight_factor",
     "weight_masked_after_softmax", "relative_table", "t5_bias", "decomposed_positions",
 )  # fmt: skip

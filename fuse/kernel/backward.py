@@ -60,6 +60,12 @@ def recomputed_below(spec: AttentionSpec) -> float | None:
     return max(_IMPRECISE, forward_program(spec).threshold or -math.inf) if maskable else None
 
 
+def recomputed_above(lse_dtype: str) -> float:
+    """Of specs with such rows, those of no smaller finite log-sum-exp are normalised again, too: where that is kept in
+    ``lse_dtype``, its rounding would change the probabilities of the row."""
+    return 1e6 if lse_dtype == "float64" else -_IMPRECISE
+
+
 def _peeled(node: Expr) -> tuple[Expr, float]:
     """(inner, c) with node = c * inner, c > 0: as ``peel``, and what is the same for all entries is one."""
     inner, factor = peel(node)

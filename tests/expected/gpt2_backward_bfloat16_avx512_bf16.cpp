@@ -633,8 +633,9 @@ static R row_delta(const Goal& g, int64_t q) {
     return g.grad_lse ? sum - R(g.grad_lse[q]) : sum;
 }
 
-// Rows whose probabilities cannot be told from their log-sum-exp: all or nearly all of their entries are masked.
-INLINE bool needs_exact(Lse lse) { return lse <= Lse(-1000.0); }
+// Rows whose probabilities cannot be told from their log-sum-exp: all or nearly all of their entries are masked, or it is so
+// large that it has too few digits.
+INLINE bool needs_exact(Lse lse) { return lse <= Lse(-1000.0) || (lse >= Lse(1000.0) && lse < Lse(INFINITY)); }
 
 // Such rows among the W from q0 on, of which there is at least one.
 static bool find_exact(const Call& c, const BatchIndex& b, int64_t q0, VI& chosen) {

@@ -54,7 +54,7 @@ def fuse_attention_rows(
     tl.store(delta + row_at + q, row_delta, mask=q_ok)
     # Log-sum-exp in base 2. Where it has lost its digits it is infinite, so that probabilities vanish.
     log_sum = tl.load(lse + row_at + q, mask=q_ok, other=float("inf"))
-    exact = log_sum <= -1000.0
+    exact = (log_sum <= -1000.0) | ((log_sum >= 1000.0) & (log_sum < float("inf")))
     tl.store(lse2 + row_at + q, tl.where(exact, float("inf"), log_sum * 1.4426950408889634), mask=q_ok)
     if tl.max(tl.cast(exact, tl.int32)) > 0:
         # The softmax of these rows again, over every key, rounded as eager rounds.
@@ -192,7 +192,8 @@ def fuse_attention_keys(
                 q_lane = tl.arange(0, BM)[None, :]
                 q = q0 + q_lane
                 q_ok = q < q_len
-                exact = tl.load(lse + row_at + q, mask=q_ok, other=float("inf")) <= -1000.0
+                log_sum = tl.load(lse + row_at + q, mask=q_ok, other=float("inf"))
+                exact = (log_sum <= -1000.0) | ((log_sum >= 1000.0) & (log_sum < float("inf")))
                 m = tl.load(exact_m + row_at + q, mask=exact, other=0)
                 log_l = tl.load(exact_log_l + row_at + q, mask=exact, other=0)
                 if tl.max(tl.cast(exact, tl.int32)) > 0:
@@ -344,7 +345,8 @@ def fuse_attention_queries(
             d_score = prob * (d_weight - row_delta)
             if HAS_query:
                 d_query = tl.dot(tl.cast(d_score, key.dtype), key, d_query, input_precision=PRECISION)
-        exact = tl.load(lse + row_at + q, mask=q_ok, other=float("inf")) <= -1000.0
+        log_sum = tl.load(lse + row_at + q, mask=q_ok, other=float("inf"))
+        exact = (log_sum <= -1000.0) | ((log_sum >= 1000.0) & (log_sum < float("inf")))
         m = tl.load(exact_m + row_at + q, mask=exact, other=0)
         log_l = tl.load(exact_log_l + row_at + q, mask=exact, other=0)
         if tl.max(tl.cast(exact, tl.int32)) > 0:

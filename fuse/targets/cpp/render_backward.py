@@ -11,12 +11,12 @@ from fuse.ir.expr import Expr, Prob, Score
 from fuse.ir.gradient import Gradient
 from fuse.ir.spec import AttentionSpec
 from fuse.kernel.addressing import is_affine, is_separable
-from fuse.kernel.backward import Added, BackwardProgram, Results, backward_program, is_one
+from fuse.kernel.backward import Added, BackwardProgram, Results, backward_program, is_one, recomputed_above
 from fuse.kernel.destinations import Destination
 from fuse.kernel.example import example_of_gradients
 from fuse.kernel.source import environment, header_lines
 from fuse.targets.cpp.outline import finished
-from fuse.targets.cpp.plan import Plan
+from fuse.targets.cpp.plan import Plan, lse_dtype
 from fuse.targets.cpp.render import CppSource, QueryProgram, call_context, origin
 from fuse.targets.cpp.write import C_TYPES, CppValue, Writer, scalar_function
 from fuse.targets.cpp.write_keys import KeyProgram, KeyRuns, KeyWriter, bound
@@ -161,7 +161,7 @@ def render_backward(spec: AttentionSpec, wanted: Sequence[bool], plan: Plan) -> 
         "header": header,
         "programs": [p for p in programs if isinstance(p, QueryEntries)], "key_programs": key_programs,
         "key_runs": write.runs.context(), "recomputed": computed.recomputed_below is not None,
-        "recomputed_below": repr(computed.recomputed_below),
+        "recomputed_below": repr(computed.recomputed_below), "recomputed_above": repr(recomputed_above(lse_dtype(spec))),
         "recomputed_scores": next((p for p in programs if not isinstance(p, QueryEntries)), None),
         "extra_logits": source.extra_logits(), "wanted": matrices, "factor": repr(computed.scale),
         "destinations": [_destination_context(source, computed.of, i, s) for i, s in enumerate(found)],

@@ -13,7 +13,7 @@ from fuse.ir import expr
 from fuse.ir.gradient import gradient
 from fuse.ir.grid import Grid
 from fuse.ir.spec import AttentionSpec
-from fuse.kernel.backward import recomputed_below
+from fuse.kernel.backward import recomputed_above, recomputed_below
 from fuse.kernel.destinations import Destination, destinations
 from fuse.kernel.groups import BatchGroups, groups_of
 from fuse.kernel.source import ENTRY
@@ -168,7 +168,8 @@ class TritonBackward:
                 power = logit - lse[..., None]
                 if (below := recomputed_below(self._spec)) is not None:
                     m, log_l = known["exact_m"][..., None], known["exact_log_l"][..., None]
-                    power = torch.where(lse[..., None] <= float(below), logit - m - log_l, power)
+                    exact = (lse <= below) | ((lse >= recomputed_above(self._spec.lse_dtype)) & (lse < math.inf))
+                    power = torch.where(exact[..., None], logit - m - log_l, power)
                 grad = -power.exp() * delta[..., None] * grid.evaluate(term.factor)
             else:
                 grad = partial[to.name]

@@ -16,7 +16,7 @@ from fuse.ir import expr
 from fuse.ir.expr import HALVES, Apply, Const, Expr, Index, Load, Prob, Score, apply, const
 from fuse.ir.operators import OPERATORS
 from fuse.ir.spec import AttentionSpec
-from fuse.kernel.backward import Added, BackwardProgram, Results, backward_program, is_one
+from fuse.kernel.backward import Added, BackwardProgram, Results, backward_program, is_one, recomputed_above
 from fuse.kernel.destinations import Destination, Unsupported
 from fuse.kernel.forward import Bound
 from fuse.kernel.rectangles import rows_of
@@ -156,12 +156,23 @@ class _Kernel:
         forward, slope, factors = computed.forward, computed.slope, computed.factors
         writer = self.writer(tile)
         _give_leaves(writer, forward.visible, slope, self.spec.weight, computed.of.weight, *factors)
-        prob = f"tl.exp2({writer.value(forward.visible)} * {forward.factor * _LOG2E!r} - row_lse2)"
+        prob = f"tl.exp2({self.power(writer.value(forward.visible))} - row_lse2)"
         if not full:
             tile.lines.append(f"seen = {self.seen(writer)}")
         tile.lines.append(f"prob = {prob if full else f'tl.where(seen, {prob}, 0.0)'}")
         text = "d_score" if is_one(slope) else f"d_score * {writer.value(slope)}"
         return self._results(tile, writer, text, factors, found, "{}" if full else "tl.where(seen, {}, 0.0)")
+
+    def power(self, score: str) -> str:
+        """A visible score in base 2. Of rows that are normalised again it is bounded: less infinity it has to be -inf."""
+        factor, largest = self.computed.forward.factor * _LOG2E, 1e307 if self.spec.lse_dtype == "float64" else 1e38
+        added = any(
+            isinstance(n, Load) or (isinstance(n, Const) and abs(n.value) >= largest)
+            for n in expr.walk(self.computed.forward.visible)
+            if n.dtype in expr.FLOATS
+        )
+        bounded = f"tl.minimum({score}, {largest / max(1.0, factor)!r})" if added else score
+        return f"{bounded} * {factor!r}"
 
     def recomputed(self, found: Sequence[Destination]) -> TileEntries:
         """Of all entries of the rows that are ``exact``, whose largest score is ``m`` and log-sum-exp ``m + log_l``."""
@@ -280,7 +291,7 @@ def render_backward(spec: AttentionSpec, wanted: Sequence[bool], described: bool
         "batch": spec.batch, "mask_axes": mask_axes(spec), "qk_dim": spec.qk_dim, "v_dim": spec.v_dim,
         "width": widened(spec.qk_dim), "v_width": widened(spec.v_dim),
         "factor": repr(computed.scale), "real": _real(spec), "log2e": repr(_LOG2E),
-        "recomputed_below": computed.recomputed_below,
+        "recomputed_below": computed.recomputed_below, "recomputed_above": recomputed_above(spec.lse_dtype),
         "rows": rows.context() | rows.summary(),
         "keys": kernels["keys"] | {"walk": keys.walk()}, "queries": kernels["queries"] | {"walk": queries.walk()},
         "distances": kernels["distances"] | {"any": distances.any()} if written_by("k - q", found) else None,
