@@ -82,6 +82,11 @@ class UnsupportedType(Reason):
     unblock = "use dense float32, bfloat16, float16 or float64 tensors"
 
 
+class IntegersWrap(Reason):
+    message = "arithmetic of positions may leave its dtype: {detail}"
+    unblock = "keep positions small: kernels take them for the integers of mathematics"
+
+
 class Mutated(Reason):
     message = "{detail} is written in place between its use in the attention and the end of it"
     unblock = "use an out-of-place operation"
