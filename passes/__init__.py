@@ -1,6 +1,7 @@
 """The passes, in order. Each reads what the one before found; the graph changes in the last two only.
 
 of a graph
+    expand    composite calls, written out
     states    what surrounds each node: autocast, grad mode, functorch level
     find      candidates: a normalisation, the contraction behind it, the slice of the graph around them
     trace     the slices as functional ATen, for reading
@@ -10,31 +11,34 @@ of each site
     insert    the op before the site's root, reading what the spec reads
 of the graph
     accept    one fuse::attention in the place of each root whose scores nothing else needs; what nothing uses is removed
+    census    what no site tells of
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 
-import torch
 from torch.fx import Graph, GraphModule, Node
 
 import fuse.ops.attention
 import fuse.ops.tile_map  # noqa: F401  both register their ops
 from fuse.ir.spec import InvalidSpec, verify
+from fuse.passes import census
 from fuse.passes.accept import Found, accept, declined_site
 from fuse.passes.expand import expand
 from fuse.passes.find import Candidate, find
 from fuse.passes.layout import put_keys_innermost
 from fuse.passes.lift import Lifted, Pass, Setting, lift
 from fuse.passes.masks import recover_mask
-from fuse.passes.read.graph import State, operator_name, states
+from fuse.passes.read.bodies import Body, bodies
+from fuse.passes.read.graph import State, states
 from fuse.passes.read.trace import Trace, trace
 from fuse.passes.replace import insert, remove
 from fuse.passes.tables import tabulate
 from fuse.passes.tiles import map_tiles
-from fuse.report.reasons import Declined, InternalError, NoScoreProduct, NotSoftmax, StateChanges
-from fuse.report.site import Site
+from fuse.report.reasons import Declined, InternalError, NoScoreProduct, NotSoftmax, Reason, StateChanges
+from fuse.report.site import Reading, Site
 
 PASSES: tuple[Pass, ...] = (
     recover_mask,  # the predicate is separated from the score and bounded in closed form
@@ -43,56 +47,66 @@ PASSES: tuple[Pass, ...] = (
     map_tiles,  # what an opaque mask lets be seen of each tile is computed once in the graph
 )
 
-# Higher-order operations whose bodies are ordinary code that runs as written.
-_BODIES = ("checkpoint", "invoke_subgraph", "wrap", "cond")
 
+def run(gm: GraphModule, target: str, begins: State | None = None) -> Reading:
+    """Rewrites ``gm`` and the bodies inside it; one Site for every attention that was found, fused or not. Never raises.
 
-def run(gm: GraphModule, target: str) -> list[Site]:
-    """Rewrites ``gm`` and the bodies inside it; one Site for every attention that was found, fused or not. Never raises."""
-    sites: list[Site] = []
-    for graph in _graphs(gm):
-        try:
-            sites += _run_graph(graph, target)
-        except Exception as e:  # a defect of a pass must not cost the user the model
-            sites.append(Site(False, InternalError(f"{type(e).__name__}: {e}"), "", ""))
+    begins  the state in which ``gm`` will run; None: that of the caller
+    """
+    readings = [run_graph(body, target) for body in bodies(gm, begins)]
     for module in gm.modules():
         if isinstance(module, GraphModule):
             module.recompile()
-    return sites
+    return Reading(tuple(s for r in readings for s in r.sites), tuple(o for r in readings for o in r.others))
 
 
-def _graphs(gm: GraphModule) -> Iterator[Graph]:
-    yield gm.graph
-    for node in gm.graph.nodes:
-        if isinstance(node.target, torch._ops.HigherOrderOperator) and any(b in operator_name(node) for b in _BODIES):
-            for arg in node.all_input_nodes:
-                body = getattr(gm, str(arg.target), None) if arg.op == "get_attr" else None
-                if isinstance(body, GraphModule):
-                    yield from _graphs(body)
+def run_graph(body: Body, target: str) -> Reading:
+    """Rewrites one graph, not those inside it. Never raises."""
+    try:
+        return _run_graph(body, target)
+    except Exception as e:  # a defect of a pass must not cost the user the model
+        return Reading((Site(False, InternalError(f"{type(e).__name__}: {e}"), "", ""),))
 
 
-def _run_graph(graph: Graph, target: str) -> list[Site]:
+@dataclass
+class _Told:
+    """Sites so far, the nodes that they tell of, and what normalisations lack that are no attention's."""
+
+    sites: list[Site] = field(default_factory=list)
+    nodes: set[Node] = field(default_factory=set)
+    lacking: dict[Node, Reason] = field(default_factory=dict)
+
+    def decline(self, candidate: Candidate, reason: Reason) -> None:
+        if isinstance(reason, (NotSoftmax, NoScoreProduct)):
+            self.lacking[candidate.anchor] = reason
+        else:
+            self.nodes.add(candidate.anchor)
+            self.sites.append(declined_site(candidate, reason))
+
+
+def _run_graph(body: Body, target: str) -> Reading:
     """The passes on one graph; a composite call in which nothing is fused stays as it was."""
+    graph = body.graph
     expansions = expand(graph)
     before = set(graph.nodes)
-    sites = _fuse_sites(graph, target, {n for e in expansions for n in (e.call, *(old for old, _ in e.moved))})
+    told = _fuse_sites(body, target, {n for e in expansions for n in (e.call, *(old for old, _ in e.moved))})
     made = {n for n in graph.nodes if n not in before}
     left = set(graph.nodes)
     for e in expansions:
         if all(n in left for n in e.nodes) and not any(u in made for n in e.nodes for u in n.users):
             e.undo(graph)
+            told.nodes.add(e.call)
         else:
             remove(graph, [n for n, _ in e.moved if n in left and not n.users and n is not e.call] + [e.call])
-    return sites
+    sites = (*told.sites, *census.unread(graph, told.nodes))
+    return Reading(sites, tuple(census.others(graph, told.nodes, told.lacking)))
 
 
-def _fuse_sites(graph: Graph, target: str, kept: set[Node]) -> list[Site]:
+def _fuse_sites(body: Body, target: str, kept: set[Node]) -> _Told:
     """Fuses what can be; of the nodes that nobody reads any more, ``kept`` stay."""
-    state_of = states(graph)
+    graph, told = body.graph, _Told()
+    state_of = states(graph, body.begins)
     candidates = find(graph, state_of)
-    if not candidates:
-        return []
-    sites: list[Site] = []
     found: list[Found] = []
     for candidate, traced in _traces(graph, candidates, state_of):
         try:
@@ -100,11 +114,13 @@ def _fuse_sites(graph: Graph, target: str, kept: set[Node]) -> list[Site]:
                 raise traced
             found.append(_fuse_site(graph, candidate, Setting(traced, target), state_of))
         except Declined as d:
-            if not isinstance(d.reason, (NotSoftmax, NoScoreProduct)):
-                sites.append(declined_site(candidate, d.reason))
+            told.decline(candidate, d.reason)
         except Exception as e:
-            sites.append(declined_site(candidate, InternalError(f"{type(e).__name__}: {e}")))
-    return sites + accept(graph, candidates, found, kept)
+            told.decline(candidate, InternalError(f"{type(e).__name__}: {e}"))
+    if candidates:
+        told.sites += accept(graph, candidates, found, kept)
+        told.nodes |= {f.candidate.anchor for f in found}
+    return told
 
 
 def _traces(

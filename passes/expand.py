@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -48,12 +49,10 @@ def expand(graph: Graph) -> list[Expansion]:
 def _written_out(node: Node) -> Callable[..., Any] | None:
     if node.op != "call_function":
         return None
-    functions: dict[str, Callable[..., Any]] = {
-        "multi_head_attention_forward": F.multi_head_attention_forward,
-        "_transformer_encoder_layer_fwd": encoder_layer,
-        "_native_multi_head_attention": native_attention,
-    }
-    return functions.get(operator_name(node))
+    schema = getattr(node.target, "_schema", None)
+    if schema is not None and _SDPA in schema.name and "backward" not in schema.name:
+        return partial(kernel_of_sdpa, tuple(a.name for a in schema.arguments))
+    return COMPOSITES.get(operator_name(node))
 
 
 def _expand(graph: Graph, node: Node, function: Callable[..., Any]) -> Expansion | None:
@@ -73,7 +72,17 @@ def _expand(graph: Graph, node: Node, function: Callable[..., Any]) -> Expansion
         traced = make_fx(call, tracing_mode="symbolic", pre_dispatch=True)(*values)
     except Exception:  # what cannot be traced stays one call
         return None
+    results = traced.graph.output_node().args[0]
+    if any(results[i] is None for i in _read(node)):  # type: ignore[index, arg-type]
+        return None
     return _splice(graph, node, traced.graph, inputs)
+
+
+def _read(node: Node) -> list[int]:
+    """Which of the results of a call that has several are read."""
+    if tensor_of(node) is not None:
+        return [0]
+    return [int(user.args[1]) for user in node.users if operator_name(user) == "getitem" and user.users]  # type: ignore[call-overload]
 
 
 def _value(node: Node) -> Any:
@@ -116,8 +125,7 @@ def _inherit_gradient(node: Node) -> None:
 def _drop_unread(node: Node, body: Graph) -> None:
     """Averaged attention weights, which nn.MultiheadAttention makes unless told not to, would keep the probabilities alive."""
     if tensor_of(node) is None:
-        read = {user.args[1] for user in node.users if operator_name(user) == "getitem" and user.users}
-        output = body.output_node()
+        read, output = _read(node), body.output_node()
         output.args = ([x if i in read else None for i, x in enumerate(output.args[0])],)  # type: ignore[arg-type]
         body.eliminate_dead_code()
 
@@ -186,3 +194,25 @@ def native_attention(
         score = score.masked_fill(mask, float("-inf")) if mask.dtype == torch.bool else score + mask
     out = torch.softmax(score, -1) @ v
     return F.linear(out.transpose(1, 2).reshape(batch, length, embed_dim), proj_weight, proj_bias), None
+
+
+def kernel_of_sdpa(names: tuple[str, ...], *args: Any, **kwargs: Any) -> tuple[Tensor | None, ...]:
+    """One of ATen's _scaled_dot_product_* kernels, whose parameters have these ``names``: its result, and nothing else of it.
+
+    That is what decomposed programs hold; (B, H, L, E), (B, H, S, E), (B, H, S, Ev) → (B, H, L, Ev).
+    """
+    given = dict(zip(names, args, strict=False)) | kwargs
+    if given.get("dropout_mask") is not None:
+        raise NotImplementedError
+    mask = given.get("attn_mask", given.get("attn_bias"))
+    known = {name: given[name] for name in ("dropout_p", "is_causal", "scale", "enable_gqa") if name in given}
+    out = F.scaled_dot_product_attention(given["query"], given["key"], given["value"], mask, **known)
+    return (out, *[None] * 8)
+
+
+_SDPA = "::_scaled_dot_product_"
+COMPOSITES: dict[str, Callable[..., Any]] = {
+    "multi_head_attention_forward": F.multi_head_attention_forward,
+    "_transformer_encoder_layer_fwd": encoder_layer,
+    "_native_multi_head_attention": native_attention,
+}

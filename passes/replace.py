@@ -22,6 +22,7 @@ from fuse.passes.read.graph import MADE, location, operator_name, storage_of, te
 from fuse.passes.read.trace import Seed, Trace, Value
 from fuse.report.reasons import Declined, Mutated, NotTraceable, UnsupportedShape
 
+aten = torch.ops.aten  # programs of torch.export hold nothing else
 _SEED_OF = "seed of fuse"  # marks the seed of what a node draws
 _RANDOM = ("rand", "dropout", "bernoulli", "normal", "multinomial", "uniform", "exponential")
 
@@ -59,9 +60,9 @@ def insert(graph: Graph, root: Node, lifted: Lifted, trace: Trace, target: str) 
         arguments = (list(leaves), sizes, spec.to_json(), target)
         result = call = emitter.new_call(torch.ops.fuse.attention.default, arguments, {})
         if lifted.out_dims != tuple(range(len(lifted.out_dims))):
-            result = emitter.new_call(torch.permute, (call, list(lifted.out_dims)), {})
+            result = emitter.new_call(aten.permute.default, (call, list(lifted.out_dims)), {})
         if flowing and _may_be_written(graph, root):
-            result = emitter.new_call(torch.clone, (result,), {})
+            result = emitter.new_call(aten.clone.default, (result,), {})
     for node in (call, result):
         node.meta.update({k: v for k, v in root.meta.items() if k in ("stack_trace", "nn_module_stack", "source_fn_stack")})
     result.meta["example_value"] = root.meta.get("example_value")
@@ -107,9 +108,9 @@ class _Emitter:
                 if max(r for r in readers if r < root) > at:
                     raise Declined(Mutated(node.name, location(writer)))
                 with self.graph.inserting_before(writer):
-                    return self.new_call(torch.clone, (node,), {})
+                    return self.new_call(aten.clone.default, (node,), {})
             elif self.saves and at > root:
-                return self.new_call(torch.clone, (node,), {})
+                return self.new_call(aten.clone.default, (node,), {})
         return node
 
     def _seed(self, seed: Seed) -> Node:
@@ -120,20 +121,20 @@ class _Emitter:
         if before.meta.get(_SEED_OF) is origin:
             return before
         with self.graph.inserting_before(origin):
-            node = self.new_call(torch.randint, (2**63 - 1, (1,)), {"dtype": torch.int64, "device": seed.meta.device})
+            node = self.new_call(aten.randint.default, (2**63 - 1, [1]), {"dtype": torch.int64, "device": seed.meta.device})
         node.meta[_SEED_OF] = origin
         return node
 
     def _again(self, value: Value) -> Node:
         if value.literal is not None:
-            return self._call(torch.full, ((), value.literal), {"dtype": value.meta.dtype, "device": value.meta.device})
+            return self._call(aten.full.default, ([], value.literal), {"dtype": value.meta.dtype, "device": value.meta.device})
         if value.op is None or torch.Tag.nondeterministic_seeded in value.op.tags:
             raise Declined(NotTraceable("a tensor that the graph does not hold"))
         args, kwargs = self._arguments(value.args), self._arguments(dict(value.kwargs))
         node = self._call(value.op, args, kwargs)
         if len(value.op._schema.returns) > 1 or "[]" in str(value.op._schema.returns[0].type):
             node = self._call(operator.getitem, (node, value.output), {})
-        return self._call(torch.detach, (node,), {}) if value in self.trace.stops else node
+        return self._call(aten.detach.default, (node,), {}) if value in self.trace.stops else node
 
     def _arguments(self, x: Any) -> Any:
         if isinstance(x, Value):
@@ -173,7 +174,7 @@ class _Emitter:
                 return self._less(node, off)
             for dim, size in enumerate(() if tensor is None or node.op != "placeholder" else tensor.shape):
                 if isinstance(size, torch.SymInt) and (off := _difference(size, n)) is not None:
-                    return self._less(self._call(torch.ops.aten.sym_size.int, (node, dim), {}), off)
+                    return self._less(self._call(aten.sym_size.int, (node, dim), {}), off)
         return None
 
     def _less(self, node: Node, off: int) -> Node:
@@ -255,7 +256,8 @@ def unread_nodes(graph: Graph, slices: set[Node]) -> set[Node]:
     found: set[Node] = set()
     for node in (n for n in reversed(graph.nodes) if n in behind):
         module = str(getattr(node.target, "__module__", ""))
-        pure = node.op == "call_method" or module == "_operator" or (module.startswith("torch") and "ops." not in module)
+        torchs = module.startswith("torch") and ("ops." not in module or module == "torch._ops.aten")
+        pure = node.op == "call_method" or module == "_operator" or torchs
         drawn = any(word in operator_name(node) for word in _RANDOM)
         idle = node.op in ("call_function", "call_method") and pure and not drawn and not writes(node)
         if idle and tensor_of(node) is not None and all(u in found for u in node.users):

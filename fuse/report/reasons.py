@@ -102,6 +102,16 @@ class NotTraceable(Reason):
     unblock = "report it, with the model"
 
 
+class UnreadOperator(Reason):
+    message = "{detail} is an operator that fuse does not read"
+    unblock = "call scaled_dot_product_attention, or write the attention out"
+
+
+class UnreadBody(Reason):
+    message = "it stands inside of {detail}, whose body fuse does not read"
+    unblock = "move it out of there"
+
+
 class InternalError(Reason):
     message = "a pass of fuse failed: {detail}"
     unblock = "report it, with the model; the site runs as it did"

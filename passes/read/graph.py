@@ -23,6 +23,8 @@ VIEWS = {
     "select", "repeat_interleave", "repeat", "expand_as", "view_as", "reshape_as", "detach", "getattr", "tile",
     "broadcast_to", "split_with_sizes", "tensor_split", "alias", "slice", "_unsafe_view", "lift_fresh_copy",
 }  # fmt: skip
+VALUE = "example_value"  # what a node holds, as a fake tensor
+LITERAL = "literal of fuse"  # the number in a tensor of one element that no call changes
 MADE = "made by fuse"  # marks nodes that are no part of the user's program
 _FRAME = re.compile(r'File "(.*)", line (\d+), in (\S+)')
 
@@ -54,15 +56,20 @@ def operator_name(node: Node) -> str:
 
 
 def tensor_of(node: Node) -> torch.Tensor | None:
-    value = node.meta.get("example_value")
+    value = node.meta.get(VALUE)
     return value if isinstance(value, torch.Tensor) else None
 
 
-def states(graph: Graph) -> dict[Node, State]:
-    """The state under which each node runs, by one scan in order."""
-    grad, level = torch.is_grad_enabled(), 0
+def ambient() -> State:
+    """The state of whoever asks."""
+    autocast = (_ambient_autocast(device) for device in ("cpu", "cuda") if torch.is_autocast_enabled(device))
+    return State(torch.is_grad_enabled(), 0, tuple(autocast))
+
+
+def states(graph: Graph, begins: State) -> dict[Node, State]:
+    """The state under which each node runs, by one scan in order; ``begins``: the state of the graph's caller."""
+    grad, level = begins.grad, begins.level
     entered: dict[Node, Autocast] = {}
-    ambient = tuple(_ambient_autocast(device) for device in ("cpu", "cuda") if torch.is_autocast_enabled(device))
     found: dict[Node, State] = {}
     for node in graph.nodes:
         name = operator_name(node) if node.op == "call_function" else ""
@@ -70,23 +77,23 @@ def states(graph: Graph) -> dict[Node, State]:
             grad = bool(node.args[0])
         elif name == "_enter_autocast":
             device, dtype, enabled, _ = (*node.args, None, None, None, None)[:4]
-            entered[node] = Autocast(str(device), _autocast_dtype(device, dtype), bool(enabled))
+            entered[node] = Autocast(str(device), autocast_dtype(device, dtype), bool(enabled))
         elif name == "_exit_autocast":
             entered.pop(node.args[0], None)
         elif name.endswith("_increment_nesting"):
             level += 1
         elif name.endswith("_decrement_nesting"):
             level -= 1
-        found[node] = State(grad, level, (*ambient, *entered.values()))
+        found[node] = State(grad, level, (*begins.autocast, *entered.values()))
     return found
 
 
 def _ambient_autocast(device: str) -> Autocast:
-    return Autocast(device, torch.get_autocast_dtype(device), True)
+    return Autocast(device, torch.getautocast_dtype(device), True)
 
 
-def _autocast_dtype(device: Any, dtype: Any) -> torch.dtype:
-    return dtype if isinstance(dtype, torch.dtype) else torch.get_autocast_dtype(str(device))
+def autocast_dtype(device: Any, dtype: Any) -> torch.dtype:
+    return dtype if isinstance(dtype, torch.dtype) else torch.getautocast_dtype(str(device))
 
 
 def writes(node: Node) -> tuple[Node, ...]:

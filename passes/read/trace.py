@@ -20,7 +20,7 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 from fuse.ir.spec import IntLike
-from fuse.passes.read.graph import Autocast, State, location, operator_name
+from fuse.passes.read.graph import LITERAL, Autocast, State, location, operator_name
 from fuse.passes.read.sdpa import sdpa_as_products
 from fuse.report.reasons import Declined, NotTraceable
 
@@ -133,7 +133,7 @@ def trace(nodes: Sequence[Node], inputs: Sequence[Node], state_of: Mapping[Node,
     with mode, enable_python_dispatcher(), torch.no_grad():
         fakes = [_fresh(n.meta["example_value"]) for n in tensor_inputs]
         for node, fake in zip(tensor_inputs, fakes, strict=True):
-            recorder.put(fake, Value(None, (), {}, fake))
+            recorder.put(fake, Value(None, (), {}, fake, literal=node.meta.get(LITERAL)))
             held[node] = fake
         try:
             with recorder:
