@@ -22,7 +22,7 @@ from fuse.assumptions import assume
 from fuse.errors import NoExample, NotAGraph
 from fuse.options import resolve
 from fuse.passes.read.graph import LITERAL, VALUE, State
-from fuse.passes.read.propagate import propagate, settle
+from fuse.passes.read.propagate import forget, propagate, settle
 from fuse.report.check import keep
 from fuse.report.report import Report, expected
 from fuse.report.site import Reading
@@ -123,11 +123,15 @@ def _traced(original: GraphModule, args: Sequence[Any], kwargs: dict[str, Any]) 
             _keep_literal(node, getattr(gm, str(node.target)))
     propagate(gm, wanting, mode, _PLAIN)
     reading = _rewrite(gm, wanting, _PLAIN)
-    settle(gm, mode)
+    forget(gm)
     if any(site.recovered for site in reading.sites):
-        assume(gm, fakes, mode.shape_env)
+        assume(gm, fakes, mode.shape_env, sorted(_called_modules(original) - _called_modules(gm)))
     gm.recompile()
     return Transformed(gm, expected([reading]))
+
+
+def _called_modules(gm: GraphModule) -> set[str]:
+    return {str(n.target) for n in gm.graph.find_nodes(op="call_module")}
 
 
 def _flat(gm: GraphModule, args: Sequence[Any], kwargs: dict[str, Any]) -> list[Any]:

@@ -89,7 +89,12 @@ def _run_graph(body: Body, target: str) -> Reading:
     graph = body.graph
     expansions = expand(graph)
     before = set(graph.nodes)
-    told = _fuse_sites(body, target, {n for e in expansions for n in (e.call, *(old for old, _ in e.moved))})
+    try:
+        told = _fuse_sites(body, target, {n for e in expansions for n in (e.call, *(old for old, _ in e.moved))})
+    except Exception:
+        for e in expansions:
+            e.undo(graph)
+        raise
     made = {n for n in graph.nodes if n not in before}
     left = set(graph.nodes)
     for e in expansions:

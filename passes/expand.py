@@ -7,30 +7,36 @@ and its nodes are put behind it; where none of them is fused in the end, the cal
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx import Graph, Node
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils import _pytree as pytree
 
-from fuse.passes.read.graph import operator_name, tensor_of
+from fuse.passes.read.graph import VALUE, operator_name, tensor_of
 from fuse.passes.replace import remove
 
 
 @dataclass(frozen=True)
 class Expansion:
-    """A call, the nodes that do the same, and those that take the place of its users' reads."""
+    """A call, the nodes that do the same, those that take the place of its users' reads, and the call's arguments.
+
+    Until it is decided which of the two stays, the call reads nothing: a softmax would keep its scores alive.
+    """
 
     call: Node
     nodes: tuple[Node, ...]
     moved: tuple[tuple[Node, Node], ...]
+    arguments: tuple[Any, Any]
 
     def undo(self, graph: Graph) -> None:
+        self.call.args, self.call.kwargs = self.arguments
         for old, new in self.moved:
             new.replace_all_uses_with(old)
         remove(graph, self.nodes)
@@ -41,9 +47,36 @@ def expand(graph: Graph) -> list[Expansion]:
     expansions = []
     for node in list(graph.nodes):
         function = _written_out(node)
-        if function is not None and (found := _expand(graph, node, function)) is not None:
+        found = _expand(graph, node, function) if function is not None else _expand_module(graph, node)
+        if found is not None:
             expansions.append(found)
     return expansions
+
+
+def _expand_module(graph: Graph, node: Node) -> Expansion | None:
+    """A module that a traced graph calls as one, if it has a part in attention: a softmax, a dropout, all of it."""
+    module = graph.owning_module.get_submodule(str(node.target)) if node.op == "call_module" and graph.owning_module else None
+    if module is None or not any(part in type(m).__name__.lower() for m in module.modules() for part in _PARTS):
+        return None
+    mode = next((x.fake_mode for n in node.all_input_nodes if isinstance(x := tensor_of(n), FakeTensor)), None)
+    if mode is None:
+        return None
+    held = dict(module.named_parameters()) | dict(module.named_buffers())
+    with graph.inserting_before(node):
+        reads = [graph.get_attr(f"{node.target}.{name}") for name in held]
+    for read, tensor in zip(reads, held.values(), strict=True):
+        read.meta[VALUE] = mode.from_tensor(tensor, static_shapes=True)
+
+    def function(tensors: list[Tensor], *args: Any, **kwargs: Any) -> Any:
+        return torch.func.functional_call(module, dict(zip(held, tensors, strict=True)), args, kwargs)
+
+    called, node.args = node.args, (reads, *node.args)
+    found = _expand(graph, node, function)
+    if found is None:
+        node.args = called
+        remove(graph, reads)
+        return None
+    return replace(found, nodes=(*reads, *found.nodes), arguments=(called, found.arguments[1]))
 
 
 def _written_out(node: Node) -> Callable[..., Any] | None:
@@ -111,7 +144,9 @@ def _splice(graph: Graph, node: Node, body: Graph, inputs: list[Node]) -> Expans
                 _inherit_gradient(copy)
             env[n] = copy
             made.append(copy)
-    return Expansion(node, tuple(made), tuple(_redirect(node, body.output_node().args[0], env)))
+    moved = tuple(_redirect(node, body.output_node().args[0], env))
+    arguments, node.args, node.kwargs = (node.args, node.kwargs), (), {}
+    return Expansion(node, tuple(made), moved, arguments)
 
 
 def _inherit_gradient(node: Node) -> None:
@@ -210,6 +245,7 @@ def kernel_of_sdpa(names: tuple[str, ...], *args: Any, **kwargs: Any) -> tuple[T
     return (out, *[None] * 8)
 
 
+_PARTS = ("softm", "dropout", "attention", "transformer")  # of the names of modules
 _SDPA = "::_scaled_dot_product_"
 COMPOSITES: dict[str, Callable[..., Any]] = {
     "multi_head_attention_forward": F.multi_head_attention_forward,

@@ -137,9 +137,9 @@ def is_state(node: Node) -> bool:
 
 
 def location(node: Node) -> str:
-    """ "file.py:line" of the innermost user frame, or "" where Dynamo kept none."""
+    """ "file.py:line" of the innermost user frame, or the node's own name where its tracer kept none."""
     frames = _FRAME.findall(node.meta.get("stack_trace") or node.stack_trace or "")
-    return f"{Path(frames[-1][0]).name}:{frames[-1][1]}" if frames else ""
+    return f"{Path(frames[-1][0]).name}:{frames[-1][1]}" if frames else f"%{node.name}"
 
 
 def user_name(node: Node) -> str:

@@ -34,14 +34,24 @@ def propagate(gm: GraphModule, inputs: Sequence[Any], mode: FakeTensorMode, begi
                 _Propagator(owners[body.graph], mode, body).run(*given, enable_io_processing=False)
 
 
+def forget(gm: GraphModule) -> None:
+    """Takes the values back."""
+    for node in _nodes(gm):
+        node.meta.pop(VALUE, None)
+
+
 def settle(gm: GraphModule, mode: FakeTensorMode) -> None:
-    """Takes the values back, and leaves ``val`` as torch.export has it, also at nodes that passes have made."""
-    nodes = [n for m in gm.modules() if isinstance(m, GraphModule) for n in m.graph.nodes]
-    for node in nodes:
-        value = node.meta.pop(VALUE, None)
+    """Gives the nodes that passes have made a ``val``, as torch.export has it, and takes the values back."""
+    for node in _nodes(gm):
+        value = node.meta.get(VALUE)
         if "val" not in node.meta and node.op == "call_function":
             with mode, torch.no_grad():
                 node.meta["val"] = _called(node) if value is None else value
+    forget(gm)
+
+
+def _nodes(gm: GraphModule) -> list[Node]:
+    return [n for m in gm.modules() if isinstance(m, GraphModule) for n in m.graph.nodes]
 
 
 def _called(node: Node) -> Any:
