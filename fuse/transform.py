@@ -12,7 +12,7 @@ from torch import Tensor
 from torch._guards import detect_fake_mode
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.export import ExportedProgram
-from torch.export.graph_signature import InputKind, TensorArgument
+from torch.export.graph_signature import InputKind, InputSpec, TensorArgument
 from torch.fx import GraphModule, Node
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.utils import _pytree as pytree
@@ -21,7 +21,7 @@ from fuse import backend
 from fuse.assumptions import assume
 from fuse.errors import NoExample, NotAGraph
 from fuse.options import resolve
-from fuse.passes.read.graph import LITERAL, VALUE, State
+from fuse.passes.read.graph import LITERAL, NAME, VALUE, State
 from fuse.passes.read.propagate import forget, propagate, settle
 from fuse.report.check import keep
 from fuse.report.report import Report, expected
@@ -73,24 +73,31 @@ def _rewrite(gm: GraphModule, inputs: Sequence[Any], begins: State | None) -> Re
 
 def _exported(program: ExportedProgram) -> Transformed:
     gm = keep(program.graph_module)
-    placeholders = gm.graph.find_nodes(op="placeholder")
     mode = detect_fake_mode([n.meta.get("val") for n in gm.graph.nodes])
     if mode is None:
-        return Transformed(program, expected([Reading()]))
-    inputs = [_example(n, spec) for n, spec in zip(placeholders, program.graph_signature.input_specs, strict=True)]
-    for node, spec in zip(placeholders, program.graph_signature.input_specs, strict=True):
-        value = program.constants.get(spec.target) if spec.kind == InputKind.CONSTANT_TENSOR else None
-        _keep_literal(node, value)
+        return Transformed(program, expected([Reading(unread="it holds no tensors")]))
+    placeholders, specs = gm.graph.find_nodes(op="placeholder"), program.graph_signature.input_specs
+    inputs = [_example(program, node, spec) for node, spec in zip(placeholders, specs, strict=True)]
     with nullcontext() if mode.shape_env is None else mode.shape_env.error_on_new_guards():
-        propagate(gm, inputs, mode, _PLAIN)
+        try:
+            propagate(gm, inputs, mode, _PLAIN)
+        except Exception as error:  # the program is as good as it was
+            return Transformed(program, expected([_not_followed(error)]))
         reading = _rewrite(gm, inputs, _PLAIN)
         settle(gm, mode)
     return Transformed(_with_graph(program, gm), expected([reading]))
 
 
-def _example(node: Node, spec: Any) -> Any:
-    """What a placeholder holds; gradients may be asked of every input of the user's."""
+def _not_followed(error: Exception) -> Reading:
+    return Reading(unread=f"its values could not be followed: {type(error).__name__}: {error}")
+
+
+def _example(program: ExportedProgram, node: Node, spec: InputSpec) -> Any:
+    """What a placeholder holds, which is told its name in the model. Gradients may be asked of every input of the user's."""
     value = node.meta.get("val")
+    node.meta[NAME] = spec.target or ""
+    if spec.kind == InputKind.CONSTANT_TENSOR:
+        _keep_literal(node, program.constants.get(str(spec.target)))
     if spec.kind == InputKind.USER_INPUT and isinstance(value, Tensor) and value.is_floating_point():
         return value.detach().requires_grad_()
     return value
@@ -121,7 +128,10 @@ def _traced(original: GraphModule, args: Sequence[Any], kwargs: dict[str, Any]) 
     for node in gm.graph.find_nodes(op="get_attr"):
         if str(node.target).startswith("_tensor_constant"):  # the name that tracers give to what is written in the code
             _keep_literal(node, getattr(gm, str(node.target)))
-    propagate(gm, wanting, mode, _PLAIN)
+    try:
+        propagate(gm, wanting, mode, _PLAIN)
+    except Exception as error:
+        return Transformed(original, expected([_not_followed(error)]))
     reading = _rewrite(gm, wanting, _PLAIN)
     forget(gm)
     if any(site.recovered for site in reading.sites):

@@ -37,7 +37,7 @@ from fuse.passes.read.trace import Trace, trace
 from fuse.passes.replace import insert, remove
 from fuse.passes.tables import tabulate
 from fuse.passes.tiles import map_tiles
-from fuse.report.reasons import Declined, InternalError, NoScoreProduct, NotSoftmax, Reason, StateChanges
+from fuse.report.reasons import Declined, InternalError, NoScoreProduct, NotSoftmax, Reason, StateChanges, UnsupportedShape
 from fuse.report.site import Reading, Site
 
 PASSES: tuple[Pass, ...] = (
@@ -121,11 +121,17 @@ def _fuse_sites(body: Body, target: str, kept: set[Node]) -> _Told:
         except Declined as d:
             told.decline(candidate, d.reason)
         except Exception as e:
-            told.decline(candidate, InternalError(f"{type(e).__name__}: {e}"))
+            told.decline(candidate, _failure(e))
     if candidates:
         told.sites += accept(graph, candidates, found, kept)
         told.nodes |= {f.candidate.anchor for f in found}
     return told
+
+
+def _failure(error: Exception) -> Reason:
+    if type(error).__name__ == "_ShapeEnvGuardError":  # an exported program allows what it has promised, whatever is read of it
+        return UnsupportedShape(f"a size would have to be fixed that the program leaves open: {error}")
+    return InternalError(f"{type(error).__name__}: {error}")
 
 
 def _traces(

@@ -260,7 +260,8 @@ def unread_nodes(graph: Graph, slices: set[Node]) -> set[Node]:
         pure = node.op == "call_method" or module == "_operator" or torchs
         drawn = any(word in operator_name(node) for word in _RANDOM)
         idle = node.op in ("call_function", "call_method") and pure and not drawn and not writes(node)
-        if idle and tensor_of(node) is not None and all(u in found for u in node.users):
+        known = operator_name(node) == "_assert_tensor_metadata"  # of values that need not be, and are as they are known to be
+        if idle and (known or tensor_of(node) is not None) and all(u in found for u in node.users):
             found.add(node)
     return found
 

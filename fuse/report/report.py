@@ -123,7 +123,7 @@ class Report:
         if not self.sites and self.graphs:
             found.append(f"looked for {LOOKED_FOR} in {_counted(self.graphs, 'graph')}")
         if self.others:
-            found.append(f"{_counted(len(self.others), 'other normalisation')} of no attention: report.others")
+            found.append(f"{_counted(len(self.others), 'other normalisation')}, read as no attention: report.others")
         found += [f"{_counted(n, 'graph')} not looked into: {why}" for why, n in Counter(self.unread).items()]
         return [*found, self.note] if self.note else found
 

@@ -25,6 +25,7 @@ VIEWS = {
 }  # fmt: skip
 VALUE = "example_value"  # what a node holds, as a fake tensor
 LITERAL = "literal of fuse"  # the number in a tensor of one element that no call changes
+NAME = "name in the model"  # of a tensor that a graph has as an input
 MADE = "made by fuse"  # marks nodes that are no part of the user's program
 _FRAME = re.compile(r'File "(.*)", line (\d+), in (\S+)')
 
@@ -138,7 +139,7 @@ def is_state(node: Node) -> bool:
 
 def location(node: Node) -> str:
     """ "file.py:line" of the innermost user frame, or the node's own name where its tracer kept none."""
-    frames = _FRAME.findall(node.meta.get("stack_trace") or node.stack_trace or "")
+    frames = [f for f in _FRAME.findall(node.meta.get("stack_trace") or node.stack_trace or "") if not f[0].startswith("<")]
     return f"{Path(frames[-1][0]).name}:{frames[-1][1]}" if frames else f"%{node.name}"
 
 
@@ -156,7 +157,7 @@ def user_name(node: Node) -> str:
     if MADE in node.meta:
         return "table"
     source = getattr(node, "_dynamo_source", None)
-    path = str(getattr(source, "name", "") or "")
+    path = str(node.meta.get(NAME) or getattr(source, "name", "") or "")
     words = re.findall(r"\w+", path)
     named = [w for w in words if not w.isdigit() and w not in ("L", "_parameters", "_buffers", "_modules")]
     return ".".join(named[-2:] if named[-1] in ("weight", "bias") else named[-1:]) if named else node.name

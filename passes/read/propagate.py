@@ -7,6 +7,7 @@ gradient where they do. Other tracers leave less: ``val``, detached, or after lo
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -30,7 +31,8 @@ def propagate(gm: GraphModule, inputs: Sequence[Any], mode: FakeTensorMode, begi
     for body in bodies(gm, begins):
         given = inputs if body.graph is gm.graph else [n.meta.get(VALUE) for n in body.given]
         if body.graph is gm.graph or body.given:
-            with mode, torch.no_grad():
+            fresh = nullcontext() if mode.shape_env is None else mode.shape_env.ignore_fresh_unbacked_symbols()
+            with mode, torch.no_grad(), fresh:
                 _Propagator(owners[body.graph], mode, body).run(*given, enable_io_processing=False)
 
 
