@@ -99,12 +99,10 @@ def _devices(inputs: Sequence[Any]) -> list[str]:
     return sorted({x.device.type for x in inputs if isinstance(x, torch.Tensor)})
 
 
-def rewrite(gm: GraphModule, target: Target, begins: State | None = None) -> Reading:
-    """Rewrites ``gm`` in place, which will run in the state ``begins``, or the caller's. A defect of a pass must not cost the
-    user more than its fusions.
-    """
+def rewrite(gm: GraphModule, target: Target, begins: State | None = None, inside: bool = True) -> Reading:
+    """As ``passes.run``. A defect of a pass must not cost the user more than its fusions."""
     try:
-        reading = passes.run(gm, target.name, begins)
+        reading = passes.run(gm, target.name, begins, inside)
     except Exception as error:
         log.warning("a pass failed; attention in this graph may run unfused. Please report this.", exc_info=True)
         return Reading((Site(False, InternalError(f"{type(error).__name__}: {error}"), "", ""),))

@@ -55,17 +55,44 @@ def transform(graph: GraphModule | ExportedProgram, /, *args: Any, **kwargs: Any
     if not isinstance(graph, GraphModule):
         raise NotAGraph(got=type(graph).__name__)
     if any(VALUE in n.meta for n in graph.graph.nodes):
-        values = [n.meta.get(VALUE) for n in graph.graph.find_nodes(op="placeholder")]
-        return Transformed(graph, expected([_rewrite(graph, values, None)]))
+        return Transformed(graph, expected([rewrite(graph)]))
     return _traced(graph, args, kwargs)
 
 
-def _rewrite(gm: GraphModule, inputs: Sequence[Any], begins: State | None) -> Reading:
+def rewrite(gm: GraphModule, inside: bool = True) -> Reading:
+    """Rewrites a graph that a compiler holds, Dynamo's or a program's, in place. ``inside``: with the bodies inside it."""
+    placeholders = gm.graph.find_nodes(op="placeholder")
+    if any(VALUE in n.meta for n in gm.graph.nodes):
+        return _rewrite(gm, [n.meta.get(VALUE) for n in placeholders], None, inside)
+    return _follow(gm, [n.meta.get("val") for n in placeholders], inside)
+
+
+def _rewrite(gm: GraphModule, inputs: Sequence[Any], begins: State | None, inside: bool = True) -> Reading:
     chosen = resolve(None, None)
     target = backend.target_of(inputs, chosen)
     if target is None:
         return Reading(unread=backend.why_unread(inputs, chosen))
-    return backend.rewrite(gm, target, begins)
+    return backend.rewrite(gm, target, begins, inside)
+
+
+def _follow(gm: GraphModule, inputs: Sequence[Any], inside: bool = True) -> Reading:
+    """Rewrites a graph whose nodes hold ``val``, and has them do so again; what it is for, such as sizes, stays as it is."""
+    mode = detect_fake_mode([n.meta.get("val") for n in gm.graph.nodes])
+    if mode is None:
+        return Reading(unread="its nodes hold no fake tensors")
+    with nullcontext() if mode.shape_env is None else mode.shape_env.error_on_new_guards():
+        try:
+            propagate(gm, inputs, mode, _PLAIN)
+        except Exception as error:  # the graph is as good as it was
+            forget(gm)
+            return _not_followed(error)
+        reading = _rewrite(gm, inputs, _PLAIN, inside)
+        settle(gm, mode)
+    return reading
+
+
+def _not_followed(error: Exception) -> Reading:
+    return Reading(unread=f"its values could not be followed: {type(error).__name__}: {error}")
 
 
 # ----------------------------------------------------------------------------------------------------- exported programs
@@ -73,23 +100,9 @@ def _rewrite(gm: GraphModule, inputs: Sequence[Any], begins: State | None) -> Re
 
 def _exported(program: ExportedProgram) -> Transformed:
     gm = keep(program.graph_module)
-    mode = detect_fake_mode([n.meta.get("val") for n in gm.graph.nodes])
-    if mode is None:
-        return Transformed(program, expected([Reading(unread="it holds no tensors")]))
     placeholders, specs = gm.graph.find_nodes(op="placeholder"), program.graph_signature.input_specs
-    inputs = [_example(program, node, spec) for node, spec in zip(placeholders, specs, strict=True)]
-    with nullcontext() if mode.shape_env is None else mode.shape_env.error_on_new_guards():
-        try:
-            propagate(gm, inputs, mode, _PLAIN)
-        except Exception as error:  # the program is as good as it was
-            return Transformed(program, expected([_not_followed(error)]))
-        reading = _rewrite(gm, inputs, _PLAIN)
-        settle(gm, mode)
-    return Transformed(_with_graph(program, gm), expected([reading]))
-
-
-def _not_followed(error: Exception) -> Reading:
-    return Reading(unread=f"its values could not be followed: {type(error).__name__}: {error}")
+    reading = _follow(gm, [_example(program, node, spec) for node, spec in zip(placeholders, specs, strict=True)])
+    return Transformed(program if reading.unread else _with_graph(program, gm), expected([reading]))
 
 
 def _example(program: ExportedProgram, node: Node, spec: InputSpec) -> Any:
@@ -135,13 +148,10 @@ def _traced(original: GraphModule, args: Sequence[Any], kwargs: dict[str, Any]) 
     reading = _rewrite(gm, wanting, _PLAIN)
     forget(gm)
     if any(site.recovered for site in reading.sites):
-        assume(gm, fakes, mode.shape_env, sorted(_called_modules(original) - _called_modules(gm)))
+        looked_into = len(gm.graph.find_nodes(op="call_module")) < len(original.graph.find_nodes(op="call_module"))
+        assume(gm, fakes, mode.shape_env, gm.training if looked_into else None)
     gm.recompile()
     return Transformed(gm, expected([reading]))
-
-
-def _called_modules(gm: GraphModule) -> set[str]:
-    return {str(n.target) for n in gm.graph.find_nodes(op="call_module")}
 
 
 def _flat(gm: GraphModule, args: Sequence[Any], kwargs: dict[str, Any]) -> list[Any]:

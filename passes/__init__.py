@@ -48,20 +48,20 @@ PASSES: tuple[Pass, ...] = (
 )
 
 
-def run(gm: GraphModule, target: str, begins: State | None = None) -> Reading:
-    """Rewrites ``gm`` and the bodies inside it; one Site for every attention that was found, fused or not. Never raises.
+def run(gm: GraphModule, target: str, begins: State | None = None, inside: bool = True) -> Reading:
+    """Rewrites ``gm``; one Site for every attention that was found, fused or not. Never raises.
 
     begins  the state in which ``gm`` will run; None: that of the caller
+    inside  with the bodies inside it
     """
-    readings = [run_graph(body, target) for body in bodies(gm, begins)]
+    readings = [_never_raises(body, target) for body in bodies(gm, begins) if inside or body.graph is gm.graph]
     for module in gm.modules():
         if isinstance(module, GraphModule):
             module.recompile()
     return Reading(tuple(s for r in readings for s in r.sites), tuple(o for r in readings for o in r.others))
 
 
-def run_graph(body: Body, target: str) -> Reading:
-    """Rewrites one graph, not those inside it. Never raises."""
+def _never_raises(body: Body, target: str) -> Reading:
     try:
         return _run_graph(body, target)
     except Exception as e:  # a defect of a pass must not cost the user the model

@@ -14,6 +14,7 @@ from torch.utils._sympy.functions import CleanDiv, FloorDiv
 
 from fuse.ir.gradient import differentiable
 from fuse.ir.index import Index
+from fuse.ir.serial import in_graph
 from fuse.ir.spec import AttentionSpec, verify
 from fuse.passes.layout import memory_order
 from fuse.passes.lift import Lifted
@@ -57,7 +58,7 @@ def insert(graph: Graph, root: Node, lifted: Lifted, trace: Trace, target: str) 
         except Declined:
             emitter.undo()
             raise
-        arguments = (list(leaves), sizes, spec.to_json(), target)
+        arguments = (list(leaves), sizes, in_graph(spec.to_json()), target)
         result = call = emitter.new_call(torch.ops.fuse.attention.default, arguments, {})
         if lifted.out_dims != tuple(range(len(lifted.out_dims))):
             result = emitter.new_call(aten.permute.default, (call, list(lifted.out_dims)), {})

@@ -27,6 +27,7 @@ LEVELS = (
     ("backend",),
     ("report",),
     ("transform", "models"),
+    ("inductor",),
     ("", "__main__"),
 )
 FOLDERS = {"fuse": Path(fuse.__file__).parent, "fuse.passes": Path(fuse.passes.__file__).parent}
