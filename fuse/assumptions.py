@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx import GraphModule, Proxy
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.utils import _pytree as pytree
@@ -24,7 +25,7 @@ def assume(gm: GraphModule, fakes: Sequence[Any], shapes: ShapeEnv, mode: bool |
     mode  training or evaluation, if ``gm`` may run in that one only
     """
     leaves = pytree.tree_leaves(list(fakes))
-    guards = shapes.produce_guards_expression([x for x in leaves if isinstance(x, Tensor)], ignore_static=False)
+    guards = shapes.produce_guards_expression([x for x in leaves if isinstance(x, FakeTensor)], ignore_static=False)
     name = next(n for i in range(len(gm.graph.nodes) + 1) if not hasattr(gm, n := f"assumptions_{i}"))
     setattr(gm, name, Assumptions([_kind(x) for x in leaves], guards or "True", mode).train(gm.training))
     first = next(n for n in gm.graph.nodes if n.op != "placeholder")
@@ -49,12 +50,13 @@ class Assumptions(nn.Module):
         super().__init__()
         self.kinds, self.guards, self.mode = list(kinds), guards, mode
 
-    @torch.compiler.disable
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def forward(self, *inputs: Any) -> None:
         """Raises OtherInputs; where it is traced into it stays a call."""
         leaves = pytree.tree_leaves(list(inputs))
         if (proxy := next((x for x in leaves if isinstance(x, Proxy)), None)) is not None:
-            proxy.tracer.create_proxy("call_module", proxy.tracer.path_of_module(self), inputs, {})
+            tracer: Any = proxy.tracer
+            tracer.create_proxy("call_module", tracer.path_of_module(self), inputs, {})
             return
         if self.mode not in (None, self.training):
             raise OtherInputs(assumed=f"training={self.mode}", got=f"training={self.training}")

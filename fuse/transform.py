@@ -135,7 +135,8 @@ def _with_graph(program: ExportedProgram, gm: GraphModule) -> ExportedProgram:
 def _traced(original: GraphModule, args: Sequence[Any], kwargs: dict[str, Any]) -> Transformed:
     gm = keep(original)
     inputs = _flat(gm, args, kwargs)
-    mode = FakeTensorMode(shape_env=ShapeEnv(duck_shape=False), allow_non_fake_inputs=True)
+    shapes = ShapeEnv(duck_shape=False)
+    mode = FakeTensorMode(shape_env=shapes, allow_non_fake_inputs=True)
     fakes = pytree.tree_map_only(Tensor, mode.from_tensor, inputs)
     wanting = pytree.tree_map_only(Tensor, lambda x: x.requires_grad_(x.is_floating_point()), fakes)
     for node in gm.graph.find_nodes(op="get_attr"):
@@ -149,7 +150,7 @@ def _traced(original: GraphModule, args: Sequence[Any], kwargs: dict[str, Any]) 
     forget(gm)
     if any(site.recovered for site in reading.sites):
         looked_into = len(gm.graph.find_nodes(op="call_module")) < len(original.graph.find_nodes(op="call_module"))
-        assume(gm, fakes, mode.shape_env, gm.training if looked_into else None)
+        assume(gm, fakes, shapes, gm.training if looked_into else None)
     gm.recompile()
     return Transformed(gm, expected([reading]))
 

@@ -105,8 +105,8 @@ def _expand(graph: Graph, node: Node, function: Callable[..., Any]) -> Expansion
         traced = make_fx(call, tracing_mode="symbolic", pre_dispatch=True)(*values)
     except Exception:  # what cannot be traced stays one call
         return None
-    results = traced.graph.output_node().args[0]
-    if any(results[i] is None for i in _read(node)):  # type: ignore[index, arg-type]
+    results: Any = traced.graph.output_node().args[0]
+    if any(results[i] is None for i in _read(node)):
         return None
     return _splice(graph, node, traced.graph, inputs)
 
@@ -115,7 +115,8 @@ def _read(node: Node) -> list[int]:
     """Which of the results of a call that has several are read."""
     if tensor_of(node) is not None:
         return [0]
-    return [int(user.args[1]) for user in node.users if operator_name(user) == "getitem" and user.users]  # type: ignore[call-overload]
+    items: list[Any] = [user.args[1] for user in node.users if operator_name(user) == "getitem" and user.users]
+    return items
 
 
 def _value(node: Node) -> Any:

@@ -90,11 +90,11 @@ def states(graph: Graph, begins: State) -> dict[Node, State]:
 
 
 def _ambient_autocast(device: str) -> Autocast:
-    return Autocast(device, torch.getautocast_dtype(device), True)
+    return Autocast(device, torch.get_autocast_dtype(device), True)
 
 
 def autocast_dtype(device: Any, dtype: Any) -> torch.dtype:
-    return dtype if isinstance(dtype, torch.dtype) else torch.getautocast_dtype(str(device))
+    return dtype if isinstance(dtype, torch.dtype) else torch.get_autocast_dtype(str(device))
 
 
 def writes(node: Node) -> tuple[Node, ...]:

@@ -75,7 +75,7 @@ class _Propagator(Interpreter):
         return self._mode.from_tensor(found, static_shapes=True) if isinstance(found, Tensor) else found
 
     def run_node(self, n: Node) -> Any:
-        result = None if operator_name(n) == "_set_grad_enabled" else super().run_node(n)
+        result: Any = None if operator_name(n) == "_set_grad_enabled" else super().run_node(n)
         if n.meta.get("unbacked_bindings"):
             rebind_unbacked(self._mode.shape_env, n, result)
         if n.op != "output":
