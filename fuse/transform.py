@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import inspect
 from collections.abc import Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
 from torch import Tensor
@@ -80,7 +80,9 @@ def _follow(gm: GraphModule, inputs: Sequence[Any], inside: bool = True) -> Read
     mode = detect_fake_mode([n.meta.get("val") for n in gm.graph.nodes])
     if mode is None:
         return Reading(unread="its nodes hold no fake tensors")
-    with nullcontext() if mode.shape_env is None else mode.shape_env.error_on_new_guards():
+    if mode.shape_env is not None and not hasattr(mode.shape_env, "error_on_new_guards"):
+        return Reading(unread=f"torch {torch.__version__} cannot keep the sizes of a program open: use torch.compile")
+    with _open_sizes(mode):
         try:
             propagate(gm, inputs, mode, _PLAIN)
         except Exception as error:  # the graph is as good as it was
@@ -89,6 +91,12 @@ def _follow(gm: GraphModule, inputs: Sequence[Any], inside: bool = True) -> Read
         reading = _rewrite(gm, inputs, _PLAIN, inside)
         settle(gm, mode)
     return reading
+
+
+def _open_sizes(mode: FakeTensorMode) -> AbstractContextManager[None]:
+    """Whatever would fix a size raises: nobody would check it."""
+    shapes: Any = mode.shape_env
+    return nullcontext() if shapes is None else shapes.error_on_new_guards()
 
 
 def _not_followed(error: Exception) -> Reading:
