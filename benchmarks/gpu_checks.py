@@ -16,7 +16,7 @@ from problems import Problem
 from specs import CASES, RANDOM_CASES
 from torch.utils import _pytree as pytree
 
-from fuse.kernel.sinks import Unsupported
+from fuse.kernel.destinations import Unsupported
 
 DTYPES = ("bfloat16", "float32", "float16")
 ONLY = {"backward": DTYPES[:2], "few queries": DTYPES[:2], "log-sum-exp": DTYPES[:1]}

@@ -26,7 +26,7 @@ def facts() -> dict[str, Any]:
     info = Path("/proc/cpuinfo")
     lines = info.read_text().splitlines() if info.exists() else []
     model = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.processor())
-    version = subprocess.run([*launch.compiler(), "--version"], capture_output=True, text=True, check=False).stdout
+    version = subprocess.run([*launch.cxx_compiler(), "--version"], capture_output=True, text=True, check=False).stdout
     return {
         "cpu": model, "cores": os.cpu_count(), "flags": [f for f in _TELLING if f in cpu.flags()],
         "instruction set": launch.instruction_set(), "threads": torch.get_num_threads(), "torch": torch.__version__,

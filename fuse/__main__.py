@@ -129,7 +129,7 @@ def _cache(args: argparse.Namespace) -> int:
 
 def _suffixes() -> set[str]:
     """Of sources."""
-    return {registry.named(name).suffix for name in registry.names()} - {""}
+    return {target.suffix for name in registry.names() if (target := registry.named(name)).generated}
 
 
 def _cached(suffixes: set[str] | None = None) -> Iterator[Path]:

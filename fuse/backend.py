@@ -9,10 +9,10 @@ from functools import cache
 from typing import Any
 
 import torch
-from torch._subclasses import FakeTensor
 from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException
 from torch.fx import GraphModule
 
+from fuse import flex as flex
 from fuse import inner, passes, targets
 from fuse.ops import opaque, warm
 from fuse.ops.attention import parsed
@@ -28,9 +28,6 @@ log = logging.getLogger("fuse")
 compiled: list[Reading] = []
 """Of every graph that was compiled in this process, in order; a recompile counts anew."""
 
-# Other subclasses (DTensor, nested tensors, a user's own) have a say in what each op does, so that no reading is a proof.
-PLAIN = (torch.Tensor, torch.nn.Parameter, torch.nn.Buffer, FakeTensor)
-
 
 def fuse(
     gm: GraphModule, example_inputs: Sequence[Any], *, mode: str | None = None, options: Mapping[str, Any] | None = None
@@ -42,7 +39,7 @@ def fuse(
     chosen = resolve(mode, options)
     original = check.keep(gm) if chosen.verify else None
     target = target_of(example_inputs, chosen)
-    reading = Reading(unread=why_unread(example_inputs, chosen)) if target is None else rewrite(gm, target)
+    reading = Reading(unread=why_unread(example_inputs, chosen)) if target is None else rewrite(gm, target, example_inputs)
     if target is not None:
         _prepare(gm, reading.sites, target, chosen.tune)  # builds run beside the inner compiler
     call = _compiled(gm, example_inputs, inner.compiler(chosen, patterns=target is None))
@@ -73,12 +70,12 @@ def _compiled(gm: GraphModule, example_inputs: Sequence[Any], compiler: Callable
 
 def target_of(example_inputs: Sequence[Any], chosen: Options) -> Target | None:
     """Who runs what is fused in a graph with such inputs; None for one that fuse does not read: it is the inner compiler's."""
-    if chosen.disable or _subclasses(example_inputs):
+    if chosen.disable:
         return None
     devices = _devices(example_inputs)
     target = registry.for_devices(chosen.target, set(devices))
     if target is None:
-        _warn_of_device(", ".join(devices), chosen.target)
+        _warn_of_devices(frozenset(devices), chosen.target)
     return target
 
 
@@ -86,23 +83,19 @@ def why_unread(example_inputs: Sequence[Any], chosen: Options) -> str:
     """Why ``target_of`` gives nobody."""
     if chosen.disable:
         return "fuse is disabled"
-    if subclasses := _subclasses(example_inputs):
-        return f"inputs are {', '.join(subclasses)}"
     return f"target {chosen.target!r} has no kernels for tensors on {', '.join(_devices(example_inputs))}"
-
-
-def _subclasses(inputs: Sequence[Any]) -> list[str]:
-    return sorted({type(x).__name__ for x in inputs if isinstance(x, torch.Tensor) and type(x) not in PLAIN})
 
 
 def _devices(inputs: Sequence[Any]) -> list[str]:
     return sorted({x.device.type for x in inputs if isinstance(x, torch.Tensor)})
 
 
-def rewrite(gm: GraphModule, target: Target, begins: State | None = None, inside: bool = True) -> Reading:
+def rewrite(
+    gm: GraphModule, target: Target, inputs: Sequence[Any], begins: State | None = None, inside: bool = True
+) -> Reading:
     """As ``passes.run``. A defect of a pass must not cost the user more than its fusions."""
     try:
-        reading = passes.run(gm, target.name, begins, inside)
+        reading = passes.run(gm, target.name, inputs, begins, inside)
     except Exception as error:
         log.warning("a pass failed; attention in this graph may run unfused. Please report this.", exc_info=True)
         return Reading((Site(False, InternalError(f"{type(error).__name__}: {error}"), "", ""),))
@@ -127,9 +120,10 @@ def with_runs(site: Site) -> Site:
 
 
 @cache
-def _warn_of_device(devices: str, target: str) -> None:
+def _warn_of_devices(devices: frozenset[str], target: str) -> None:
+    others = registry.others_for(devices)
     log.warning(
-        "graphs with tensors on %s run without fuse: target %r has kernels for %s. "
-        "For GPUs there is target \"triton\" to try, which has not been measured yet.",
-        devices, target, " and ".join(registry.devices_of(target)),
+        "graphs with tensors on %s run without fuse: target %r has kernels for %s.%s",
+        ", ".join(sorted(devices)), target, " and ".join(registry.devices_of(target)),
+        f" For those there is target {' or '.join(map(repr, others))} to try." if others else "",
     )  # fmt: skip

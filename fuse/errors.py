@@ -30,10 +30,10 @@ class InductorOnly(FuseError):
     )
 
 
-class TritonOnly(FuseError):
+class NotTunable(FuseError):
     message = (
         "option {what!r} is for kernels that have something to choose from, but the target is {target!r}: "
-        'drop it, or use options={{"target": "triton"}}.'
+        "drop it, or use a target that has: {tunable}."
     )
 
 
@@ -74,10 +74,10 @@ class OtherInputs(FuseError):
     )
 
 
-class SecondDerivative(FuseError):
+class TangentOfGradient(FuseError):
     message = (
-        "the gradient of a fused attention was differentiated again, and fuse has no second derivative. Compile what needs it "
-        'with options={{"disable": True}}, or set FUSE_DISABLE=1.'
+        "the gradient of a fused attention was differentiated in forward mode, for which fuse has no formula. Differentiate "
+        'twice in reverse mode, or compile with options={{"disable": True}}.'
     )
 
 

@@ -16,22 +16,22 @@ from fuse.errors import UnknownModel, UnusableModel, did_you_mean
 LENGTH = 256
 
 
-class Call(NamedTuple):
+class ModelCall(NamedTuple):
     model: Callable[..., Any]
     args: tuple[Any, ...]
     kwargs: Mapping[str, Any]
 
 
-def load(name: str, *, layers: int | None = None, attention: str = "eager") -> Call:
+def load(name: str, *, layers: int | None = None, attention: str = "eager") -> ModelCall:
     """``layers`` and ``attention`` are for transformers types; memory for their weights is reserved but never touched."""
     return _from_callable(name) if ":" in name else _from_transformers(name, layers, attention)
 
 
-def on(device: str, call: Call) -> Call:
+def on(device: str, call: ModelCall) -> ModelCall:
     """The model and its tensors on ``device``."""
     moved = [_moved(x, device) for x in call.args]
     model = call.model.to(device) if isinstance(call.model, torch.nn.Module) else call.model
-    return Call(model, tuple(moved), {name: _moved(x, device) for name, x in call.kwargs.items()})
+    return ModelCall(model, tuple(moved), {name: _moved(x, device) for name, x in call.kwargs.items()})
 
 
 def _moved(x: Any, device: str) -> Any:
@@ -46,7 +46,7 @@ def fill(model: torch.nn.Module) -> None:
                 tensor.normal_(std=0.02)
 
 
-def _from_callable(name: str) -> Call:
+def _from_callable(name: str) -> ModelCall:
     source, _, attribute = name.rpartition(":")
     try:
         made = getattr(_module(source), attribute)()
@@ -54,11 +54,11 @@ def _from_callable(name: str) -> Call:
         raise UnknownModel(name=name, problem=error, hint="") from error
     match made:
         case (model, tuple(args)):
-            return Call(model, args, {})
+            return ModelCall(model, args, {})
         case (model, dict(kwargs)):
-            return Call(model, (), kwargs)
+            return ModelCall(model, (), kwargs)
         case (model, tuple(args), dict(kwargs)):
-            return Call(model, args, kwargs)
+            return ModelCall(model, args, kwargs)
     raise UnusableModel(name=name, got=type(made).__name__)
 
 
@@ -72,7 +72,7 @@ def _module(source: str) -> Any:
     return module
 
 
-def _from_transformers(name: str, layers: int | None, attention: str) -> Call:
+def _from_transformers(name: str, layers: int | None, attention: str) -> ModelCall:
     try:
         from transformers import AutoConfig, AutoModel
         from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES as known
@@ -86,7 +86,7 @@ def _from_transformers(name: str, layers: int | None, attention: str) -> Call:
     with torch.device("meta"):
         model = AutoModel.from_config(config, attn_implementation=attention).eval()
     inputs = {key: make(config) for key, make in INPUTS.items() if key in inspect.signature(model.forward).parameters}
-    return Call(model.to_empty(device="cpu"), (), inputs)
+    return ModelCall(model.to_empty(device="cpu"), (), inputs)
 
 
 def _tokens(config: Any) -> torch.Tensor:

@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any
 
-from fuse.errors import InductorOnly, InvalidOption, InvalidVariable, TritonOnly, UnknownOption, UnknownVariable, did_you_mean
+from fuse.errors import InductorOnly, InvalidOption, InvalidVariable, NotTunable, UnknownOption, UnknownVariable, did_you_mean
 from fuse.settings import Settings
 from fuse.targets import registry
 
@@ -25,7 +25,7 @@ class Options:
     inner     the compiler of everything that is not attention
     disable   find and rewrite nothing
     verify    run every graph a second time as eager does and compare; slow, for finding out who is wrong
-    tune      measure which tile sizes are the fastest, on the first calls' operands; kept on disk. For target "triton"
+    tune      measure which tile sizes are the fastest, on the first calls' operands; kept on disk. For targets with a choice
     mode      Inductor's mode, as torch.compile got it
     inductor  Inductor's own options
     """
@@ -44,8 +44,8 @@ class Options:
             if (type(value), value) not in [(type(a), a) for a in allowed]:  # 1 == True
                 hint = did_you_mean(str(value), _names(allowed))
                 raise InvalidOption(name=name, value=value, allowed=_listed(allowed), hint=hint)
-        if self.tune and (self.target == registry.AUTO or not registry.named(self.target).tunable):
-            raise TritonOnly(what="tune", target=self.target)
+        if self.tune and self.target not in (tunable := registry.tunable()):
+            raise NotTunable(what="tune", target=self.target, tunable=_listed(tunable))
         if self.inner != "inductor" and (self.mode or self.inductor):
             what = f"mode={self.mode!r}" if self.mode else f"option {next(iter(self.inductor))!r}"
             raise InductorOnly(what=what, inner=self.inner)

@@ -29,7 +29,7 @@ from fuse.report.report import Report, expected
 from fuse.report.site import Reading
 
 # Whoever runs a program may differentiate it, and nobody knows under which autocast.
-_PLAIN = State(grad=True, level=0, autocast=())
+_PLAIN = State(grad=True, transforms=(), autocast=())
 
 
 class Transformed(NamedTuple):
@@ -64,8 +64,14 @@ def rewrite(gm: GraphModule, inside: bool = True) -> Reading:
     """Rewrites a graph that a compiler holds, Dynamo's or a program's, in place. ``inside``: with the bodies inside it."""
     placeholders = gm.graph.find_nodes(op="placeholder")
     if any(VALUE in n.meta for n in gm.graph.nodes):
-        return _rewrite(gm, [n.meta.get(VALUE) for n in placeholders], None, inside)
+        return _rewrite(gm, [_held(n) for n in placeholders], None, inside)
     return _follow(gm, [n.meta.get("val") for n in placeholders], inside)
+
+
+def _held(node: Node) -> Any:
+    """What Dynamo was given for a placeholder, which may be of a subclass that its value does not show."""
+    given = getattr(node.meta.get("grapharg"), "example", None)
+    return node.meta.get(VALUE) if given is None else given
 
 
 def _rewrite(gm: GraphModule, inputs: Sequence[Any], begins: State | None, inside: bool = True) -> Reading:
@@ -73,7 +79,7 @@ def _rewrite(gm: GraphModule, inputs: Sequence[Any], begins: State | None, insid
     target = backend.target_of(inputs, chosen)
     if target is None:
         return Reading(unread=backend.why_unread(inputs, chosen))
-    return backend.rewrite(gm, target, begins, inside)
+    return backend.rewrite(gm, target, inputs, begins, inside)
 
 
 def _follow(gm: GraphModule, inputs: Sequence[Any], inside: bool = True) -> Reading:

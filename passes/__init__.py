@@ -16,28 +16,31 @@ of the graph
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from torch.fx import Graph, GraphModule, Node
 
 import fuse.ops.attention
-import fuse.ops.tile_map  # noqa: F401  both register their ops
+import fuse.ops.snapshot
+import fuse.ops.tile_map  # noqa: F401  they register their ops
 from fuse.ir.spec import InvalidSpec, verify
 from fuse.passes import census
 from fuse.passes.accept import Found, accept, declined_site
 from fuse.passes.expand import expand
 from fuse.passes.find import Candidate, find
 from fuse.passes.layout import put_keys_innermost
-from fuse.passes.lift import Lifted, Pass, Setting, lift
+from fuse.passes.lift import Lifted, Pass, SiteContext, lift
 from fuse.passes.masks import recover_mask
 from fuse.passes.read.bodies import Body, bodies
-from fuse.passes.read.graph import State, states
+from fuse.passes.read.graph import State, hidden_subclass, states
 from fuse.passes.read.trace import Trace, trace
 from fuse.passes.replace import insert, remove
 from fuse.passes.tables import tabulate
 from fuse.passes.tiles import map_tiles
-from fuse.report.reasons import Declined, InternalError, NoScoreProduct, NotSoftmax, Reason, StateChanges, UnsupportedShape
+from fuse.passes.transforms import check_transforms
+from fuse.report.reasons import Declined, InternalError, NoScoreProduct, NotSoftmax, Reason, Subclass, UnsupportedShape
 from fuse.report.site import Reading, Site
 
 PASSES: tuple[Pass, ...] = (
@@ -48,22 +51,25 @@ PASSES: tuple[Pass, ...] = (
 )
 
 
-def run(gm: GraphModule, target: str, begins: State | None = None, inside: bool = True) -> Reading:
+def run(gm: GraphModule, target: str, inputs: Sequence[Any] = (), begins: State | None = None, inside: bool = True) -> Reading:
     """Rewrites ``gm``; one Site for every attention that was found, fused or not. Never raises.
 
+    inputs  the graph's, if they are known: their types may say more than the graph does
     begins  the state in which ``gm`` will run; None: that of the caller
     inside  with the bodies inside it
     """
-    readings = [_never_raises(body, target) for body in bodies(gm, begins) if inside or body.graph is gm.graph]
+    hidden = hidden_subclass(gm.graph, inputs)
+    refused = Declined(Subclass(hidden)) if hidden else None
+    readings = [_never_raises(body, target, refused) for body in bodies(gm, begins) if inside or body.graph is gm.graph]
     for module in gm.modules():
         if isinstance(module, GraphModule):
             module.recompile()
     return Reading(tuple(s for r in readings for s in r.sites), tuple(o for r in readings for o in r.others))
 
 
-def _never_raises(body: Body, target: str) -> Reading:
+def _never_raises(body: Body, target: str, refused: Declined | None) -> Reading:
     try:
-        return _run_graph(body, target)
+        return _run_graph(body, target, refused)
     except Exception as e:  # a defect of a pass must not cost the user the model
         return Reading((Site(False, InternalError(f"{type(e).__name__}: {e}"), "", ""),))
 
@@ -84,13 +90,13 @@ class _Told:
             self.sites.append(declined_site(candidate, reason))
 
 
-def _run_graph(body: Body, target: str) -> Reading:
+def _run_graph(body: Body, target: str, refused: Declined | None) -> Reading:
     """The passes on one graph; a composite call in which nothing is fused stays as it was."""
     graph = body.graph
     expansions = expand(graph)
     before = set(graph.nodes)
     try:
-        told = _fuse_sites(body, target, {n for e in expansions for n in (e.call, *(old for old, _ in e.moved))})
+        told = _fuse_sites(body, target, refused, {n for e in expansions for n in (e.call, *(old for old, _ in e.moved))})
     except Exception:
         for e in expansions:
             e.undo(graph)
@@ -107,17 +113,17 @@ def _run_graph(body: Body, target: str) -> Reading:
     return Reading(sites, tuple(census.others(graph, told.nodes, told.lacking)))
 
 
-def _fuse_sites(body: Body, target: str, kept: set[Node]) -> _Told:
-    """Fuses what can be; of the nodes that nobody reads any more, ``kept`` stay."""
+def _fuse_sites(body: Body, target: str, refused: Declined | None, kept: set[Node]) -> _Told:
+    """Fuses what can be, if the graph is not ``refused``; of the nodes that nobody reads any more, ``kept`` stay."""
     graph, told = body.graph, _Told()
     state_of = states(graph, body.begins)
     candidates = find(graph, state_of)
     found: list[Found] = []
-    for candidate, traced in _traces(graph, candidates, state_of):
+    for candidate, traced in _traces(graph, candidates, state_of) if refused is None else ((c, refused) for c in candidates):
         try:
             if isinstance(traced, Declined):
                 raise traced
-            found.append(_fuse_site(graph, candidate, Setting(traced, target), state_of))
+            found.append(_fuse_site(graph, candidate, SiteContext(traced, target), state_of))
         except Declined as d:
             told.decline(candidate, d.reason)
         except Exception as e:
@@ -152,22 +158,21 @@ def _trace_slices(graph: Graph, candidates: list[Candidate], state_of: Mapping[N
         return d
 
 
-def _fuse_site(graph: Graph, candidate: Candidate, setting: Setting, state_of: Mapping[Node, State]) -> Found:
+def _fuse_site(graph: Graph, candidate: Candidate, context: SiteContext, state_of: Mapping[Node, State]) -> Found:
     """The site at the outermost of the candidate's roots that can be read."""
     declined: Declined | None = None
     for root in reversed(candidate.roots):
         try:
-            lifted = lift(root, setting.trace)
+            lifted = lift(root, context.trace)
         except Declined as d:
             declined = declined or d
             continue
-        if state_of[candidate.anchor].level != state_of[root].level:
-            raise Declined(StateChanges("the border of a functorch transform"))
+        check_transforms(lifted, candidate.inputs, state_of[candidate.anchor], state_of[root])
         steps = [("lift", lifted.spec)]
         for each in PASSES:
-            lifted = _verified(each, each(lifted, setting))
+            lifted = _verified(each, each(lifted, context))
             steps.append((each.__name__, lifted.spec))
-        replacement = insert(graph, root, lifted, setting.trace, setting.target)
+        replacement = insert(graph, root, lifted, context, state_of[root].transforms)
         return Found(candidate, lifted, replacement, (*steps, ("insert", replacement.spec)))
     assert declined is not None
     raise declined

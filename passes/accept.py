@@ -12,6 +12,7 @@ from fuse.passes.lift import Lifted
 from fuse.passes.read.graph import location, module_path, user_name
 from fuse.passes.read.trace import Seed, size_hint
 from fuse.passes.replace import Replacement, live_nodes, remove, unread_nodes
+from fuse.passes.transforms import for_all_examples
 from fuse.report.reasons import ProbabilitiesUsed, Reason
 from fuse.report.site import Site
 from fuse.report.wording import mask_text, score_text
@@ -70,9 +71,10 @@ def _fused_site(f: Found) -> Site:
     spec, root = f.replacement.spec, f.replacement.root
     names = {i: user_name(n) for i, n in enumerate(f.replacement.leaves)}
     mask = mask_text(spec.mask.predicate, names) if spec.mask else ""
-    sizes = tuple(size_hint(n, f.lifted.leaves[0]) for n in f.lifted.sizes)
+    hints = [size_hint(n, f.lifted.leaves[0]) for n in f.lifted.sizes]
     formula, wanted = score_text(spec.score, names), f.replacement.wanted
     where, module = location(root), module_path(root)
+    spec, sizes = for_all_examples(spec, hints, f.replacement.leaves, f.replacement.around)
     return Site(True, None, where, module, formula, mask, spec, sizes, names, wanted=wanted, steps=f.steps)
 
 

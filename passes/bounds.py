@@ -11,7 +11,7 @@ from torch.utils._sympy.functions import FloorDiv
 
 from fuse.ir import expr
 from fuse.ir.expr import Apply, Const, Expr, apply, const
-from fuse.ir.index import Index, Space, linear, variable
+from fuse.ir.index import IndexExpr, Space, linear, variable
 from fuse.ir.spec import AttentionSpec
 from fuse.passes.read.elements import Reader, spec_reader
 
@@ -165,7 +165,7 @@ def _closed(r: Reader, clause: Expr) -> Bounds | None:
     return conjunction(found) if len(found) == len(sides) else _same_block(r, clause)
 
 
-def _solved(r: Reader, difference: Index) -> Bounds | None:
+def _solved(r: Reader, difference: IndexExpr) -> Bounds | None:
     """The solution for k of difference >= 0, where it is a bound that never decreases with q."""
     found = next((x for solve in SOLUTIONS.values() if (x := solve(r.space, difference)) is not None), None)
     limit = None if found is None else _held(r, sympy.expand(found[1]))
@@ -174,12 +174,12 @@ def _solved(r: Reader, difference: Index) -> Bounds | None:
     return Bounds(lower=r.expression(limit)) if found[0] else Bounds(upper=r.expression(limit))
 
 
-def linear_in_key(space: Space, difference: Index) -> tuple[bool, Index] | None:
+def linear_in_key(space: Space, difference: IndexExpr) -> tuple[bool, IndexExpr] | None:
     """n * k + x >= 0 is k >= ceil(-x / n), and -n * k + x >= 0 is k < floor(x / n) + 1: (is it a lower bound?, the bound)."""
     return None if any(d.has(_K) for d in difference.atoms(FloorDiv)) else _linear(space, difference, _K)
 
 
-def linear_in_block(space: Space, difference: Index) -> tuple[bool, Index] | None:
+def linear_in_block(space: Space, difference: IndexExpr) -> tuple[bool, IndexExpr] | None:
     """The same for (k + r) // m in the place of k: it is at least a bound where k >= m * bound - r, below it where k < that."""
     blocks = [d for d in difference.atoms(FloorDiv) if d.has(_K)]
     parts = linear(blocks[0].args[0], _K) if len(blocks) == 1 else None
@@ -190,7 +190,7 @@ def linear_in_block(space: Space, difference: Index) -> tuple[bool, Index] | Non
     return found and (found[0], blocks[0].args[1] * found[1] - parts[1])
 
 
-def _linear(space: Space, difference: Index, x: sympy.Symbol) -> tuple[bool, Index] | None:
+def _linear(space: Space, difference: IndexExpr, x: sympy.Symbol) -> tuple[bool, IndexExpr] | None:
     parts = linear(difference, x)
     if parts is None or not parts[0].is_Integer or parts[0] == 0 or parts[1].has(_K):
         return None
@@ -222,7 +222,7 @@ def same_block(x: Expr, n: Expr) -> Bounds:
     return Bounds(apply("minimum", begin, next(after), dtype="int64"), upper)
 
 
-def _held(r: Reader, limit: Index) -> Index | None:
+def _held(r: Reader, limit: IndexExpr) -> IndexExpr | None:
     """``limit`` such that it cannot wrap: an integer from a tensor or from the user may be as large as int64 allows."""
     if any(abs(c) > FAR for c in limit.atoms(sympy.Integer)):
         return None
@@ -236,7 +236,7 @@ def _held(r: Reader, limit: Index) -> Index | None:
     return limit.subs(data[0], r.atom(held))
 
 
-def _never_decreases(r: Reader, e: Index) -> bool:
+def _never_decreases(r: Reader, e: IndexExpr) -> bool:
     """Sums of nonnegative multiples of q and of floor divisions of such sums; what is read from tensors is not of q."""
     for term in sympy.Add.make_args(sympy.expand(e)):
         coefficient, rest = term.as_coeff_Mul()

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch.fx import Graph, Node
 
+from fuse.passes.read.flex import is_flex
 from fuse.passes.read.graph import VIEWS, State, operator_name, storage_of, tensor_of, writes
 
 # Names bound what is searched, and so the cost of searching; whether it is attention is read, by ``lift``. An unknown name is
@@ -28,6 +29,18 @@ PRODUCERS = {
     "multi_head_attention_forward", "_transformer_encoder_layer_fwd", ATTENTION, "fft", "rfft", "item", "tolist",
     "glu", "gelu", "silu", "pad_sequence", "index_copy_", "index_copy",
 }  # fmt: skip
+# What goes from one level of torch.func to another.
+_LEVELS = (
+    "_vmap",
+    "_add_batch",
+    "_remove_batch",
+    "_functorch",
+    "_wrap_for",
+    "_unwrap_for",
+    "_set_tensor",
+    "_make_dual",
+    "_autograd",
+)
 _FORWARD_LIMIT = 64  # nodes between a normalisation and its contraction
 _SLICE_LIMIT = 600  # nodes of one slice
 
@@ -49,6 +62,8 @@ def find(graph: Graph, states: Mapping[Node, State]) -> list[Candidate]:
     found: dict[Node, Candidate] = {}
     reached: dict[Node, tuple[Node, set[Node]]] = {}
     for node in graph.nodes:
+        if is_flex(node):
+            found |= {root: _slice(node, (root,), {node}, states, mutations, order) for root in _results_of_flex(node)}
         if node.op not in ("call_function", "call_method") or tensor_of(node) is None:
             continue
         name = operator_name(node)
@@ -62,6 +77,15 @@ def find(graph: Graph, states: Mapping[Node, State]) -> list[Candidate]:
         roots = (contraction, *_divisions_after(contraction))
         found[contraction] = _slice(anchor, roots, passed, states, mutations, order)
     return sorted(found.values(), key=lambda c: order[c.roots[0]])
+
+
+def is_attention(node: Node) -> bool:
+    """Is this attention in one call, whose products ``trace`` writes out?"""
+    return operator_name(node) == ATTENTION or is_flex(node)
+
+
+def _results_of_flex(node: Node) -> list[Node]:
+    return [user for user in node.users if operator_name(user) == "getitem" and user.args[1] == 0]
 
 
 def is_contraction(node: Node) -> bool:
@@ -98,7 +122,7 @@ def _is_row_sum(node: Node) -> bool:
 
 
 def _divisions_after(contraction: Node) -> tuple[Node, ...]:
-    """Late normalisation: (exp(s) @ v) / sum."""
+    """Deferred normalisation: (exp(s) @ v) / sum."""
     return tuple(u for u in contraction.users if operator_name(u) in ("div", "truediv", "mul", "div_", "mul_", "itruediv"))
 
 
@@ -131,14 +155,15 @@ def _slice(
         if (node, views_only) in visited:
             continue
         visited.add((node, views_only))
-        stop = node not in roots and (_is_input(node, states) or len(nodes) > _SLICE_LIMIT)
+        whole = node is anchor and is_attention(node)
+        stop = node not in roots and not whole and (_is_input(node, states, states[roots[0]]) or len(nodes) > _SLICE_LIMIT)
         if stop or (views_only and not _is_view(node)):
             inputs.add(node)
             continue
         nodes.add(node)
         contraction = is_contraction(node) and not _is_elementwise_sum(node)
         for arg in node.all_input_nodes:
-            only = views_only or ((contraction or node is anchor and operator_name(node) == ATTENTION) and arg not in passed)
+            only = views_only or ((contraction or whole) and arg not in passed)
             stack.append((arg, only and not _is_mask_argument(node, arg)))
         for writer in _writers(node, mutations, order, last):
             stack.append((writer, False))
@@ -150,8 +175,10 @@ def _is_elementwise_sum(node: Node) -> bool:
 
 
 def _is_mask_argument(node: Node, arg: Node) -> bool:
-    """The mask of scaled_dot_product_attention and the addend of baddbmm are part of the scores, not of a product."""
+    """Masks, biases and the addend of baddbmm are part of the scores, not of a product."""
     name = operator_name(node)
+    if is_flex(node):
+        return arg not in node.args[:3]
     if name == ATTENTION:
         return node.kwargs.get("attn_mask") is arg or (len(node.args) > 3 and node.args[3] is arg)
     return name == "baddbmm" and node.args[0] is arg
@@ -162,15 +189,20 @@ def _writers(node: Node, mutations: Mapping[int, list[Node]], order: Mapping[Nod
     return [] if storage is None else [w for w in mutations.get(storage, []) if order[w] <= last]
 
 
-def _is_input(node: Node, states: Mapping[Node, State]) -> bool:
-    if node.op not in ("call_function", "call_method") or states[node].level > 0:
+def _within(inner: State, around: State) -> bool:
+    """Whether a value can be read where ``around`` holds without leaving a transform that it was made under."""
+    return inner.transforms == around.transforms[: len(inner.transforms)]
+
+
+def _is_input(node: Node, states: Mapping[Node, State], around: State) -> bool:
+    if node.op not in ("call_function", "call_method") or not _within(states[node], around):
         return True
     if isinstance(node.target, torch._ops.HigherOrderOperator) or operator_name(node) in PRODUCERS:
         return True
     name = operator_name(node)
     if name == "embedding" and (node.kwargs.get("max_norm") or len(node.args) > 3 and node.args[3]):
         return True  # it scales the table in place
-    if name.startswith(("conv", "_vmap", "_add_batch", "_remove_batch", "_functorch")):
+    if name.startswith(("conv", *_LEVELS)):
         return True
     value = node.meta.get("example_value")
     if value is None:
@@ -178,7 +210,7 @@ def _is_input(node: Node, states: Mapping[Node, State]) -> bool:
     if not isinstance(value, (torch.Tensor, tuple, list)) or isinstance(value, torch.Size):
         return True
     source = node.args[0] if node.args else None
-    return name == "getitem" and isinstance(source, Node) and not _tensors(source) and _is_input(source, states)
+    return name == "getitem" and isinstance(source, Node) and not _tensors(source) and _is_input(source, states, around)
 
 
 def _tensors(node: Node) -> bool:

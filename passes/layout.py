@@ -14,7 +14,7 @@ from torch.fx import Node
 from fuse.ir import expr
 from fuse.ir.expr import Expr, Load
 from fuse.ir.spec import AttentionSpec
-from fuse.passes.lift import Lifted, Setting
+from fuse.passes.lift import Lifted, SiteContext
 from fuse.passes.read.graph import operator_name, tensor_of
 from fuse.passes.read.trace import Value, computed
 
@@ -51,7 +51,7 @@ def _permutation(node: Node, rank: int) -> Sequence[int] | None:
     return None
 
 
-def put_keys_innermost(lifted: Lifted, _: Setting) -> Lifted:
+def put_keys_innermost(lifted: Lifted, _: SiteContext) -> Lifted:
     """Operands of both positions are copied once where neighbouring keys lie far apart, as in a bias of shape (q, k, head).
 
     Every head and layer reads such an operand; in its own order each cache line would be fetched once per head.

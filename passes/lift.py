@@ -17,15 +17,15 @@ from torch.fx import Node
 
 from fuse.ir import expr
 from fuse.ir.expr import Apply, Const, Expr, Load, Score, apply, const
-from fuse.ir.index import Index, linear
+from fuse.ir.index import IndexExpr, linear
 from fuse.ir.philox import drawn_in
 from fuse.ir.spec import AttentionSpec, Operand
 from fuse.ir.text import to_text
-from fuse.passes.lookups import looked_up_once
+from fuse.passes.lookups import hoist_lookups
 from fuse.passes.read import pointwise, views  # noqa: F401  the readers register themselves
 from fuse.passes.read.elements import POLYNOMIAL, PRODUCTS, Opaque, Reader, as_index, dims, may_wrap, op_name
 from fuse.passes.read.random import with_scaled_choices
-from fuse.passes.read.softmax import Late, Softmax, recognise
+from fuse.passes.read.softmax import DeferredNormalisation, Softmax, recognise
 from fuse.passes.read.trace import Trace, Value
 from fuse.report.reasons import (  # fmt: skip
     Declined,
@@ -48,7 +48,7 @@ class Product:
     """sum over t of left[..., t] * right[..., t] as the two operands' values and coordinates."""
 
     value: Value
-    sides: tuple[tuple[Value, tuple[Index, ...]], tuple[Value, tuple[Index, ...]]]
+    sides: tuple[tuple[Value, tuple[IndexExpr, ...]], tuple[Value, tuple[IndexExpr, ...]]]
     over: sympy.Symbol
 
 
@@ -64,13 +64,13 @@ class Lifted:
 
     spec: AttentionSpec
     leaves: tuple[Value, ...]
-    sizes: tuple[Index, ...]
+    sizes: tuple[IndexExpr, ...]
     out_dims: tuple[int, ...]
     scores: Value
 
 
 @dataclass(frozen=True)
-class Setting:
+class SiteContext:
     """What passes may look at beside the site: the trace that it was read from, and the target of its kernel."""
 
     trace: Trace
@@ -82,7 +82,7 @@ class Pass(Protocol):
 
     __name__: str
 
-    def __call__(self, lifted: Lifted, setting: Setting, /) -> Lifted: ...
+    def __call__(self, lifted: Lifted, context: SiteContext, /) -> Lifted: ...
 
 
 def lift(root: Node, trace: Trace) -> Lifted:
@@ -112,13 +112,13 @@ class _Lift:
     def run(self) -> Lifted:
         if any(n == 0 for n in self.shape):
             raise Declined(UnsupportedShape("an empty result"))
-        product, late = self._result()
+        product, deferred = self._result()
         k = product.over
         probs, values = self._probabilities_and_values(product)
         q, e = self._row_and_feature(probs, values, k)
         self.r.inner = {q, k, e}
         weights = self.r.element(*probs)
-        softmax = recognise(self.r, weights, late, k)
+        softmax = recognise(self.r, weights, deferred, k)
         if any({k.name, e.name} & expr.axes(z) for z in softmax.extra_logits):
             raise Declined(NotSoftmax("what is added to the sum differs by key or feature"))
         score, scores, query, key, d = self._score(softmax, q, k)
@@ -129,15 +129,15 @@ class _Lift:
 
     # ------------------------------------------------------------------------------------------ the two products
 
-    def _result(self) -> tuple[Product, Late | None]:
-        """The product with the values, and what it is divided or multiplied by where part of the normalisation comes late."""
+    def _result(self) -> tuple[Product, DeferredNormalisation | None]:
+        """The product with the values, and what it is divided or multiplied by where the normalisation is deferred."""
         found = _uncast(self.r.element(self.out, self.axes))
         if isinstance(found, Opaque) and (product := self.product(found, "k")):
             return product, None
         if isinstance(found, Apply) and found.op in ("div", "mul"):
             left, right = map(_uncast, found.operands)
             if isinstance(left, Opaque) and (product := self.product(left, "k")):
-                return product, Late(found.op, right)
+                return product, DeferredNormalisation(found.op, right)
         raise Declined(NoScoreProduct(f"the result is {type(found).__name__.lower()} {getattr(found, 'op', '')}".strip()))
 
     def product(self, found: Opaque, over: str) -> Product | None:
@@ -156,7 +156,7 @@ class _Lift:
                 return Product(v, (a, b), at[1])
         return None
 
-    def _summed(self, v: Value, coords: tuple[Index, ...], over: str) -> tuple[tuple[Index, ...], sympy.Symbol] | None:
+    def _summed(self, v: Value, coords: tuple[IndexExpr, ...], over: str) -> tuple[tuple[IndexExpr, ...], sympy.Symbol] | None:
         source = dims(v.args[0])
         axes = v.args[1] if len(v.args) > 1 else []
         if not isinstance(axes, (list, tuple)) or len(axes) != 1:
@@ -167,7 +167,7 @@ class _Lift:
 
     def _probabilities_and_values(
         self, product: Product
-    ) -> tuple[tuple[Value, tuple[Index, ...]], tuple[Value, tuple[Index, ...]]]:
+    ) -> tuple[tuple[Value, tuple[IndexExpr, ...]], tuple[Value, tuple[IndexExpr, ...]]]:
         """Which side holds the normalised scores: the one whose coordinates reach a softmax or an exp."""
         for side, other in (product.sides, product.sides[::-1]):
             if _normalised(self.r.element(*side)):
@@ -175,7 +175,7 @@ class _Lift:
         raise Declined(NotSoftmax("neither factor is normalised"))
 
     def _row_and_feature(
-        self, probs: tuple[Value, tuple[Index, ...]], values: tuple[Value, tuple[Index, ...]], k: sympy.Symbol
+        self, probs: tuple[Value, tuple[IndexExpr, ...]], values: tuple[Value, tuple[IndexExpr, ...]], k: sympy.Symbol
     ) -> tuple[sympy.Symbol, sympy.Symbol]:
         """The query index is read by the probabilities alone, the value feature by the values alone."""
         p_axes, v_axes = _free(probs[1]), _free(values[1])
@@ -205,7 +205,7 @@ class _Lift:
             query, key = (self._operand(*side) for side in sides)
             score = expr.substitute(softmax.score, {candidate: Score(candidate.dtype)})
             batch = {x.name for x in self.axes if x not in self.r.inner and self.r.space.sizes[x] != 1}
-            score = looked_up_once(self.r, self._with_addend(score, candidate), {q.name, k.name}, batch)
+            score = hoist_lookups(self.r, self._with_addend(score, candidate), {q.name, k.name}, batch)
             score = self._loaded(score)
             if any(_depends_on(leaf, product.value) for leaf in self._used(score, softmax)):
                 raise Declined(ScoresUsed(self._culprit(score, softmax, product.value)))
@@ -239,7 +239,7 @@ class _Lift:
 
     def _query_and_key(
         self, product: Product, q: sympy.Symbol, k: sympy.Symbol
-    ) -> tuple[tuple[Value, tuple[Index, ...]], tuple[Value, tuple[Index, ...]]] | None:
+    ) -> tuple[tuple[Value, tuple[IndexExpr, ...]], tuple[Value, tuple[IndexExpr, ...]]] | None:
         """The sides in the order query, key if one is read at row q and the other at key k, and nowhere else."""
         one_row, one_key = (self.r.space.sizes[x] == 1 for x in (q, k))
         for a, b in (product.sides, product.sides[::-1]):
@@ -248,7 +248,7 @@ class _Lift:
                 return a, b
         return None
 
-    def _operand(self, value: Value, coords: tuple[Index, ...]) -> Load:
+    def _operand(self, value: Value, coords: tuple[IndexExpr, ...]) -> Load:
         """The tensor behind views: an operand of a product is loaded, never computed again for each tile."""
         for found in (_uncast(self.r.through_views(value, coords)), self.r.load(value, coords)):
             if isinstance(found, Load) and self._linear(found):
@@ -293,12 +293,10 @@ class _Lift:
         sizes = [space.sizes[x] for x in (*batch, q, k)]
         weights = with_scaled_choices(self._loaded(softmax.weight))
         roots = [*loads, score, weights, *map(self._loaded, softmax.extra_logits)]
-        used = expr.operands(*roots)
         symbols = _named_sizes(sizes, len(batch))
         others = [s for s in expr.symbols(*roots) if s not in symbols]
         symbols |= {s: f"n{i}" for i, s in enumerate(others)}  # torch numbers its symbols anew with each recompile
-        numbers = {old: new for new, old in enumerate(used)}
-        renamed = [expr.renamed(root, names, numbers, symbols) for root in roots]
+        renamed, used = expr.renumbered(roots, names, symbols)
         query, key, value = (_supported(x) for x in renamed[:3])
         score, weight, *extra_logits = renamed[3:]
         if drawn_in(score, *extra_logits):
@@ -319,7 +317,7 @@ class _Lift:
         return Lifted(spec, leaves, all_sizes, out_dims, scores)
 
 
-def _named_sizes(sizes: Sequence[Index], batch: int) -> dict[str, str]:
+def _named_sizes(sizes: Sequence[IndexExpr], batch: int) -> dict[str, str]:
     """torch's size symbols that are exactly one of the spec's own: "s0" → "q_len"."""
     names = [*(f"B{i}" for i in range(batch)), "q_len", "kv_len"]
     found: dict[str, str] = {}
@@ -374,7 +372,7 @@ def _normalised(e: Expr) -> bool:
     )
 
 
-def _free(coords: Sequence[Index]) -> set[sympy.Symbol]:
+def _free(coords: Sequence[IndexExpr]) -> set[sympy.Symbol]:
     return set().union(*(c.free_symbols for c in coords)) if coords else set()
 
 

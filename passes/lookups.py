@@ -13,14 +13,15 @@ import sympy
 
 from fuse.ir import expr
 from fuse.ir.expr import FLOATS, Apply, Const, Expr, Load
-from fuse.ir.index import Index
+from fuse.ir.index import IndexExpr
 from fuse.passes.read.elements import Opaque, Reader
 from fuse.passes.read.trace import Value
 
 
-def looked_up_once(r: Reader, score: Expr, positions: Set[str], batch: Set[str]) -> Expr:
-    """``score`` with such lookups as loads; ``positions``: the names of q and k, ``batch``: of batch indices of several."""
-    held: dict[Expr, list[tuple[Value, tuple[Index, ...]]]] = {}
+def hoist_lookups(r: Reader, score: Expr, positions: Set[str], batch: Set[str]) -> Expr:
+    """``score`` with the lookups that are worth it as loads; ``positions``: the names of q and k,
+    ``batch``: of batch indices of several."""
+    held: dict[Expr, list[tuple[Value, tuple[IndexExpr, ...]]]] = {}
     for value, coords, e in r.read():
         held.setdefault(e, []).append((value, coords))
     found: dict[Expr, Expr] = {}
@@ -52,7 +53,7 @@ def _reads_places(n: Load, positions: Set[str]) -> bool:
     return any(isinstance(x, Load | Opaque) and positions <= expr.axes(x) for c in n.coords for x in expr.walk(c))
 
 
-def _as_held(r: Reader, e: Expr, values: list[tuple[Value, tuple[Index, ...]]]) -> Expr | None:
+def _as_held(r: Reader, e: Expr, values: list[tuple[Value, tuple[IndexExpr, ...]]]) -> Expr | None:
     """The outermost tensor with this element that is not expanded."""
     axes = {sympy.Symbol(name, integer=True) for name in expr.axes(e)}
     fitting = [(v, at) for v, at in values if not (set().union(*(c.free_symbols for c in at)) & r.space.sizes.keys()) - axes]

@@ -6,11 +6,11 @@ from dataclasses import replace
 
 from fuse.ir.spec import Mask
 from fuse.passes.bounds import bounds, pushed
-from fuse.passes.lift import Lifted, Setting
+from fuse.passes.lift import Lifted, SiteContext
 from fuse.passes.predicate import separate
 
 
-def recover_mask(lifted: Lifted, _: Setting) -> Lifted:
+def recover_mask(lifted: Lifted, _: SiteContext) -> Lifted:
     """With what can be proved about entries that are masked."""
     spec = lifted.spec
     split = separate(spec.score, spec.batch)

@@ -13,13 +13,13 @@ from torch.fx import Graph, Node
 from torch.utils._sympy.functions import CleanDiv, FloorDiv
 
 from fuse.ir.gradient import differentiable
-from fuse.ir.index import Index
+from fuse.ir.index import IndexExpr
 from fuse.ir.serial import in_graph
 from fuse.ir.spec import AttentionSpec, verify
 from fuse.passes.layout import memory_order
-from fuse.passes.lift import Lifted
+from fuse.passes.lift import Lifted, SiteContext
 from fuse.passes.read.elements import as_index
-from fuse.passes.read.graph import MADE, location, operator_name, storage_of, tensor_of, writes
+from fuse.passes.read.graph import MADE, Transform, location, operator_name, storage_of, tensor_of, writes
 from fuse.passes.read.trace import Seed, Trace, Value
 from fuse.report.reasons import Declined, Mutated, NotTraceable, UnsupportedShape
 
@@ -35,6 +35,7 @@ class Replacement:
     leaves  the nodes behind spec.operands
     made    all nodes that were made for it, in order
     wanted  for each operand whether it wants a gradient
+    around  transforms of torch.func that it stands in
     """
 
     root: Node
@@ -43,14 +44,16 @@ class Replacement:
     leaves: tuple[Node, ...]
     made: tuple[Node, ...]
     wanted: tuple[bool, ...]
+    around: tuple[Transform, ...]
 
 
-def insert(graph: Graph, root: Node, lifted: Lifted, trace: Trace, target: str) -> Replacement:
+def insert(graph: Graph, root: Node, lifted: Lifted, context: SiteContext, around: tuple[Transform, ...]) -> Replacement:
     """Emits the op before ``root``; nothing uses it yet. Raises Declined, and leaves the graph as it was, if it cannot."""
     spec = replace(lifted.spec, out_order=tuple(lifted.out_dims[d] for d in memory_order(root)))
     verify(spec)
+    trace, target = context.trace, context.target
     flowing = trace.value_of[root] in trace.flowing
-    emitter = _Emitter(graph, root, trace, lifted.scores.origin, flowing)
+    emitter = _Emitter(graph, root, trace, lifted.scores.origin, flowing, around)
     with graph.inserting_before(root):
         try:
             leaves = tuple(emitter.tensor(v) for v in lifted.leaves)
@@ -68,16 +71,19 @@ def insert(graph: Graph, root: Node, lifted: Lifted, trace: Trace, target: str) 
         node.meta.update({k: v for k, v in root.meta.items() if k in ("stack_trace", "nn_module_stack", "source_fn_stack")})
     result.meta["example_value"] = root.meta.get("example_value")
     wanted = tuple(flowing and d and trace.flows(x) for x, d in zip(lifted.leaves, differentiable(spec), strict=True))
-    return Replacement(root, result, spec, leaves, tuple(emitter.new), wanted)
+    return Replacement(root, result, spec, leaves, tuple(emitter.new), wanted, around)
 
 
 class _Emitter:
     """Values of the trace as nodes before the root: existing ones where they hold the value, new ATen calls else."""
 
-    def __init__(self, graph: Graph, root: Node, trace: Trace, scores: Node | None, flowing: bool) -> None:
+    def __init__(
+        self, graph: Graph, root: Node, trace: Trace, scores: Node | None, flowing: bool, around: tuple[Transform, ...]
+    ) -> None:
         self.graph = graph
         self.root = root
         self.trace = trace
+        self.around = around  # values of a transform's level are not to be had outside of it
         self.saves = flowing  # operands are kept for the backward pass, in which they must be what they were
         # What is computed from the scores, if only from their shape, would keep them alive
         self.of_scores = _reached_from(scores)
@@ -109,9 +115,9 @@ class _Emitter:
                 if max(r for r in readers if r < root) > at:
                     raise Declined(Mutated(node.name, location(writer)))
                 with self.graph.inserting_before(writer):
-                    return self.new_call(aten.clone.default, (node,), {})
+                    return self.new_call(torch.ops.fuse.snapshot.default, (node,), {})
             elif self.saves and at > root:
-                return self.new_call(aten.clone.default, (node,), {})
+                return self.new_call(torch.ops.fuse.snapshot.default, (node,), {})
         return node
 
     def _seed(self, seed: Seed) -> Node:
@@ -148,7 +154,7 @@ class _Emitter:
             return {k: self._arguments(v) for k, v in x.items()}
         return x
 
-    def size(self, n: Index) -> int | Node:
+    def size(self, n: IndexExpr) -> int | Node:
         """An integer of the graph with the value n."""
         if n.is_Integer:
             return int(n)
@@ -165,7 +171,7 @@ class _Emitter:
             return out
         raise Declined(UnsupportedShape(f"the size {n} is not to be had from the graph"))
 
-    def _symbol(self, n: Index) -> Node | None:
+    def _symbol(self, n: IndexExpr) -> Node | None:
         """A size that the graph holds, or one that differs from it by a number: s from a tensor of s + 1 positions."""
         for node, at in self.order.items():
             if at >= self.order[self.root]:
@@ -186,10 +192,10 @@ class _Emitter:
         alike: Iterable[Node] = self.graph.find_nodes(op="call_function", target=target, sort=False)
         for node in alike:
             same = repr((node.args, dict(node.kwargs))) == repr((args, kwargs))  # tells 1 from True and from 1.0
-            if MADE in node.meta and same and self.order.get(node, -1) < self.order[self.root]:
+            if node.meta.get(MADE) == self.around and same and self.order.get(node, -1) < self.order[self.root]:
                 return node
         node = self.new_call(target, args, kwargs)
-        node.meta[MADE] = True
+        node.meta[MADE] = self.around
         return node
 
     def new_call(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Node:
@@ -210,7 +216,7 @@ def _may_be_written(graph: Graph, root: Node) -> bool:
     return any(storage_of(n) == storage for n in graph.output_node().all_input_nodes)
 
 
-def _difference(a: torch.SymInt, b: Index) -> int | None:
+def _difference(a: torch.SymInt, b: IndexExpr) -> int | None:
     """a - b where that is a number."""
     off = sympy.expand(as_index(a) - b)
     return int(off) if off.is_Integer else None

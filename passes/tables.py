@@ -14,11 +14,11 @@ import sympy
 
 from fuse.ir import expr
 from fuse.ir.expr import COMPARISONS, INTS, Apply, Expr, Load, Prob, Score, apply, const
-from fuse.ir.grid import Grid, Range
+from fuse.ir.grid import Extent, Grid
 from fuse.ir.index import variable
 from fuse.ir.operators import OPERATORS
 from fuse.ir.spec import AttentionSpec, IntLike, Operand
-from fuse.passes.lift import Lifted, Setting
+from fuse.passes.lift import Lifted, SiteContext
 from fuse.passes.read.elements import Reader, spec_reader
 from fuse.passes.read.trace import Value, as_size, computed
 
@@ -27,7 +27,7 @@ _DISTANCE = "r"  # k - q + q_len - 1
 _Q, _K = variable("q"), variable("k")
 
 
-def tabulate(lifted: Lifted, _: Setting) -> Lifted:
+def tabulate(lifted: Lifted, _: SiteContext) -> Lifted:
     """Costly functions of the distance become loads of tables, each a leaf of its own."""
     spec, leaves = lifted.spec, list(lifted.leaves)
     r = spec_reader(spec)
@@ -43,7 +43,8 @@ def tabulate(lifted: Lifted, _: Setting) -> Lifted:
         return lifted
     operands = tuple(Operand(len(leaf.shape), leaf.dtype) for leaf in leaves)
     spec = dataclasses.replace(spec, operands=operands).mapped(lambda root: expr.substitute(root, found))
-    return _pruned(dataclasses.replace(lifted, spec=spec, leaves=tuple(leaves)))
+    pruned, read = spec.pruned()
+    return dataclasses.replace(lifted, spec=pruned, leaves=tuple(leaves[i] for i in read))
 
 
 def _terms(r: Reader, spec: AttentionSpec) -> list[tuple[Expr, Expr]]:
@@ -101,19 +102,6 @@ def _table(lifted: Lifted, of_distance: Expr, axes: Sequence[str]) -> Value:
     """The tensor of ``of_distance`` over the batch indices ``axes`` and all distances."""
     symbols = zip(lifted.spec.symbols, lifted.sizes, strict=True)
     sizes: dict[str, IntLike] = {name: as_size(n, lifted.leaves[0]) for name, n in symbols}
-    lengths: dict[str, Range] = {axis: (0, sizes["B" + axis[1:]]) for axis in axes}
+    lengths: dict[str, Extent] = {axis: (0, sizes["B" + axis[1:]]) for axis in axes}
     lengths[_DISTANCE] = (0, sizes["q_len"] + sizes["kv_len"] - 1)
     return computed(lifted.leaves, lambda *operands: Grid.over(lengths, sizes, operands).evaluate(of_distance).contiguous())
-
-
-def _pruned(lifted: Lifted) -> Lifted:
-    """Without operands that nothing loads any more."""
-    used = expr.operands(*lifted.spec.roots().values())
-    number = {old: new for new, old in enumerate(used)}
-    spec = dataclasses.replace(lifted.spec, operands=tuple(lifted.spec.operands[i] for i in used))
-
-    def rule(n: Expr) -> Expr | None:
-        return Load(n.dtype, number[n.operand], n.coords) if isinstance(n, Load) else None
-
-    spec = spec.mapped(lambda root: expr.rewrite(root, rule))
-    return dataclasses.replace(lifted, spec=spec, leaves=tuple(lifted.leaves[i] for i in used))

@@ -6,6 +6,7 @@ import gc
 import logging
 import os
 import shutil
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -17,7 +18,7 @@ os.environ["TRITON_INTERPRET"] = "1"
 import torch
 
 import fuse
-from fuse.targets import told
+from fuse.targets import fallback_warnings
 
 # Else pytest attaches its handler to this logger, which turns on torch's traces: slow, and shown with every failure.
 logging.getLogger("torch.__trace").propagate = True
@@ -26,6 +27,7 @@ logging.getLogger("torch.__trace").propagate = True
 gc.set_threshold(200_000, 20, 100)
 
 pytest_plugins = ["models.table"]  # here, since the process that prints it collects no tests of its own
+DAYS_KEPT = 7  # kernels of earlier runs: what has changed since leaves its own behind
 CXX = shutil.which("g++") or shutil.which("clang++")
 
 
@@ -33,6 +35,8 @@ def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "compiler: needs a C++ compiler")
     config.addinivalue_line("markers", "triton: needs Triton, which is not there for every platform")
     config.addinivalue_line("markers", "models: needs transformers, and minutes")
+    if "PYTEST_XDIST_WORKER" not in os.environ:
+        _forget_old_kernels()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -43,20 +47,33 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 @pytest.fixture(scope="session", autouse=True)
-def private_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """Kernels of a test run never come from, or go to, the cache of the user who runs it; its workers share one."""
+def private_cache() -> Iterator[Path]:
+    """Kernels of a test run never come from, or go to, the cache of the user who runs it.
+
+    They are kept for the next run: a kernel is named by all that it is made of. FUSE_TEST_CACHE=DIR is another place for them.
+    """
     with pytest.MonkeyPatch.context() as patch:
-        base = tmp_path_factory.getbasetemp()
-        folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "cache"
-        folder.mkdir(exist_ok=True)
+        folder = _kept()
+        folder.mkdir(parents=True, exist_ok=True)
         patch.setenv("FUSE_CACHE_DIR", str(folder))
         yield folder
+
+
+def _kept() -> Path:
+    return Path(os.environ.get("FUSE_TEST_CACHE") or Path(__file__).parent.parent / "build" / "test-cache")
+
+
+def _forget_old_kernels() -> None:
+    before = time.time() - DAYS_KEPT * 24 * 3600
+    for file in _kept().rglob("*"):
+        if file.is_file() and file.stat().st_mtime < before:
+            file.unlink(missing_ok=True)
 
 
 @pytest.fixture(autouse=True)
 def fresh() -> None:
     """No test sees what another compiled, or its random numbers, or misses a warning that another has had."""
     torch.manual_seed(0)
-    told.reset()
+    fallback_warnings.reset()
     torch._dynamo.reset()
     fuse.reset()

@@ -128,16 +128,17 @@ def dense_bool(dtype: str) -> Problem:
 @case
 def documents_in_any_order(dtype: str) -> Problem:
     """Longer than tiles; half of the sequence is sorted."""
-    ids = torch.cat((torch.arange(300) // 70, torch.randint(5, (200,), generator=torch.Generator().manual_seed(0)))).expand(
-        2, 500
+    unsorted = torch.randint(5, (140,), generator=torch.Generator().manual_seed(0))
+    ids = torch.cat((torch.arange(200) // 70, unsorted)).expand(2, 340)
+    return problem(
+        dtype, ids, batch=(2, 2), q_len=340, score=lambda s: hide(s, op("eq", load(ids, 3, B0, Q), load(ids, 3, B0, K)))
     )
-    return problem(dtype, ids, q_len=500, score=lambda s: hide(s, op("eq", load(ids, 3, B0, Q), load(ids, 3, B0, K))))
 
 
 @case
 def block_diagonal_or_first_keys(dtype: str) -> Problem:
     same = op("eq", op("floordiv", Q, 90), op("floordiv", K, 90))
-    return problem(dtype, q_len=400, score=lambda s: hide(s, op("or", same, op("lt", K, 3))))
+    return problem(dtype, batch=(1, 2), q_len=300, score=lambda s: hide(s, op("or", same, op("lt", K, 3))))
 
 
 @case
@@ -145,7 +146,7 @@ def mapped_bool(dtype: str) -> Problem:
     """A map of tiles, one for all heads; some rows see nothing."""
     keep = torch.ones(2, 300, 300, dtype=torch.bool).tril()
     keep[0, 100:140], keep[1, :, 64:128], keep[1, 290, 200:] = False, False, True
-    return mapped(problem(dtype, keep, q_len=300, score=lambda s: hide(s, load(keep, 3, B0, Q, K))))
+    return mapped(problem(dtype, keep, batch=(2, 2), q_len=300, score=lambda s: hide(s, load(keep, 3, B0, Q, K))))
 
 
 @case
@@ -154,7 +155,7 @@ def mapped_bool_with_lowest_fill_below_the_diagonal(dtype: str) -> Problem:
     predicate = both(op("le", K, Q), load(keep, 3, Q, K))
     return mapped(
         problem(
-            dtype, keep, q_len=300,
+            dtype, keep, batch=(1, 2), q_len=300,
             score=lambda s: hide(s, predicate, LOWEST[dtype], upper=op("add", Q, 1), residual=load(keep, 3, Q, K)),
         )
     )  # fmt: skip

@@ -18,7 +18,7 @@ from fuse.report.site import Reading, Site
 from fuse.targets import registry
 
 SITE = Site(recovered=True, reason=None, where="model.py:7", module="h.0.attn", target="cpp")
-Run = Callable[[GraphModule, Options], list[Site]]
+Run = Callable[..., list[Site]]
 
 
 @pytest.fixture
@@ -39,7 +39,7 @@ def compiled(f: Callable[..., Any] = double, **options: Any) -> Callable[..., An
     return torch.compile(f, backend="fuse", options={"inner": "eager", **options})
 
 
-def triple_instead(gm: GraphModule, _: Options) -> list[Site]:
+def triple_instead(gm: GraphModule, *_: object) -> list[Site]:
     """A wrong rewrite."""
     for node in gm.graph.nodes:
         if node.op == "call_function" and "mul" in node.name:
@@ -50,7 +50,7 @@ def triple_instead(gm: GraphModule, _: Options) -> list[Site]:
 
 @pytest.mark.parametrize("inner", ["eager", "aot_eager", pytest.param("inductor", marks=pytest.mark.compiler)])
 def test_every_inner_compiler_gives_values_and_gradients(run: Callable[[Run], None], inner: str) -> None:
-    run(lambda gm, _: [])
+    run(lambda gm, *_: [])
     x = torch.randn(5, requires_grad=True)
     y = compiled(inner=inner)(x)
     y.sum().backward()
@@ -59,7 +59,7 @@ def test_every_inner_compiler_gives_values_and_gradients(run: Callable[[Run], No
 
 
 def test_sites_of_compiled_graphs_are_reported_until_reset(run: Callable[[Run], None]) -> None:
-    run(lambda gm, _: [SITE])
+    run(lambda gm, *_: [SITE])
     compiled()(torch.randn(3))
     compiled(lambda x: x + 1)(torch.randn(3))
     assert fuse.report().sites == (SITE, SITE)
@@ -68,7 +68,7 @@ def test_sites_of_compiled_graphs_are_reported_until_reset(run: Callable[[Run], 
 
 
 def test_a_failing_pass_costs_its_fusions_only(run: Callable[[Run], None], caplog: pytest.LogCaptureFixture) -> None:
-    def fail(gm: GraphModule, _: Options) -> list[Site]:
+    def fail(gm: GraphModule, *_: object) -> list[Site]:
         raise AssertionError("a defect")
 
     run(fail)
@@ -82,7 +82,7 @@ def test_an_error_of_the_inner_compiler_is_not_swallowed(run: Callable[[Run], No
     def broken(gm: GraphModule, example_inputs: Any) -> Any:
         raise ValueError("inner says no")
 
-    run(lambda gm, _: [SITE])
+    run(lambda gm, *_: [SITE])
     monkeypatch.setattr(inner, "compiler", lambda *_, **__: broken)
     with pytest.raises(torch._dynamo.exc.BackendCompilerFailed, match="inner says no"):
         compiled()(torch.randn(3))
@@ -99,12 +99,7 @@ def test_disable_runs_no_pass(
     torch.testing.assert_close(compiled(**options)(x), double(x))
 
 
-class Tagged(Tensor):
-    """A subclass that may give any op another meaning."""
-
-
-def test_graphs_on_tensor_subclasses_are_left_alone() -> None:
-    assert backend.target_of([torch.randn(3).as_subclass(Tagged)], Options()) is None
+def test_a_parameter_is_a_tensor_like_others() -> None:
     assert backend.target_of([torch.nn.Parameter(torch.randn(3)), 7], Options()) is registry.named("cpp")
 
 
@@ -112,7 +107,13 @@ def test_graphs_on_other_devices_are_left_alone_with_one_warning(caplog: pytest.
     with caplog.at_level(logging.WARNING, "fuse"):
         for _ in range(2):
             assert backend.target_of([torch.empty(3, device="meta")], Options()) is None
-    assert caplog.text.count("tensors on meta run without fuse") == 1
+    assert caplog.text.count("tensors on meta run without fuse") == 1 and "to try" not in caplog.text
+
+
+def test_the_warning_names_the_targets_that_have_kernels_there(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.WARNING, "fuse"):
+        backend._warn_of_devices(frozenset({"cuda"}), "cpp")
+    assert "target 'cpp' has kernels for cpu. For those there is target 'triton' to try." in caplog.text
 
 
 def test_mode_and_options_reach_inductor() -> None:
@@ -138,7 +139,7 @@ def test_verify_lets_right_graphs_through_once_only(run: Callable[[Run], None]) 
         count.add_(1)
         return torch.softmax(x * count, -1)
 
-    run(lambda gm, _: [SITE])
+    run(lambda gm, *_: [SITE])
     x, count = torch.randn(3), torch.zeros(1)
     torch.testing.assert_close(compiled(counting, verify=True)(x, count), torch.softmax(x, -1))
     assert count.item() == 1
@@ -150,6 +151,6 @@ def test_verify_does_not_judge_random_graphs(run: Callable[[Run], None]) -> None
 
 
 def test_a_bool_output_and_nan_are_compared_as_they_are(run: Callable[[Run], None]) -> None:
-    run(lambda gm, _: [SITE])
+    run(lambda gm, *_: [SITE])
     y, positive = compiled(lambda x: (torch.log(x), x > 0), verify=True)(torch.tensor([-1.0, 0.0, 2.0]))
     assert y.isnan().tolist() == [True, False, False] and positive.tolist() == [False, False, True]

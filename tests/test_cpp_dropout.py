@@ -6,6 +6,7 @@ import pytest
 import torch
 from problems import rand
 from specs import RANDOM_CASES
+from together import asked, together
 
 from fuse.targets import reference
 from fuse.targets.cpp import cpu
@@ -18,13 +19,28 @@ LANES = "avx512" if cpu.matrix_unit() else instruction_set()
 WAYS = [("float32", LANES), ("float32", "avx2"), ("float64", LANES), ("bfloat16", "avx512_bf16")]
 
 
-@pytest.mark.parametrize("dtype, isa", WAYS)
+Kernels = dict[tuple[str, str, str], CppKernel]
+
+
+def runs(isa: str) -> bool:
+    return cpu.matrix_unit() is not None if isa == "avx512_bf16" else isa != "avx2" or instruction_set() not in ("neon", "sse")
+
+
+@pytest.fixture(scope="module")
+def kernels(request: pytest.FixtureRequest) -> Kernels:
+    cases = [(p["name"], p["dtype"], p["isa"]) for p in asked(request, test_what_is_dropped_is_what_the_reference_drops)]
+    specs = {case: RANDOM_CASES[case[0]](case[1]).spec for case in cases if runs(case[2])}
+    with together():
+        return {case: CppKernel(spec, build(spec, case[2])) for case, spec in specs.items()}
+
+
+@pytest.mark.parametrize("dtype, isa", sorted(set(WAYS)))
 @pytest.mark.parametrize("name", RANDOM_CASES)
-def test_what_is_dropped_is_what_the_reference_drops(name: str, dtype: str, isa: str) -> None:
-    if (isa == "avx512_bf16" and cpu.matrix_unit() is None) or (isa == "avx2" and instruction_set() in ("neon", "sse")):
+def test_what_is_dropped_is_what_the_reference_drops(kernels: Kernels, name: str, dtype: str, isa: str) -> None:
+    if not runs(isa):
         pytest.skip("not on this machine")
     p = RANDOM_CASES[name](dtype)
-    p.check(CppKernel(p.spec, build(p.spec, isa))(p.operands, p.sizes))
+    p.check(kernels[name, dtype, isa](p.operands, p.sizes))
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

@@ -68,7 +68,7 @@ def libraries(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for found in built:
         shutil.copy(found.source.with_suffix(".so"), folder / f"{found.source.stem.rpartition('-')[0]}.so")
     (folder / "other.cpp").write_text("int other;")
-    command = [*launch.compiler(), "-shared", "-fPIC", folder / "other.cpp", "-o", folder / "other.so"]
+    command = [*launch.cxx_compiler(), "-shared", "-fPIC", folder / "other.cpp", "-o", folder / "other.so"]
     subprocess.run(command, check=True)
     return folder
 

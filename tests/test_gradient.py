@@ -24,9 +24,9 @@ S, P, X = Score("float64"), Prob("float64"), Load("float64", 0, (Q, K))
 def evaluate(root: Expr, values: dict[Expr, Tensor]) -> Tensor:
     """``root`` on a grid of one row and as many keys as ``values`` have, differentiable."""
     made = problem("float64", batch=(), q_len=1, kv_len=len(values[S]), qk_dim=1)
-    site = reference._Site(made.spec, made.operands, made.sizes, exact=True)
+    call = reference._Call(made.spec, made.operands, made.sizes, exact=True)
     given = {n: v.reshape(1, -1) for n, v in values.items()}
-    return site.grid(q=(0, 1), k=(0, site.kv_len)).evaluate(root, given).expand(1, site.kv_len).flatten()
+    return call.grid(q=(0, 1), k=(0, call.kv_len)).evaluate(root, given).expand(1, call.kv_len).flatten()
 
 
 def check(root: Expr, leaf: Expr, points: dict[Expr, list[float]]) -> None:
@@ -175,9 +175,9 @@ def test_the_weight_of_a_mask_after_the_softmax_is_that_mask() -> None:
 
 def attend(made: Problem, operands: list[Tensor]) -> Tensor:
     """The spec by PyTorch's own autograd: the forward pass of the reference, differentiable."""
-    site = reference._Site(made.spec, operands, made.sizes, exact=True)
-    softmax = site.softmax((0, site.q_len), site.key())
-    return site.entries(made.spec.weight, (0, site.q_len), {Prob: softmax.prob}) @ site.value()
+    call = reference._Call(made.spec, operands, made.sizes, exact=True)
+    softmax = call.softmax((0, call.q_len), call.key())
+    return call.entries(made.spec.weight, (0, call.q_len), {Prob: softmax.prob}) @ call.value()
 
 
 def backward(name: str, precision: str = "exact") -> tuple[list[Tensor], list[Tensor]]:

@@ -11,7 +11,7 @@ from interval_cases import CASES, Case, check
 from torch import Tensor
 
 from fuse.ir.expr import FLOATS, Expr, Load, apply, index, op, symbol
-from fuse.ir.interval import MAX_LENGTH, WHOLE, Range, anywhere, applied, as_tensor, bounds, in_call, in_dtype
+from fuse.ir.interval import MAX_LENGTH, WHOLE, Range, anywhere, applied, as_tensor, in_call, in_dtype, range_of
 
 FEW = 500
 
@@ -84,12 +84,12 @@ def cast(x: Expr, dtype: str) -> Expr:
     ids=str,
 )
 def test_the_bounds_of_an_integer_are_those_that_hold_in_every_call(integer: Expr, expected: Range) -> None:
-    assert bounds(integer, anywhere) == expected
+    assert range_of(integer, anywhere) == expected
 
 
 def test_in_a_call_lengths_are_known() -> None:
     leaves = in_call({"B0": 2, "q_len": 5, "kv_len": 7, "shift": 3}, {"d": 16})
-    found = [bounds(e, leaves) for e in (index("b0"), Q, K, index("d"), op("add", Q, symbol("shift")))]
+    found = [range_of(e, leaves) for e in (index("b0"), Q, K, index("d"), op("add", Q, symbol("shift")))]
     assert found == [Range(0, 1), Range(0, 4), Range(0, 6), Range(0, 15), Range(3, 7)]
 
 
@@ -97,5 +97,5 @@ def test_of_many_ranges_some_may_be_known_by_one_number() -> None:
     """What is chosen in each of two tiles is the same unknown integer, twice which wraps."""
     tiles = {Q: Range(torch.tensor([0.0, 8.0]), torch.tensor([7.0, 15.0])), K: Range(torch.tensor(4.0), torch.tensor(5.0))}
     chosen = apply("where", op("le", K, Q), DATA, Load("int64", 4, (K,)), dtype="int64")
-    found = bounds(op("mul", chosen, 2), lambda leaf: tiles.get(leaf) or anywhere(leaf))
+    found = range_of(op("mul", chosen, 2), lambda leaf: tiles.get(leaf) or anywhere(leaf))
     assert found.low.tolist() == [-(2.0**63)] * 2 and found.high.tolist() == [2.0**63] * 2

@@ -40,12 +40,12 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*encountered in.*", "error:fuse
 
 
 @pytest.mark.compiler
-def test_cpp_is_as_close_to_float64_as_eager() -> None:
+def test_cpp_is_within_twice_the_error_of_eager() -> None:
     check("cpp", COUNT or 6)
 
 
 @pytest.mark.triton
-def test_triton_is_as_close_to_float64_as_eager() -> None:
+def test_triton_is_within_twice_the_error_of_eager() -> None:
     pytest.importorskip("triton", reason="no Triton on this platform")
     import triton_interpreter  # noqa: F401  mends the interpreter
 

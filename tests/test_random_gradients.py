@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -14,13 +13,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from problems import B0, B1, KV_LEN, LOWEST, K, Problem, Q, both, cast, hide, load, op, problem, rand
 from test_gradient import attend
+from together import narrow, together
 
-from fuse import targets
 from fuse.ir import expr
 from fuse.ir.expr import Expr, Prob, const
 from fuse.ir.gradient import differentiable
 from fuse.ir.spec import Mask
 from fuse.targets import reference
+from fuse.targets.cpp.launch_backward import CppBackward, build_backward
 
 HEADS, GROUPS, Q_COUNT, KEYS = 4, 2, 19, 23
 Masking = Callable[[Expr, str], Expr | tuple[Expr, Mask]]
@@ -156,7 +156,7 @@ def test_kernels_have_the_reference_s_gradients(dtype: str) -> None:
         found.append(made(draw, dtype))
 
     collect()
-    with ThreadPoolExecutor(2) as pool:  # a kernel takes seconds to build
-        results = list(pool.map(lambda p: run(p, targets.backward_kernel(p.spec, "cpp", differentiable(p.spec))), found))
-    for p, grads in zip(found, results, strict=True):
-        check(p, grads, differentiable(p.spec))
+    with together(), narrow():
+        kernels = [CppBackward(p.spec, w := differentiable(p.spec), build_backward(p.spec, w)) for p in found]
+    for p, kernel in zip(found, kernels, strict=True):
+        check(p, run(p, kernel), differentiable(p.spec))

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from fuse.ir.expr import FLOATS
 from fuse.ir.interval import Range
-from fuse.targets.cpp.launch import compiler
+from fuse.targets.cpp.launch import cxx_compiler
 from fuse.targets.cpp.ranges import CppRanges
 
 pytestmark = pytest.mark.compiler
@@ -43,7 +43,7 @@ def in_cpp(tmp_path_factory: pytest.TempPathFactory) -> Library:
     functions = [cpp_function(name, case) for case, name in names.items()]
     source.write_text("\n".join([Path(__file__).with_name("ranges.cpp").read_text(), *functions]))
     flags = ["-std=c++17", "-O1", "-w", "-shared", "-fPIC", f"-I{TEMPLATES / 'cpp' / 'prelude'}"]
-    subprocess.run([*compiler(), *flags, str(source), "-o", str(library)], check=True, timeout=300)
+    subprocess.run([*cxx_compiler(), *flags, str(source), "-o", str(library)], check=True, timeout=300)
     loaded = ctypes.CDLL(str(library))
 
     def run(case: Case, args: Sequence[Range]) -> Range:

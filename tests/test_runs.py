@@ -65,10 +65,10 @@ def ran(target: str = "cpp", train: bool = False) -> Site:
 
 def refuse(folder: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     """Has the compiler fail for kernels whose name begins so."""
-    from fuse.targets.cpp.launch import compiler
+    from fuse.targets.cpp.launch import cxx_compiler
 
     script = folder / "compiler"
-    script.write_text(COMPILER.format(refused=name, compiler=" ".join(compiler())))
+    script.write_text(COMPILER.format(refused=name, compiler=" ".join(cxx_compiler())))
     script.chmod(0o755)
     monkeypatch.setenv("CXX", str(script))
 

@@ -134,7 +134,7 @@ def test_a_kernel_is_built_anew_for_whatever_its_binary_depends_on(
 ) -> None:
     """The compiler's time, size and place tell its version."""
     compiler, link, isa, source = folder / "compiler", folder / "link", instruction_set(), EMPTY
-    compiler.write_text(f'#!/bin/sh\nexec {" ".join(launch.compiler())} "$@"\n')
+    compiler.write_text(f'#!/bin/sh\nexec {" ".join(launch.cxx_compiler())} "$@"\n')
     compiler.chmod(0o755)
     shutil.copy2(compiler, folder / "copy")
     link.symlink_to(compiler)

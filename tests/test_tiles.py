@@ -16,8 +16,8 @@ from fuse.ir import tile_map
 from fuse.ir.expr import Expr, Load, apply, const, index
 from fuse.ir.spec import Operand
 from fuse.ir.tile_map import EMPTY, FULL, PARTIAL, TileMap
-from fuse.ops import kept
 from fuse.ops import tile_map as map_op
+from fuse.ops.buffer_cache import _results, cached
 from fuse.targets import MapKernel, reference
 from fuse.targets.cpp.launch import CppTileMap, build_tile_map, instruction_set
 
@@ -125,13 +125,13 @@ def test_a_map_of_a_buffer_and_an_input_is_not_kept() -> None:
     compiled = torch.compile(HalfBuffered(), backend="fuse", options={"target": "reference", "inner": "eager"})
     with torch.no_grad():
         compiled(*heads(), torch.ones(N, N, dtype=torch.bool))
-    assert not kept._kept
+    assert not _results
 
 
 def test_buffers_that_are_views_of_one_storage_have_a_map_each() -> None:
     ones = torch.ones(N, N, dtype=torch.bool)
     for mask in torch.stack((ones.tril(), ones.triu())):
-        made = kept.kept([mask], "positive", lambda mask=mask: reference.tile_map(_map("bool"), [mask[None]], [1, N, N]))
+        made = cached([mask], "positive", lambda mask=mask: reference.tile_map(_map("bool"), [mask[None]], [1, N, N]))
         assert torch.equal(made, _expected(mask[None]))
 
 

@@ -12,7 +12,7 @@ from toy_target import ToyTarget
 
 import fuse
 from fuse import targets
-from fuse.targets import make, registry
+from fuse.targets import kernel_or_reference, registry
 
 
 @pytest.fixture(autouse=True)
@@ -61,6 +61,6 @@ def test_its_name_is_offered_where_another_was_misspelt() -> None:
 def test_what_a_target_has_to_import_is_told_in_its_own_words(monkeypatch: pytest.MonkeyPatch) -> None:
     spec = CASES["plain"]("float32").spec
     monkeypatch.setattr(ToyTarget, "forward", lambda self, spec: __import__("no_such_toy"))
-    assert make.forward(spec, "toy").runs.why == "No module named 'no_such_toy'"
+    assert kernel_or_reference.forward(spec, "toy").runs.why == "No module named 'no_such_toy'"
     monkeypatch.setitem(sys.modules, "fuse.targets.triton.function", None)
-    assert "pip install 'torch-fuse[triton]'" in make.forward(spec, "triton").runs.why
+    assert "pip install 'torch-fuse[triton]'" in kernel_or_reference.forward(spec, "triton").runs.why

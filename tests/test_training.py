@@ -341,3 +341,22 @@ def test_a_second_process_takes_its_graphs_from_torch_s_caches_and_gives_the_sam
     )
     assert first[1:] == ["1", "0", "0"]
     assert second == [first[0], "1", "1", "2"]  # AOTAutograd's entry, and the forward and the backward graph in it
+
+
+@pytest.mark.compiler
+@pytest.mark.parametrize("learned", [False, True])
+def test_a_mask_that_is_written_after_its_use_is_what_it_was_in_the_backward_pass(learned: bool) -> None:
+    """Inductor computes copies again where that is cheap, from an input that holds something else by then."""
+
+    def program(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+        score = q @ k.mT / 4 + mask
+        mask.fill_(3.0)
+        return score.softmax(-1) @ v
+
+    def gradients(f: Callable[..., Any]) -> tuple[Tensor, ...]:
+        torch.manual_seed(0)
+        leaves = [torch.randn(2, 3, 9, 16, requires_grad=True) for _ in range(3)] + [torch.randn(9, 9, requires_grad=learned)]
+        return torch.autograd.grad(f(*leaves[:3], leaves[3] * 1).square().sum(), leaves[: 3 + learned])
+
+    torch.testing.assert_close(gradients(compiled(program, "inductor")), gradients(program), rtol=1e-4, atol=1e-5)
+    assert fuse.report().recovered == 1

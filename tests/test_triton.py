@@ -29,7 +29,7 @@ CHOSEN = [(name, "float32") for name in CASES] + [(n, d) for n in BY_DTYPE for d
 
 @pytest.mark.filterwarnings("ignore:.*encountered in.*:RuntimeWarning")
 @pytest.mark.parametrize("name, dtype", CHOSEN)
-def test_kernel_is_as_close_to_float64_as_eager(name: str, dtype: str) -> None:
+def test_kernel_is_within_twice_the_error_of_eager(name: str, dtype: str) -> None:
     problem = CASES[name](dtype)
     problem.check(TritonKernel(problem.spec)(problem.operands, problem.sizes))
 

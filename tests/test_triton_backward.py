@@ -14,7 +14,7 @@ from specs import CASES, RANDOM_CASES
 from fuse import targets
 from fuse.ir.expr import Expr, const
 from fuse.ir.spec import Mask, Operand
-from fuse.kernel.sinks import Unsupported
+from fuse.kernel.destinations import Unsupported
 from fuse.targets import reference
 
 pytest.importorskip("triton", reason="no Triton on this platform")
@@ -42,7 +42,7 @@ def kernel(p: Problem, wanted: Sequence[bool] | None = None) -> TritonBackward:
 
 
 @pytest.mark.parametrize("name, dtype", CHOSEN)
-def test_gradients_are_as_close_to_float64_as_eager(name: str, dtype: str) -> None:
+def test_gradients_are_within_twice_the_error_of_eager(name: str, dtype: str) -> None:
     p = CASES[name](dtype)
     check(p, run(p, kernel(p)), floats(p))
 

@@ -49,7 +49,7 @@ def attended(made: Problem, parts: int) -> torch.Tensor:
 @pytest.mark.filterwarnings("ignore:.*encountered in.*:RuntimeWarning")
 @pytest.mark.parametrize("dtype, parts", [("float32", 3), ("bfloat16", 3), ("float16", 3), ("float64", 3), ("float32", 1)])
 @pytest.mark.parametrize("name", DECODING)
-def test_decoding_is_as_close_to_float64_as_eager(name: str, dtype: str, parts: int) -> None:
+def test_decoding_is_within_twice_the_error_of_eager(name: str, dtype: str, parts: int) -> None:
     made = DECODING[name](dtype)
     made.check(attended(made, parts))
 

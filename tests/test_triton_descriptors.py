@@ -61,7 +61,7 @@ def worth_it(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.filterwarnings("ignore:.*encountered in.*:RuntimeWarning")
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 @pytest.mark.parametrize("name", COPIED)
-def test_kernel_is_as_close_to_float64_as_eager(name: str, dtype: str, launches: Launches, worth_it: None) -> None:
+def test_kernel_is_within_twice_the_error_of_eager(name: str, dtype: str, launches: Launches, worth_it: None) -> None:
     made = CASES[name](dtype)
     made.check(TritonKernel(made.spec)(made.operands, made.sizes))
     assert launches == [("", True)]
@@ -69,7 +69,7 @@ def test_kernel_is_as_close_to_float64_as_eager(name: str, dtype: str, launches:
 
 @pytest.mark.filterwarnings("ignore:.*encountered in.*:RuntimeWarning")
 @pytest.mark.parametrize("name", ["causal_long", "grouped_query", "documents_in_any_order"])
-def test_gradients_are_as_close_to_float64_as_eager(name: str, launches: Launches, worth_it: None) -> None:
+def test_gradients_are_within_twice_the_error_of_eager(name: str, launches: Launches, worth_it: None) -> None:
     made = CASES[name]("bfloat16")
     wanted = gradients.floats(made)
     gradients.check(made, gradients.run(made, TritonBackward(made.spec, wanted)), wanted)

@@ -15,7 +15,7 @@ pytestmark = pytest.mark.triton
 
 import triton_interpreter  # noqa: E402, F401  mends the interpreter
 
-from fuse.targets.triton.module import load  # noqa: E402
+from fuse.targets.triton.module import load_module  # noqa: E402
 
 KERNEL = """
 @triton.jit
@@ -36,7 +36,7 @@ def test_tangent_without_the_instruction_is_better_than_with_it(tmp_path: Path) 
     positive = np.append(np.logspace(-30, 4, size // 2 - 2), [2.0**-5, np.inf]).astype(np.float32)
     values = torch.from_numpy(np.concatenate((positive, -positive)))
     found = torch.empty(size)
-    load(path).run[(1,)](values, found, size)
+    load_module(path).run[(1,)](values, found, size)
     exact = values.double().tanh()
     assert ((found - exact) / exact).abs().max() < PTX_ERROR / 100
 

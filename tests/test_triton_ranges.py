@@ -17,7 +17,7 @@ pytestmark = pytest.mark.triton
 
 import triton_interpreter  # noqa: E402, F401  mends the interpreter
 
-from fuse.targets.triton.module import load  # noqa: E402
+from fuse.targets.triton.module import load_module  # noqa: E402
 from fuse.targets.triton.ranges import TritonRanges  # noqa: E402
 from fuse.targets.triton.write import Block, TritonWriter  # noqa: E402
 
@@ -60,7 +60,7 @@ def _ends(r: Range) -> list[torch.Tensor]:
 def test_triton_ranges_hold_all_values(case: Case, tmp_path: Path) -> None:
     path = tmp_path / "ranges.py"
     path.write_text(source(case))
-    module = load(path)
+    module = load_module(path)
 
     def run(_: Case, args: Sequence[Range]) -> Range:
         inputs = torch.stack([end for r in args for end in _ends(r)])

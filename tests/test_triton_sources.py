@@ -19,7 +19,7 @@ pytestmark = pytest.mark.triton
 import triton_interpreter  # noqa: E402, F401  mends the interpreter
 
 from fuse import targets  # noqa: E402
-from fuse.targets.triton.module import load  # noqa: E402
+from fuse.targets.triton.module import load_module  # noqa: E402
 
 MADE = CASES["documents"]("float32")  # forward, gradients, and their lists of tiles
 
@@ -70,9 +70,9 @@ def test_bytecode_is_neither_taken_nor_left(tmp_path: Path) -> None:
     bytecode.parent.mkdir()
     header = importlib.util.MAGIC_NUMBER + struct.pack("<III", 0, int(facts.st_mtime), facts.st_size)
     bytecode.write_bytes(header + marshal.dumps(compile("found = 'bytecode'", str(source), "exec")))
-    assert load(source).found == "source"
+    assert load_module(source).found == "source"
     bytecode.unlink()
-    load(source)
+    load_module(source)
     assert not bytecode.exists()
 
 

@@ -38,7 +38,7 @@ EXACT = ("documents", "left_padding_and_causal", "padding", "block_diagonal_or_f
 
 @pytest.fixture(autouse=True)
 def _short_calls_have_lists(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(launch_tiles, "FEW", 0)
+    monkeypatch.setattr(launch_tiles, "UNLISTED", 0)
 
 
 def visited(made: Problem, owner: str, plan: Launch = PLAN) -> tuple[Tensor, Tensor]:

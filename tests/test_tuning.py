@@ -25,7 +25,7 @@ from fuse.targets.triton import tuning  # noqa: E402
 from fuse.targets.triton.launch import TritonKernel  # noqa: E402
 from fuse.targets.triton.launch_backward import TritonBackward  # noqa: E402
 from fuse.targets.triton.plan import TritonPlan  # noqa: E402
-from fuse.targets.triton.tuning import Subject, fastest, kept  # noqa: E402
+from fuse.targets.triton.tuning import Subject, fastest, recorded  # noqa: E402
 
 PLANS = tuple(TritonPlan(64, 64, block, 64, 4, 2) for block in (128, 64, 32, 16))
 SUBJECT = Subject(Path("attention_bfloat16_64x64_0123.py"), "a GPU", (8, 8))
@@ -57,7 +57,7 @@ class Bench:
 def test_the_fastest_plan_is_found_and_kept() -> None:
     bench = Bench({128: 3e-3, 64: 1e-3, 32: 2e-3, 16: 9e-3})
     assert fastest(SUBJECT, PLANS, bench.launch, bench.clock) == PLANS[1]
-    assert kept(SUBJECT, PLANS) == PLANS[1]
+    assert recorded(SUBJECT, PLANS) == PLANS[1]
 
 
 def test_plans_that_do_not_fit_are_left_out() -> None:
@@ -82,24 +82,24 @@ def test_it_is_an_error_if_no_plan_fits() -> None:
 def test_a_result_belongs_to_one_kernel_device_and_magnitude(other: Subject) -> None:
     bench = Bench(dict.fromkeys((128, 64, 32, 16), 1e-3))
     fastest(SUBJECT, PLANS, bench.launch, bench.clock)
-    assert kept(other, PLANS) is None
+    assert recorded(other, PLANS) is None
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", "{}", '{"fastest": 3}', '{"fastest": {"block_q": 64}}', "\0", "[" * 10**5])
 def test_a_broken_file_is_ignored(text: str) -> None:
     SUBJECT.path.parent.mkdir(parents=True)
     SUBJECT.path.write_text(text)
-    assert kept(SUBJECT, PLANS) is None
+    assert recorded(SUBJECT, PLANS) is None
 
 
 @pytest.mark.parametrize("there", [Path.mkdir, os.mkfifo], ids=["folder", "pipe"])
 def test_what_is_no_file_is_ignored_and_makes_room(there: Callable[[Path], None]) -> None:
     SUBJECT.path.parent.mkdir(parents=True)
     there(SUBJECT.path)
-    assert kept(SUBJECT, PLANS) is None
+    assert recorded(SUBJECT, PLANS) is None
     bench = Bench({32: 2e-3, 16: 9e-3})
     fastest(SUBJECT, PLANS, bench.launch, bench.clock)
-    assert kept(SUBJECT, PLANS) == PLANS[2]
+    assert recorded(SUBJECT, PLANS) == PLANS[2]
 
 
 def test_a_result_that_cannot_be_kept_costs_no_call(
@@ -115,7 +115,7 @@ def test_a_result_that_cannot_be_kept_costs_no_call(
 def test_a_plan_that_is_no_candidate_any_more_is_ignored() -> None:
     SUBJECT.path.parent.mkdir(parents=True)
     SUBJECT.path.write_text(json.dumps({"fastest": asdict(replace(PLANS[0], stages=9))}))
-    assert kept(SUBJECT, PLANS) is None
+    assert recorded(SUBJECT, PLANS) is None
 
 
 # --------------------------------------------------------------------------------------------------------- in kernels

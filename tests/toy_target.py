@@ -13,8 +13,8 @@ from torch import Tensor
 
 from fuse.ir.expr import Apply, Const, Expr, Index, Load, Prob, Symbol
 from fuse.ir.spec import AttentionSpec
+from fuse.kernel.destinations import Unsupported
 from fuse.kernel.forward import forward_program
-from fuse.kernel.sinks import Unsupported
 from fuse.kernel.source import header_lines
 from fuse.report.runs import Runs
 from fuse.targets.cache import write_once
@@ -82,7 +82,7 @@ class ToyKernel:
 
 class ToyTarget:
     name, devices, suffix = "toy", frozenset({"cpu"}), ".py"
-    by_itself = tunable = late = False
+    generated, by_itself, tunable, late = True, False, False, False
 
     def lse_dtype(self, spec: AttentionSpec) -> str:
         return spec.lse_dtype

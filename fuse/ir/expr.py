@@ -9,7 +9,7 @@ that value; type promotion is explicit (``cast``), so that a reader never has to
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -20,6 +20,7 @@ DTYPES = (*FLOATS, *INTS, "bool")
 
 COMPARISONS = ("eq", "ne", "lt", "le", "gt", "ge")
 _table: dict[tuple[Any, ...], Expr] = {}
+_SAME: Mapping[str, str] = {}
 
 Rewrite = Callable[[str, tuple["Expr", ...], str], "Expr | None"]
 rewrites: dict[str, tuple[Rewrite, ...]] = {}
@@ -187,17 +188,24 @@ def substitute(root: Expr, table: Mapping[Expr, Expr]) -> Expr:
     return rewrite(root, table.get)
 
 
-def renamed(root: Expr, axes: Mapping[str, str], operands: Mapping[int, int], symbols: Mapping[str, str]) -> Expr:
-    """``root`` under other names of its loop indices, operands and symbols; names that a mapping lacks stay."""
+def renumbered(
+    roots: Sequence[Expr], axes: Mapping[str, str] = _SAME, symbols: Mapping[str, str] = _SAME
+) -> tuple[list[Expr], tuple[int, ...]]:
+    """``roots`` with the operands that they read numbered from 0 on, and what the numbers of these were, in their order.
+
+    axes, symbols  other names of loop indices and symbols; names that a mapping lacks stay
+    """
+    read = operands(*roots)
+    numbers = {old: new for new, old in enumerate(read)}
 
     def rule(n: Expr) -> Expr | None:
         if isinstance(n, Index):
             return index(axes.get(n.axis, n.axis))
         if isinstance(n, Load):
-            return Load(n.dtype, operands.get(n.operand, n.operand), n.coords)
+            return Load(n.dtype, numbers[n.operand], n.coords)
         return symbol(symbols.get(n.name, n.name)) if isinstance(n, Symbol) else None
 
-    return rewrite(root, rule)
+    return [rewrite(root, rule) for root in roots], read
 
 
 def axes(root: Expr) -> frozenset[str]:

@@ -14,7 +14,7 @@ from fuse.ir.operators import OPERATORS
 from fuse.ir.roundings import decides
 from fuse.ir.spec import IntLike, InvalidSpec
 
-Range = tuple[IntLike, IntLike]
+Extent = tuple[IntLike, IntLike]
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ class Grid:
 
     @staticmethod
     def over(
-        extents: Mapping[str, Range], symbols: Mapping[str, IntLike], operands: Sequence[Tensor] = (), exact: bool = False
+        extents: Mapping[str, Extent], symbols: Mapping[str, IntLike], operands: Sequence[Tensor] = (), exact: bool = False
     ) -> Grid:
         """The grid of axes that run over ``extents``, in their order, on the device of the operands."""
         device = operands[0].device if operands else torch.device("cpu")

@@ -13,8 +13,8 @@ from typing import Any, TypeAlias
 import sympy
 from torch.utils._sympy.functions import FloorDiv, Mod, PythonMod
 
-Index: TypeAlias = Any  # a sympy.Expr; sympy has no types
-Shape = Sequence[Index]
+IndexExpr: TypeAlias = Any  # a sympy.Expr; sympy has no types
+Shape = Sequence[IndexExpr]
 _DIVISIONS = (FloorDiv, Mod, PythonMod)
 
 
@@ -31,23 +31,23 @@ def size_symbol(name: str) -> sympy.Symbol:
 class Space:
     """The loop indices in scope: each variable x runs over 0 <= x < size."""
 
-    sizes: dict[sympy.Symbol, Index] = field(default_factory=dict)
-    _nonnegative: dict[Index, bool] = field(default_factory=dict)
+    sizes: dict[sympy.Symbol, IndexExpr] = field(default_factory=dict)
+    _nonnegative: dict[IndexExpr, bool] = field(default_factory=dict)
 
-    def add(self, name: str, size: Index) -> sympy.Symbol:
+    def add(self, name: str, size: IndexExpr) -> sympy.Symbol:
         x = variable(name)
         self.sizes[x] = sympy.sympify(size)
         self._nonnegative.clear()
         return x
 
-    def nonnegative(self, e: Index) -> bool:
+    def nonnegative(self, e: IndexExpr) -> bool:
         """Is e >= 0 for all indices in range and all sizes >= 1? False means not proved."""
         e = sympy.expand(e)
         if e not in self._nonnegative:
             self._nonnegative[e] = self._prove_nonnegative(e)
         return self._nonnegative[e]
 
-    def _prove_nonnegative(self, e: Index) -> bool:
+    def _prove_nonnegative(self, e: IndexExpr) -> bool:
         e, sizes = self._divisions_as_variables(e)
         for x in sorted(e.free_symbols & sizes.keys(), key=str):
             if not e.has(x):
@@ -63,7 +63,7 @@ class Space:
                 return False
         return _sizes_nonnegative(e, sizes)
 
-    def _divisions_as_variables(self, e: Index) -> tuple[Index, dict[sympy.Symbol, Index]]:
+    def _divisions_as_variables(self, e: IndexExpr) -> tuple[IndexExpr, dict[sympy.Symbol, IndexExpr]]:
         """Each floor division or remainder by a positive n becomes a variable with the range that it can have."""
         sizes = dict(self.sizes)
         while divisions := [d for d in e.atoms(*_DIVISIONS) if not any(a.has(*_DIVISIONS) for a in d.args)]:
@@ -82,7 +82,7 @@ class Space:
             e = e.subs(d, x)
         return e, sizes
 
-    def upper(self, e: Index) -> Index | None:
+    def upper(self, e: IndexExpr) -> IndexExpr | None:
         """The largest value of e where it is linear with constant slopes, else None."""
         e = sympy.expand(e)
         for x in sorted(e.free_symbols & self.sizes.keys(), key=str):
@@ -92,16 +92,16 @@ class Space:
             e = sympy.expand(e.subs(x, self.sizes[x] - 1 if slope > 0 else 0))
         return None if e.has(*_DIVISIONS) else e
 
-    def floordiv(self, e: Index, n: Index) -> Index:
+    def floordiv(self, e: IndexExpr, n: IndexExpr) -> IndexExpr:
         """e // n with what divides taken out, and nothing left where the rest is proved to lie in [0, n)."""
         whole, rest, proved = self._divide(e, n)
         return whole if proved else whole + FloorDiv(rest, n)
 
-    def mod(self, e: Index, n: Index) -> Index:
+    def mod(self, e: IndexExpr, n: IndexExpr) -> IndexExpr:
         _, rest, proved = self._divide(e, n)
         return rest if proved else PythonMod(rest, n)
 
-    def _divide(self, e: Index, n: Index) -> tuple[Index, Index, bool]:
+    def _divide(self, e: IndexExpr, n: IndexExpr) -> tuple[IndexExpr, IndexExpr, bool]:
         """(whole, rest, whether rest is proved to lie in [0, n)) with e == whole * n + rest."""
         whole, rest = self._taken_out(e, n)
         for more, less in ((sympy.Integer(0), rest), _rounded(rest, n)):
@@ -109,7 +109,7 @@ class Space:
                 return whole + more, less, True
         return whole, rest, False
 
-    def _taken_out(self, e: Index, n: Index) -> tuple[Index, Index]:
+    def _taken_out(self, e: IndexExpr, n: IndexExpr) -> tuple[IndexExpr, IndexExpr]:
         """(whole, rest) with e == n * whole + rest, each term by the first of DIVISIONS that fits."""
         whole, rest = sympy.Integer(0), sympy.Integer(0)
         for term in sympy.Add.make_args(sympy.expand(e)):
@@ -118,12 +118,12 @@ class Space:
             rest += left
         return whole, rest
 
-    def reshape(self, coords: Sequence[Index], shape: Shape, source: Shape) -> tuple[Index, ...]:
+    def reshape(self, coords: Sequence[IndexExpr], shape: Shape, source: Shape) -> tuple[IndexExpr, ...]:
         """Coordinates in ``source`` of the element that a row-major reshape to ``shape`` puts at ``coords``.
 
         Dimensions are grouped where the products of sizes meet, so that untouched dimensions keep their index.
         """
-        out: list[Index] = []
+        out: list[IndexExpr] = []
         i = j = 0
         while i < len(shape) or j < len(source):
             i1, j1 = _next_group(shape, i, source, j)
@@ -131,21 +131,21 @@ class Space:
             i, j = i1, j1
         return tuple(out)
 
-    def flatten(self, coords: Sequence[Index], shape: Shape) -> Index:
-        flat: Index = sympy.Integer(0)
+    def flatten(self, coords: Sequence[IndexExpr], shape: Shape) -> IndexExpr:
+        flat: IndexExpr = sympy.Integer(0)
         for c, n in zip(coords, shape, strict=True):
             flat = flat * n + c
         return _rejoined(sympy.expand(flat))
 
-    def unflatten(self, flat: Index, shape: Shape) -> list[Index]:
-        coords: list[Index] = []
+    def unflatten(self, flat: IndexExpr, shape: Shape) -> list[IndexExpr]:
+        coords: list[IndexExpr] = []
         for n in reversed(shape[1:]):
             coords.append(self.mod(flat, n) if n != 1 else sympy.Integer(0))
             flat = self.floordiv(flat, n) if n != 1 else flat
         return [flat, *reversed(coords)] if shape else []
 
 
-def _rounded(rest: Index, n: Index) -> tuple[Index, Index]:
+def _rounded(rest: IndexExpr, n: IndexExpr) -> tuple[IndexExpr, IndexExpr]:
     """Coefficients divided to the nearest: 153 * q + k + 77 by 154 is q and k - q + 77, as relative shifts have it."""
     whole = sympy.Integer(0)
     for term in sympy.Add.make_args(rest):
@@ -155,7 +155,7 @@ def _rounded(rest: Index, n: Index) -> tuple[Index, Index]:
     return whole, sympy.expand(rest - whole * n)
 
 
-def _rejoined(e: Index) -> Index:
+def _rejoined(e: IndexExpr) -> IndexExpr:
     """What a view split and another one joins again: n * (x // n) + x % n is x."""
     for remainder in e.atoms(PythonMod):
         x, n = remainder.args
@@ -174,21 +174,21 @@ def _next_group(shape: Shape, i: int, source: Shape, j: int) -> tuple[int, int]:
     return len(shape), len(source)
 
 
-def _multiple(term: Index, n: Index) -> tuple[Index, Index] | None:
+def _multiple(term: IndexExpr, n: IndexExpr) -> tuple[IndexExpr, IndexExpr] | None:
     """n * x is n times x."""
     quotient = sympy.cancel(term / n) if not term.has(*_DIVISIONS) else None
     exact = quotient is not None and quotient.is_polynomial() and _integer_coefficients(quotient)
     return (quotient, sympy.Integer(0)) if exact else None
 
 
-def _multiple_of_division(term: Index, n: Index) -> tuple[Index, Index] | None:
+def _multiple_of_division(term: IndexExpr, n: IndexExpr) -> tuple[IndexExpr, IndexExpr] | None:
     """c * (x // m) is n times c / n * (x // m) where n divides c."""
     coefficient, rest = term.as_coeff_Mul()
     divides = term.has(*_DIVISIONS) and n.is_Integer and coefficient % n == 0
     return (coefficient / n * rest, sympy.Integer(0)) if divides else None
 
 
-def _number(term: Index, n: Index) -> tuple[Index, Index] | None:
+def _number(term: IndexExpr, n: IndexExpr) -> tuple[IndexExpr, IndexExpr] | None:
     """c is n times c // n, and c % n."""
     return (int(term) // int(n), int(term) % int(n)) if term.is_Integer and n.is_Integer else None
 
@@ -197,11 +197,11 @@ def _number(term: Index, n: Index) -> tuple[Index, Index] | None:
 DIVISIONS = {"multiple": _multiple, "multiple of a division": _multiple_of_division, "number": _number}
 
 
-def _integer_coefficients(e: Index) -> bool:
+def _integer_coefficients(e: IndexExpr) -> bool:
     return all(term.as_coeff_Mul()[0].is_Integer for term in sympy.Add.make_args(e))
 
 
-def _sizes_nonnegative(e: Index, sizes: dict[sympy.Symbol, Index]) -> bool:
+def _sizes_nonnegative(e: IndexExpr, sizes: dict[sympy.Symbol, IndexExpr]) -> bool:
     """Is a polynomial of sizes alone (each at least one) nonnegative? Shifted by one, it has only such coefficients."""
     if e.is_Integer:
         return bool(e >= 0)
@@ -212,7 +212,7 @@ def _sizes_nonnegative(e: Index, sizes: dict[sympy.Symbol, Index]) -> bool:
     return all(term.as_coeff_Mul()[0] >= 0 for term in sympy.Add.make_args(shifted))
 
 
-def linear(e: Index, x: sympy.Symbol) -> tuple[Index, Index] | None:
+def linear(e: IndexExpr, x: sympy.Symbol) -> tuple[IndexExpr, IndexExpr] | None:
     """(slope, rest) with e == slope * x + rest and both free of x, or None."""
     e = sympy.expand(e)
     if not e.has(x):

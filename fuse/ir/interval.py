@@ -69,7 +69,7 @@ WHOLE = {**dict.fromkeys(FLOATS, ANYTHING), **{dtype: _integers(dtype) for dtype
 # ------------------------------------------------------------------------------------------------------ expressions
 
 
-def bounds(root: Expr, leaves: Leaves) -> Range:
+def range_of(root: Expr, leaves: Leaves) -> Range:
     """What an integer or a truth value can be. ``leaves``: what its constants, indices and symbols are.
 
     What comes of floats or is read from tensors can be anything: functions of floats differ by a last bit between targets.

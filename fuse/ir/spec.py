@@ -146,6 +146,13 @@ class AttentionSpec:
         roots = {name: f(root) for name, root in self.roots().items()}
         return dataclasses.replace(self, **_expressions(roots, None if self.mask is None else self.mask.fill))
 
+    def pruned(self) -> tuple[AttentionSpec, tuple[int, ...]]:
+        """The spec without operands that nothing loads, and what the numbers of the others were, in their order."""
+        roots = list(self.roots().values())
+        renumbered, read = expr.renumbered(roots)
+        spec = self.mapped(dict(zip(roots, renumbered, strict=True)).__getitem__)
+        return dataclasses.replace(spec, operands=tuple(self.operands[i] for i in read)), read
+
     def roots(self) -> dict[str, Expr]:
         """Every expression of the spec by name."""
         found = {name: getattr(self, name) for name in _OF_SPEC}

@@ -92,17 +92,11 @@ def map_of(spec: AttentionSpec) -> Use | None:
     if residual is None or not any(isinstance(n, Load) and _of_positions(n) for n in expr.walk(residual)):
         return None
     batch = [f"b{i}" for i in range(spec.batch) if f"b{i}" in expr.axes(residual)]
-    operands = expr.operands(residual)
     others = [s for s in expr.symbols(residual) if s not in ("q_len", "kv_len")]
     sizes = {f"B{b[1:]}": f"B{i}" for i, b in enumerate(batch)} | {"q_len": "q_len", "kv_len": "kv_len"}
     extra = {name: f"n{i}" for i, name in enumerate(o for o in others if o not in sizes)}
-    renamed = expr.renamed(
-        residual,
-        axes={b: f"b{i}" for i, b in enumerate(batch)},
-        operands={old: new for new, old in enumerate(operands)},
-        symbols=sizes | extra,
-    )
-    tile_map = TileMap(len(batch), tuple(spec.operands[i] for i in operands), renamed, tuple(extra.values()))
+    (predicate,), operands = expr.renumbered([residual], {b: f"b{i}" for i, b in enumerate(batch)}, sizes | extra)
+    tile_map = TileMap(len(batch), tuple(spec.operands[i] for i in operands), predicate, tuple(extra.values()))
     cell = (apply("floordiv", index(axis), const(n), dtype="int64") for axis, n in (("q", ROWS), ("k", KEYS)))
     load = Load("uint8", len(spec.operands), (*map(index, batch), *cell))
     return Use(tile_map, operands, (*sizes, *extra), load)

@@ -10,8 +10,8 @@ from fuse.ir import expr
 from fuse.ir.expr import Const, Expr, Load, const
 from fuse.ir.gradient import Gradient, gradient
 from fuse.ir.spec import AttentionSpec
+from fuse.kernel.destinations import Destination, destinations
 from fuse.kernel.forward import ForwardProgram, forward_program, peel
-from fuse.kernel.sinks import Sink, sinks
 
 # A log-sum-exp below this has lost digits that the probabilities of its row need.
 _IMPRECISE = -1000.0
@@ -20,21 +20,21 @@ _IMPRECISE = -1000.0
 @dataclass(frozen=True)
 class BackwardProgram:
     """
-    of           the derivatives; those of its ``score`` and ``terms`` are of the score as eager rounds it
-    sinks        where gradients go
-    slope        the derivative of a visible entry's score by the raw one, without its constant factor
-    scale        that factor: left out of every slope, and multiplied in the end
-    factors      of a visible entry, for each of ``of.terms``
-    exact_below  rows of no larger log-sum-exp are normalised again from every score; None where there is no such row
+    of                the derivatives; those of its ``score`` and ``terms`` are of the score as eager rounds it
+    destinations      where gradients go
+    slope             the derivative of a visible entry's score by the raw one, without its constant factor
+    scale             that factor: left out of every slope, and multiplied in the end
+    factors           of a visible entry, for each of ``of.terms``
+    recomputed_below  rows of no larger log-sum-exp are normalised again from every score; None where there is no such row
     """
 
     forward: ForwardProgram
     of: Gradient
-    sinks: tuple[Sink, ...]
+    destinations: tuple[Destination, ...]
     slope: Expr
     scale: float
     factors: tuple[Expr, ...]
-    exact_below: float | None
+    recomputed_below: float | None
 
     @property
     def spec(self) -> AttentionSpec:
@@ -43,15 +43,15 @@ class BackwardProgram:
 
 @cache
 def backward_program(spec: AttentionSpec, wanted: tuple[bool, ...]) -> BackwardProgram:
-    """``wanted`` has one entry for each operand. Raises Unsupported, as ``sinks`` does."""
-    of, found = gradient(spec, wanted), sinks(spec, wanted)
+    """``wanted`` has one entry for each operand. Raises Unsupported, as ``destinations`` does."""
+    of, found = gradient(spec, wanted), destinations(spec, wanted)
     slope, scale = _peeled(of.score if of.visible is None else of.visible)
     factors = tuple(t.factor if t.visible is None else t.visible for t in of.terms)
-    return BackwardProgram(forward_program(spec), of, found, slope, scale, factors, exact_below(spec))
+    return BackwardProgram(forward_program(spec), of, found, slope, scale, factors, recomputed_below(spec))
 
 
 @cache
-def exact_below(spec: AttentionSpec) -> float | None:
+def recomputed_below(spec: AttentionSpec) -> float | None:
     """See BackwardProgram."""
     maskable = spec.mask is not None or any(
         isinstance(n, Load) or (isinstance(n, Const) and n.dtype in expr.FLOATS and abs(n.value) >= -_IMPRECISE)
@@ -77,7 +77,7 @@ def is_one(node: Expr) -> bool:
 
 @dataclass(frozen=True)
 class Added:
-    """What an entry adds to a sink; ``tiled``: a tile of entries at a time."""
+    """What an entry adds to a destination; ``tiled``: a tile of entries at a time."""
 
     name: str
     kind: str

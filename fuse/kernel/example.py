@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from fuse.ir.expr import FLOATS, Load, walk
-from fuse.ir.interval import WHOLE, bounds, in_call
+from fuse.ir.interval import WHOLE, in_call, range_of
 from fuse.ir.spec import AttentionSpec
 from fuse.ir.tile_map import TileMap
 
@@ -59,7 +59,7 @@ def example(spec: AttentionSpec | TileMap, length: int = LENGTH, heads: int = HE
     for node in walk(*(spec.roots().values() if isinstance(spec, AttentionSpec) else (spec.predicate,))):
         if isinstance(node, Load):
             for dim, coord in enumerate(node.coords):
-                last: int = bounds(coord, leaves).high
+                last: int = range_of(coord, leaves).high
                 extent = _UNKNOWN_EXTENT if last == WHOLE["int64"].high else last + 1
                 shapes[node.operand][dim] = max(shapes[node.operand][dim], min(extent, 2 * length + _UNKNOWN_EXTENT))
     values = tuple(sizes.values())

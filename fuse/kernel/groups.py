@@ -11,18 +11,19 @@ from torch import Tensor
 
 from fuse.ir.grid import Grid
 from fuse.ir.spec import AttentionSpec
-from fuse.kernel.sinks import Sink
+from fuse.kernel.destinations import Destination
 
 
 @dataclass(frozen=True)
-class Groups:
-    """A launch over all batch indices, numbered in row-major order: group i are sites[starts[i]] … sites[starts[i + 1] - 1].
+class BatchGroups:
+    """A launch over all batch indices, numbered in row-major order: group i are
+    batch_indices[starts[i]] … batch_indices[starts[i + 1] - 1].
 
-    sites, starts  int32
-    written        names of the sinks that it writes: batch indices of different groups write to different elements
+    batch_indices, starts  int32
+    written                names of the destinations that it writes: different groups write to different elements
     """
 
-    sites: Tensor
+    batch_indices: Tensor
     starts: Tensor
     written: frozenset[str]
 
@@ -31,43 +32,45 @@ class Groups:
         return len(self.starts) - 1
 
 
-def groups_of(spec: AttentionSpec, sinks: Sequence[Sink], sizes: Mapping[str, int], device: torch.device) -> list[Groups]:
-    """As few launches as write all ``sinks``, whose coordinates read no tensor."""
-    found: list[Groups] = []
-    for sink in sinks:
-        if sink.kind in ("matrix", "dense"):
-            _join(found, _places(spec, sink, sizes))
+def groups_of(
+    spec: AttentionSpec, written: Sequence[Destination], sizes: Mapping[str, int], device: torch.device
+) -> list[BatchGroups]:
+    """As few launches as write all of ``written``, whose coordinates read no tensor."""
+    found: list[BatchGroups] = []
+    for to in written:
+        if to.kind in ("matrix", "dense"):
+            _join(found, _places(spec, to, sizes))
     # what has a place for every batch index goes with any launch
-    rest = frozenset(s.name for s in sinks if s.kind not in ("matrix", "dense"))
+    rest = frozenset(to.name for to in written if to.kind not in ("matrix", "dense"))
     if rest:
         first = found[0] if found else _alone(spec, sizes)
         found[:1] = [replace(first, written=first.written | rest)]
-    return [Groups(g.sites.to(device), g.starts.to(device), g.written) for g in found]
+    return [BatchGroups(g.batch_indices.to(device), g.starts.to(device), g.written) for g in found]
 
 
-def _join(found: list[Groups], new: Groups) -> None:
+def _join(found: list[BatchGroups], new: BatchGroups) -> None:
     for i, g in enumerate(found):
-        if torch.equal(g.sites, new.sites) and torch.equal(g.starts, new.starts):
+        if torch.equal(g.batch_indices, new.batch_indices) and torch.equal(g.starts, new.starts):
             found[i] = replace(g, written=g.written | new.written)
             return
     found.append(new)
 
 
-def _places(spec: AttentionSpec, sink: Sink, sizes: Mapping[str, int]) -> Groups:
+def _places(spec: AttentionSpec, to: Destination, sizes: Mapping[str, int]) -> BatchGroups:
     """Groups by where the first element of each batch index is."""
     shape = [sizes[f"B{i}"] for i in range(spec.batch)]
     extents = {f"b{i}": (0, n) for i, n in enumerate(shape)} | dict.fromkeys(("q", "k", "d", "e"), (0, 1))
     grid = Grid.over(extents, sizes)
-    places = torch.stack([grid.evaluate(c).expand(*shape, 1, 1, 1, 1).flatten() for c in sink.load.coords], 1)
+    places = torch.stack([grid.evaluate(c).expand(*shape, 1, 1, 1, 1).flatten() for c in to.load.coords], 1)
     group = places.unique(dim=0, return_inverse=True)[1]
-    return _groups(group, frozenset({sink.name}))
+    return _groups(group, frozenset({to.name}))
 
 
-def _alone(spec: AttentionSpec, sizes: Mapping[str, int]) -> Groups:
+def _alone(spec: AttentionSpec, sizes: Mapping[str, int]) -> BatchGroups:
     return _groups(torch.arange(math.prod(sizes[f"B{i}"] for i in range(spec.batch))), frozenset())
 
 
-def _groups(group: Tensor, written: frozenset[str]) -> Groups:
+def _groups(group: Tensor, written: frozenset[str]) -> BatchGroups:
     """From the number of each batch index's group."""
     starts = torch.cat((torch.zeros(1, dtype=torch.int64), group.bincount().cumsum(0)))
-    return Groups(group.argsort(stable=True).int(), starts.int(), written)
+    return BatchGroups(group.argsort(stable=True).int(), starts.int(), written)

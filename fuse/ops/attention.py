@@ -8,16 +8,20 @@ The spec travels as text: torch's graph caches are keyed on it, and a graph with
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
+from torch.autograd.function import once_differentiable
 
-from fuse.errors import SecondDerivative
+from fuse.errors import TangentOfGradient
 from fuse.ir.gradient import differentiable
 from fuse.ir.spec import AttentionSpec, IntLike
-from fuse.remembered import remembered
+from fuse.memoize import memoize
+from fuse.ops import batching, levels
 from fuse.targets import registry
 
 # Kernels take any strides: a copy into another layout would cost and gain nothing.
@@ -48,14 +52,14 @@ def _differentiable(text: str) -> tuple[bool, ...]:
 # runtime is imported when the first kernel is run: tracing or saving a graph does not need it.
 
 
-@remembered
+@memoize
 def _kernel(text: str, target: str) -> Any:
     from fuse import targets
 
     return targets.kernel(parsed(text), target)
 
 
-@remembered
+@memoize
 def _backward_kernel(text: str, target: str, wanted: tuple[bool, ...]) -> Any:
     from fuse import targets
 
@@ -106,15 +110,16 @@ def _fake_backward(
 # -------------------------------------------------------------------------------------------------------- autograd
 
 
-class _Attention(torch.autograd.Function):
+class _Attention(levels.Function):
     """Saves the operands, the result and the log-sum-exp of its rows; the scores are computed again."""
 
     @staticmethod
     def forward(ctx: Any, sizes: list[IntLike], spec: str, target: str, *operands: Tensor) -> Tensor:
-        with torch._C._AutoDispatchBelowAutograd():
+        with torch.enable_grad(), torch._C._AutoDispatchBelowAutograd():
             out: Tensor
             out, lse = torch.ops.fuse.attention_forward.default(operands, sizes, spec, target)
         ctx.save_for_backward(out, lse, *operands)
+        ctx.save_for_forward(out, lse, *operands)
         ctx.call = sizes, spec, target
         return out
 
@@ -125,29 +130,59 @@ class _Attention(torch.autograd.Function):
         grads = iter(torch.ops.fuse.attention_backward.default(grad_out, operands, sizes, out, lse, spec, target, wanted))
         return (None, None, None, *(next(grads) if w else None for w in wanted))
 
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> Tensor:
+        """No kernel has it: the reference is plain PyTorch."""
+        from fuse.targets import reference
 
-class _Last(torch.autograd.Function):
-    """The backward pass as something that has no derivative."""
+        (_, _, *operands), (sizes, spec, _) = ctx.saved_tensors, ctx.call
+        used = [t if d else None for t, d in zip(tangents[3:], _differentiable(spec), strict=True)]
+        return reference.attention_tangent(parsed(spec), operands, used, sizes)
+
+
+class _Backward(levels.Function):
+    """The backward pass, whose derivative is PyTorch's of the reference: no kernel has it."""
 
     @staticmethod
     def forward(
         ctx: Any, sizes: list[IntLike], spec: str, target: str, wanted: list[bool], grad_out: Tensor, out: Tensor, lse: Tensor,
         *operands: Tensor,
     ) -> tuple[Tensor, ...]:  # fmt: skip
-        with torch._C._AutoDispatchBelowAutograd():
+        ctx.save_for_backward(grad_out, *operands)
+        ctx.call = sizes, spec, wanted
+        with torch.enable_grad(), torch._C._AutoDispatchBelowAutograd():
             call = torch.ops.fuse.attention_backward.default
             return tuple(call(grad_out, operands, sizes, out, lse, spec, target, wanted))
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> None:
-        raise SecondDerivative
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        """As if the result and the log-sum-exp were computed again from the operands."""
+        from fuse.targets import reference
+
+        (grad_out, *operands), (sizes, spec, wanted) = ctx.saved_tensors, ctx.call
+        by_grad_out, *by_operands = reference.attention_second(parsed(spec), grad_out, operands, sizes, wanted, grads)
+        given = iter(by_operands)
+        return (None, None, None, None, by_grad_out, None, None, *(next(given) if w else None for w in wanted))
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> None:
+        raise TangentOfGradient
+
+
+def _any_gradient(tensors: Sequence[Tensor], differentiable: Sequence[bool]) -> bool:
+    return torch.is_grad_enabled() and any(t.requires_grad and d for t, d in zip(tensors, differentiable, strict=True))
+
+
+def _any_tangent(tensors: Sequence[Tensor]) -> bool:
+    return forward_ad._current_level >= 0 and any(forward_ad.unpack_dual(t).tangent is not None for t in tensors)
 
 
 def _attention_autograd(operands: list[Tensor], sizes: list[int], spec: str, target: str) -> Tensor:
     """Runs eagerly and while AOTAutograd traces."""
     result: Tensor
-    if torch.is_grad_enabled() and any(t.requires_grad and d for t, d in zip(operands, _differentiable(spec), strict=True)):
-        result = _Attention.apply(sizes, spec, target, *operands)  # type: ignore[no-untyped-call]
+    if _any_gradient(operands, _differentiable(spec)) or _any_tangent(operands):
+        result = levels.apply(_Attention, sizes, spec, target, *operands)
         return result
     with torch._C._AutoDispatchBelowAutograd():
         result = torch.ops.fuse.attention.default(operands, sizes, spec, target)
@@ -158,9 +193,9 @@ def _backward_autograd(
     grad_out: Tensor, operands: list[Tensor], sizes: list[int], out: Tensor, lse: Tensor, spec: str, target: str,
     wanted: list[bool],
 ) -> list[Tensor]:  # fmt: skip
-    """Differentiable in name: with ``create_graph`` the gradients are given, and theirs raise SecondDerivative."""
-    if torch.is_grad_enabled() and any(t.requires_grad for t in (grad_out, out, *operands)):
-        return list(_Last.apply(sizes, spec, target, wanted, grad_out, out, lse, *operands))  # type: ignore[no-untyped-call]
+    tensors = (grad_out, out, *operands)
+    if _any_gradient(tensors, [True] * len(tensors)) or _any_tangent(tensors):
+        return list(levels.apply(_Backward, sizes, spec, target, wanted, grad_out, out, lse, *operands))
     with torch._C._AutoDispatchBelowAutograd():
         grads: list[Tensor] = torch.ops.fuse.attention_backward.default(
             grad_out, operands, sizes, out, lse, spec, target, wanted
@@ -168,13 +203,15 @@ def _backward_autograd(
         return grads
 
 
-def _register(name: str, kernel: Any, autograd: Any, fake: Any) -> None:
+def _register(name: str, kernel: Any, autograd: Any, fake: Any, batching_rule: Any) -> None:
     _library.impl(name, kernel, "CompositeExplicitAutograd")
     if autograd is not None:
         _library.impl(name, autograd, "Autograd")
     torch.library.register_fake(f"fuse::{name}", fake, lib=_library)
+    torch.library.register_vmap(f"fuse::{name}", batching_rule, lib=_library)
 
 
-_register("attention", _attention, _attention_autograd, _fake)
-_register("attention_forward", _forward, None, _fake_forward)
-_register("attention_backward", _backward, _backward_autograd, _fake_backward)
+_register("attention", _attention, _attention_autograd, _fake, batching.attention_rule)
+_register("attention_forward", _forward, None, _fake_forward, batching.forward_rule)
+_register("attention_backward", _backward, _backward_autograd, _fake_backward, batching.backward_rule)
+_library.impl("attention_backward", batching.legacy_backward_rule, "Batched")

@@ -11,8 +11,9 @@ from torch import Tensor
 
 from fuse.ir.spec import IntLike
 from fuse.ir.tile_map import TileMap
-from fuse.ops.kept import kept
-from fuse.remembered import remembered
+from fuse.memoize import memoize
+from fuse.ops.batching import tile_map_rule
+from fuse.ops.buffer_cache import cached
 
 # keep: the operands are buffers, so that the map is good until one of them changes
 SCHEMA = "tile_map(Tensor[] operands, SymInt[] sizes, str spec, str target, bool keep) -> Tensor"
@@ -26,7 +27,7 @@ def _parsed(text: str) -> TileMap:
     return TileMap.from_json(text)
 
 
-@remembered
+@memoize
 def _kernel(text: str, target: str) -> Callable[[Sequence[Tensor], Sequence[int]], Tensor]:
     from fuse import targets  # builds kernels: not needed to trace or to save a graph
 
@@ -35,7 +36,7 @@ def _kernel(text: str, target: str) -> Callable[[Sequence[Tensor], Sequence[int]
 
 def _tile_map(operands: list[Tensor], sizes: list[int], spec: str, target: str, keep: bool) -> Tensor:
     kernel = _kernel(spec, target)
-    return kept(operands, (spec, target, *sizes), lambda: kernel(operands, sizes)) if keep else kernel(operands, sizes)
+    return cached(operands, (spec, target, *sizes), lambda: kernel(operands, sizes)) if keep else kernel(operands, sizes)
 
 
 def _fake(operands: list[Tensor], sizes: list[IntLike], spec: str, target: str, keep: bool) -> Tensor:
@@ -52,3 +53,4 @@ def _autograd(operands: list[Tensor], sizes: list[int], spec: str, target: str, 
 _library.impl("tile_map", _tile_map, "CompositeExplicitAutograd")
 _library.impl("tile_map", _autograd, "Autograd")
 torch.library.register_fake("fuse::tile_map", _fake, lib=_library)
+torch.library.register_vmap("fuse::tile_map", tile_map_rule, lib=_library)

@@ -21,7 +21,7 @@ log = logging.getLogger("fuse")
 
 
 @dataclass(frozen=True)
-class Call:
+class ExpectedCall:
     """What one node will be called with: meta tensors, the values of the spec's symbols, and where the tensors will be."""
 
     spec: str
@@ -35,7 +35,7 @@ class Call:
         return (self.spec, self.sizes, self.device, *((t.shape, t.stride()) for t in self.operands))
 
 
-def calls(gm: GraphModule) -> Iterator[Call]:
+def calls(gm: GraphModule) -> Iterator[ExpectedCall]:
     """Of every attention in the graph and in the graphs inside it whose shapes are known or hinted at; equal ones once."""
     seen = set()
     for module in gm.modules():
@@ -47,7 +47,7 @@ def calls(gm: GraphModule) -> Iterator[Call]:
                     yield call
 
 
-def _call(node: Node) -> Call | None:
+def _call(node: Node) -> ExpectedCall | None:
     leaves: Any
     sizes: Any
     leaves, sizes, spec, target = node.args
@@ -62,7 +62,7 @@ def _call(node: Node) -> Call | None:
         torch.empty_strided(shape[: fake.dim()], shape[fake.dim() :], dtype=fake.dtype, device="meta")  # type: ignore[arg-type]
         for fake, shape in zip(fakes, shapes, strict=True)
     )
-    return Call(str(spec), str(target), tuple(metas), tuple(values), fakes[0].device)  # type: ignore[arg-type]
+    return ExpectedCall(str(spec), str(target), tuple(metas), tuple(values), fakes[0].device)  # type: ignore[arg-type]
 
 
 def _number(n: Any) -> int | None:
@@ -71,7 +71,7 @@ def _number(n: Any) -> int | None:
     return int(value) if isinstance(value, int) else None
 
 
-def compile_for(call: Call, wanted: tuple[bool, ...]) -> None:
+def compile_for(call: ExpectedCall, wanted: tuple[bool, ...]) -> None:
     """With the log-sum-exp and the gradients where any are ``wanted``. It costs nobody a call if that fails."""
     spec = parsed(call.spec)
     try:

@@ -87,6 +87,11 @@ class IntegersWrap(Reason):
     unblock = "keep positions small: kernels take them for the integers of mathematics"
 
 
+class Subclass(Reason):
+    message = "{detail}: a subclass of Tensor may give every operation another meaning"
+    unblock = "hand plain tensors to the attention (DTensor: to_local(), or use_local_output=True)"
+
+
 class Mutated(Reason):
     message = "{detail} is written in place between its use in the attention and the end of it"
     unblock = "use an out-of-place operation"
@@ -95,6 +100,11 @@ class Mutated(Reason):
 class StateChanges(Reason):
     message = "the attention spans {detail}"
     unblock = "keep scores, softmax and values under one grad mode and outside of vmap"
+
+
+class Transformed(Reason):
+    message = "the attention is differentiated {detail}, for which there is no kernel"
+    unblock = "differentiate it once, in reverse: backward(), torch.func.grad, vjp or jacrev"
 
 
 class NotTraceable(Reason):

@@ -41,7 +41,7 @@ def explain(model: Callable[..., Any], *args: Any, **kwargs: Any) -> Report:
         results = _results(gm)  # the passes may replace the nodes that know them
         target = backend.target_of(example_inputs, chosen)
         unread = Reading(unread=backend.why_unread(example_inputs, chosen))
-        readings.append(unread if target is None else backend.rewrite(gm, target))
+        readings.append(unread if target is None else backend.rewrite(gm, target, example_inputs))
         return lambda *_: tuple(map(_stand_in, results))
 
     note = ""
@@ -106,12 +106,12 @@ class Report:
         """Sites that fuse computes, by kernels or by the reference."""
         return sum(site.recovered for site in self.sites)
 
-    def groups(self) -> list[Group]:
+    def groups(self) -> list[SiteGroup]:
         """Sites that differ in nothing but the module path, which is what the layers of a model are."""
         alike: dict[str, list[Site]] = {}
         for site in self.sites:
             alike.setdefault(repr(replace(site, module="", spec=None, names={}, steps=())), []).append(site)
-        return [Group(sites[0], len(sites), merge_paths([site.module for site in sites])) for sites in alike.values()]
+        return [SiteGroup(sites[0], len(sites), merge_paths([site.module for site in sites])) for sites in alike.values()]
 
     def __str__(self) -> str:
         return "\n".join([self.summary, *_table(self.groups()), *self.remarks])
@@ -169,7 +169,7 @@ class Report:
 
 
 @dataclass(frozen=True)
-class Group:
+class SiteGroup:
     """``count`` sites at one line of source in modules of one name pattern."""
 
     site: Site
@@ -254,7 +254,7 @@ def _ranges(numbers: Sequence[int]) -> str:
     return "{" + ",".join("..".join(map(str, span)) for span in spans) + "}"
 
 
-def _table(groups: Sequence[Group]) -> list[str]:
+def _table(groups: Sequence[SiteGroup]) -> list[str]:
     rows = [("sites", "fused", "where", "mask", "module")]
     rows += [(str(g.count), "yes" if g.site.fused else "no", g.site.where, g.site.mask or "-", g.modules) for g in groups]
     widths = [max(len(row[i]) for row in rows) for i in range(4)]
@@ -283,7 +283,7 @@ def _as_data(site: Site) -> dict[str, Any]:
 
 def _expected(site: Site) -> Site:
     """As it will run, as far as that was asked for."""
-    if not site.recovered or registry.named(site.target).suffix:
+    if not site.recovered or registry.named(site.target).generated:
         return site
     parts: list[Part] = ["forward", "backward"] if any(site.wanted) else ["forward"]
     return replace(site, runs=dict.fromkeys(parts, Runs("reference", why=ASKED)))

@@ -15,7 +15,7 @@ from functools import cache
 import torch
 
 from fuse.ir.expr import Expr, Index, Load, contains
-from fuse.ir.interval import Range, as_tensor, bounds, in_call, in_dtype
+from fuse.ir.interval import Range, as_tensor, in_call, in_dtype, range_of
 from fuse.ir.spec import AttentionSpec
 
 
@@ -40,7 +40,7 @@ def coverage(spec: AttentionSpec, sizes: tuple[int, ...], rows: int, keys: int) 
     if spec.mask is None or not all(values.values()):
         return None
     tiles = _Tiles(values, rows, keys)
-    may_be_seen = as_tensor(bounds(spec.mask.predicate, tiles.leaf).high)
+    may_be_seen = as_tensor(range_of(spec.mask.predicate, tiles.leaf).high)
     seen = may_be_seen.expand(tiles.shape).sum().item() / math.prod(tiles.shape)
     return Coverage(1 - seen, not contains(spec.mask.predicate, Load))
 

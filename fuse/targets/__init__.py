@@ -13,9 +13,9 @@ from fuse.ir import tile_map
 from fuse.ir.gradient import Gradient, gradient
 from fuse.ir.spec import AttentionSpec
 from fuse.ir.tile_map import TileMap
-from fuse.remembered import forget
+from fuse.memoize import forget
 from fuse.report.runs import Part, Runs
-from fuse.targets import make, told
+from fuse.targets import fallback_warnings, kernel_or_reference, registry
 from fuse.targets.cache import builds
 from fuse.targets.protocols import Backward, Kernel, MapKernel, Tunable
 
@@ -55,18 +55,18 @@ def kernel(spec: AttentionSpec, target: str) -> Kernel:
 
     target  one of fuse.options.TARGETS
     """
-    return _given(_begun(_kernels, (spec, target), make.forward), target, "forward")
+    return _given(_begun(_kernels, (spec, target), kernel_or_reference.forward), target, "forward")
 
 
 def backward_kernel(spec: AttentionSpec, target: str, wanted: tuple[bool, ...]) -> Backward:
     """The kernel of the gradients of the ``wanted`` operands; never fails, as ``kernel``."""
     of = gradient(spec, tuple(wanted))
-    return _given(_begun(_backward_kernels, (of, target), make.backward), target, "backward")
+    return _given(_begun(_backward_kernels, (of, target), kernel_or_reference.backward), target, "backward")
 
 
 def map_kernel(spec: TileMap, target: str) -> MapKernel:
     """What computes a map of tiles; never fails, as ``kernel``."""
-    return _given(_begun(_map_kernels, (spec, target), make.tile_map), target, "tile map")
+    return _given(_begun(_map_kernels, (spec, target), kernel_or_reference.tile_map), target, "tile map")
 
 
 def running(spec: AttentionSpec, target: str, wanted: tuple[bool, ...]) -> dict[Part, Runs]:
@@ -85,16 +85,16 @@ def running(spec: AttentionSpec, target: str, wanted: tuple[bool, ...]) -> dict[
 def prepare(specs: Iterable[AttentionSpec], target: str, tune: bool = False) -> None:
     """Starts building the kernels of ``specs`` in parallel and returns at once. ``tune``: those that have plans to measure."""
     for spec in specs:
-        made = _begun(_kernels, (spec, target), make.forward)
+        made = _begun(_kernels, (spec, target), kernel_or_reference.forward)
         if tune:
             made.add_done_callback(_tune)
         if (use := _map_of(spec)) is not None:
-            _begun(_map_kernels, (use, target), make.tile_map)
+            _begun(_map_kernels, (use, target), kernel_or_reference.tile_map)
 
 
 def prepare_backward(spec: AttentionSpec, target: str, wanted: tuple[bool, ...], tune: bool = False) -> None:
     """As ``prepare``, for the kernel that ``backward_kernel`` will give. It gives way to all else: nobody may ask for it."""
-    made = _begun(_backward_kernels, (gradient(spec, wanted), target), make.backward, later=True)
+    made = _begun(_backward_kernels, (gradient(spec, wanted), target), kernel_or_reference.backward, later=True)
     if tune:
         made.add_done_callback(_tune)
 
@@ -111,7 +111,7 @@ def _empty() -> None:
     _map_kernels.clear()
     _backward_kernels.clear()
     _pools.clear()
-    told.reset()
+    fallback_warnings.reset()
     _lock = threading.Lock()
 
 
@@ -123,8 +123,8 @@ def _map_of(spec: AttentionSpec) -> TileMap | None:
 
 def _given(future: Future[R], target: str, part: Part) -> R:
     made = future.result()
-    if made.runs.by == "reference" and target != "reference":
-        told.warn(part, made.runs.why)
+    if made.runs.by == "reference" and registry.named(target).generated:
+        fallback_warnings.warn_once(part, made.runs.why)
     return made
 
 

@@ -12,7 +12,7 @@ from fuse.targets.cache import BuildFailed, content, write_atomically
 
 
 @dataclass(frozen=True)
-class Source:
+class DumpedSource:
     """A kernel's text. ``edited``: the file that it comes from, where that is not what was rendered; errors cite that."""
 
     text: str
@@ -30,11 +30,11 @@ class Source:
         return BuildFailed(f"the edited kernel {self.edited} cannot be built. {remedy}. {why}")
 
 
-def dumped(name: str, rendered: str, suffix: str) -> Source:
+def dumped(name: str, rendered: str, suffix: str) -> DumpedSource:
     """What is to be built of a ``rendered`` kernel. Raises BuildFailed where its file in the folder cannot be read."""
     folder = settings().dump
     if folder is None:
-        return Source(rendered)
+        return DumpedSource(rendered)
     path = folder / f"{name}-{hashlib.sha256(rendered.encode()).hexdigest()[:12]}{suffix}"
     try:
         if not path.exists():
@@ -46,4 +46,4 @@ def dumped(name: str, rendered: str, suffix: str) -> Source:
         text = data.decode()
     except (OSError, UnicodeDecodeError) as error:
         raise BuildFailed(f"FUSE_DUMP: {path} is no source that can be read and written: {error}. Move it away") from error
-    return Source(text, None if text == rendered else path)
+    return DumpedSource(text, None if text == rendered else path)

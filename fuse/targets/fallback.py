@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from fuse.report.runs import Part, Runs
-from fuse.targets.told import warn
+from fuse.targets.fallback_warnings import warn_once
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -48,7 +48,7 @@ class OrElse(Generic[P, R]):
             defect = f"a kernel failed, please report it: {type(error).__name__}: {error}"
             reason = str(error) if isinstance(error, self._refusals) else defect
             self._now, self._instead = self._instead(reason), None
-            warn(self._part, reason)
+            warn_once(self._part, reason)
         return call(self._now)
 
     def tune(self) -> None:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from fuse.ir.expr import Expr, Load, Prob, Score, walk
 from fuse.ir.gradient import Gradient, gradient
-from fuse.ir.grid import Grid, Range, dtype_of
+from fuse.ir.grid import Extent, Grid, dtype_of
 from fuse.ir.spec import AttentionSpec, InvalidSpec
 from fuse.ir.tile_map import EMPTY, FULL, KEYS, ROWS, TileMap
 
@@ -43,15 +43,15 @@ def attention_with_lse(
 
     lse  dense, of shape ``spec.lse_shape(sizes)``; in ``spec.lse_dtype``, or in float64 where precision is "exact"
     """
-    site = _site(spec, operands, sizes, precision)
+    call = _call(spec, operands, sizes, precision)
     shape, strides = spec.out_shape(sizes), spec.out_strides(sizes)
-    out = torch.empty_strided(shape, strides, dtype=site.dtype(spec.out_dtype), device=site.device)
-    lse = torch.empty(spec.lse_shape(sizes), dtype=site.dtype(spec.lse_dtype), device=site.device)
-    with torch.no_grad(), torch.autocast(site.device.type, enabled=False):
-        key, value = site.key(), site.value()
-        for rows in site.blocks():
-            softmax = site.softmax(rows, key)
-            weight = site.entries(spec.weight, rows, {Prob: softmax.prob})
+    out = torch.empty_strided(shape, strides, dtype=call.dtype(spec.out_dtype), device=call.device)
+    lse = torch.empty(spec.lse_shape(sizes), dtype=call.dtype(spec.lse_dtype), device=call.device)
+    with torch.no_grad(), torch.autocast(call.device.type, enabled=False):
+        key, value = call.key(), call.value()
+        for rows in call.blocks():
+            softmax = call.softmax(rows, key)
+            weight = call.entries(spec.weight, rows, {Prob: softmax.prob})
             out[..., slice(*rows), :] = _product(weight, value).to(out.dtype)
             lse[..., slice(*rows)] = softmax.lse
     return out, lse
@@ -69,15 +69,43 @@ def attention_backward(
 
     The softmax is computed again, so that neither the result nor its log-sum-exp is needed.
     """
-    backward = _Backward(_site(spec, operands, sizes, precision), gradient(spec, tuple(wanted)))
+    backward = _Backward(_call(spec, operands, sizes, precision), gradient(spec, tuple(wanted)))
     with torch.no_grad(), torch.autocast(grad_out.device.type, enabled=False):
         return backward.run(grad_out)
 
 
-def _site(spec: AttentionSpec, operands: Sequence[Tensor], sizes: Sequence[int], precision: str) -> _Site:
+def attention_second(
+    spec: AttentionSpec,
+    grad_out: Tensor,
+    operands: Sequence[Tensor],
+    sizes: Sequence[int],
+    wanted: Sequence[bool],
+    grads: Sequence[Tensor],
+) -> list[Tensor]:
+    """The derivatives of ``attention_backward`` by grad_out and by the wanted operands, given those of its results, ``grads``.
+
+    PyTorch's own derivative of a derivative: every score of the call is held.
+    """
+
+    def result(*leaves: Tensor) -> Tensor:
+        given = iter(leaves)
+        call = _call(spec, [next(given) if w else t for t, w in zip(operands, wanted, strict=True)], sizes, "eager")
+        rows = (0, call.q_len)
+        prob = call.softmax(rows, call.key()).prob
+        return _product(call.entries(spec.weight, rows, {Prob: prob}), call.value()).to(grad_out.dtype)
+
+    def backward(grad: Tensor, *leaves: Tensor) -> tuple[Tensor, ...]:
+        return torch.func.vjp(result, *leaves)[1](grad)  # type: ignore[no-any-return]
+
+    with torch.autocast(grad_out.device.type, enabled=False):
+        leaves = [t for t, w in zip(operands, wanted, strict=True) if w]
+        return list(torch.func.vjp(backward, grad_out, *leaves)[1](tuple(grads)))
+
+
+def _call(spec: AttentionSpec, operands: Sequence[Tensor], sizes: Sequence[int], precision: str) -> _Call:
     if precision not in ("exact", "eager"):
         raise ValueError(f"precision {precision!r} is neither 'exact' nor 'eager'")
-    return _Site(spec, operands, sizes, precision == "exact")
+    return _Call(spec, operands, sizes, precision == "exact")
 
 
 def _product(a: Tensor, b: Tensor) -> Tensor:
@@ -97,7 +125,7 @@ class _Softmax:
 
 
 @dataclass(frozen=True)
-class _Site:
+class _Call:
     """One call: the spec with its data."""
 
     spec: AttentionSpec
@@ -124,7 +152,7 @@ class _Site:
     def dtype(self, name: str) -> torch.dtype:
         return dtype_of(name, self.exact)
 
-    def query(self, rows: Range) -> Tensor:
+    def query(self, rows: Extent) -> Tensor:
         return self._matrix(self.spec.query, q=rows, d=(0, self.spec.qk_dim))
 
     def key(self) -> Tensor:
@@ -133,30 +161,30 @@ class _Site:
     def value(self) -> Tensor:
         return self._matrix(self.spec.value, k=(0, self.kv_len), e=(0, self.spec.v_dim))
 
-    def _matrix(self, load: Load, **ranges: Range) -> Tensor:
+    def _matrix(self, load: Load, **ranges: Extent) -> Tensor:
         """``load`` over the batch and ``ranges``; batch dimensions that it does not depend on have size 1."""
         matrix = self.grid(**ranges).evaluate(load, {})
         return matrix.expand(*matrix.shape[:-2], *(stop - start for start, stop in ranges.values()))
 
-    def grid(self, **ranges: Range) -> Grid:
+    def grid(self, **ranges: Extent) -> Grid:
         """The grid of the batch indices and of ``ranges``, in this order."""
         extents = {f"b{i}": (0, size) for i, size in enumerate(self.batch_shape)} | ranges
         symbols = dict(zip(self.spec.symbols, self.sizes, strict=True))
         return Grid.over(extents, symbols, self.operands, self.exact)
 
-    def entries(self, root: Expr, rows: Range, leaves: Mapping[type[Expr], Tensor]) -> Tensor:
+    def entries(self, root: Expr, rows: Extent, leaves: Mapping[type[Expr], Tensor]) -> Tensor:
         """``root`` over batch, q, k, where ``leaves`` gives the value of Score or Prob."""
         given = {n: leaves[type(n)].to(self.dtype(n.dtype)) for n in walk(root) if type(n) in leaves}
         value = self.grid(q=rows, k=(0, self.kv_len)).evaluate(root, given)
         return value.expand(*self.batch_shape, rows[1] - rows[0], value.shape[-1])
 
-    def blocks(self) -> Iterator[Range]:
+    def blocks(self) -> Iterator[Extent]:
         """Ranges of rows whose entries fit BLOCK_ELEMENTS."""
         rows = max(1, BLOCK_ELEMENTS // max(1, math.prod(self.batch_shape) * self.kv_len))
         for start in range(0, self.q_len, rows):
             yield start, min(start + rows, self.q_len)
 
-    def softmax(self, rows: Range, key: Tensor) -> _Softmax:
+    def softmax(self, rows: Extent, key: Tensor) -> _Softmax:
         raw = self.query(rows) @ key.mT
         score = self.entries(self.spec.score, rows, {Score: raw})
         score = score.expand(*score.shape[:-1], self.kv_len)
@@ -177,55 +205,106 @@ class _Site:
 class _Backward:
     """One backward pass; the names are those of ``fuse.ir.gradient``."""
 
-    site: _Site
+    call: _Call
     gradient: Gradient
 
     def run(self, grad_out: Tensor) -> list[Tensor]:
         sums = [torch.zeros(t.shape, dtype=self._dtype(t), device=t.device) for t in self._wanted()]
         numbers = [i for i, wanted in enumerate(self.gradient.wanted) if wanted]
         totals = dict(zip(numbers, sums, strict=True))
-        key, value = self.site.key(), self.site.value()
-        for rows in self.site.blocks():
+        key, value = self.call.key(), self.call.value()
+        for rows in self.call.blocks():
             self._rows(rows, grad_out[..., slice(*rows), :], key, value, totals)
         return [self._like(t).copy_(x) for x, t in zip(sums, self._wanted(), strict=True)]
 
     def _wanted(self) -> list[Tensor]:
-        return [t for t, wanted in zip(self.site.operands, self.gradient.wanted, strict=True) if wanted]
+        return [t for t, wanted in zip(self.call.operands, self.gradient.wanted, strict=True) if wanted]
 
     def _like(self, operand: Tensor) -> Tensor:
-        return torch.empty_like(operand, dtype=torch.float64 if self.site.exact else operand.dtype)
+        return torch.empty_like(operand, dtype=torch.float64 if self.call.exact else operand.dtype)
 
     def _dtype(self, operand: Tensor) -> torch.dtype:
         """What is summed up in."""
-        return torch.float64 if self.site.exact else torch.promote_types(operand.dtype, torch.float32)
+        return torch.float64 if self.call.exact else torch.promote_types(operand.dtype, torch.float32)
 
-    def _rows(self, rows: Range, grad_out: Tensor, key: Tensor, value: Tensor, totals: dict[int, Tensor]) -> None:
+    def _rows(self, rows: Extent, grad_out: Tensor, key: Tensor, value: Tensor, totals: dict[int, Tensor]) -> None:
         """Adds to ``totals``, operand → gradient, what these rows contribute."""
-        site, spec, of = self.site, self.site.spec, self.gradient
-        softmax = site.softmax(rows, key)
+        call, spec, of = self.call, self.call.spec, self.gradient
+        softmax = call.softmax(rows, key)
         leaves: dict[type[Expr], Tensor] = {Score: softmax.raw, Prob: softmax.prob}
-        weight = site.entries(spec.weight, rows, leaves)
+        weight = call.entries(spec.weight, rows, leaves)
         d_weight = _product(grad_out, value.mT).to(weight.dtype)
-        d_prob = (d_weight * site.entries(of.weight, rows, leaves)).to(softmax.prob.dtype)
+        d_prob = (d_weight * call.entries(of.weight, rows, leaves)).to(softmax.prob.dtype)
         delta = (softmax.prob * d_prob).sum(-1, keepdim=True)
         d_score = softmax.prob * (d_prob - delta)
-        d_raw = (d_score * site.entries(of.score, rows, leaves)).to(softmax.raw.dtype)
-        keys, d, e = (0, site.kv_len), (0, spec.qk_dim), (0, spec.v_dim)
+        d_raw = (d_score * call.entries(of.score, rows, leaves)).to(softmax.raw.dtype)
+        keys, d, e = (0, call.kv_len), (0, spec.qk_dim), (0, spec.v_dim)
         if of.query:
             self._scatter(spec.query, _product(d_raw, key), totals, q=rows, d=d)
         if of.key:
-            self._scatter(spec.key, _product(d_raw.mT, site.query(rows)), totals, k=keys, d=d)
+            self._scatter(spec.key, _product(d_raw.mT, call.query(rows)), totals, k=keys, d=d)
         if of.value:
             self._scatter(spec.value, _product(weight.mT, grad_out), totals, k=keys, e=e)
         of_root = {"score": d_score, "weight": d_weight}
         of_root |= {f"extra_logits.{i}": -p * delta for i, p in enumerate(softmax.extra)}
         for term in of.terms:
-            grad = of_root[term.root] * site.entries(term.factor, rows, leaves)
+            grad = of_root[term.root] * call.entries(term.factor, rows, leaves)
             self._scatter(term.load, grad, totals, q=rows, k=(0, grad.shape[-1]))
 
-    def _scatter(self, load: Load, grad: Tensor, totals: Mapping[int, Tensor], **ranges: Range) -> None:
+    def _scatter(self, load: Load, grad: Tensor, totals: Mapping[int, Tensor], **ranges: Extent) -> None:
         """Adds ``grad``, over the batch and ``ranges``, to the operand's total at the coordinates of ``load``."""
-        self.site.grid(**ranges).scatter(grad, load, totals[load.operand])
+        self.call.grid(**ranges).scatter(grad, load, totals[load.operand])
+
+
+# --------------------------------------------------------------------------------------------------------- tangent
+
+
+def attention_tangent(
+    spec: AttentionSpec, operands: Sequence[Tensor], tangents: Sequence[Tensor | None], sizes: Sequence[int]
+) -> Tensor:
+    """The derivative of the result along ``tangents``, one for each operand or None: forward-mode differentiation.
+
+    The tangent of a softmax is prob * (t - sum of prob * t), t the scores'. Laid out as the result.
+    """
+    wanted = tuple(t is not None for t in tangents)
+    still = [torch.zeros_like(x) if x.is_floating_point() else x for x in operands]  # integers say where others are read
+    along = [x if t is None else t for x, t in zip(still, tangents, strict=True)]
+    tangent = _Tangent(_call(spec, operands, sizes, "eager"), _call(spec, along, sizes, "eager"), gradient(spec, wanted))
+    out = torch.empty_strided(
+        spec.out_shape(sizes), spec.out_strides(sizes), dtype=getattr(torch, spec.out_dtype), device=operands[0].device
+    )
+    with torch.no_grad(), torch.autocast(out.device.type, enabled=False):
+        for rows in tangent.call.blocks():
+            out[..., slice(*rows), :] = tangent.rows(rows).to(out.dtype)
+    return out
+
+
+@dataclass(frozen=True)
+class _Tangent:
+    """``along`` is the call with tangents in the place of the operands; the other names are those of ``fuse.ir.gradient``."""
+
+    call: _Call
+    along: _Call
+    gradient: Gradient
+
+    def rows(self, rows: Extent) -> Tensor:
+        call, along, spec = self.call, self.along, self.call.spec
+        key, value = call.key(), call.value()
+        softmax = call.softmax(rows, key)
+        leaves: dict[type[Expr], Tensor] = {Score: softmax.raw, Prob: softmax.prob}
+        raw = along.query(rows) @ key.mT + call.query(rows) @ along.key().mT
+        score = raw * call.entries(self.gradient.score, rows, leaves) + self._terms("score", rows, leaves)
+        mean = (softmax.prob * score).sum(-1, keepdim=True)
+        for i, p in enumerate(softmax.extra):
+            mean = mean + p * self._terms(f"extra_logits.{i}", rows, leaves)
+        prob = softmax.prob * (score - mean)
+        weight = prob * call.entries(self.gradient.weight, rows, leaves) + self._terms("weight", rows, leaves)
+        return _product(weight, value) + _product(call.entries(spec.weight, rows, leaves), along.value())
+
+    def _terms(self, root: str, rows: Extent, leaves: Mapping[type[Expr], Tensor]) -> Tensor | float:
+        """What loads add to the tangent of ``root``."""
+        terms = [t for t in self.gradient.terms if t.root == root]
+        return sum(self.call.entries(t.factor, rows, leaves) * self.along.entries(t.load, rows, {}) for t in terms)
 
 
 # ----------------------------------------------------------------------------------------------------------- masks
@@ -249,26 +328,26 @@ def check_mask(spec: AttentionSpec, operands: Sequence[Tensor], sizes: Sequence[
     """Raises InvalidSpec unless ``spec.mask`` says the truth about ``spec.score`` on these operands."""
     if spec.mask is None:
         return
-    mask, site = spec.mask, _Site(spec, operands, sizes, exact=True)
-    rows = (0, site.q_len)
-    leaves: dict[type[Expr], Tensor] = {Score: site.query(rows) @ site.key().mT}
+    mask, call = spec.mask, _Call(spec, operands, sizes, exact=True)
+    rows = (0, call.q_len)
+    leaves: dict[type[Expr], Tensor] = {Score: call.query(rows) @ call.key().mT}
 
     def entries(root: Expr) -> Tensor:
-        return site.entries(root, rows, leaves).expand(*site.batch_shape, site.q_len, site.kv_len)
+        return call.entries(root, rows, leaves).expand(*call.batch_shape, call.q_len, call.kv_len)
 
     score, predicate = entries(spec.score), entries(mask.predicate)
     _require(torch.allclose(score[predicate], entries(mask.visible)[predicate], equal_nan=True), "visible is not the score")
     _require(bool((score[~predicate] <= mask.fill + FILL_SLACK).all()), "a masked score exceeds fill")
     claimed = torch.ones_like(predicate) if mask.residual is None else entries(mask.residual)
-    position = torch.arange(site.kv_len, device=site.device)
+    position = torch.arange(call.kv_len, device=call.device)
     for name, bound in (("lower", mask.lower), ("upper", mask.upper)):
         if bound is not None:
-            limit = site.entries(bound, rows, {})
+            limit = call.entries(bound, rows, {})
             _require(bool((limit.diff(dim=-2) >= 0).all()), f"{name} decreases with q")
             claimed = claimed & (position >= limit if name == "lower" else position < limit)
     _require(torch.equal(predicate, claimed), "predicate is not lower <= k < upper and residual")
     if mask.tiles is not None and mask.residual is not None:
-        seen, cell = entries(mask.residual), site.entries(mask.tiles, rows, {})
+        seen, cell = entries(mask.residual), call.entries(mask.tiles, rows, {})
         _require(not bool((seen & (cell == EMPTY)).any()), "a tile that is said to be empty is not")
         _require(bool((seen | (cell != FULL)).all()), "a tile that is said to be full is not")
 

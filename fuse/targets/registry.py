@@ -36,6 +36,16 @@ def devices_of(name: str) -> tuple[str, ...]:
     return tuple(sorted({device for t in _meant(name) for device in t.devices or ()}))
 
 
+def others_for(devices: Set[str]) -> tuple[str, ...]:
+    """Targets that have kernels for ``devices``, and have to be asked for."""
+    return tuple(t.name for t in _targets.values() if not t.by_itself and t.devices is not None and devices <= t.devices)
+
+
+def tunable() -> tuple[str, ...]:
+    """Targets whose kernels have plans that can be measured."""
+    return tuple(t.name for t in _targets.values() if t.tunable)
+
+
 def _meant(name: str) -> list[Target]:
     return [t for t in _targets.values() if t.by_itself] if name == AUTO else [_targets[name]]
 

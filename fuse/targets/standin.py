@@ -68,6 +68,7 @@ class ReferenceTarget:
     name: str = "reference"
     devices: None = None
     by_itself: bool = False
+    generated: bool = False
     suffix: str = ""
     tunable: bool = False
     late: bool = False

@@ -15,7 +15,8 @@ class Target(Protocol):
     name       as options name it; also the folder of its kernels in the cache
     devices    the types of devices whose tensors its kernels take; None: all
     by_itself  whether "auto" chooses it for tensors on its devices
-    suffix     of its sources; "" where it writes none
+    generated  it has kernels of its own; else the reference is what was asked for
+    suffix     of its sources, if it is
     tunable    its kernels have plans that can be measured
     late       it compiles when a kernel is launched first, so that calls are worth warming up
     """
@@ -28,6 +29,9 @@ class Target(Protocol):
 
     @property
     def by_itself(self) -> bool: ...
+
+    @property
+    def generated(self) -> bool: ...
 
     @property
     def suffix(self) -> str: ...

@@ -15,8 +15,8 @@ import torch
 
 from fuse.ir import expr
 from fuse.ir.expr import INTS, Apply, Const, Expr, Load, Symbol, apply, const
-from fuse.ir.index import Index, Space, linear, size_symbol
-from fuse.ir.interval import MAX_LENGTH, WHOLE, Range, bounds, point
+from fuse.ir.index import IndexExpr, Space, linear, size_symbol
+from fuse.ir.interval import MAX_LENGTH, WHOLE, Range, point, range_of
 from fuse.ir.spec import AttentionSpec
 from fuse.passes.read.graph import VIEWS
 from fuse.passes.read.trace import Value
@@ -28,7 +28,7 @@ REDUCTIONS = {"sum", "amax", "max", "logsumexp", "_softmax", "_log_softmax", "_s
 _INTEGER_FUNCTIONS = {
     "FloorDiv": "floordiv", "CleanDiv": "floordiv", "PythonMod": "mod", "Mod": "mod", "Max": "maximum", "Min": "minimum",
 }  # fmt: skip
-POLYNOMIAL: dict[str, Callable[..., Index]] = {
+POLYNOMIAL: dict[str, Callable[..., IndexExpr]] = {
     "add": lambda a, b: a + b, "sub": lambda a, b: a - b, "mul": lambda a, b: a * b, "neg": lambda a: -a,
 }  # fmt: skip
 
@@ -63,7 +63,7 @@ class Stopped(Opaque):
         return Stopped(self.dtype, self.value, args)
 
 
-Coords = tuple[Index, ...]
+Coords = tuple[IndexExpr, ...]
 Handler = Callable[["Reader", Value, Coords], Expr]
 HANDLERS: dict[str, Handler] = {}
 
@@ -82,11 +82,11 @@ def op_name(value: Value) -> str:
     return "" if value.op is None else value.op._schema.name.removeprefix("aten::")
 
 
-def dims(value: Value) -> tuple[Index, ...]:
+def dims(value: Value) -> tuple[IndexExpr, ...]:
     return tuple(as_index(n) for n in value.shape)
 
 
-def as_index(n: Any) -> Index:
+def as_index(n: Any) -> IndexExpr:
     """An int or SymInt as sympy."""
     return n.node.expr if isinstance(n, torch.SymInt) else sympy.Integer(int(n))
 
@@ -120,19 +120,19 @@ class Reader:
     seeds: dict[Value, Value] = field(default_factory=dict)
     views_only: bool = False
     _atoms: dict[Expr, sympy.Symbol] = field(default_factory=dict)
-    _known: dict[tuple[Value, tuple[Index, ...], bool], Expr] = field(default_factory=dict)
+    _known: dict[tuple[Value, tuple[IndexExpr, ...], bool], Expr] = field(default_factory=dict)
 
-    def element(self, value: Value, coords: Sequence[Index]) -> Expr:
+    def element(self, value: Value, coords: Sequence[IndexExpr]) -> Expr:
         key = (value, tuple(coords), self.views_only)
         if key not in self._known:
             self._known[key] = self._element(value, key[1])
         return self._known[key]
 
-    def read(self) -> Iterator[tuple[Value, tuple[Index, ...], Expr]]:
+    def read(self) -> Iterator[tuple[Value, tuple[IndexExpr, ...], Expr]]:
         """Every element that was read so far, the innermost first: (tensor, coordinates, expression)."""
         return ((value, coords, e) for (value, coords, views_only), e in self._known.items() if not views_only)
 
-    def through_views(self, value: Value, coords: Sequence[Index]) -> Expr:
+    def through_views(self, value: Value, coords: Sequence[IndexExpr]) -> Expr:
         """The load of the tensor behind views alone: nothing is computed, no value changes."""
         self.views_only = True
         try:
@@ -140,7 +140,7 @@ class Reader:
         finally:
             self.views_only = False
 
-    def _element(self, value: Value, coords: tuple[Index, ...]) -> Expr:
+    def _element(self, value: Value, coords: tuple[IndexExpr, ...]) -> Expr:
         if value.literal is not None:
             return const(value.literal, value.dtype)
         if value.op is None or (self.views_only and (not _is_view(value) or self._only_view_held(value))):
@@ -150,7 +150,7 @@ class Reader:
             return found(value, coords)
         return self._read(value, coords)
 
-    def _stopped(self, value: Value, coords: Sequence[Index]) -> Expr:
+    def _stopped(self, value: Value, coords: Sequence[IndexExpr]) -> Expr:
         return Stopped(value.dtype, value, tuple(self.expression(c) for c in coords))
 
     def behind(self, e: Expr) -> Expr:
@@ -176,7 +176,7 @@ class Reader:
             base = base.args[0]
         return value in self.held and base.op is not None and base not in self.held
 
-    def load(self, value: Value, coords: Sequence[Index]) -> Expr:
+    def load(self, value: Value, coords: Sequence[IndexExpr]) -> Expr:
         if value not in self.leaves:
             self.leaves.append(value)
         coords = [sympy.Integer(0) if n == 1 else c for c, n in zip(coords, dims(value), strict=True)]
@@ -190,12 +190,12 @@ class Reader:
             self._atoms[e] = sympy.Symbol(f"atom{len(self._atoms)}", integer=True)
         return self._atoms[e]
 
-    def expression(self, e: Index) -> Expr:
+    def expression(self, e: IndexExpr) -> Expr:
         """sympy → Expr."""
         self.symbols.update({s.name: s for s in e.free_symbols if s not in self.space.sizes})
         return index_to_expr(e, {s: x for x, s in self._atoms.items()}, self.space)
 
-    def index(self, e: Expr) -> Index:
+    def index(self, e: Expr) -> IndexExpr:
         """Expr of an integer → sympy."""
         if isinstance(e, expr.Const):
             return sympy.Integer(int(e.value))
@@ -215,7 +215,7 @@ class Reader:
             return self.index(inner)
         return self.atom(e if e.dtype == "int64" else apply("cast", e, dtype="int64"))
 
-    def gathered(self, index_value: Value, coords: Sequence[Index], size: Index, wraps: bool) -> Index:
+    def gathered(self, index_value: Value, coords: Sequence[IndexExpr], size: IndexExpr, wraps: bool) -> IndexExpr:
         """A coordinate that is read from a tensor; ``wraps``: negative ones count from the end."""
         e = self.index(self.element(index_value, coords))
         if not wraps or self.space.nonnegative(e):
@@ -224,14 +224,14 @@ class Reader:
         wrapped = apply("add", x, self.expression(size), dtype="int64")
         return self.atom(apply("where", apply("lt", x, const(0), dtype="bool"), wrapped, x, dtype="int64"))
 
-    def clamped(self, e: Index, size: Index) -> Index:
+    def clamped(self, e: IndexExpr, size: IndexExpr) -> IndexExpr:
         """e forced into [0, size), for a read that a condition around it discards when e lies outside."""
         if self.space.nonnegative(e) and self.space.nonnegative(size - 1 - e):
             return e
         x = apply("maximum", self.expression(e), const(0), dtype="int64")
         return self.atom(apply("minimum", x, self.expression(size - 1), dtype="int64"))
 
-    def at_most(self, a: Index, b: Index) -> Expr:
+    def at_most(self, a: IndexExpr, b: IndexExpr) -> Expr:
         """a <= b, decided where it can be."""
         if self.space.nonnegative(b - a):
             return const(True, "bool")
@@ -239,7 +239,7 @@ class Reader:
             return const(False, "bool")
         return apply("le", self.expression(a), self.expression(b), dtype="bool")
 
-    def reads_fixed_strides(self, coords: Sequence[Index]) -> bool:
+    def reads_fixed_strides(self, coords: Sequence[IndexExpr]) -> bool:
         """Can these coordinates be walked along every inner loop index with constant steps?"""
         return all(linear(c, x) is not None for c in coords for x in self.inner)
 
@@ -252,8 +252,8 @@ def spec_reader(spec: AttentionSpec) -> Reader:
     return Reader(space, symbols={s.name: s for n in space.sizes.values() for s in n.free_symbols})
 
 
-def index_to_expr(e: Index, atoms: dict[sympy.Symbol, Expr], space: Space) -> Expr:
-    def convert(e: Index) -> Expr:
+def index_to_expr(e: IndexExpr, atoms: dict[sympy.Symbol, Expr], space: Space) -> Expr:
+    def convert(e: IndexExpr) -> Expr:
         if e.is_Integer:
             return const(int(e))
         if e.is_Symbol:
@@ -278,7 +278,7 @@ def index_to_expr(e: Index, atoms: dict[sympy.Symbol, Expr], space: Space) -> Ex
     return convert(sympy.expand(e) if not e.is_Symbol else e)
 
 
-def _sum(terms: list[Expr], parts: list[tuple[Any, Index]], convert: Callable[[Index], Expr]) -> Expr:
+def _sum(terms: list[Expr], parts: list[tuple[Any, IndexExpr]], convert: Callable[[IndexExpr], Expr]) -> Expr:
     """Positive terms first, so that k - q prints as such."""
     positive = [t for t, (c, _) in zip(terms, parts, strict=True) if c > 0]
     negative = [convert(-c * rest) for c, rest in parts if c < 0]
@@ -309,7 +309,7 @@ def may_wrap(e: Expr, dtype: str) -> bool:
     """
     if not all(isinstance(n, (Const, expr.Index, Symbol)) or (isinstance(n, Apply) and n.dtype in INTS) for n in expr.walk(e)):
         return False
-    whole, found = WHOLE[dtype], bounds(e, lambda n: point(n.value) if isinstance(n, Const) else Range(0, MAX_LENGTH))
+    whole, found = WHOLE[dtype], range_of(e, lambda n: point(n.value) if isinstance(n, Const) else Range(0, MAX_LENGTH))
     return not (whole.low < found.low and found.high < whole.high)
 
 

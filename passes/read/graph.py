@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch._subclasses import FakeTensor
 from torch.fx import Graph, Node
 
 # Functions whose bare name would hide that they are in place, or that look in place and are not.
@@ -26,7 +27,10 @@ VIEWS = {
 VALUE = "example_value"  # what a node holds, as a fake tensor
 LITERAL = "literal of fuse"  # the number in a tensor of one element that no call changes
 NAME = "name in the model"  # of a tensor that a graph has as an input
+# Other subclasses (DTensor, nested tensors, a user's own) have a say in what each op does, so that no reading is a proof.
+PLAIN = (torch.Tensor, torch.nn.Parameter, torch.nn.Buffer, FakeTensor)
 MADE = "made by fuse"  # marks nodes that are no part of the user's program
+_ENTERS = "_increment_nesting"
 _FRAME = re.compile(r'File "(.*)", line (\d+), in (\S+)')
 
 
@@ -38,11 +42,23 @@ class Autocast:
 
 
 @dataclass(frozen=True)
+class Transform:
+    """One of torch.func around nodes of the graph: "vmap", "grad" (vjp and jacrev as well), "jvp", entered at ``by``.
+
+    examples  how many a vmap has in the call that is compiled; 0 of others
+    """
+
+    name: str
+    by: Node
+    examples: int
+
+
+@dataclass(frozen=True)
 class State:
-    """What surrounds a node: grad mode, depth of functorch transforms, autocast contexts entered in the graph."""
+    """What surrounds a node: grad mode, transforms from the outermost one, autocast contexts entered in the graph."""
 
     grad: bool
-    level: int
+    transforms: tuple[Transform, ...]
     autocast: tuple[Autocast, ...]
 
 
@@ -61,15 +77,23 @@ def tensor_of(node: Node) -> torch.Tensor | None:
     return value if isinstance(value, torch.Tensor) else None
 
 
+def hidden_subclass(graph: Graph, inputs: Sequence[Any]) -> str:
+    """ "x is a Tagged" where ``inputs``, the graph's, hold a subclass that Dynamo's graph shows as a plain tensor, or ""."""
+    for node, x in zip(graph.find_nodes(op="placeholder"), inputs, strict=False):
+        if isinstance(x, torch.Tensor) and type(x) not in PLAIN and type(tensor_of(node)) in PLAIN:
+            return f"{user_name(node)} is a {type(x).__name__}"
+    return ""
+
+
 def ambient() -> State:
     """The state of whoever asks."""
     autocast = (_ambient_autocast(device) for device in ("cpu", "cuda") if torch.is_autocast_enabled(device))
-    return State(torch.is_grad_enabled(), 0, tuple(autocast))
+    return State(torch.is_grad_enabled(), (), tuple(autocast))
 
 
 def states(graph: Graph, begins: State) -> dict[Node, State]:
     """The state under which each node runs, by one scan in order; ``begins``: the state of the graph's caller."""
-    grad, level = begins.grad, begins.level
+    grad, transforms = begins.grad, begins.transforms
     entered: dict[Node, Autocast] = {}
     found: dict[Node, State] = {}
     for node in graph.nodes:
@@ -81,12 +105,46 @@ def states(graph: Graph, begins: State) -> dict[Node, State]:
             entered[node] = Autocast(str(device), autocast_dtype(device, dtype), bool(enabled))
         elif name == "_exit_autocast":
             entered.pop(node.args[0], None)
-        elif name.endswith("_increment_nesting"):
-            level += 1
+        elif name.endswith(_ENTERS):
+            transforms += (_transform(node),)
         elif name.endswith("_decrement_nesting"):
-            level -= 1
-        found[node] = State(grad, level, (*begins.autocast, *entered.values()))
+            transforms = transforms[:-1]
+        found[node] = State(grad, transforms, (*begins.autocast, *entered.values()))
     return found
+
+
+def _transform(node: Node) -> Transform:
+    kind = operator_name(node).removesuffix(_ENTERS).strip("_")
+    given: Any = node.args[0] if kind == "vmap" else 0
+    size = given.meta["example_value"] if isinstance(given, Node) else given
+    return Transform(kind, node, size if isinstance(size, int) else int(size.node.hint or 0))
+
+
+def below_transforms(x: torch.Tensor) -> torch.Tensor:
+    """The tensor that the levels of torch.func wrap."""
+    while torch._C._functorch.is_functorch_wrapped_tensor(x):
+        x = torch._C._functorch.get_unwrapped(x)
+    return x
+
+
+def counts_examples(node: Node, transform: Transform, transforms: Sequence[Transform]) -> bool:
+    """Whether ``node`` holds a value for each example of a vmap, one of the ``transforms`` around it."""
+    x = tensor_of(node)
+    if x is None:  # made by a pass, at the same place
+        return any(counts_examples(n, transform, transforms) for n in node.all_input_nodes)
+    level = 1 + list(transforms).index(transform)
+    while torch._C._functorch.is_functorch_wrapped_tensor(x):
+        if torch._C._functorch.is_batchedtensor(x) and torch._C._functorch.maybe_get_level(x) == level:
+            return True
+        x = torch._C._functorch.get_unwrapped(x)
+    return False
+
+
+def wants_gradient(x: torch.Tensor) -> bool:
+    """At whatever level: a tensor tells of its own only."""
+    while not x.requires_grad and torch._C._functorch.is_functorch_wrapped_tensor(x):
+        x = torch._C._functorch.get_unwrapped(x)
+    return x.requires_grad
 
 
 def _ambient_autocast(device: str) -> Autocast:
@@ -124,7 +182,7 @@ def storage_of(node: Node) -> int | None:
     if tensor is None:
         return None
     try:
-        return int(tensor.untyped_storage()._cdata)
+        return int(below_transforms(tensor).untyped_storage()._cdata)
     except (NotImplementedError, RuntimeError):
         return None
 
@@ -148,7 +206,7 @@ def user_name(node: Node) -> str:
     made = [node]
     while made:
         node = made.pop()
-        if not (MADE in node.meta or operator_name(node) in ("clone", "getattr")):
+        if not (MADE in node.meta or operator_name(node) in ("snapshot", "getattr")):
             break
         made += reversed(node.all_input_nodes)
         if operator_name(node) in ("bmm", "mm"):

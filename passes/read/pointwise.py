@@ -10,7 +10,7 @@ import torch
 
 from fuse.ir import expr
 from fuse.ir.expr import COMPARISONS, Const, Expr, apply, const
-from fuse.ir.index import Index
+from fuse.ir.index import IndexExpr
 from fuse.ir.operators import OPERATORS
 from fuse.passes.read.elements import Coords, Reader, arguments, as_index, dims, handles, op_name
 from fuse.passes.read.empty_rows import safe_softmax
@@ -112,7 +112,7 @@ def _compare(r: Reader, v: Value, coords: Coords) -> Expr:
     return apply(op_name(v), a, b, dtype="bool")
 
 
-def _decided(r: Reader, name: str, a: Index, b: Index) -> bool | None:
+def _decided(r: Reader, name: str, a: IndexExpr, b: IndexExpr) -> bool | None:
     """The outcome of a comparison of integers where it is the same at every entry."""
     low, high = {"le": (b - a, a - b - 1), "lt": (b - a - 1, a - b), "ge": (a - b, b - a - 1), "gt": (a - b - 1, b - a)}.get(
         name, (None, None)

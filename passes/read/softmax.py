@@ -8,7 +8,7 @@ import sympy
 
 from fuse.ir import expr
 from fuse.ir.expr import Apply, Expr, Prob, apply, const
-from fuse.ir.index import Index
+from fuse.ir.index import IndexExpr
 from fuse.passes.read.elements import Opaque, Reader, dims
 from fuse.passes.read.trace import Value
 from fuse.report.reasons import Declined, NotSoftmax, WeightNotLinear, WrongDimension
@@ -27,19 +27,19 @@ class Softmax:
 
 
 @dataclass(frozen=True)
-class Late:
-    """What the product with the values is multiplied ("mul") or divided ("div") by afterwards."""
+class DeferredNormalisation:
+    """What the product with the values is multiplied ("mul") or divided ("div") by, in the place of the probabilities."""
 
     op: str
     factor: Expr
 
 
-def recognise(r: Reader, weights: Expr, late: Late | None, k: sympy.Symbol) -> Softmax:
-    """``weights`` is what multiplies the values. Raises Declined where that, with ``late``, is no softmax over k."""
-    if late is None:
+def recognise(r: Reader, weights: Expr, deferred: DeferredNormalisation | None, k: sympy.Symbol) -> Softmax:
+    """``weights`` is what multiplies the values. Raises Declined where that, with ``deferred``, is no softmax over k."""
+    if deferred is None:
         return _recognise(r, weights, k)
-    factor = late.factor
-    if late.op == "div":
+    factor = deferred.factor
+    if deferred.op == "div":
         return _by_exp(r, weights, factor, k)
     if isinstance(factor, Apply) and factor.op == "reciprocal":
         return _by_exp(r, weights, _uncast(factor.operands[0]), k)
@@ -50,8 +50,8 @@ def _with_gate(r: Reader, softmax: Softmax, gate: Expr, k: sympy.Symbol) -> Soft
     """sigmoid(logsumexp(s) - z) times softmax(s) is the softmax in which a logit z takes part."""
     difference = _uncast(gate.operands[0]) if isinstance(gate, Apply) and gate.op == "sigmoid" else None
     if isinstance(difference, Apply) and difference.op == "sub":
-        total, z = difference.operands
-        if not softmax.extra_logits and _reduces(r, _uncast(total), softmax.score, k, ("logsumexp",)):
+        lse, z = difference.operands
+        if not softmax.extra_logits and _reduces(r, _uncast(lse), softmax.score, k, ("logsumexp",)):
             return replace(softmax, extra_logits=(_cast(z, softmax.score.dtype),))
     raise Declined(NotSoftmax("the result is scaled by something else"))
 
@@ -98,14 +98,14 @@ def _by_name(r: Reader, weights: Expr, named: list[Opaque], k: sympy.Symbol) -> 
     source = node.value.args[0]
     pieces = _pieces(r, source, coords, dim, k)
     score, *extra = _without_maximum(r, source, [r.element(source, at) for at in pieces], pieces, dim, k)
-    exact: Expr = node
+    probability: Expr = node
     if node.name == "_log_softmax":
         found = [n for n in expr.walk(weights) if isinstance(n, Apply) and n.op == "exp" and _uncast(n.operands[0]) is node]
         if not found:
             raise Declined(NotSoftmax("log_softmax without exp"))
-        exact = found[0]
-    softmax_dtype = exact.dtype
-    return _finish(_cast(score, softmax_dtype), tuple(_cast(x, softmax_dtype) for x in extra), weights, exact,
+        probability = found[0]
+    softmax_dtype = probability.dtype
+    return _finish(_cast(score, softmax_dtype), tuple(_cast(x, softmax_dtype) for x in extra), weights, probability,
                    node.name == "_safe_softmax")  # fmt: skip
 
 
@@ -115,20 +115,20 @@ def _cast(e: Expr, dtype: str) -> Expr:
     return apply("cast", e, dtype=dtype) if e.dtype not in widened and dtype in widened else e
 
 
-def _pieces(r: Reader, source: Value, coords: tuple[Index, ...], dim: int, k: sympy.Symbol) -> list[tuple[Index, ...]]:
+def _pieces(r: Reader, source: Value, coords: tuple[IndexExpr, ...], dim: int, k: sympy.Symbol) -> list[tuple[IndexExpr, ...]]:
     """Where the softmax reads: at the keys first, then at the few positions that no value belongs to."""
-    total, keys = dims(source)[dim], r.space.sizes[k]
+    entries, keys = dims(source)[dim], r.space.sizes[k]
     begin = sympy.expand(coords[dim] - k)
-    surplus = sympy.expand(total - keys)
+    surplus = sympy.expand(entries - keys)
     if not (begin.is_Integer and surplus.is_Integer and 0 <= begin <= surplus <= _SINK_LIMIT):
-        raise Declined(WrongDimension(f"the softmax runs over {total} entries, the product over {keys}"))
+        raise Declined(WrongDimension(f"the softmax runs over {entries} entries, the product over {keys}"))
     before = [sympy.Integer(i) for i in range(int(begin))]
     after = [sympy.expand(keys + begin + i) for i in range(int(surplus - begin))]
     return [coords, *((*coords[:dim], at, *coords[dim + 1 :]) for at in before + after)]
 
 
 def _without_maximum(
-    r: Reader, source: Value, found: list[Expr], pieces: list[tuple[Index, ...]], dim: int, k: sympy.Symbol
+    r: Reader, source: Value, found: list[Expr], pieces: list[tuple[IndexExpr, ...]], dim: int, k: sympy.Symbol
 ) -> list[Expr]:
     """softmax(x - max(x)) is softmax(x): the maximum that a model subtracts itself, over the same entries, is dropped."""
     if len(found) == 1:
@@ -156,7 +156,7 @@ def _shift_dropped(r: Reader, e: Expr, k: sympy.Symbol) -> Expr:
     return e.with_args(tuple(operands))
 
 
-def _minus_maximum(r: Reader, e: Expr, at: Index, k: sympy.Symbol) -> Expr | None:
+def _minus_maximum(r: Reader, e: Expr, at: IndexExpr, k: sympy.Symbol) -> Expr | None:
     e = _uncast(e)
     if not (isinstance(e, Apply) and e.op == "sub"):
         return None
@@ -164,7 +164,7 @@ def _minus_maximum(r: Reader, e: Expr, at: Index, k: sympy.Symbol) -> Expr | Non
     return x if _reduces(r, _uncast(m), x, at, ("amax", "max")) else None
 
 
-def _reduces(r: Reader, m: Expr, x: Expr, at: Index, names: tuple[str, ...]) -> bool:
+def _reduces(r: Reader, m: Expr, x: Expr, at: IndexExpr, names: tuple[str, ...]) -> bool:
     """Is m the reduction, along one dimension, of the very tensor whose element at ``at`` is x?"""
     m = _uncast(r.behind(m)) if names != ("logsumexp",) else m  # a maximum may be detached, a normaliser may not
     if not (isinstance(m, Opaque) and m.name in names and m.value.output == 0):
@@ -173,7 +173,7 @@ def _reduces(r: Reader, m: Expr, x: Expr, at: Index, names: tuple[str, ...]) -> 
     return inner is not None and _uncast(inner) is _uncast(x)
 
 
-def reduced_element(r: Reader, m: Opaque, at: Index) -> Expr | None:
+def reduced_element(r: Reader, m: Opaque, at: IndexExpr) -> Expr | None:
     """The element at position ``at`` of the one dimension that the reduction m runs over."""
     source: Value = m.value.args[0]
     axes = m.value.args[1] if len(m.value.args) > 1 else None
@@ -195,27 +195,26 @@ def _by_exp(r: Reader, numerator: Expr, denominator: Expr, k: sympy.Symbol) -> S
     sums = [n for n in expr.walk(denominator) if isinstance(n, Opaque) and n.name == "sum"]
     if len(sums) != 1:
         raise Declined(NotSoftmax("the denominator is no single sum"))
-    total = sums[0]
-    inner = reduced_element(r, total, k)
+    row_sum = sums[0]
+    inner = reduced_element(r, row_sum, k)
     if inner is None:
         raise Declined(NotSoftmax("the sum runs over several dimensions"))
     inner = _uncast(inner)
     if not (isinstance(inner, Apply) and inner.op == "exp"):
         raise Declined(NotSoftmax("the sum is not over exp"))
-    if _size_of_sum(total) != r.space.sizes[k]:
+    if _size_of_sum(row_sum) != r.space.sizes[k]:
         raise Declined(WrongDimension("the sum runs over another number of entries than the product"))
     if all(_uncast(n) is not inner for n in expr.walk(numerator)):
         raise Declined(NotSoftmax("numerator and denominator differ"))
     shift, score = _shifted(r, inner.operands[0], k)
-    extra = _extra_logits(_uncast(denominator), total, shift)
+    extra = _extra_logits(_uncast(denominator), row_sum, shift)
     weight = expr.substitute(numerator, {inner: Prob(inner.dtype)})
     _check_linear(weight)
     return Softmax(score, extra, weight, safe=False)
 
 
-def _size_of_sum(total: Opaque) -> Index:
-    source = total.value.args[0]
-    axes = total.value.args[1]
+def _size_of_sum(row_sum: Opaque) -> IndexExpr:
+    source, axes = row_sum.value.args[:2]
     return dims(source)[(axes if isinstance(axes, int) else axes[0])]
 
 
@@ -229,14 +228,14 @@ def _shifted(r: Reader, e: Expr, k: sympy.Symbol) -> tuple[Expr | None, Expr]:
     return None, e
 
 
-def _extra_logits(denominator: Expr, total: Opaque, shift: Expr | None) -> tuple[Expr, ...]:
+def _extra_logits(denominator: Expr, row_sum: Opaque, shift: Expr | None) -> tuple[Expr, ...]:
     """Beside the sum, the denominator may hold exp(z - m): a logit z without a value."""
-    if denominator is total:
+    if denominator is row_sum:
         return ()
     if isinstance(denominator, Apply) and denominator.op == "add":
         parts = [_uncast(p) for p in denominator.operands]
-        if total in parts:
-            rest = parts[1 - parts.index(total)]
+        if row_sum in parts:
+            rest = parts[1 - parts.index(row_sum)]
             if (z := _logit(rest, shift)) is not None:
                 return (z,)
     raise Declined(NotSoftmax(f"the denominator is {denominator.__class__.__name__.lower()} of more than the sum"))

@@ -20,9 +20,21 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 from fuse.ir.spec import IntLike
-from fuse.passes.read.graph import LITERAL, Autocast, State, location, operator_name
+from fuse.passes.read.flex import flex_as_products, is_flex
+from fuse.passes.read.graph import (  # fmt: skip
+    LITERAL,
+    PLAIN,
+    Autocast,
+    State,
+    below_transforms,
+    location,
+    operator_name,
+    tensor_of,
+    user_name,
+    wants_gradient,
+)
 from fuse.passes.read.sdpa import sdpa_as_products
-from fuse.report.reasons import Declined, NotTraceable
+from fuse.report.reasons import Declined, NotTraceable, Subclass
 
 
 @dataclass(frozen=True, eq=False)
@@ -105,6 +117,9 @@ class _Recorder(TorchDispatchMode):
         result = func(*args, **kwargs)
         if func.namespace != "aten" or func._schema.is_mutable:
             return result  # the write-back of a mutated input; metadata queries
+        if func is torch.ops.aten._to_copy.default and not isinstance(args[0], torch.Tensor):
+            self.put(result, Value(None, (), {}, result, literal=_converted(args[0], result.dtype)))
+            return result  # a number of the program, of which batching makes a tensor
         spec = pytree.tree_structure(args)
         values = pytree.tree_unflatten(read, spec)
         named = {k: self.value(v) for k, v in kwargs.items()}
@@ -116,6 +131,7 @@ class _Recorder(TorchDispatchMode):
 
 def trace(nodes: Sequence[Node], inputs: Sequence[Node], state_of: Mapping[Node, State]) -> Trace:
     """Runs ``nodes``, in order, from fresh fakes for ``inputs``. Raises Declined if that fails or contradicts Dynamo."""
+    _refuse_subclasses([*inputs, *nodes])
     mode = _fake_mode([*inputs, *nodes])
     recorder = _Recorder()
     tensor_inputs = [n for n in inputs if isinstance(n.meta.get("example_value"), torch.Tensor)]
@@ -123,7 +139,7 @@ def trace(nodes: Sequence[Node], inputs: Sequence[Node], state_of: Mapping[Node,
 
     def run(*fakes: torch.Tensor) -> list[Any]:
         env: dict[Node, Any] = dict(zip(tensor_inputs, fakes, strict=True))
-        env |= {n: _number(n.meta.get("example_value")) for n in inputs if n not in env}
+        env |= {n: _given(n) for n in inputs if n not in env}
         for node in nodes:
             recorder.running = node
             with _autocast(state_of[node].autocast):
@@ -144,6 +160,13 @@ def trace(nodes: Sequence[Node], inputs: Sequence[Node], state_of: Mapping[Node,
             raise Declined(NotTraceable(f"{type(e).__name__}: {str(e).splitlines()[0] if str(e) else ''}")) from e
     held |= {n: r for n, r in zip(nodes, results, strict=True) if r is not None}
     return _as_trace(frozenset(nodes), held, recorder, state_of)
+
+
+def _refuse_subclasses(nodes: Sequence[Node]) -> None:
+    for node in nodes:
+        value = node.meta.get("example_value")
+        if isinstance(value, torch.Tensor) and type(value) not in PLAIN:
+            raise Declined(Subclass(f"{user_name(node)} is a {type(value).__name__}", location(node)))
 
 
 def computed(inputs: Sequence[Value], compute: Callable[..., torch.Tensor]) -> Value:
@@ -186,7 +209,7 @@ def _as_trace(
             raise Declined(NotTraceable(detail, location(node)))
         value_of[node] = value
         node_of.setdefault(value, node)
-    wanting = {v for n, v in value_of.items() if v.op is None and n not in ran and n.meta["example_value"].requires_grad}
+    wanting = {v for n, v in value_of.items() if v.op is None and n not in ran and wants_gradient(n.meta["example_value"])}
     return Trace(ran, value_of, node_of, *_gradients(wanting, recorder.values.values(), state_of))
 
 
@@ -213,9 +236,15 @@ def _literal(x: torch.Tensor) -> float | int | bool | None:
         return x.item()
 
 
+def _converted(x: float | int | bool, dtype: torch.dtype) -> float | int | bool:
+    with _disable_current_modes():
+        return torch.tensor(x, dtype=dtype).item()
+
+
 def _fake_mode(nodes: Sequence[Node]) -> FakeTensorMode:
     for node in nodes:
-        value = node.meta.get("example_value")
+        tensor = tensor_of(node)
+        value = None if tensor is None else below_transforms(tensor)
         if isinstance(value, FakeTensor):
             return value.fake_mode
     raise Declined(NotTraceable("no fake tensors in the graph"))
@@ -225,8 +254,11 @@ def _fresh(example: torch.Tensor) -> torch.Tensor:
     return torch.empty_strided(example.size(), example.stride(), dtype=example.dtype, device=example.device)
 
 
-def _number(x: Any) -> Any:
-    """Scalars are fixed for the slice; reading a symbolic float guards on its value."""
+def _given(node: Node) -> Any:
+    """What an input is that is no tensor. Scalars are fixed for the slice; reading a symbolic float guards on its value."""
+    if node.op == "get_attr":  # the body of a function that is an argument, as FlexAttention's score_mod
+        return getattr(node.graph.owning_module, str(node.target))
+    x = node.meta.get("example_value")
     return float(x) if isinstance(x, torch.SymFloat) else x
 
 
@@ -243,6 +275,8 @@ def _run_node(node: Node, env: Mapping[Node, Any]) -> Any:
     args: Any
     kwargs: Any
     args, kwargs = torch.fx.node.map_arg((node.args, node.kwargs), lambda n: env[n])
+    if is_flex(node):
+        return flex_as_products(*args, **kwargs)
     if operator_name(node) == "scaled_dot_product_attention":
         return sdpa_as_products(*args, **kwargs)
     if node.op == "call_method":

@@ -8,12 +8,12 @@ import sympy
 
 from fuse.ir import expr
 from fuse.ir.expr import Expr, Load, apply, const
-from fuse.ir.index import Index
+from fuse.ir.index import IndexExpr
 from fuse.passes.read.elements import Reader, arguments, as_index, dims, handles, has_opaque, op_name
 from fuse.passes.read.pointwise import read
 from fuse.passes.read.trace import Value
 
-Coords = tuple[Index, ...]
+Coords = tuple[IndexExpr, ...]
 ZERO = sympy.Integer(0)
 TRUE = const(True, "bool")
 
@@ -80,7 +80,7 @@ def _slice(r: Reader, v: Value, coords: Coords) -> Expr:
     return r.element(v.args[0], (*coords[:dim], start + step * coords[dim], *coords[dim + 1 :]))
 
 
-def _position(r: Reader, x: Any, size: Index) -> Index | None:
+def _position(r: Reader, x: Any, size: IndexExpr) -> IndexExpr | None:
     """Where a slice begins or ends: negative from the end, cut off at the ends."""
     if x is None:
         return ZERO

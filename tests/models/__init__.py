@@ -1,7 +1,8 @@
 """Unmodified transformers models, made small from their own configurations, and what fuse must make of each.
 
 A model is a function from the name of an attention implementation to a model and its inputs, registered with the number of
-attention sites its architecture has: one for each attention layer, self and cross.
+attention sites its architecture has: one for each attention layer, self and cross. It has a second layer only where that is
+another one, or reads what the first has made; Llama and BERT have two that are alike.
 """
 
 from __future__ import annotations

@@ -61,6 +61,11 @@ class Measured:
         return tuple(dict.fromkeys(site.mask for site in self.sites))
 
 
+@dataclass(frozen=True)
+class Trained(Measured):
+    gradients: Errors
+
+
 class Case(NamedTuple):
     """One row of the table at the end of the run."""
 
@@ -123,20 +128,21 @@ def tensors(output: Mapping[str, Any]) -> Iterator[Tensor]:
             yield from tensors(value)
 
 
-def measure_gradients(model: nn.Module, inputs: Inputs, **options: str) -> Measured:
-    """As ``measure``, for the gradients of all parameters."""
+def measure_gradients(model: nn.Module, inputs: Inputs, **options: str) -> Trained:
+    """As ``measure``, and the gradients of all parameters."""
     compiled = torch.compile(model, backend="fuse", options=options)
-    errors = []
+    errors, of_gradients = [], []
     for _ in draws(model):
-        result, eager = gradients(compiled, model, inputs), gradients(model, model, inputs)
+        result, eager = trained(compiled, model, inputs), trained(model, model, inputs)
         with Wide():
             wide = widened(model)
-            truth = gradients(wide, wide, in_dtype(inputs, torch.float64))
+            truth = trained(wide, wide, in_dtype(inputs, torch.float64))
+        errors.append(errors_of(result.outputs, eager.outputs, truth.outputs))
         # Some gradients are zero but for rounding, such as a key's bias: it shifts all scores of a row
-        largest = max(float(t.square().mean()) for t in truth)
-        kept = [i for i, t in enumerate(truth) if float(t.square().mean()) > 1e-12 * largest]
-        errors.append(errors_of(*([x[i] for i in kept] for x in (result, eager, truth))))
-    return Measured(fuse.report().sites, pooled(errors))
+        largest = max(float(t.square().mean()) for t in truth.gradients)
+        kept = [i for i, t in enumerate(truth.gradients) if float(t.square().mean()) > 1e-12 * largest]
+        of_gradients.append(errors_of(*([x.gradients[i] for i in kept] for x in (result, eager, truth))))
+    return Trained(fuse.report().sites, pooled(errors), pooled(of_gradients))
 
 
 def draws(model: nn.Module) -> Iterator[None]:
@@ -146,15 +152,23 @@ def draws(model: nn.Module) -> Iterator[None]:
         yield
 
 
-def gradients(run: Callable[..., Any], model: nn.Module, inputs: Inputs) -> Outputs:
-    """Of fixed random multiples of all outputs, for the parameters that they reach; new tensors."""
+class Step(NamedTuple):
+    """Of fixed random multiples of all outputs, the gradients for the parameters that they reach."""
+
+    outputs: Outputs
+    gradients: Outputs
+
+
+def trained(run: Callable[..., Any], model: nn.Module, inputs: Inputs) -> Step:
+    """``run`` is ``model``, or that compiled."""
     model.zero_grad()
     generator = torch.Generator().manual_seed(0)
-    found = [x for x in tensors(run(**inputs)) if x.requires_grad]
-    loss = sum((x * torch.randn(x.shape, generator=generator).to(x.dtype)).double().sum() for x in found)
+    found = list(tensors(run(**inputs)))
+    reached = [x for x in found if x.requires_grad]
+    loss = sum((x * torch.randn(x.shape, generator=generator).to(x.dtype)).double().sum() for x in reached)
     assert isinstance(loss, Tensor)
     loss.backward()
-    return [p.grad for p in model.parameters() if p.grad is not None]
+    return Step([x.detach() for x in found], [p.grad for p in model.parameters() if p.grad is not None])
 
 
 def exact(model: nn.Module, inputs: Inputs) -> Outputs:

@@ -42,10 +42,10 @@ def decode(run: Callable[..., Any], cache: Cache, side: str | None) -> tuple[lis
 @pytest.mark.parametrize(
     ("name", "attention", "side", "make_cache", "declined"),
     [
-        ("Llama", "sdpa", None, dynamic, set()),
+        ("Llama padded", "sdpa", None, dynamic, set()),
         ("GPT-2", "eager", "left", dynamic, set()),
         ("Gemma2", "eager", None, dynamic, set()),
-        ("Llama", "sdpa", None, static, set()),
+        ("Llama padded", "sdpa", None, static, set()),
         ("GPT-2", "eager", "left", static, set()),
     ],
 )

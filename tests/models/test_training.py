@@ -1,4 +1,4 @@
-"""In training the same sites are fused as in inference, and gradients of all parameters are no farther from float64."""
+"""In training the same sites are fused as in inference; no error of results, or of gradients of all parameters, grows."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import torch
 import fuse
 from models import MODELS, decoders, encoders, pairs, text  # noqa: F401  (they register the models)
 from models.decoders import hf, llama_like
-from models.measure import Case, Record, gradients, measure_gradients, prepared
+from models.measure import Case, Record, measure_gradients, prepared, trained
 
 # Where scores have learned parts beside queries and keys, kernels sum gradients of their own.
 LEARNED = ("DeBERTa-v2", "XLNet", "Swin", "T5", "GPT-OSS")
@@ -19,18 +19,20 @@ MARGIN = 1.15
 
 
 def cases() -> list[Case]:
-    """In bfloat16 with kernels, since the reference rounds where eager does and they do not; in float32 mostly without."""
-    wide = [Case(m.name, m.implementations[0], "float32", "reference") for m in MODELS.values()]
-    wide += [Case(name, "eager", "float32", "cpp") for name in LEARNED]
+    """In bfloat16 with kernels, since the reference rounds where eager does and they do not; in float32 mostly without, and
+    without AOTAutograd."""
+    wide = [Case(m.name, "eager", "float32", "cpp" if m.name in LEARNED else "reference") for m in MODELS.values()]
     return wide + [Case(m.name, m.implementations[-1], "bfloat16", "cpp") for m in MODELS.values()]
 
 
 @pytest.mark.parametrize("case", cases(), ids=str)
-def test_gradients_of_all_parameters_have_no_larger_error(case: Case, record_property: Record) -> None:
+def test_no_error_of_results_or_of_gradients_of_all_parameters_grows(case: Case, record_property: Record) -> None:
     network, inputs = case.prepared()
-    measured = measure_gradients(network, inputs, target=case.target, inner="aot_eager")
+    inner = "aot_eager" if case.target == "cpp" else "eager"
+    measured = measure_gradients(network, inputs, target=case.target, inner=inner)
     case.assert_fused(measured, record_property)
-    measured.errors.assert_no_farther(MARGIN)
+    measured.errors.assert_no_farther()
+    measured.gradients.assert_no_farther(MARGIN)
 
 
 def test_experts_that_are_chosen_get_the_same_gradients() -> None:
@@ -38,8 +40,8 @@ def test_experts_that_are_chosen_get_the_same_gradients() -> None:
     config = llama_like("eager", num_local_experts=4, num_experts_per_tok=2)
     network, inputs = prepared(hf.MixtralModel(hf.MixtralConfig(**config)), text("left"), torch.float32)
     run = torch.compile(network, backend="fuse", options={"target": "reference", "inner": "aot_eager"})
-    torch.testing.assert_close(gradients(run, network, inputs), gradients(network, network, inputs), rtol=1e-3, atol=1e-3)
-    assert fuse.report().recovered == 2
+    torch.testing.assert_close(trained(run, network, inputs), trained(network, network, inputs), rtol=1e-3, atol=1e-3)
+    assert fuse.report().recovered == 1
 
 
 @pytest.mark.parametrize("name", MODELS)

@@ -116,26 +116,26 @@ def inplace(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 @spelling()
-def late_normalisation(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+def deferred_normalisation(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     e = scores(q, k).exp()
     return e @ v / e.sum(-1, keepdim=True)
 
 
 @spelling()
-def late_normalisation_minus_max(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+def deferred_normalisation_minus_max(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     s = scores(q, k)
     e = (s - s.amax(-1, keepdim=True)).exp()
     return (e @ v) / e.sum(-1, keepdim=True)
 
 
 @spelling()
-def late_normalisation_by_reciprocal(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+def deferred_normalisation_by_reciprocal(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     e = scores(q, k).exp()
     return torch.matmul(e, v) * e.sum(-1, keepdim=True).reciprocal()
 
 
 @spelling(0)
-def late_normalisation_by_ones_column(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+def deferred_normalisation_by_ones_column(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """The sum is taken by the product itself: two products, one softmax."""
     e = scores(q, k).exp()
     return (e @ v) / (e @ torch.ones_like(v[..., :1]))

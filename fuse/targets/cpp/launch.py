@@ -27,11 +27,11 @@ from fuse.kernel.source import ENTRY
 from fuse.report.runs import Part, Runs
 from fuse.targets import reference
 from fuse.targets.cache import BuildFailed, entry
-from fuse.targets.cpp import cpu, render
+from fuse.targets.cpp import NAME, SUFFIX, cpu, render
 from fuse.targets.cpp.plan import lse_dtype, plan, plan_tile_map
 from fuse.targets.cpp.render_tile_map import render_tile_map
 from fuse.targets.dump import dumped
-from fuse.targets.told import left
+from fuse.targets.fallback_warnings import left_to_reference
 
 GET_COMPILER = (
     "Install g++ or clang++ (Debian, Ubuntu: apt install g++; Fedora: dnf install gcc-c++; macOS: xcode-select --install; "
@@ -68,7 +68,7 @@ class Built:
     runs: Runs
 
 
-def compiler() -> tuple[str, ...]:
+def cxx_compiler() -> tuple[str, ...]:
     """The C++ compiler as the start of a command: $CXX, g++, clang++ or c++. Raises BuildFailed where there is none."""
     for name in (os.environ.get("CXX"), "g++", "clang++", "c++"):
         try:
@@ -112,10 +112,10 @@ def build_tile_map(spec: TileMap, isa: str | None = None) -> Built:
 
 def build_source(name: str, isa: str, rendered: str) -> Built:
     """Raises BuildFailed, which names the file that somebody edited where it is not ours."""
-    source, command = dumped(name, rendered, ".cpp"), (*compiler(), *_FLAGS, *_ISA_FLAGS[isa])
+    source, command = dumped(name, rendered, SUFFIX), (*cxx_compiler(), *_FLAGS, *_ISA_FLAGS[isa])
     text = source.text if source.edited is None else f"#line 1 {json.dumps(str(source.edited))}\n{source.text}"
     try:
-        found = entry("cpp", name, ".cpp", text, _depends(command), partial(_compile, command), _load)
+        found = entry(NAME, name, SUFFIX, text, _depends(command), partial(_compile, command), _load)
     except BuildFailed as error:
         raise source.refused(error) from error
     return Built(found.source, found.loaded, source.runs(found.source))
@@ -183,7 +183,7 @@ class Library:
         if code > 1:
             raise RuntimeError({2: "out of memory"}.get(code, f"kernel error {code}"))
         if code:
-            self.runs = left(self.runs, self._part, _LONG[self._part])
+            self.runs = left_to_reference(self.runs, self._part, _LONG[self._part])
         return not code
 
 

@@ -8,18 +8,18 @@ import torch
 from torch import Tensor
 
 from fuse.ir.spec import AttentionSpec
-from fuse.kernel.sinks import sinks
+from fuse.kernel.destinations import destinations
 from fuse.report.runs import Runs
 from fuse.targets import reference
 from fuse.targets.cpp.launch import Built, Library, build_source, instruction_set
 from fuse.targets.cpp.plan import backward_plan, lse_dtype
 from fuse.targets.cpp.render_backward import argument_count, render_backward
-from fuse.targets.gradients import Gradients
+from fuse.targets.gradient_buffers import GradientBuffers
 
 
 def build_backward(spec: AttentionSpec, wanted: Sequence[bool], isa: str | None = None) -> Built:
     """The built kernel of the gradients of ``wanted`` operands. Raises BuildFailed, and Unsupported."""
-    terms = any(s.kind not in ("matrix", "logit") for s in sinks(spec, wanted))
+    terms = any(s.kind not in ("matrix", "logit") for s in destinations(spec, wanted))
     plan = backward_plan(spec, isa or instruction_set(), terms)
     name = f"attention_backward_{spec.out_dtype}_{spec.qk_dim}x{spec.v_dim}_{plan.isa}"
     return build_source(name, plan.isa, render_backward(spec, wanted, plan))
@@ -30,8 +30,8 @@ class CppBackward:
 
     def __init__(self, spec: AttentionSpec, wanted: Sequence[bool], built: Built) -> None:
         self.source = built.source
-        found = sinks(spec, wanted)
-        self._spec, self._wanted, self._gradients = spec, tuple(wanted), Gradients(spec, found)
+        found = destinations(spec, wanted)
+        self._spec, self._wanted, self._gradients = spec, tuple(wanted), GradientBuffers(spec, found)
         self._lse_dtype: torch.dtype = getattr(torch, lse_dtype(spec))
         count = argument_count(spec) + 1 + spec.batch + 2 + sum(1 + len(s.order) for s in found)
         self._library = Library(built, "backward", count)

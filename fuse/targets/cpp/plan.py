@@ -19,17 +19,17 @@ ISAS = (*_SHAPES, *_MATRIX_SHAPES)
 class Plan:
     """Choices that one kernel source is rendered with.
 
-    core         template ``forward_<core>.cpp.jinja``
-    isa          instruction set, one of ISAS
-    real         C type of scores and sums
-    width        lanes of a vector
-    vectors      vectors of queries in a block
-    rows         rows of the microkernel
-    block_k      keys in a tile
-    wave_bytes   packed keys and values that are held at a time
-    thread_work  multiply-adds that are worth a thread
-    part_keys    backward: keys whose gradients a thread sums at a time
-    few          queries up to which keys and values are read in place, once, instead of packed; 0: never
+    core            templates in ``cpp/<core>``
+    isa             instruction set, one of ISAS
+    real            C type of scores and sums
+    width           lanes of a vector
+    vectors         vectors of queries in a block
+    rows            rows of the microkernel
+    block_k         keys in a tile
+    wave_bytes      packed keys and values that are held at a time
+    thread_work     multiply-adds that are worth a thread
+    part_keys       backward: keys whose gradients a thread sums at a time
+    decode_queries  queries up to which keys and values are read in place, once, instead of packed; 0: never
     """
 
     core: str
@@ -42,7 +42,7 @@ class Plan:
     wave_bytes: int = 8 * 2**20
     thread_work: int = 2**18
     part_keys: int = 384
-    few: int = 0
+    decode_queries: int = 0
 
 
 def plan(spec: AttentionSpec, isa: str) -> Plan:
@@ -52,11 +52,11 @@ def plan(spec: AttentionSpec, isa: str) -> Plan:
     if isa in _MATRIX_SHAPES:
         if _is_bfloat16(spec):
             width, rows, vectors = _MATRIX_SHAPES[isa]
-            return Plan("matrix", isa, "float", width, vectors, rows, block_k=64, wave_bytes=2**20, few=4)
+            return Plan("matrix", isa, "float", width, vectors, rows, block_k=64, wave_bytes=2**20, decode_queries=4)
         isa = "avx512"
     _, rows, vectors = _SHAPES[isa]
     real, width = _lanes(isa, spec.lse_dtype == "float64")
-    return Plan("lanes", isa, real, width, vectors, rows, block_k=128, few=4)
+    return Plan("lanes", isa, real, width, vectors, rows, block_k=128, decode_queries=4)
 
 
 def plan_tile_map(spec: TileMap, isa: str) -> Plan:
@@ -79,8 +79,8 @@ def backward_plan(spec: AttentionSpec, isa: str, terms: bool) -> Plan:
     """
     forward = plan(spec, isa)
     if forward.core == "matrix" and not terms:
-        return replace(forward, vectors=12, block_k=64, part_keys=768, few=0)
-    return replace(plan(spec, "avx512") if forward.core == "matrix" else forward, block_k=96, few=0)
+        return replace(forward, vectors=12, block_k=64, part_keys=768, decode_queries=0)
+    return replace(plan(spec, "avx512") if forward.core == "matrix" else forward, block_k=96, decode_queries=0)
 
 
 def lse_dtype(spec: AttentionSpec) -> str:

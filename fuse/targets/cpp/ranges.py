@@ -29,7 +29,7 @@ class Summary:
 
 
 @dataclass
-class Ranges:
+class TileClassifier:
     """What ``shared/bounds.h.jinja`` needs to classify tiles.
 
     keys, rows  values that are summarised over a tile of keys and over a block of queries
@@ -47,28 +47,30 @@ def _rounded(node: Apply, text: str) -> str:
     return f"{ROUND[node.dtype]}({text})" if node.dtype in FLOATS else text
 
 
-def ranges_of(predicate: Expr, site: Callable[[], Writer], count: list[int]) -> Ranges:
-    """``site`` gives a writer of values that are the same for the whole tile."""
-    writer = CppRanges(site(), count)
+def ranges_of(predicate: Expr | None, uniform: Callable[[], Writer], count: list[int]) -> TileClassifier:
+    """``uniform`` gives a writer of values that are the same for the whole tile."""
+    if predicate is None:
+        return TileClassifier()
+    writer = CppRanges(uniform(), count)
     writer.found.result = writer.range(predicate)
     return writer.found
 
 
 class CppRanges(RangeWriter):
-    def __init__(self, site: Writer, count: list[int]) -> None:
+    def __init__(self, uniform: Writer, count: list[int]) -> None:
         super().__init__(count)
-        self.found = Ranges()
-        self._site = site
+        self.found = TileClassifier()
+        self._uniform = uniform
 
     def constant(self, node: Expr, kind: str) -> str:
-        return f"{_TYPES[kind]}({self._site.value(node, exact=True).text})"
+        return f"{_TYPES[kind]}({self._uniform.value(node, as_eager=True).text})"
 
     def position(self, node: Index) -> str:
         return node.axis
 
     def summary(self, node: Expr, of_keys: bool, kind: str) -> str:
         name = self.new_name()
-        text = scalar_function(lambda w: w.value(node, exact=True).text, self._count)
+        text = scalar_function(lambda w: w.value(node, as_eager=True).text, self._count)
         ctype = {"real": "R", "long": "int64_t", "bool": "bool"}[kind]
         (self.found.keys if of_keys else self.found.rows).append(Summary(name, ctype, _TYPES[kind], text))
         return f"{'keys' if of_keys else 'rows'}.{name}"

@@ -18,15 +18,15 @@ from fuse.kernel.source import ENTRY, environment, header_lines, made_by
 from fuse.targets.cpp import write_keys
 from fuse.targets.cpp.outline import finished
 from fuse.targets.cpp.plan import Plan, lse_dtype
-from fuse.targets.cpp.ranges import Ranges, ranges_of
-from fuse.targets.cpp.write import C_TYPES, Body, Draw, Stage, Value, Writer, scalar_function
+from fuse.targets.cpp.ranges import ranges_of
+from fuse.targets.cpp.write import C_TYPES, Body, CppValue, Draw, Stage, Writer, scalar_function
 
 # Additive masks hold -1e4 or less: a score below this does not tell how large the visible ones of its row will be.
 _MASKED_SCORE = -9000.0
 
 
 @dataclass
-class Program:
+class QueryProgram:
     """One score program: what is computed per key (scalars) and per vector of queries and key."""
 
     name: str
@@ -45,13 +45,13 @@ class Access:
     offset: str
 
 
-class Source:
-    """Collects the pieces of one source; members shared by all programs live in ``site`` and ``rows``."""
+class CppSource:
+    """Collects the pieces of one source; members shared by all programs live in ``batch_index`` and ``rows``."""
 
     def __init__(self, spec: AttentionSpec) -> None:
         self.spec, self.computed = spec, forward_program(spec)
         self.count = [0]
-        self.site = Body(prefix="s.")
+        self.batch_index = Body(prefix="s.")
         self.rows = Body(lanes=True, prefix="r.", suffix="[v]")
 
     def function(self, node: Expr) -> str:
@@ -60,23 +60,23 @@ class Source:
     def access(self, name: str, load: Load) -> Access:
         return Access(name, C_TYPES[load.dtype], load.operand, scalar_function(lambda w: w.offset(load), self.count))
 
-    def writer(self, program: Program | None = None, exact: bool = False) -> Writer:
+    def writer(self, program: QueryProgram | None = None, as_eager: bool = False) -> Writer:
         def place(axes: frozenset[str]) -> Body:
             varying = axes & {"q", "k"}
             if program is None or varying <= {"q"}:
-                return self.rows if varying else self.site
+                return self.rows if varying else self.batch_index
             return program.key if varying == {"k"} else program.entry
 
         stages: list[Stage | Draw] = [] if program is None else program.stages
-        return Writer(place, exact, stages, {}, self.count)
+        return Writer(place, as_eager, stages, {}, self.count)
 
-    def program(self, name: str, comment: str, node: Expr, exact: bool = False, masked: bool = False) -> Program:
+    def program(self, name: str, comment: str, node: Expr, as_eager: bool = False, masked: bool = False) -> QueryProgram:
         """The score ``node`` of every entry; ``masked``: -inf where the mask hides it."""
-        program = Program(name, comment)
-        writer = self.writer(program, exact)
+        program = QueryProgram(name, comment)
+        writer = self.writer(program, as_eager)
         for leaf in expr.walk(node):
             if isinstance(leaf, Score):
-                writer.leaves[leaf] = Value("score", "real", True)
+                writer.leaves[leaf] = CppValue("score", "real", True)
         program.result = writer.value(node).spread("real")
         if masked:
             allowed = " & ".join(self.seen(writer))
@@ -90,12 +90,12 @@ class Source:
         of_entry = [] if residual is None else [f"({writer.value(residual).spread('bool')})"]
         return [*(f"(vi(k) {'>=' if b.name == 'lower' else '<'} r.{b.name}[v])" for b in self.computed.bounds), *of_entry]
 
-    def weight(self) -> Program:
-        program = Program("weigh", "")
+    def weight(self) -> QueryProgram:
+        program = QueryProgram("weigh", "")
         writer = self.writer(program)
         for leaf in expr.walk(self.spec.weight):
             if isinstance(leaf, Prob):
-                writer.leaves[leaf] = Value("prob", "real", True)
+                writer.leaves[leaf] = CppValue("prob", "real", True)
         program.result = writer.value(self.spec.weight).spread("real")
         return program
 
@@ -105,17 +105,17 @@ class Source:
 
 def render(spec: AttentionSpec, plan: Plan) -> str:
     """One self-contained C++ source with the entry point ``ENTRY(const int64_t* arguments)``."""
-    source = Source(spec)
+    source = CppSource(spec)
     computed = source.computed
     programs = [source.program("score_full", "Every entry is visible.", computed.visible)]
     if computed.masked:
         programs.append(source.program("score_partial", "Some entries are masked.", computed.visible, masked=True))
     if computed.threshold is not None:
-        programs.append(source.program("score_exact", "As eager rounds, over every key.", spec.score, exact=True))
+        programs.append(source.program("score_exact", "As eager rounds, over every key.", spec.score, as_eager=True))
     weight = source.weight()
     extra_logits = source.extra_logits()
     context = call_context(source, plan) | {
-        "programs": programs, "weight": weight, "extra_logits": extra_logits, "exact": computed.threshold is not None,
+        "programs": programs, "weight": weight, "extra_logits": extra_logits, "recomputed": computed.threshold is not None,
         "threshold": repr(computed.threshold), "factor": repr(computed.factor),
         "stage_count": max(len(p.stages) for p in [*programs, weight]), "example": example(spec),
     }  # fmt: skip
@@ -125,8 +125,8 @@ def render(spec: AttentionSpec, plan: Plan) -> str:
     return finished(text, header(spec, plan), spec)
 
 
-def call_context(source: Source, plan: Plan) -> dict[str, object]:
-    """What every kernel needs: the call, its sites, and which keys a query may see."""
+def call_context(source: CppSource, plan: Plan) -> dict[str, object]:
+    """What every kernel needs: the call, its batch indices, and which keys a query may see."""
     spec, residual = source.spec, source.computed.residual
     tile_map = None if spec.mask is None or spec.mask.tiles is None else source.access("tile_map", spec.mask.tiles)
     return {
@@ -140,16 +140,16 @@ def call_context(source: Source, plan: Plan) -> dict[str, object]:
         "residual": residual is not None, "empty_row": spec.empty_row,
         "drawn": drawn_in(*spec.roots().values()),
         "tile_map": tile_map, "map_rows": ROWS, "map_keys": KEYS,
-        "ranges": Ranges() if residual is None or tile_map is not None else ranges_of(residual, source.writer, source.count),
-        "site": source.site, "rows": source.rows,
+        "ranges": ranges_of(None if tile_map is not None else residual, source.writer, source.count),
+        "batch_index": source.batch_index, "rows": source.rows,
     }  # fmt: skip
 
 
-def _matrix_context(source: Source) -> dict[str, object]:
+def _matrix_context(source: CppSource) -> dict[str, object]:
     """What ``matrix/forward.cpp.jinja`` needs besides; the lanes core stays in it, for rows that need more than bfloat16."""
     spec, computed = source.spec, source.computed
     runs = write_keys.KeyRuns()
-    program = partial(write_keys.key_program, source.site, runs, source.count)
+    program = partial(write_keys.key_program, source.batch_index, runs, source.count)
     programs = [program("ScoreFull", "Every entry is visible.", computed.visible)]
     if computed.masked:
         names = tuple(bound.name for bound in computed.bounds)

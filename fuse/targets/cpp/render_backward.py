@@ -10,18 +10,18 @@ from fuse.ir import expr
 from fuse.ir.expr import Expr, Prob, Score
 from fuse.ir.gradient import Gradient
 from fuse.ir.spec import AttentionSpec
+from fuse.kernel.addressing import is_affine, is_separable
 from fuse.kernel.backward import Added, BackwardProgram, Results, backward_program, is_one
+from fuse.kernel.destinations import Destination
 from fuse.kernel.example import example_of_gradients
-from fuse.kernel.places import is_affine, is_separable
-from fuse.kernel.sinks import Sink
 from fuse.kernel.source import environment, header_lines
 from fuse.targets.cpp.outline import finished
 from fuse.targets.cpp.plan import Plan
-from fuse.targets.cpp.render import Program, Source, call_context, origin
-from fuse.targets.cpp.write import C_TYPES, Value, Writer, scalar_function
+from fuse.targets.cpp.render import CppSource, QueryProgram, call_context, origin
+from fuse.targets.cpp.write import C_TYPES, CppValue, Writer, scalar_function
 from fuse.targets.cpp.write_keys import KeyProgram, KeyRuns, KeyWriter, bound
 
-# Bytes that the parts of all sites may keep until their sums are added to small gradients.
+# Bytes that the parts of all batch indices may keep until their sums are added to small gradients.
 _SLICE_LIMIT = 2**30
 
 
@@ -36,7 +36,7 @@ _COMMENTS = {
 
 
 @dataclass
-class Entries(Program):
+class QueryEntries(QueryProgram):
     """What happens to an entry, in lanes of queries: see ``lanes/backward_score.h.jinja``."""
 
     results: Results | None = None
@@ -53,20 +53,20 @@ class KeyEntries(KeyProgram):
 class _Programs:
     """Writes the programs of one source."""
 
-    source: Source
+    source: CppSource
     computed: BackwardProgram
     runs: KeyRuns = field(default_factory=KeyRuns)
 
-    def lanes(self, name: str) -> Entries:
-        program = Entries(f"entries_{name}", _COMMENTS[name])
-        writer = self.source.writer(program, exact=name == "exact")
+    def lanes(self, name: str) -> QueryEntries:
+        program = QueryEntries(f"entries_{name}", _COMMENTS[name])
+        writer = self.source.writer(program, as_eager=name == "exact")
         seen = partial(self.source.seen, writer) if name == "partial" else list
         program.results = self._write(writer, program.entry.lines, seen)
         return program
 
     def keys(self, name: str) -> KeyEntries:
         program = KeyEntries(f"Entries{name.title()}", _COMMENTS[name], "score")
-        writer = KeyWriter(self.source.site, program, self.runs, self.source.count)
+        writer = KeyWriter(self.source.batch_index, program, self.runs, self.source.count)
         forward = self.computed.forward
         bounds = [bound(program, b.name) for b in forward.bounds] if name == "partial" else []
 
@@ -79,16 +79,16 @@ class _Programs:
 
     def _write(self, writer: Writer, lines: list[str], seen: Callable[[], list[str]]) -> Results:
         """``seen`` writes what must hold for an entry to be visible, after its score."""
-        of, forward, exact = self.computed.of, self.computed.forward, writer.exact
-        score = of.spec.score if exact else forward.visible
-        slope = of.score if exact else self.computed.slope
-        factors = [t.factor for t in of.terms] if exact else self.computed.factors
+        of, forward, as_eager = self.computed.of, self.computed.forward, writer.as_eager
+        score = of.spec.score if as_eager else forward.visible
+        slope = of.score if as_eager else self.computed.slope
+        factors = [t.factor for t in of.terms] if as_eager else self.computed.factors
         for leaf in expr.walk(score, slope, of.spec.weight, of.weight, *factors):
             if isinstance(leaf, Score):
-                writer.leaves[leaf] = Value("score", "real", True)
+                writer.leaves[leaf] = CppValue("score", "real", True)
             if isinstance(leaf, Prob):
-                writer.leaves[leaf] = Value("prob", "real", True)
-        if exact:
+                writer.leaves[leaf] = CppValue("prob", "real", True)
+        if as_eager:
             lines.append(f"const VR weighed = exp2_lanes(({self._real(writer, score)} - lse) * {_LOG2E}) * norm.inverse[v];")
             lines.append("const VR prob = select(norm.chosen[v], weighed, VR{});")
         else:
@@ -97,10 +97,10 @@ class _Programs:
             allowed = seen()
             masked = f"select({' & '.join(allowed)}, unmasked, VR{{}})" if allowed else "unmasked"
             lines.append(f"const VR prob = {masked};")
-        writer.exact = False
+        writer.as_eager = False
         gate = "d_weight" if is_one(of.weight) else f"{self._real(writer, of.weight)} * d_weight"
         weight = self._real(writer, of.spec.weight)
-        return Results(weight, gate, self._slope(writer, slope, exact), tuple(self._terms(writer, factors)))
+        return Results(weight, gate, self._slope(writer, slope, as_eager), tuple(self._terms(writer, factors)))
 
     @staticmethod
     def _probability(writer: Writer, score: str, factor: float) -> str:
@@ -110,16 +110,16 @@ class _Programs:
         return f"exp2_lanes(({score} * R({factor!r}) - lse) * {_LOG2E}) * norm.inverse[v]"
 
     def _terms(self, writer: Writer, factors: Sequence[Expr]) -> Iterator[Added]:
-        found = [s for s in self.computed.sinks if s.kind != "matrix"]
-        for sink, term, factor in zip(found, self.computed.of.terms, factors, strict=True):
-            if sink.kind != "logit":
+        found = [s for s in self.computed.destinations if s.kind != "matrix"]
+        for to, term, factor in zip(found, self.computed.of.terms, factors, strict=True):
+            if to.kind != "logit":
                 outer = "d_weight" if term.root == "weight" else "d_score"
                 text = outer if is_one(factor) else f"{outer} * {self._real(writer, factor)}"
-                yield Added(sink.name, sink.kind, text, _tiled(sink))
+                yield Added(to.name, to.kind, text, _tiled(to))
 
-    def _slope(self, writer: Writer, slope: Expr, exact: bool) -> str:
+    def _slope(self, writer: Writer, slope: Expr, as_eager: bool) -> str:
         """Where nothing depends on the raw score, its gradient is zero even in a row of NaN."""
-        if exact:
+        if as_eager:
             text = self._real(writer, slope)
             return f"select({text} == R(0), VR{{}}, d_score * {text} * R({1 / self.computed.scale!r}))"
         return "d_score" if is_one(slope) else f"d_score * {self._real(writer, slope)}"
@@ -129,9 +129,9 @@ class _Programs:
         return writer.value(node).spread("real")
 
 
-def _tiled(sink: Sink) -> bool:
+def _tiled(to: Destination) -> bool:
     """Whether entries add at a part of the query plus a part of the key."""
-    return sink.kind in ("dense", "entry") and (is_separable(sink.load) or all(is_affine(c) for c in sink.load.coords))
+    return to.kind in ("dense", "entry") and (is_separable(to.load) or all(is_affine(c) for c in to.load.coords))
 
 
 # -------------------------------------------------------------------------------------------------------------- source
@@ -140,13 +140,13 @@ def _tiled(sink: Sink) -> bool:
 def render_backward(spec: AttentionSpec, wanted: Sequence[bool], plan: Plan) -> str:
     """One self-contained C++ source. Raises Unsupported where a gradient cannot be computed without a risk."""
     computed = backward_program(spec, tuple(wanted))
-    found, masked = computed.sinks, computed.forward.masked
-    source = Source(spec)
+    found, masked = computed.destinations, computed.forward.masked
+    source = CppSource(spec)
     write = _Programs(source, computed)
     names = ("full", "partial") if masked else ("full",)
-    programs: list[Program] = []
-    if computed.exact_below is not None:
-        programs = [write.lanes("exact"), source.program("scores_exact", "Scores only.", spec.score, exact=True)]
+    programs: list[QueryProgram] = []
+    if computed.recomputed_below is not None:
+        programs = [write.lanes("exact"), source.program("scores_exact", "Scores only.", spec.score, as_eager=True)]
     key_programs: list[KeyEntries] = []
     if plan.core == "matrix":
         key_programs = [write.keys(name) for name in names]
@@ -159,12 +159,12 @@ def render_backward(spec: AttentionSpec, wanted: Sequence[bool], plan: Plan) -> 
     header = "\n".join(f"// {line}" for line in lines)
     context = call_context(source, plan) | {
         "header": header,
-        "programs": [p for p in programs if isinstance(p, Entries)], "key_programs": key_programs,
-        "key_runs": write.runs.context(), "masked": masked, "exact": computed.exact_below is not None,
-        "threshold": repr(computed.exact_below),
-        "exact_scores": next((p for p in programs if not isinstance(p, Entries)), None),
+        "programs": [p for p in programs if isinstance(p, QueryEntries)], "key_programs": key_programs,
+        "key_runs": write.runs.context(), "masked": masked, "recomputed": computed.recomputed_below is not None,
+        "recomputed_below": repr(computed.recomputed_below),
+        "recomputed_scores": next((p for p in programs if not isinstance(p, QueryEntries)), None),
         "extra_logits": source.extra_logits(), "wanted": matrices, "factor": repr(computed.scale),
-        "sinks": [_sink_context(source, computed.of, i, s) for i, s in enumerate(found)],
+        "destinations": [_destination_context(source, computed.of, i, s) for i, s in enumerate(found)],
         "example": example_of_gradients(
             spec, [(s.load.operand, s.load.dtype if s.kind == "matrix" else "real", s.order) for s in found]
         ),
@@ -181,25 +181,25 @@ def argument_count(spec: AttentionSpec) -> int:
     return 3 + spec.batch + 2 + len(spec.symbols) + sum(1 + 2 * o.rank for o in spec.operands)
 
 
-def _sink_context(source: Source, of: Gradient, number: int, sink: Sink) -> dict[str, object]:
+def _destination_context(source: CppSource, of: Gradient, number: int, to: Destination) -> dict[str, object]:
     def place(dims: Iterable[int] | None) -> str:
-        return scalar_function(lambda w: w.offset(sink.load, strides=f"t.stride[{number}]", dims=dims), source.count)
+        return scalar_function(lambda w: w.offset(to.load, strides=f"t.stride[{number}]", dims=dims), source.count)
 
-    found = {"name": sink.name, "kind": sink.kind, "number": number, "rank": len(sink.load.coords)}
-    found["matrix"] = sink.kind == "matrix"
-    if sink.kind == "matrix":
-        row, column = ("q" if sink.name == "query" else "k"), ("e" if sink.name == "value" else "d")
-        return found | {"row": row, "column": column, "ctype": C_TYPES[sink.load.dtype], "place": place(None), "sliced": False}
-    inner = tuple(d for d, c in enumerate(sink.load.coords) if expr.axes(c) & {"q", "k"})
-    size = " * ".join(f"c.size[{sink.load.operand}][{d}]" for d in sink.dims) or "1"
-    outer = tuple(d for d in range(len(sink.load.coords)) if d not in inner)
-    found |= {"comment": f"Gradient of {sink.load}.", "base": place(outer), "place": place(inner), "size": size,
-              "sliced": sink.kind != "dense", "inside": ""}  # fmt: skip
-    if _tiled(sink):
-        always = is_separable(sink.load)
-        found["inside"] = scalar_function(lambda w: "true" if always else w.inside(sink.load), source.count)
-    if sink.kind == "logit":
-        term = of.terms[int(sink.name.removeprefix("term"))]
+    found = {"name": to.name, "kind": to.kind, "number": number, "rank": len(to.load.coords)}
+    found["matrix"] = to.kind == "matrix"
+    if to.kind == "matrix":
+        row, column = ("q" if to.name == "query" else "k"), ("e" if to.name == "value" else "d")
+        return found | {"row": row, "column": column, "ctype": C_TYPES[to.load.dtype], "place": place(None), "sliced": False}
+    inner = tuple(d for d, c in enumerate(to.load.coords) if expr.axes(c) & {"q", "k"})
+    size = " * ".join(f"c.size[{to.load.operand}][{d}]" for d in to.dims) or "1"
+    outer = tuple(d for d in range(len(to.load.coords)) if d not in inner)
+    found |= {"comment": f"Gradient of {to.load}.", "base": place(outer), "place": place(inner), "size": size,
+              "sliced": to.kind != "dense", "inside": ""}  # fmt: skip
+    if _tiled(to):
+        always = is_separable(to.load)
+        found["inside"] = scalar_function(lambda w: "true" if always else w.inside(to.load), source.count)
+    if to.kind == "logit":
+        term = of.terms[int(to.name.removeprefix("term"))]
         logit = of.spec.extra_logits[int(term.root.rpartition(".")[2])]
         found |= {"logit": source.function(logit), "factor": source.function(term.factor)}
     return found

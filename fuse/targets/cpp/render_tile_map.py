@@ -39,10 +39,10 @@ def _bytes(predicate: Expr, count: list[int]) -> Bytes | None:
 
 def render_tile_map(spec: TileMap, plan: Plan) -> str:
     """One self-contained C++ source with the entry point ``ENTRY(const int64_t* arguments)``."""
-    site, runs, count = Body(prefix="s."), KeyRuns(), [0]
+    batch_index, runs, count = Body(prefix="s."), KeyRuns(), [0]
     shown = apply("where", spec.predicate, const(1.0, "float32"), const(0.0, "float32"), dtype="float32")
     lines = [f"which tiles hold an entry where {spec.predicate}", f"spec  {spec.to_json()}", *origin(plan)]
-    program = key_program(site, runs, count, "Visible", "1 where seen.", shown)
+    program = key_program(batch_index, runs, count, "Visible", "1 where seen.", shown)
     header = "\n".join(f"// {line}" for line in lines)
     context = {
         "header": header, "plan": plan, "entry": ENTRY, "ctypes": C_TYPES,
@@ -50,7 +50,7 @@ def render_tile_map(spec: TileMap, plan: Plan) -> str:
         "batch": spec.batch, "symbols": spec.symbols, "batch_sizes": [f"B{i}" for i in range(spec.batch)],
         "ranks": [o.rank for o in spec.operands], "key_programs": [program], "key_runs": runs.context(),
         "example": example(spec), "lse_ctype": "float",
-        "site": site, "bytes": _bytes(spec.predicate, count), "rows": ROWS, "keys": KEYS,
+        "batch_index": batch_index, "bytes": _bytes(spec.predicate, count), "rows": ROWS, "keys": KEYS,
         "empty": EMPTY, "partial": PARTIAL, "full": FULL,
     }  # fmt: skip
     text = environment().get_template("cpp/shared/tile_map.cpp.jinja").render(context)

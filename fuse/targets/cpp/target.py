@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from fuse.ir.gradient import Gradient
 from fuse.ir.spec import AttentionSpec
 from fuse.ir.tile_map import TileMap
+from fuse.targets.cpp import NAME, SUFFIX
 from fuse.targets.cpp.launch import CppKernel, CppTileMap, build, build_tile_map, instruction_set
 from fuse.targets.cpp.launch_backward import CppBackward, build_backward
 from fuse.targets.cpp.plan import lse_dtype, plan
@@ -14,10 +15,11 @@ from fuse.targets.cpp.plan import lse_dtype, plan
 
 @dataclass(frozen=True)
 class CppTarget:
-    name: str = "cpp"
+    name: str = NAME
     devices: frozenset[str] = frozenset({"cpu"})
     by_itself: bool = True
-    suffix: str = ".cpp"
+    generated: bool = True
+    suffix: str = SUFFIX
     tunable: bool = False
     late: bool = False
 

@@ -11,10 +11,10 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
 from fuse.ir.expr import COMPARISONS, FLOATS, Apply, Const, Expr, Index, Load, Prob, Score, Symbol, axes, contains, index
-from fuse.ir.interval import anywhere, bounds
+from fuse.ir.interval import anywhere, range_of
 from fuse.ir.operators import OPERATORS
 from fuse.ir.roundings import as_taken, decides, is_read
-from fuse.kernel.places import is_affine, is_separable
+from fuse.kernel.addressing import is_affine, is_separable
 
 C_TYPES = {
     "float64": "double", "float32": "float", "bfloat16": "Bf16", "float16": "_Float16", "int64": "int64_t",
@@ -40,7 +40,7 @@ class Body:
     suffix: str = ""
     lines: list[str] = field(default_factory=list)
     members: list[tuple[str, str]] = field(default_factory=list)
-    known: dict[tuple[Expr, bool], Value] = field(default_factory=dict)
+    known: dict[tuple[Expr, bool], CppValue] = field(default_factory=dict)
 
     def define(self, ctype: str, text: str, name: str) -> str:
         used = f"{self.prefix}{name}{self.suffix}"
@@ -53,7 +53,7 @@ class Body:
 
 
 @dataclass(frozen=True)
-class Value:
+class CppValue:
     """Text of a computed value; ``kind``: real, int (lanes as wide as the reals), long (int64) or bool."""
 
     text: str
@@ -105,42 +105,42 @@ class Draw:
 class Writer:
     """Writes values into the bodies that ``place`` chooses by the indices they depend on.
 
-    exact   round every value to its dtype, as eager does after every operation; what decides something is always so computed
-    leaves  values of nodes that are there already
+    as_eager  round every value to its dtype, as eager does after every operation; what decides something always is
+    leaves    values of nodes that are there already
     """
 
     place: Callable[[frozenset[str]], Body]
-    exact: bool = False
+    as_eager: bool = False
     stages: list[Stage | Draw] = field(default_factory=list)
-    leaves: dict[Expr, Value] = field(default_factory=dict)
+    leaves: dict[Expr, CppValue] = field(default_factory=dict)
     count: list[int] = field(default_factory=lambda: [0])
 
-    def value(self, node: Expr, exact: bool = False) -> Value:
-        """``exact``: rounded as eager rounds it, and all that it is computed of."""
-        exact = exact or self.exact
-        if node in self.leaves and not (exact and isinstance(node, Score)):
+    def value(self, node: Expr, as_eager: bool = False) -> CppValue:
+        """``as_eager``: rounded as eager rounds it, and all that it is computed of."""
+        as_eager = as_eager or self.as_eager
+        if node in self.leaves and not (as_eager and isinstance(node, Score)):
             return self.leaves[node]
         if isinstance(node, Const):
-            return Value(_literal(node), kind_of(node, False), False)
+            return CppValue(_literal(node), kind_of(node, False), False)
         if isinstance(node, Symbol):
-            return Value(f"c.{node.name}", "long", False)
+            return CppValue(f"c.{node.name}", "long", False)
         body = self.place(_axes(node))
         if isinstance(node, Index):
-            return Value(_index(node, body), "int" if body.lanes else "long", body.lanes)
-        key = (node, exact and node.dtype in FLOATS and not is_read(node))
+            return CppValue(_index(node, body), "int" if body.lanes else "long", body.lanes)
+        key = (node, as_eager and node.dtype in FLOATS and not is_read(node))
         if key not in body.known:
-            kind, text = kind_of(node, body.lanes), self._text(node, body, exact)
+            kind, text = kind_of(node, body.lanes), self._text(node, body, as_eager)
             text = f"{ROUND[node.dtype]}({text})" if key[1] else text
-            body.known[key] = Value(body.define(_ctype(kind, body.lanes), text, self._name()), kind, body.lanes)
+            body.known[key] = CppValue(body.define(_ctype(kind, body.lanes), text, self._name()), kind, body.lanes)
         return body.known[key]
 
-    def _text(self, node: Expr, body: Body, exact: bool) -> str:
+    def _text(self, node: Expr, body: Body, as_eager: bool) -> str:
         if node in self.leaves:
             return self.leaves[node].text
         if isinstance(node, Load):
             return self._load(node, body)
         draws = body.lanes and is_read(node)
-        return self._draw(node) if draws else self._apply(node, body, exact or decides(node))
+        return self._draw(node) if draws else self._apply(node, body, as_eager or decides(node))
 
     def _name(self) -> str:
         self.count[0] += 1
@@ -219,14 +219,14 @@ class Writer:
 
     # -------------------------------------------------------------------------------------------------- operations
 
-    def _apply(self, node: Expr, body: Body, exact: bool) -> str:
-        """``exact``: of operands that are rounded as eager rounds them."""
+    def _apply(self, node: Expr, body: Body, as_eager: bool) -> str:
+        """``as_eager``: of operands that are rounded as eager rounds them."""
         if not isinstance(node, Apply):
             raise ValueError(f"{node} has no value here")
-        args = [self.value(a, exact) for a in (as_taken(node) if exact else node.operands)]
-        return self._lanes(node, args, exact) if body.lanes else _scalar(node, [a.text for a in args])
+        args = [self.value(a, as_eager) for a in (as_taken(node) if as_eager else node.operands)]
+        return self._lanes(node, args, as_eager) if body.lanes else _scalar(node, [a.text for a in args])
 
-    def _lanes(self, node: Apply, args: list[Value], exact: bool) -> str:
+    def _lanes(self, node: Apply, args: list[CppValue], as_eager: bool) -> str:
         if node.op == "cast":
             return _cast_lanes(node, args[0])
         kind = kind_of(node, True)
@@ -244,7 +244,7 @@ class Writer:
                 f"{args[0].spread(inner)} >> {shift}" if node.op == "floordiv" else f"{args[0].spread(inner)} & {2**shift - 1}"
             )
             return _fit(low, inner, kind)
-        if node.op == "div" and not exact and isinstance(by := node.operands[1], Const) and 1e-30 < abs(by.value) < 1e30:
+        if node.op == "div" and not as_eager and isinstance(by := node.operands[1], Const) and 1e-30 < abs(by.value) < 1e30:
             return f"{args[0].spread(inner)} * R({1 / by.value!r})"  # a division costs as much as ten products
         text = OPERATORS[node.op].cpp.format(*(a.spread(inner) for a in args))
         if node.op in COMPARISONS:
@@ -270,7 +270,7 @@ def _scalar(node: Apply, args: list[str]) -> str:
     return OPERATORS[node.op].cpp.format(*args)
 
 
-def _cast_lanes(node: Apply, arg: Value) -> str:
+def _cast_lanes(node: Apply, arg: CppValue) -> str:
     source, target = node.operands[0].dtype, node.dtype
     if target in FLOATS:
         if source in FLOATS:
@@ -306,7 +306,7 @@ def kind_of(node: Expr, lanes: bool) -> str:
         return "bool"
     if not lanes:
         return "long"
-    found = bounds(node, anywhere)
+    found = range_of(node, anywhere)
     fits = found.low >= -_LANE_LIMIT and found.high <= _LANE_LIMIT
     return "int" if fits or node.dtype != "int64" else "long"
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from fuse.ir.expr import Expr, Load, Prob, Score, walk
-from fuse.kernel.places import is_affine, is_separable
-from fuse.targets.cpp.write import C_TYPES, Body, K, Q, Value, Writer, kind_of, scalar_function
+from fuse.kernel.addressing import is_affine, is_separable
+from fuse.targets.cpp.write import C_TYPES, Body, CppValue, K, Q, Writer, kind_of, scalar_function
 
 
 @dataclass
@@ -41,11 +41,11 @@ class KeyRuns:
 class KeyWriter(Writer):
     """Loads that are linear in the key, or piecewise so, are read along the keys; others are gathered, lane by lane."""
 
-    def __init__(self, site: Body, program: KeyProgram, runs: KeyRuns, count: list[int]) -> None:
+    def __init__(self, batch_index: Body, program: KeyProgram, runs: KeyRuns, count: list[int]) -> None:
         def place(found: frozenset[str]) -> Body:
-            return program.entry if "k" in found else program.row if "q" in found else site
+            return program.entry if "k" in found else program.row if "q" in found else batch_index
 
-        leaves: dict[Expr, Value] = {Q: Value("q", "long", False), K: Value("k", "int", True)}
+        leaves: dict[Expr, CppValue] = {Q: CppValue("q", "long", False), K: CppValue("k", "int", True)}
         super().__init__(place, leaves=leaves, count=count)
         self._row, self._runs = program.row, runs
 
@@ -83,7 +83,7 @@ class KeyWriter(Writer):
 
 
 def key_program(
-    site: Body,
+    batch_index: Body,
     runs: KeyRuns,
     count: list[int],
     name: str,
@@ -95,8 +95,8 @@ def key_program(
     """The score or weight ``node`` of every entry; -inf outside the mask's ``bounds`` and where ``predicate`` is false."""
     argument = "prob" if name == "Weight" else "score"
     program = KeyProgram(name, comment, argument)
-    writer = KeyWriter(site, program, runs, count)
-    writer.leaves |= {leaf: Value(argument, "real", True) for leaf in walk(node) if isinstance(leaf, (Score, Prob))}
+    writer = KeyWriter(batch_index, program, runs, count)
+    writer.leaves |= {leaf: CppValue(argument, "real", True) for leaf in walk(node) if isinstance(leaf, (Score, Prob))}
     program.result = writer.value(node).spread("real")
     allowed = [bound(program, name) for name in bounds]
     if predicate is not None:

@@ -15,19 +15,19 @@ from fuse.ir.spec import AttentionSpec
 from fuse.kernel.example import ExampleTensor, example
 from fuse.targets.triton.launch import TritonKernel
 from fuse.targets.triton.launch_backward import TritonBackward
-from fuse.targets.triton.module import Module, load
+from fuse.targets.triton.module import Module, load_module
 
 _TIMES = 11
 # Positions and heads where Triton's interpreter runs.
-_FEW = 40, 2
+_SMALL = 40, 2
 
 
 def run(file: str) -> None:
     """Prints the median time of the kernels in ``file``, and a checksum of what they give."""
     path, lines = Path(file), _header(Path(file))
     spec = AttentionSpec.from_json(lines["spec"])
-    made, device = (example(spec), "cuda") if torch.cuda.is_available() else (example(spec, *_FEW), "cpu")
-    operands, module = [_random(t, device) for t in made.operands], Module(path, load(path))
+    made, device = (example(spec), "cuda") if torch.cuda.is_available() else (example(spec, *_SMALL), "cpu")
+    operands, module = [_random(t, device) for t in made.operands], Module(path, load_module(path))
     if "wanted" in lines:
         backward = TritonBackward(spec, json.loads(lines["wanted"]), module)
         out = _random(made.out, device)

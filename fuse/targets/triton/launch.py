@@ -18,8 +18,8 @@ from fuse.targets.triton.launch_decode import TritonDecode
 from fuse.targets.triton.launch_tiles import TritonTiles
 from fuse.targets.triton.module import Module, current_architecture, made, precision, processors
 from fuse.targets.triton.plan import TritonPlan, candidates, plan_triton
+from fuse.targets.triton.plan_choice import PlanChoice
 from fuse.targets.triton.plan_decode import Route
-from fuse.targets.triton.plans import Plans
 from fuse.targets.triton.render import render_triton
 
 
@@ -28,7 +28,7 @@ class TritonKernel:
 
     def __init__(self, spec: AttentionSpec, module: Module | None = None) -> None:
         self._spec = spec
-        self.plans = Plans(partial(candidates, spec))
+        self.plans = PlanChoice(partial(candidates, spec))
         name = f"attention_{spec.out_dtype}_{spec.qk_dim}x{spec.v_dim}"
         plan = plan_triton(spec, current_architecture())
         module = module or made(name, render_triton(spec, plan))
@@ -39,7 +39,7 @@ class TritonKernel:
 
     @cached_property
     def decode(self) -> TritonDecode:
-        """Kernels for few queries, made when the first call has few."""
+        """Kernels of decoding, made when the first call has few queries."""
         made = TritonDecode(self._spec)
         made.plans.tune = self.plans.tune
         return made

@@ -13,20 +13,20 @@ from fuse.ir import expr
 from fuse.ir.gradient import gradient
 from fuse.ir.grid import Grid
 from fuse.ir.spec import AttentionSpec
-from fuse.kernel.backward import exact_below
-from fuse.kernel.groups import Groups, groups_of
-from fuse.kernel.sinks import Sink, sinks
+from fuse.kernel.backward import recomputed_below
+from fuse.kernel.destinations import Destination, destinations
+from fuse.kernel.groups import BatchGroups, groups_of
 from fuse.kernel.source import ENTRY
 from fuse.targets import reference
-from fuse.targets.gradients import Gradients
-from fuse.targets.told import left
+from fuse.targets.fallback_warnings import left_to_reference
+from fuse.targets.gradient_buffers import GradientBuffers
 from fuse.targets.triton.copies import Copies
 from fuse.targets.triton.launch_tiles import TritonTiles
 from fuse.targets.triton.module import Module, current_architecture, made, precision
 from fuse.targets.triton.plan import described
 from fuse.targets.triton.plan_backward import Launch, TritonBackwardPlan, candidates_backward
-from fuse.targets.triton.plans import Plans
-from fuse.targets.triton.render_backward import COPIED, PLACED, kind_of, render_backward, written_by
+from fuse.targets.triton.plan_choice import PlanChoice
+from fuse.targets.triton.render_backward import COPIED, PLACED, destination_kind, render_backward, written_by
 
 _MOST = 64  # tables of groups that are kept, by batch sizes: while a CUDA graph is captured, none can be copied to the device
 
@@ -39,19 +39,19 @@ class TritonBackward:
 
     def __init__(self, spec: AttentionSpec, wanted: Sequence[bool], module: Module | None = None) -> None:
         self._spec, self._wanted = spec, tuple(wanted)
-        self._sinks = sinks(spec, wanted)
-        self._shared = any(kind_of(s) == "shared" for s in self._sinks)
-        self._gradients = Gradients(spec, self._sinks)
+        self._destinations = destinations(spec, wanted)
+        self._shared = any(destination_kind(s) == "shared" for s in self._destinations)
+        self._gradients = GradientBuffers(spec, self._destinations)
         self._real: torch.dtype = getattr(torch, spec.lse_dtype)
-        self._groups: dict[tuple[object, ...], list[Groups]] = {}
-        self.plans = Plans(lambda arch: candidates_backward(spec, arch, self._shared))
+        self._groups: dict[tuple[object, ...], list[BatchGroups]] = {}
+        self.plans = PlanChoice(lambda arch: candidates_backward(spec, arch, self._shared))
         self._tiles = {owner: TritonTiles(spec, owner) for owner in ("k", "q")}
         name = f"attention_backward_{spec.out_dtype}_{spec.qk_dim}x{spec.v_dim}"
         rendered = described(spec, current_architecture())
         self._copies = Copies(spec, COPIED, rendered)
         module = module or made(name, render_backward(spec, wanted, rendered))
         self.source, self.runs = module.source, module.runs
-        names = ["rows", "keys", "queries", *(["distances"] if written_by("k - q", self._sinks) else [])]
+        names = ["rows", "keys", "queries", *(["distances"] if written_by("k - q", self._destinations) else [])]
         self.functions = {name: module.function(f"{ENTRY}_{name}") for name in names}
 
     def __call__(
@@ -63,7 +63,7 @@ class TritonBackward:
         torch is told to be deterministic, the reference computes them.
         """
         if self._shared and torch.are_deterministic_algorithms_enabled():
-            self.runs = left(self.runs, "backward", "calls under torch.use_deterministic_algorithms")
+            self.runs = left_to_reference(self.runs, "backward", "calls under torch.use_deterministic_algorithms")
             return reference.attention_backward(self._spec, grad_out, operands, sizes, self._wanted, "eager")
         found: list[Tensor] = []
 
@@ -89,10 +89,10 @@ class TritonBackward:
             given = [*views, *sizes, *(n for t in views for n in (*t.shape, *t.stride()))]
             known = self._rows(plan.rows, grad_out, given, sizes, out, lse, delta)
             sums = {"row": (*batch, q_len, 1), "key": (*batch, 1, kv_len), "entry": (*batch, 1, q_len + kv_len - 1)}
-            partial = {s.name: lse.new_empty(sums[kind]) for s in self._sinks if (kind := kind_of(s)) in sums}
+            partial = {s.name: lse.new_empty(sums[kind]) for s in self._destinations if (kind := destination_kind(s)) in sums}
             self._launch("k", plan, -(-kv_len // plan.keys.block_k), known, given, sizes, gradients | partial)
             self._launch("q", plan, -(-q_len // plan.queries.block_q), known, given, sizes, gradients | partial)
-            if distances := [partial[s.name] for s in written_by("k - q", self._sinks)]:
+            if distances := [partial[s.name] for s in written_by("k - q", self._destinations)]:
                 tiles = -(-(q_len + kv_len - 1) // plan.distances.block_k)
                 grid = (math.prod(batch) * tiles,)
                 self.functions["distances"][grid](*known, *given, *distances, **_options(plan.distances))
@@ -104,15 +104,15 @@ class TritonBackward:
         delta: Tensor,
     ) -> list[Any]:  # fmt: skip
         """Computes what is known of each row; what the kernels have in common before the ``given`` operands and integers."""
-        sites = math.prod(sizes[: self._spec.batch])
-        tops = rests = flags = lse  # never read
-        if exact_below(self._spec) is not None:
-            tops, rests = torch.empty_like(lse), torch.empty_like(lse)
-            flags = torch.zeros(sites, dtype=torch.int32, device=lse.device)
+        count = math.prod(sizes[: self._spec.batch])
+        maxima = log_sums = flags = lse  # never read
+        if recomputed_below(self._spec) is not None:
+            maxima, log_sums = torch.empty_like(lse), torch.empty_like(lse)
+            flags = torch.zeros(count, dtype=torch.int32, device=lse.device)
         normal = torch.empty_like(lse)
-        known = [grad_out, lse, normal, delta, tops, rests, flags, *grad_out.stride()]
+        known = [grad_out, lse, normal, delta, maxima, log_sums, flags, *grad_out.stride()]
         blocks = -(-sizes[self._spec.batch] // plan.block_q)
-        self.functions["rows"][(sites * blocks,)](out, *known, *given, *out.stride(), **_options(plan))
+        self.functions["rows"][(count * blocks,)](out, *known, *given, *out.stride(), **_options(plan))
         return known
 
     def _launch(
@@ -120,22 +120,24 @@ class TritonBackward:
         sizes: Sequence[int], gradients: Mapping[str, Tensor],
     ) -> None:  # fmt: skip
         """The kernel of keys ("k") or queries ("q"), as often as it takes."""
-        found = written_by(owner, self._sinks)
+        found = written_by(owner, self._destinations)
         if not found:
             return
         name, plan = ("keys", plans.keys) if owner == "k" else ("queries", plans.queries)
         rows, kind = self._copies.of(given, sizes, plan, plans.described) if owner == "q" else ((), {})
         lists, listed = self._tiles[owner].of(given, sizes, plan, known[0])
-        strides = {s.name: gradients[s.name].stride() if kind_of(s) in PLACED else () for s in found}
+        strides = {s.name: gradients[s.name].stride() if destination_kind(s) in PLACED else () for s in found}
         outputs = [x for s in found for x in (gradients[s.name], *strides[s.name])]
         for groups in self._grouped(owner, found, sizes, known[0].device):
             flags = kind | {f"HAS_{s.name}": s.name in groups.written for s in found}
-            flags |= {"ALONE": groups.count == len(groups.sites), "LISTED": listed}
+            flags |= {"ALONE": groups.count == len(groups.batch_indices), "LISTED": listed}
             self.functions[name][(groups.count * blocks,)](
-                *known, *given, *rows, groups.sites, groups.starts, *lists, *outputs, **flags, **_options(plan)
+                *known, *given, *rows, groups.batch_indices, groups.starts, *lists, *outputs, **flags, **_options(plan)
             )
 
-    def _grouped(self, owner: str, found: Sequence[Sink], sizes: Sequence[int], device: torch.device) -> list[Groups]:
+    def _grouped(
+        self, owner: str, found: Sequence[Destination], sizes: Sequence[int], device: torch.device
+    ) -> list[BatchGroups]:
         by_name = dict(zip(self._spec.symbols, sizes, strict=True))
         read = {f"B{i}" for i in range(self._spec.batch)}.union(expr.symbols(*(c for s in found for c in s.load.coords)))
         key = (owner, device, *(by_name[name] for name in sorted(read)))
@@ -153,22 +155,22 @@ class TritonBackward:
         _, lse, _, delta, tops, rests, *_ = known
         *batch, q_len, kv_len = sizes[: self._spec.batch + 2]
         terms = gradient(self._spec, self._wanted).terms
-        for sink, term in zip((s for s in self._sinks if s.kind != "matrix"), terms, strict=True):
-            if kind_of(sink) in ("dense", "shared"):
+        for to, term in zip((s for s in self._destinations if s.kind != "matrix"), terms, strict=True):
+            if destination_kind(to) in ("dense", "shared"):
                 continue
             extents = {f"b{i}": (0, n) for i, n in enumerate(batch)}
             ends = {"key": ((0, 1), (0, kv_len)), "entry": ((0, 1), (1 - q_len, kv_len))}
-            extents["q"], extents["k"] = ends.get(sink.kind, ((0, q_len), (0, 1)))
+            extents["q"], extents["k"] = ends.get(to.kind, ((0, q_len), (0, 1)))
             grid = Grid.over(extents, dict(zip(self._spec.symbols, sizes, strict=True)), operands)
-            if sink.kind == "logit":
+            if to.kind == "logit":
                 logit = grid.evaluate(self._spec.extra_logits[int(term.root.rpartition(".")[2])]).to(self._real)
                 power = logit - lse[..., None]
-                if (below := exact_below(self._spec)) is not None:
+                if (below := recomputed_below(self._spec)) is not None:
                     power = torch.where(lse[..., None] <= float(below), logit - tops[..., None] - rests[..., None], power)
                 grad = -power.exp() * delta[..., None] * grid.evaluate(term.factor)
             else:
-                grad = partial[sink.name]
-            grid.scatter(grad, sink.load, gradients[sink.name])
+                grad = partial[to.name]
+            grid.scatter(grad, to.load, gradients[to.name])
 
 
 def _options(launch: Launch) -> dict[str, Any]:

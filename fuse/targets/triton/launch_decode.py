@@ -14,8 +14,8 @@ from fuse.kernel.source import ENTRY
 from fuse.targets.triton import plan_decode
 from fuse.targets.triton.module import current_architecture, made, precision
 from fuse.targets.triton.plan import TritonPlan
+from fuse.targets.triton.plan_choice import PlanChoice
 from fuse.targets.triton.plan_decode import Route
-from fuse.targets.triton.plans import Plans
 from fuse.targets.triton.render_decode import MERGE, render_decode
 
 
@@ -24,7 +24,7 @@ class TritonDecode:
 
     def __init__(self, spec: AttentionSpec) -> None:
         self._spec = spec
-        self.plans = Plans(partial(plan_decode.plans, spec))
+        self.plans = PlanChoice(partial(plan_decode.plans, spec))
         name = f"decode_{spec.out_dtype}_{spec.qk_dim}x{spec.v_dim}"
         module = made(name, render_decode(spec, plan_decode.plans(spec, current_architecture())[0]))
         self.source, self.function, self.merge = module.source, module.function(ENTRY), module.function(MERGE)

@@ -17,7 +17,7 @@ from fuse.targets.triton.render import mask_axes
 from fuse.targets.triton.render_tiles import TILES, is_listed, render_tiles
 
 # Tiles up to which all are visited: a list costs a launch.
-FEW = 6
+UNLISTED = 6
 # Tiles that are classified together.
 _MANY = 32
 
@@ -44,7 +44,7 @@ class TritonTiles:
         blocks, count = -(-q_len // plan.block_q), -(-kv_len // plan.block_k)
         if self._owner == "k":
             blocks, count = count, blocks
-        if not self._needed or count <= FEW:
+        if not self._needed or count <= UNLISTED:
             return (like, like) if self._needed else (), False
         programs = blocks * math.prod(sizes[i] for i in self._axes)
         tiles = torch.empty(programs, count, dtype=torch.int32, device=like.device)

@@ -17,6 +17,7 @@ from triton.runtime import driver
 from fuse.report.runs import Runs
 from fuse.targets.cache import BuildFailed, write_once
 from fuse.targets.dump import dumped
+from fuse.targets.triton import NAME, SUFFIX
 from fuse.targets.triton.function import REFUSALS, Function
 from fuse.targets.triton.plan import ARCHITECTURES, Architecture, architecture
 
@@ -49,15 +50,15 @@ class Module:
 
 def made(name: str, rendered: str) -> Module:
     """The module of ``rendered``, or of what somebody made of it in FUSE_DUMP's folder. Raises BuildFailed."""
-    source = dumped(name, rendered, ".py")
-    path = source.edited or write_once("triton", name, ".py", rendered)
+    source = dumped(name, rendered, SUFFIX)
+    path = source.edited or write_once(NAME, name, SUFFIX, rendered)
     try:
-        return Module(path, load(path), source.runs(path))
+        return Module(path, load_module(path), source.runs(path))
     except Exception as error:
         raise source.refused(error) from error
 
 
-def load(path: Path) -> ModuleType:
+def load_module(path: Path) -> ModuleType:
     name = f"fuse_generated_{path.stem}"
     spec = spec_from_file_location(name, path, loader=_Source(name, str(path)))
     assert spec is not None and spec.loader is not None

@@ -90,7 +90,7 @@ class TritonPlan:
 _WIDE = ((128, 128, 8),)
 _TILES = ((128, 64, 4), (128, 64, 8), (64, 64, 4), (64, 64, 8), (64, 32, 4), (64, 32, 8), (32, 32, 4), (32, 32, 8),
           (16, 32, 4), (16, 16, 4))  # fmt: skip
-_FEW = 6
+_CANDIDATES = 6
 
 
 def plan_triton(spec: AttentionSpec, arch: Architecture) -> TritonPlan:
@@ -101,7 +101,7 @@ def plan_triton(spec: AttentionSpec, arch: Architecture) -> TritonPlan:
 def candidates(spec: AttentionSpec, arch: Architecture) -> tuple[TritonPlan, ...]:
     """Plans that fit ``arch``, the most promising first; never empty. The last one asks for least."""
     least = _plan(spec, arch, 16, 16, 4, 1)
-    fitting = islice(_fitting(spec, arch), _FEW)
+    fitting = islice(_fitting(spec, arch), _CANDIDATES)
     return tuple(dict.fromkeys((*fitting, least)))
 
 

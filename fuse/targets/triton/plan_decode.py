@@ -11,7 +11,7 @@ from fuse.kernel import sharing
 from fuse.targets.triton.plan import Architecture, TritonPlan, registers, shared_memory, widened
 
 # Queries up to which a block of the forward kernel is mostly empty.
-_FEW = 16
+_DECODE_QUERIES = 16
 # Keys that are worth a part of their own, whose result costs a write and a read.
 _PART_KEYS = 256
 # Rows of a tile: matrix units take 16. Keys of a tile and warps, and stages, in the order of preference.
@@ -21,7 +21,7 @@ _STAGES = (3, 2)
 
 
 def plans(spec: AttentionSpec, arch: Architecture) -> tuple[TritonPlan, ...]:
-    """As ``planner_triton.candidates``; ``block_q`` is the number of rows that a tile may have."""
+    """As ``fuse.targets.triton.plan.candidates``; ``block_q`` is the number of rows that a tile may have."""
     width, v_width = widened(spec.qk_dim), widened(spec.v_dim)
     tiles = [(rows, *keys, stages) for rows in reversed(_ROWS) for keys in _KEYS for stages in _STAGES]
     found = [TritonPlan(width, v_width, *tile) for tile in tiles]
@@ -52,7 +52,7 @@ def route(runs: Sequence[int], sizes: Sequence[int], block_q: int, processors: i
     """
     q_len, kv_len = sizes[len(runs) : len(runs) + 2]
     blocks = -(-q_len // block_q) * math.prod(sizes[: len(runs)])
-    if q_len > _FEW and (2 * blocks > processors or kv_len < 4 * _PART_KEYS):
+    if q_len > _DECODE_QUERIES and (2 * blocks > processors or kv_len < 4 * _PART_KEYS):
         return None
     whole = packed(runs, sizes)
     programs = whole.groups * -(-whole.rows // block(whole.rows, _ROWS[-1]))

@@ -20,7 +20,7 @@ _ORDINARY = 1e3
 
 
 @dataclass
-class Program:
+class TileProgram:
     """One score program of a tile.
 
     unit   what turns its scores into powers of two
@@ -47,7 +47,7 @@ class Stream:
     copied: str
 
 
-class Source:
+class TritonSource:
     """Collects the pieces of one source.
 
     row_axes   loop indices that differ between the rows that a program owns
@@ -58,48 +58,48 @@ class Source:
         self.spec, self.computed, self.described = spec, forward_program(spec), described
         self.row_axes = row_axes
         self.count = [0]
-        self.site, self.rows = Block(), Block()
+        self.batch_index, self.rows = Block(), Block()
         self.double = spec.lse_dtype == "float64"
         self.real = "tl.float64" if self.double else "tl.float32"
 
-    def writer(self, tile: Block | None = None, exact: bool = False) -> TritonWriter:
+    def writer(self, tile: Block | None = None, as_eager: bool = False) -> TritonWriter:
         def place(axes: frozenset[str]) -> Block:
             varying = axes & (self.row_axes | {"q", "k"})
-            return self.site if not varying else self.rows if varying <= self.row_axes or tile is None else tile
+            return self.batch_index if not varying else self.rows if varying <= self.row_axes or tile is None else tile
 
         # Tiles of the forward kernel begin at multiples of their size, those of parts of the keys anywhere.
         drawn = "f_uniform_along({}, k0, BN)" if self.row_axes == {"q"} else ""
-        return TritonWriter(place, self.real, self.count, exact, drawn=drawn)
+        return TritonWriter(place, self.real, self.count, as_eager, drawn=drawn)
 
     def program(
-        self, node: Expr, factor: float, seen: list[str], exact: bool = False, predicate: Expr | None = None
-    ) -> Program:
+        self, node: Expr, factor: float, seen: list[str], as_eager: bool = False, predicate: Expr | None = None
+    ) -> TileProgram:
         tile = Block()
-        writer = self.writer(tile, exact)
+        writer = self.writer(tile, as_eager)
         for leaf in expr.walk(node):
             if isinstance(leaf, Score):
-                rounded = exact and leaf.dtype in HALVES
+                rounded = as_eager and leaf.dtype in HALVES
                 writer.leaves[leaf] = f"tl.cast(tl.cast(raw, tl.{leaf.dtype}), {self.real})" if rounded else "raw"
         result = writer.value(node)
         conditions = [*seen, *([] if predicate is None else [writer.value(predicate)])]
         unit = repr(factor * _LOG2_E)
         power = f"score * {unit} - (reference * {unit})[:, None]"  # one instruction
-        if exact or _may_be_huge(node):
+        if as_eager or _may_be_huge(node):
             power = f"(score - reference[:, None]) * {unit}"
-        return Program(tile.lines, result, unit, power, conditions)
+        return TileProgram(tile.lines, result, unit, power, conditions)
 
-    def weight(self) -> Program:
+    def weight(self) -> TileProgram:
         tile = Block()
         writer = self.writer(tile)
         writer.leaves |= {leaf: "prob" for leaf in expr.walk(self.spec.weight) if isinstance(leaf, Prob)}
-        return Program(tile.lines, writer.value(self.spec.weight))
+        return TileProgram(tile.lines, writer.value(self.spec.weight))
 
-    def matrix(self, load: Load) -> Program:
+    def matrix(self, load: Load) -> TileProgram:
         """The queries' features: in their own dtype, as tensor cores take it, where query, key and value have the same."""
         here = Block()
-        writer = TritonWriter(lambda axes: here if axes else self.site, self.real, self.count)
+        writer = TritonWriter(lambda axes: here if axes else self.batch_index, self.real, self.count)
         pointer, size = f"p{load.operand} + {writer.offset(load)}", f"BM, {widened(self.spec.qk_dim)}"
-        return Program(here.lines, writer.tile(load, pointer, size, ["d_ok", "q_ok"], cast=self._mixed()))
+        return TileProgram(here.lines, writer.tile(load, pointer, size, ["d_ok", "q_ok"], cast=self._mixed()))
 
     def stream(self, name: str, load: Load, full: bool, ahead: bool) -> Stream:
         """Tiles of "key", whose positions ``k`` are a row, or of "value", whose positions ``row`` are a column.
@@ -113,7 +113,7 @@ class Source:
         moved = [dim for dim, coord in enumerate(load.coords) if "k" in expr.axes(coord)]
         (dim,) = moved if ahead and len(moved) == 1 and isinstance(load.coords[moved[0]], Index) else (None,)
         where = tile if dim is None else before
-        writer = TritonWriter(lambda axes: where if axes else self.site, self.real, self.count)
+        writer = TritonWriter(lambda axes: where if axes else self.batch_index, self.real, self.count)
         writer.names["k"] = column if dim is None else f"{column}_lane"
         pointer = f"p{load.operand} + {writer.offset(load)}"
         if dim is not None:
@@ -137,9 +137,9 @@ class Source:
         found: dict[str, object] = {"name": bound.name}
         for at in ("q0", "q1"):
             block = Block()
-            writer = TritonWriter(lambda axes, block=block: block if "q" in axes else self.site, self.real, self.count)  # type: ignore[misc]
+            writer = TritonWriter(lambda axes, block=block: block if "q" in axes else self.batch_index, self.real, self.count)  # type: ignore[misc]
             writer.names["q"] = at
-            found[at] = Program(block.lines, writer.value(bound.node))
+            found[at] = TileProgram(block.lines, writer.value(bound.node))
         return found
 
     def extra(self, node: Expr) -> str:
@@ -150,11 +150,11 @@ class Source:
         """What must hold for an entry, beside the residual."""
         return lanes_within(self.spec, self.writer())
 
-    def skip(self) -> Program:
+    def skip(self) -> TileProgram:
         """Whether an entry is seen, with the residual."""
         tile, residual = Block(), self.computed.residual
         conditions = [*self.seen(), "q_ok", *([] if residual is None else [self.writer(tile).value(residual)])]
-        return Program(tile.lines, " & ".join(conditions))
+        return TileProgram(tile.lines, " & ".join(conditions))
 
 
 def _may_be_huge(node: Expr) -> bool:
@@ -190,7 +190,7 @@ def mask_axes(spec: AttentionSpec) -> tuple[int, ...]:
     return tuple(i for i in range(spec.batch) if any(f"b{i}" in expr.axes(root) for root in roots))
 
 
-def arguments(spec: AttentionSpec | TileMap) -> dict[str, object]:
+def argument_names(spec: AttentionSpec | TileMap) -> dict[str, object]:
     """Names of what every kernel takes."""
     return {
         "symbols": spec.symbols, "pointers": [f"p{i}" for i in range(len(spec.operands))],
@@ -198,12 +198,12 @@ def arguments(spec: AttentionSpec | TileMap) -> dict[str, object]:
     }  # fmt: skip
 
 
-def call_context(source: Source, plan: TritonPlan) -> dict[str, object]:
+def call_context(source: TritonSource, plan: TritonPlan) -> dict[str, object]:
     """What every kernel that attends to keys needs: its arguments, and the pieces of ``tile.py.jinja``."""
     spec, computed = source.spec, source.computed
     visible, factor, residual, threshold = computed.visible, computed.factor, computed.residual, computed.threshold
     full = (spec.qk_dim == plan.width, spec.v_dim == plan.v_width)  # else conditions on features take registers
-    return arguments(spec) | {
+    return argument_names(spec) | {
         "batch": spec.batch, "qk_dim": spec.qk_dim, "v_dim": spec.v_dim, "real": source.real, "mask_axes": mask_axes(spec),
         "double": source.double, "residual": residual is not None, "width": plan.width, "v_width": plan.v_width,
         "query": source.matrix(spec.query), "query_copied": source.copied("query", spec.query),
@@ -211,9 +211,9 @@ def call_context(source: Source, plan: TritonPlan) -> dict[str, object]:
         "value": source.stream("value", spec.value, full[1], full[1] and plan.stages > 1),
         "full": source.program(visible, factor, []),
         "partial": source.program(visible, factor, source.seen(), predicate=residual), "skip": source.skip(),
-        "exact": None if threshold is None else source.program(spec.score, 1.0, ["k_ok"], exact=True),
+        "recomputed": None if threshold is None else source.program(spec.score, 1.0, ["k_ok"], as_eager=True),
         "weight": source.weight(), "extras": [source.extra(x) for x in spec.extra_logits], "factor": repr(factor),
-        "threshold": repr(threshold), "empty_row": spec.empty_row, "site": source.site, "rows": source.rows,
+        "threshold": repr(threshold), "empty_row": spec.empty_row, "batch_index": source.batch_index, "rows": source.rows,
         "out_strides": [f"to_{i}" for i in range(spec.batch + 2)], "out_offset": _out_offset(spec),
     }  # fmt: skip
 
@@ -224,7 +224,7 @@ def header(spec: AttentionSpec, plan: object) -> str:
 
 def render_triton(spec: AttentionSpec, plan: TritonPlan) -> str:
     """One Python module with the kernel ENTRY; its arguments are those of ``fuse.targets.triton.launch``."""
-    source = Source(spec, described=plan.described)
+    source = TritonSource(spec, described=plan.described)
     bounds = [source.bound(b) for b in source.computed.bounds]
     whole = (spec.qk_dim, spec.v_dim) == (plan.width, plan.v_width)
     context = call_context(source, plan) | {

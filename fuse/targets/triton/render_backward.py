@@ -18,17 +18,17 @@ from fuse.ir.expr import HALVES, Apply, Const, Expr, Index, Load, Prob, Score, a
 from fuse.ir.operators import OPERATORS
 from fuse.ir.spec import AttentionSpec
 from fuse.kernel.backward import Added, BackwardProgram, Results, backward_program, is_one
+from fuse.kernel.destinations import Destination, Unsupported
 from fuse.kernel.rectangles import rows_of
-from fuse.kernel.sinks import Sink, Unsupported
 from fuse.kernel.source import ENTRY, environment, header_lines
 from fuse.targets.triton.plan import widened
-from fuse.targets.triton.render import arguments, lanes_within, mask_axes
+from fuse.targets.triton.render import argument_names, lanes_within, mask_axes
 from fuse.targets.triton.render_tiles import is_listed
 from fuse.targets.triton.write import Block, TritonWriter, depends
 
 # What the kernel of queries may copy by tensor descriptors. That of keys, whose tiles are smaller, would gain nothing.
 COPIED = ("key", "value")
-# Kinds of sinks whose elements a kernel finds by their tensor's strides; others are sums, and lie side by side.
+# Kinds of destinations whose elements a kernel finds by their tensor's strides; others are sums, and lie side by side.
 PLACED = ("matrix", "dense", "shared")
 # log2(e)
 _LOG2E = 1.4426950408889634
@@ -44,7 +44,7 @@ class Text:
 
 
 @dataclass(frozen=True)
-class Entries:
+class TileEntries:
     """What happens to the entries of a tile between the products: statements, then ``results``."""
 
     lines: Sequence[str]
@@ -66,15 +66,15 @@ class _Kernel:
     """Writes what one kernel computes. ``owner``: "q" or "k", the position that a program keeps; it visits the other one. With
     "k - q" it keeps distances, and visits queries and keys together.
 
-    described    tiles may be copied by tensor descriptors
-    site, owned  what is computed once for a batch index, and once for each position that is kept
+    described           tiles may be copied by tensor descriptors
+    batch_index, owned  what is computed once for a batch index, and once for each position that is kept
     """
 
     computed: BackwardProgram
     owner: str
     count: list[int]
     described: bool = False
-    site: Block = field(default_factory=Block)
+    batch_index: Block = field(default_factory=Block)
     owned: Block = field(default_factory=Block)
 
     @property
@@ -85,18 +85,18 @@ class _Kernel:
     def visited(self) -> str:
         return "q" if self.owner == "k" else "k"
 
-    def writer(self, tile: Block | None = None, exact: bool = False, names: dict[str, str] | None = None) -> TritonWriter:
+    def writer(self, tile: Block | None = None, as_eager: bool = False, names: dict[str, str] | None = None) -> TritonWriter:
         def place(axes: frozenset[str]) -> Block:
             varying = axes & {"q", "k", "d", "e"}
-            return self.site if not varying else self.owned if varying == {self.owner} or tile is None else tile
+            return self.batch_index if not varying else self.owned if varying == {self.owner} or tile is None else tile
 
         drawn = {"q": "f_uniform_along({}, k0, BN)", "k": "f_uniform_down({}, first, BN, BM)"}.get(self.owner, "")
-        return TritonWriter(place, _real(self.spec), self.count, exact, names=names or {}, drawn=drawn)
+        return TritonWriter(place, _real(self.spec), self.count, as_eager, names=names or {}, drawn=drawn)
 
     def value(self, node: Expr, **names: str) -> Text:
         """``node``, of positions that have other names."""
-        here = Block()
-        writer = TritonWriter(lambda axes: here if axes & {"q", "k"} else self.site, _real(self.spec), self.count, names=names)
+        here, once = Block(), self.batch_index
+        writer = TritonWriter(lambda axes: here if axes & {"q", "k"} else once, _real(self.spec), self.count, names=names)
         return Text(here.lines, writer.value(node))
 
     # ------------------------------------------------------------------------------------------------------- tiles
@@ -120,16 +120,16 @@ class _Kernel:
         text = f"tl.load({tensor} + {offset}, mask={names[-2]}_ok & e_ok, other=0)"
         return text if _one_dtype(self.spec) else f"tl.cast({text}, {_real(self.spec)})"
 
-    def places(self, found: Sequence[Sink]) -> list[dict[str, object]]:
-        """The sinks that the kernel writes, and where the elements of their gradients are."""
+    def places(self, found: Sequence[Destination]) -> list[dict[str, object]]:
+        """The destinations that the kernel writes, and where the elements of their gradients are."""
         places = []
-        for sink in written_by(self.owner, found):
+        for to in written_by(self.owner, found):
             here = Block()
             writer = TritonWriter(lambda _, here=here: here, _real(self.spec), self.count)  # type: ignore[misc]
-            kind = kind_of(sink)
-            offset = writer.offset(sink.load, strides=f"s_{sink.name}") if kind in PLACED else ""
-            rank = len(sink.order) if kind in PLACED else 0
-            places.append({"name": sink.name, "kind": kind, "rank": rank, "place": Text(here.lines, offset)})
+            kind = destination_kind(to)
+            offset = writer.offset(to.load, strides=f"s_{to.name}") if kind in PLACED else ""
+            rank = len(to.order) if kind in PLACED else 0
+            places.append({"name": to.name, "kind": kind, "rank": rank, "place": Text(here.lines, offset)})
         return places
 
     # ----------------------------------------------------------------------------------------------------- entries
@@ -150,7 +150,7 @@ class _Kernel:
         tile = Block()
         return Text(tile.lines, self.seen(self.writer(tile)))
 
-    def entries(self, found: Sequence[Sink], full: bool) -> Entries:
+    def entries(self, found: Sequence[Destination], full: bool) -> TileEntries:
         """Of a tile that is seen entirely, or of one that may not be."""
         computed, tile = self.computed, Block()
         forward, slope, factors = computed.forward, computed.slope, computed.factors
@@ -163,38 +163,38 @@ class _Kernel:
         text = "d_score" if is_one(slope) else f"d_score * {writer.value(slope)}"
         return self._results(tile, writer, text, factors, found, "{}" if full else "tl.where(seen, {}, 0.0)")
 
-    def exact(self, found: Sequence[Sink]) -> Entries:
+    def recomputed(self, found: Sequence[Destination]) -> TileEntries:
         """Of all entries of the rows that are ``chosen``, whose largest score is ``top`` and log-sum-exp ``top + rest``."""
         of, tile = self.computed.of, Block()
         factors = [t.factor for t in of.terms]
-        writer = self.writer(tile, exact=True)
+        writer = self.writer(tile, as_eager=True)
         _give_leaves(writer, self.spec.score, of.score, self.spec.weight, of.weight, *factors)
         prob = f"tl.exp2(({writer.value(self.spec.score)} - top - rest) * {_LOG2E!r})"
         tile.lines.append(f"prob = tl.where(chosen & {self.visited}_ok, {prob}, 0.0)")
-        writer.exact = False
+        writer.as_eager = False
         text = f"d_score * {writer.value(of.score)} * {1 / self.computed.scale!r}"
         return self._results(tile, writer, text, factors, found, "{}")
 
     def _results(
-        self, tile: Block, writer: TritonWriter, slope: str, factors: Sequence[Expr], found: Sequence[Sink], visible: str
-    ) -> Entries:
+        self, tile: Block, writer: TritonWriter, slope: str, factors: Sequence[Expr], found: Sequence[Destination], visible: str
+    ) -> TileEntries:
         """``visible``: gives what is computed, if the entry is seen."""
         weight, gate = self.spec.weight, self.computed.of.weight
         weighed = visible.format(writer.value(weight)) if self.computed.forward.weighted else "prob"
         gated = "d_weight" if is_one(gate) else f"{writer.value(gate)} * d_weight"
         small, terms = [s for s in found if s.kind != "matrix"], []
-        for sink, term, factor in zip(small, self.computed.of.terms, factors, strict=True):
-            if sink.kind != "logit":
+        for to, term, factor in zip(small, self.computed.of.terms, factors, strict=True):
+            if to.kind != "logit":
                 outer = "d_weight" if term.root == "weight" else "d_score"
                 text = outer if is_one(factor) else f"{outer} * {writer.value(factor)}"
-                terms.append(Added(sink.name, kind_of(sink), visible.format(text)))
+                terms.append(Added(to.name, destination_kind(to), visible.format(text)))
         slope = slope if slope == "d_score" else visible.format(slope)
-        return Entries(tile.lines, Results(weighed, gated, slope, tuple(terms)))
+        return TileEntries(tile.lines, Results(weighed, gated, slope, tuple(terms)))
 
     def scores(self) -> Text:
         """The scores of a tile as eager rounds them."""
         tile = Block()
-        writer = self.writer(tile, exact=True)
+        writer = self.writer(tile, as_eager=True)
         _give_leaves(writer, self.spec.score)
         return Text(tile.lines, writer.value(self.spec.score))
 
@@ -225,18 +225,18 @@ class _Kernel:
     def context(self) -> dict[str, object]:
         return {
             **{name: self.matrix(name) for name in ("query", "key", "value")}, "described": self.described,
-            "grad": self.like_out("grad_out", "sg"), "site": self.site, "owned": self.owned,
+            "grad": self.like_out("grad_out", "sg"), "batch_index": self.batch_index, "owned": self.owned,
         }  # fmt: skip
 
-    def programs(self, found: Sequence[Sink]) -> dict[str, object]:
-        exact = None if self.computed.exact_below is None else self.exact(found)
+    def programs(self, found: Sequence[Destination]) -> dict[str, object]:
+        recomputed = None if self.computed.recomputed_below is None else self.recomputed(found)
         bounds, residual = [name for name, _ in self._bounds()], self.computed.forward.residual
         starts, ends = ("upper", "lower") if self.owner == "k" else ("lower", "upper")
         tail = self.owner == "q" or not self._harmless_tail()
         listed = is_listed(self.spec, self.owner)
         shown = None if residual is None or listed or self.owner != "k" else self.writer().value(residual)
         return {
-            "full": self.entries(found, full=True), "partial": self.entries(found, full=False), "exact": exact,
+            "full": self.entries(found, full=True), "partial": self.entries(found, full=False), "recomputed": recomputed,
             "listed": listed, "shown": shown,
             "starts_partial": shown is not None or starts in bounds, "ends_partial": tail or ends in bounds,
         }  # fmt: skip
@@ -255,12 +255,12 @@ def render_backward(spec: AttentionSpec, wanted: Sequence[bool], described: bool
     described  the kernel of queries may copy tiles by tensor descriptors
     """
     computed = backward_program(spec, tuple(wanted))
-    found = computed.sinks
+    found = computed.destinations
     _check(found)
     count = [0]
     rows, keys, distances = (_Kernel(computed, owner, count) for owner in ("q", "k", "k - q"))
     queries = _Kernel(computed, "q", count, described)
-    kernels = {name: kernel.context() | kernel.programs(found) | {"sinks": kernel.places(found)}
+    kernels = {name: kernel.context() | kernel.programs(found) | {"destinations": kernel.places(found)}
                for name, kernel in (("keys", keys), ("queries", queries), ("distances", distances))}  # fmt: skip
     names = ", ".join(s.name if s.kind == "matrix" else str(s.load) for s in found)
     lines = (
@@ -268,10 +268,11 @@ def render_backward(spec: AttentionSpec, wanted: Sequence[bool], described: bool
         *header_lines(spec),
         f"wanted  {json.dumps(list(wanted))}",
     )
-    context = arguments(spec) | {
+    context = argument_names(spec) | {
         "header": "\n".join(f"# {line}" for line in lines), "entry": ENTRY, "batch": spec.batch, "mask_axes": mask_axes(spec),
         "qk_dim": spec.qk_dim, "v_dim": spec.v_dim, "width": widened(spec.qk_dim), "v_width": widened(spec.v_dim),
-        "factor": repr(computed.scale), "real": _real(spec), "log2e": repr(_LOG2E), "exact_below": computed.exact_below,
+        "factor": repr(computed.scale), "real": _real(spec), "log2e": repr(_LOG2E),
+        "recomputed_below": computed.recomputed_below,
         "rows": rows.context() | {"out": rows.like_out("out", "so"), "scores": rows.scores(), "extras": rows.extras()},
         "keys": kernels["keys"] | {"searches": keys.searches()},
         "queries": kernels["queries"] | {"bounds": queries.bounds()},
@@ -281,21 +282,21 @@ def render_backward(spec: AttentionSpec, wanted: Sequence[bool], described: bool
     return re.sub(r"\n\s*\n(?= )", "\n", text)
 
 
-def written_by(owner: str, found: Sequence[Sink]) -> list[Sink]:
-    """The sinks that are written by the kernel that keeps keys ("k"), queries ("q") or distances ("k - q")."""
+def written_by(owner: str, found: Sequence[Destination]) -> list[Destination]:
+    """The destinations that are written by the kernel that keeps keys ("k"), queries ("q") or distances ("k - q")."""
     kinds = {"k": ("key", "value", "dense"), "q": ("query", "row", "shared"), "k - q": ("entry",)}[owner]
-    return [s for s in found if (s.name if s.kind == "matrix" else kind_of(s)) in kinds]
+    return [s for s in found if (s.name if s.kind == "matrix" else destination_kind(s)) in kinds]
 
 
-def kind_of(sink: Sink) -> str:
-    """That of the sink; "shared" where entries share elements in another way than by distance, and add to them atomically."""
-    return "shared" if sink.kind == "entry" and not all(map(_of_distance, sink.load.coords)) else sink.kind
+def destination_kind(to: Destination) -> str:
+    """That of the destination; "shared" where entries share elements in another way than by distance: they add atomically."""
+    return "shared" if to.kind == "entry" and not all(map(_of_distance, to.load.coords)) else to.kind
 
 
-def _check(found: Sequence[Sink]) -> None:
-    for sink in found:
-        if sink.kind in ("matrix", "dense") and any(isinstance(n, Load) for c in sink.load.coords for n in expr.walk(c)):
-            raise Unsupported(f"{sink.load} is read at a place that is read")
+def _check(found: Sequence[Destination]) -> None:
+    for to in found:
+        if to.kind in ("matrix", "dense") and any(isinstance(n, Load) for c in to.load.coords for n in expr.walk(c)):
+            raise Unsupported(f"{to.load} is read at a place that is read")
 
 
 def _of_distance(node: Expr) -> bool:
@@ -327,7 +328,7 @@ def _is_finite(n: Apply) -> bool:
 def _give_leaves(writer: TritonWriter, *roots: Expr) -> None:
     for leaf in expr.walk(*roots):
         if isinstance(leaf, Score):
-            rounded = writer.exact and leaf.dtype in HALVES
+            rounded = writer.as_eager and leaf.dtype in HALVES
             writer.leaves[leaf] = f"tl.cast(tl.cast(raw, tl.{leaf.dtype}), {writer.real})" if rounded else "raw"
         if isinstance(leaf, Prob):
             writer.leaves[leaf] = "prob"

@@ -11,7 +11,7 @@ from fuse.ir.spec import AttentionSpec
 from fuse.kernel import sharing
 from fuse.kernel.source import ENTRY, environment
 from fuse.targets.triton.plan import TritonPlan
-from fuse.targets.triton.render import Source, call_context, header
+from fuse.targets.triton.render import TritonSource, call_context, header
 
 MERGE = "fuse_attention_merge"
 
@@ -20,7 +20,7 @@ def render_decode(spec: AttentionSpec, plan: TritonPlan) -> str:
     """Kernels ENTRY, which attends to one part of the keys, and MERGE; arguments as ``launch_decode`` has them."""
     runs = list(enumerate(sharing.runs(spec)))
     shared = [(i, run) for i, run in runs if run != 1]
-    source = Source(sharing.grouped(spec), frozenset({"q", *(f"b{i}" for i, _ in shared)}))
+    source = TritonSource(sharing.grouped(spec), frozenset({"q", *(f"b{i}" for i, _ in shared)}))
     context = call_context(source, plan) | {
         "header": header(spec, plan), "entry": ENTRY, "merge": MERGE,
         "bounds": [(b.name, source.writer().value(b.node)) for b in source.computed.bounds],

@@ -15,6 +15,7 @@ from fuse.targets.cache import BuildFailed
 from fuse.targets.fallback import KernelOrElse, OrElse
 from fuse.targets.protocols import Backward, Kernel, MapKernel
 from fuse.targets.standin import ReferenceBackward, ReferenceKernel, ReferenceTileMap
+from fuse.targets.triton import NAME, SUFFIX
 from fuse.targets.triton.plan import ARCHITECTURES, plan_triton
 
 # For tests, Triton's interpreter takes tensors on the CPU.
@@ -24,10 +25,11 @@ _GPU = frozenset({"cuda"})
 
 @dataclass(frozen=True)
 class TritonTarget:
-    name: str = "triton"
+    name: str = NAME
     devices: frozenset[str] = _GPU | {"cpu"} if _INTERPRETED else _GPU
     by_itself: bool = False
-    suffix: str = ".py"
+    generated: bool = True
+    suffix: str = SUFFIX
     tunable: bool = True
     late: bool = not _INTERPRETED
 
@@ -69,7 +71,7 @@ def _installed() -> Iterator[None]:
     try:
         yield
     except ImportError as error:
-        raise BuildFailed(f"{error}. Target 'triton' needs Triton: pip install 'torch-fuse[triton]'") from error
+        raise BuildFailed(f"{error}. Target {NAME!r} needs Triton: pip install 'torch-fuse[triton]'") from error
 
 
 def _block(spec: AttentionSpec, architecture: str) -> tuple[int, int]:

@@ -18,6 +18,7 @@ import torch
 
 from fuse.settings import settings
 from fuse.targets.cache import content, write_atomically
+from fuse.targets.triton import NAME
 from fuse.targets.triton.function import REFUSALS
 
 if TYPE_CHECKING:
@@ -46,10 +47,10 @@ class Subject:
     @property
     def path(self) -> Path:
         facts = json.dumps([VERSION, self.kernel.name, self.device, self.sizes, _versions()])
-        return settings().cache_dir / "triton" / f"tuned-{hashlib.sha256(facts.encode()).hexdigest()[:20]}.json"
+        return settings().cache_dir / NAME / f"tuned-{hashlib.sha256(facts.encode()).hexdigest()[:20]}.json"
 
 
-def kept(subject: Subject, plans: Sequence[P]) -> P | None:
+def recorded(subject: Subject, plans: Sequence[P]) -> P | None:
     """The result of an earlier run, if it is one of ``plans``; a file that cannot be read is none."""
     try:
         fastest = json.loads(content(subject.path) or b"")["fastest"]

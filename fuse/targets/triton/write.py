@@ -11,7 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from fuse.ir.expr import COMPARISONS, FLOATS, HALVES, Apply, Const, Expr, Index, Load, Prob, Score, Symbol, axes, contains
-from fuse.ir.interval import anywhere, bounds
+from fuse.ir.interval import anywhere, range_of
 from fuse.ir.operators import OPERATORS
 from fuse.ir.roundings import as_taken, decides, is_read
 from fuse.kernel.rectangles import Rows
@@ -31,25 +31,25 @@ class Block:
 class TritonWriter:
     """Writes values into the blocks that ``place`` chooses by the indices they depend on.
 
-    real    "tl.float32" or "tl.float64": the type of all floats
-    exact   round every value to its dtype, as eager does after every operation; what decides something is always so computed
-    leaves  texts of nodes that are there already
-    names   variables of indices, where they have other names
-    drawn   how random numbers are drawn whose columns are the keys of a tile: a call that lacks its first three arguments
+    real      "tl.float32" or "tl.float64": the type of all floats
+    as_eager  round every value to its dtype, as eager does after every operation; what decides something always is
+    leaves    texts of nodes that are there already
+    names     variables of indices, where they have other names
+    drawn     how random numbers are drawn whose columns are the keys of a tile: a call that lacks its first three arguments
     """
 
     place: Callable[[frozenset[str]], Block]
     real: str
     count: list[int]
-    exact: bool = False
+    as_eager: bool = False
     leaves: dict[Expr, str] = field(default_factory=dict)
     names: dict[str, str] = field(default_factory=dict)
     drawn: str = ""
 
-    def value(self, node: Expr, exact: bool = False) -> str:
-        """``exact``: rounded as eager rounds it, and all that it is computed of."""
-        exact = exact or self.exact
-        if node in self.leaves and not (exact and isinstance(node, Score)):
+    def value(self, node: Expr, as_eager: bool = False) -> str:
+        """``as_eager``: rounded as eager rounds it, and all that it is computed of."""
+        as_eager = as_eager or self.as_eager
+        if node in self.leaves and not (as_eager and isinstance(node, Score)):
             return self.leaves[node]
         if isinstance(node, Const):
             return _literal(node)
@@ -58,16 +58,16 @@ class TritonWriter:
         if isinstance(node, Index):
             return self.names.get(node.axis, node.axis)
         block = self.place(depends(node))
-        key = (node, exact and node.dtype in FLOATS and not is_read(node))
+        key = (node, as_eager and node.dtype in FLOATS and not is_read(node))
         if key not in block.known:
-            text = self._text(node, exact)
+            text = self._text(node, as_eager)
             block.known[key] = self._define(block, self._rounded(text, node.dtype) if key[1] else text)
         return block.known[key]
 
-    def _text(self, node: Expr, exact: bool) -> str:
+    def _text(self, node: Expr, as_eager: bool) -> str:
         if node in self.leaves:
             return self.leaves[node]
-        return self.load(node) if isinstance(node, Load) else self._apply(node, exact or decides(node))
+        return self.load(node) if isinstance(node, Load) else self._apply(node, as_eager or decides(node))
 
     def _rounded(self, text: str, dtype: str) -> str:
         """Halves are rounded to float32 first, which is what eager computes them in."""
@@ -131,11 +131,11 @@ class TritonWriter:
 
     # -------------------------------------------------------------------------------------------------- operations
 
-    def _apply(self, node: Expr, exact: bool) -> str:
-        """``exact``: of operands that are rounded as eager rounds them."""
+    def _apply(self, node: Expr, as_eager: bool) -> str:
+        """``as_eager``: of operands that are rounded as eager rounds them."""
         if not isinstance(node, Apply):
             raise ValueError(f"{node} has no value here")
-        args = [self.value(a, exact) for a in (as_taken(node) if exact else node.operands)]
+        args = [self.value(a, as_eager) for a in (as_taken(node) if as_eager else node.operands)]
         op, source = node.op, node.operands[0].dtype
         if op == "cast":
             return self._cast(node, args[0])
@@ -147,7 +147,7 @@ class TritonWriter:
             args = self._widened(node, args)
         if op == "uniform":
             return f"tl.cast({self._uniform(node, args)}, {self.real})"
-        if op == "tanh" and node.dtype in HALVES and self.real == "tl.float32" and not exact:
+        if op == "tanh" and node.dtype in HALVES and self.real == "tl.float32" and not as_eager:
             return f"f_tanh_half({args[0]})"
         row = OPERATORS[op]
         return (row.triton_real if row.triton_real and source in FLOATS else row.triton).format(*args)
@@ -176,7 +176,7 @@ class TritonWriter:
 
 def fits_a_word(node: Expr) -> bool:
     """Whether every value of an integer is known to fit 32 bits."""
-    found = bounds(node, anywhere)
+    found = range_of(node, anywhere)
     return bool(found.low >= -_WORD and found.high <= _WORD)
 
 

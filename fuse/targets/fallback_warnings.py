@@ -13,28 +13,28 @@ _SAYS: dict[Part, str] = {
     "backward": "fuse computes gradients of attention without its kernels, slowly and in memory of the size of the scores",
     "tile map": "fuse finds the tiles of masks without its kernels, slowly",
 }
-_told: set[tuple[Part, bool]] = set()
+_warned: set[tuple[Part, bool]] = set()
 _lock = threading.Lock()
 
 
-def warn(part: Part, reason: str, call: bool = False) -> None:
+def warn_once(part: Part, reason: str, call: bool = False) -> None:
     """``reason`` names the file and what to do. ``call``: it is about calls that a kernel left to the reference."""
     with _lock:
-        first = (part, call) not in _told
-        _told.add((part, call))
+        first = (part, call) not in _warned
+        _warned.add((part, call))
     if first:
         warnings.warn(f"{_SAYS[part]}: {reason}", RuntimeWarning, stacklevel=3)
 
 
-def left(runs: Runs, part: Part, calls: str) -> Runs:
+def left_to_reference(runs: Runs, part: Part, calls: str) -> Runs:
     """What is to be said of a kernel that does not take some ``calls``, after a warning."""
-    left = replace(runs, why=f"{calls} are left to the reference, as one was")
-    warn(part, str(left), call=True)
-    return left
+    now = replace(runs, why=f"{calls} are left to the reference, as one was")
+    warn_once(part, str(now), call=True)
+    return now
 
 
 def reset() -> None:
     """The next warnings are the first again."""
     global _lock
     _lock = threading.Lock()
-    _told.clear()
+    _warned.clear()

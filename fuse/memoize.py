@@ -10,7 +10,7 @@ C = TypeVar("C", bound=Callable[..., Any])
 _clears: list[Callable[[], None]] = []
 
 
-def remembered(make: C) -> C:
+def memoize(make: C) -> C:
     """As functools.cache."""
     cached: Any = cache(make)
     at_forget(cached.cache_clear)

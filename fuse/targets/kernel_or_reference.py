@@ -9,7 +9,7 @@ from fuse.errors import FuseError
 from fuse.ir.gradient import Gradient
 from fuse.ir.spec import AttentionSpec
 from fuse.ir.tile_map import TileMap
-from fuse.kernel.sinks import Unsupported
+from fuse.kernel.destinations import Unsupported
 from fuse.targets import registry
 from fuse.targets.cache import BuildFailed
 from fuse.targets.protocols import Backward, Kernel, MapKernel

@@ -1,4 +1,4 @@
-"""Where the gradients of a spec go: one Sink for query, key, value and each Term, whatever the target."""
+"""Where the gradients of a spec go: one Destination for query, key, value and each Term, whatever the target."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ class Unsupported(ValueError):
 
 
 @dataclass(frozen=True)
-class Sink:
+class Destination:
     """A gradient that the kernel writes: of query, key or value, or of what a Term reads.
 
     load   its element; the gradient has the shape of the operand
     order  the operand's dimensions from outermost to innermost in the gradient's memory
     kind   "matrix": of query, key or value, in the operand's dtype. Else in the kernel's real type, and added to:
-           "dense": each site adds at distinct elements; "row", "key", "entry": each part of a site sums in a slice of its
-           own, for each query, key or entry; "logit": a slice for each site, summed over its queries
+           "dense": each batch index adds at distinct elements; "row", "key", "entry": each part of a batch index sums in a
+           slice of its own, for each query, key or entry; "logit": a slice for each batch index, summed over its queries
     dims   "row", "key", "entry", "logit": dimensions that a slice covers; the innermost ones
     """
 
@@ -36,19 +36,19 @@ class Sink:
     dims: tuple[int, ...] = ()
 
 
-def sinks(spec: AttentionSpec, wanted: Sequence[bool]) -> tuple[Sink, ...]:
+def destinations(spec: AttentionSpec, wanted: Sequence[bool]) -> tuple[Destination, ...]:
     """In the order in which the kernel takes their addresses. Raises Unsupported."""
     of = gradient(spec, tuple(wanted))
     loads = {"query": spec.query, "key": spec.key, "value": spec.value}
     extents = {"d": spec.qk_dim, "e": spec.v_dim}
-    found = [Sink(name, x, "matrix", tuple(range(len(x.coords)))) for name, x in loads.items() if wanted[x.operand]]
+    found = [Destination(name, x, "matrix", tuple(range(len(x.coords)))) for name, x in loads.items() if wanted[x.operand]]
     if shared := [str(s.load) for s in found if not _separate(s.load, extents)]:
         raise Unsupported(f"batch indices share parts of {', '.join(shared)}")
     found += [_term(f"term{i}", term) for i, term in enumerate(of.terms)]
-    for sink in found:
-        inner = [n for c in sink.load.coords for n in expr.walk(c) if isinstance(n, Load)]
+    for to in found:
+        inner = [n for c in to.load.coords for n in expr.walk(c) if isinstance(n, Load)]
         if any(wanted[n.operand] for n in inner):
-            raise Unsupported(f"{sink.load} is read at a place that depends on a tensor with a gradient")
+            raise Unsupported(f"{to.load} is read at a place that depends on a tensor with a gradient")
     return tuple(found)
 
 
@@ -83,12 +83,12 @@ def _multiple(node: Expr) -> int:
     return int(constants[0]) if constants else 1
 
 
-def _term(name: str, term: Term) -> Sink:
+def _term(name: str, term: Term) -> Destination:
     axes = term.axes & {"q", "k"}
     varying = tuple(d for d, c in enumerate(term.load.coords) if expr.axes(c) & {"q", "k"})
     order = (*(d for d in range(len(term.load.coords)) if d not in varying), *varying)
     if term.root.startswith("extra_logits"):
-        return Sink(name, term.load, "logit", order, varying)
+        return Destination(name, term.load, "logit", order, varying)
     if axes == {"q", "k"} and term.distinct:
-        return Sink(name, term.load, "dense", tuple(range(len(order))))
-    return Sink(name, term.load, {"": "row", "q": "row", "k": "key"}.get("".join(sorted(axes)), "entry"), order, varying)
+        return Destination(name, term.load, "dense", tuple(range(len(order))))
+    return Destination(name, term.load, {"": "row", "q": "row", "k": "key"}.get("".join(sorted(axes)), "entry"), order, varying)

@@ -15,7 +15,7 @@ from fuse.targets.triton.plan import Architecture
 from fuse.targets.triton.tuning import P, Subject
 
 
-class Plans(Generic[P]):
+class PlanChoice(Generic[P]):
     """Of one kernel: what fits the device, the fastest first where that was measured, now or by an earlier process.
 
     tune  measure where nobody has
@@ -48,7 +48,7 @@ class Plans(Generic[P]):
             return plans
         name = torch.cuda.get_device_name(device) if device.type == "cuda" else architecture_of(device).name
         subject = Subject(source, name, tuple(n.bit_length() for n in sizes))
-        best = tuning.kept(subject, plans)
+        best = tuning.recorded(subject, plans)
         if best is None and self.tune:
             with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
                 best = tuning.fastest(subject, plans, launch, tuning.seconds)

@@ -8,35 +8,35 @@ import torch
 from torch import Tensor
 
 from fuse.ir.expr import Load
-from fuse.ir.interval import Range, bounds, in_call
+from fuse.ir.interval import Range, in_call, range_of
 from fuse.ir.spec import AttentionSpec
-from fuse.kernel.sinks import Sink
+from fuse.kernel.destinations import Destination
 
 
-class Gradients:
-    """The gradients of one spec that go to ``sinks``."""
+class GradientBuffers:
+    """The gradients of one spec that go to ``destinations``."""
 
-    def __init__(self, spec: AttentionSpec, sinks: Sequence[Sink]) -> None:
-        self._spec, self._sinks = spec, tuple(sinks)
+    def __init__(self, spec: AttentionSpec, destinations: Sequence[Destination]) -> None:
+        self._spec, self._destinations = spec, tuple(destinations)
         self._real: torch.dtype = getattr(torch, spec.lse_dtype)
         self._shared: dict[tuple[int, ...], dict[str, str]] = {}
 
     def zeros(self, operands: Sequence[Tensor], sizes: Sequence[int]) -> dict[str, Tensor]:
-        """A tensor for every sink, by name; one tensor for those that write to different places of an operand."""
+        """A tensor for every destination, by name; one tensor for those that write to different places of an operand."""
         key = tuple(sizes)
         if key not in self._shared:
             self._shared = {key: self._first_of(dict(zip(self._spec.symbols, sizes, strict=True)))}
         found: dict[str, Tensor] = {}
-        for sink in self._sinks:
-            operand, first = operands[sink.load.operand], self._shared[key][sink.name]
+        for to in self._destinations:
+            operand, first = operands[to.load.operand], self._shared[key][to.name]
             if first in found:
-                found[sink.name] = found[first]
-            elif sink.kind == "matrix":
-                found[sink.name] = torch.zeros_like(operand)
+                found[to.name] = found[first]
+            elif to.kind == "matrix":
+                found[to.name] = torch.zeros_like(operand)
             else:
-                outer_first = [operand.shape[d] for d in sink.order]
+                outer_first = [operand.shape[d] for d in to.order]
                 memory = torch.zeros(outer_first, dtype=self._real, device=operand.device)
-                found[sink.name] = memory.permute(_inverse(sink.order))
+                found[to.name] = memory.permute(_inverse(to.order))
         return found
 
     def totals(self, operands: Sequence[Tensor], wanted: Sequence[bool], found: Mapping[str, Tensor]) -> list[Tensor]:
@@ -45,24 +45,24 @@ class Gradients:
 
     def _of(self, operand: int, found: Mapping[str, Tensor]) -> list[Tensor]:
         """What was summed for one operand, each tensor once."""
-        return list({id(g): g for s in self._sinks if s.load.operand == operand for g in (found[s.name],)}.values())
+        return list({id(g): g for s in self._destinations if s.load.operand == operand for g in (found[s.name],)}.values())
 
     def _first_of(self, sizes: Mapping[str, int]) -> dict[str, str]:
-        """For each sink, the first that it shares a tensor with."""
-        groups: dict[str, list[Sink]] = {}
-        for sink in self._sinks:
-            fits = (n for n, g in groups.items() if sink.kind == "matrix" and all(self._apart(sink, s, sizes) for s in g))
-            groups.setdefault(next(fits, sink.name), []).append(sink)
+        """For each destination, the first that it shares a tensor with."""
+        groups: dict[str, list[Destination]] = {}
+        for to in self._destinations:
+            fits = (n for n, g in groups.items() if to.kind == "matrix" and all(self._apart(to, s, sizes) for s in g))
+            groups.setdefault(next(fits, to.name), []).append(to)
         return {s.name: name for name, group in groups.items() for s in group}
 
-    def _apart(self, a: Sink, b: Sink, sizes: Mapping[str, int]) -> bool:
-        """Whether two sinks write to different places of the same operand."""
+    def _apart(self, a: Destination, b: Destination, sizes: Mapping[str, int]) -> bool:
+        """Whether two destinations write to different places of the same operand."""
         if a.load.operand != b.load.operand or b.kind != "matrix":
             return False
         leaves = in_call(sizes, {"d": self._spec.qk_dim, "e": self._spec.v_dim})
 
         def ranges(load: Load) -> list[Range]:
-            return [bounds(c, leaves) for c in load.coords]
+            return [range_of(c, leaves) for c in load.coords]
 
         pairs = zip(ranges(a.load), ranges(b.load), strict=True)
         return any(x.high < y.low or y.high < x.low for x, y in pairs)

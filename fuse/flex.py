@@ -1,0 +1,38 @@
+"""Training of FlexAttention on CPUs: torch refuses it before a graph is handed over, since it has no kernel there. fuse has.
+
+The refusal is a function that Dynamo traces. While a graph is traced for fuse another one stands for it; for other backends,
+and outside of torch.compile, it is what it was.
+"""
+
+from __future__ import annotations
+
+from types import FunctionType
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._dynamo.symbolic_convert import InstructionTranslator
+from torch.nn.attention import flex_attention
+
+
+def _copy(function: FunctionType) -> FunctionType:
+    """The same under another identity: what Dynamo puts in the place of a function may call this."""
+    return FunctionType(function.__code__, function.__globals__, function.__name__, function.__defaults__)
+
+
+_validated = _copy(flex_attention._validate_device)
+
+
+@torch.compiler.assume_constant_result
+def _traced_for_fuse() -> bool:
+    """Whether Dynamo traces for our backend."""
+    backend: Any = InstructionTranslator.current_tx().output.compiler_fn
+    while inner := getattr(backend, "_torchdynamo_orig_backend", None) or getattr(backend, "compiler_fn", None):
+        backend = inner
+    return getattr(backend, "__module__", "") == "fuse.backend"
+
+
+@torch.compiler.substitute_in_graph(flex_attention._validate_device)
+def _validate_device(query: Tensor, key: Tensor, value: Tensor) -> None:
+    if query.device.type != "cpu" or not _traced_for_fuse():
+        _validated(query, key, value)

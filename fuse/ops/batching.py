@@ -1,0 +1,101 @@
+"""Batching rules of the ops: under ``torch.vmap`` a call for each example is one call of a spec with one more batch index."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._functorch.autograd_function import VmapInfo
+
+from fuse.ir.batched import batched, batched_map, batched_sizes
+from fuse.ir.spec import AttentionSpec, IntLike
+from fuse.ir.tile_map import TileMap
+
+Dims = Sequence[int | None]  # where the examples are; None: in no dimension
+
+
+@cache
+def _text(spec: str, examples: tuple[bool, ...]) -> str:
+    return batched(AttentionSpec.from_json(spec), examples).to_json()
+
+
+@cache
+def _batch(spec: str) -> int:
+    return AttentionSpec.from_json(spec).batch
+
+
+@cache
+def _map(spec: str) -> TileMap:
+    return TileMap.from_json(spec)
+
+
+def examples_first(tensors: Sequence[Tensor], dims: Dims) -> list[Tensor]:
+    return [t if d is None else t.movedim(d, 0) for t, d in zip(tensors, dims, strict=True)]
+
+
+def batched_call(spec: str, sizes: Sequence[IntLike], dims: Dims, examples: IntLike) -> tuple[str, list[IntLike]]:
+    """The text and the sizes of the call for all examples."""
+    return _text(spec, tuple(d is not None for d in dims)), batched_sizes(sizes, _batch(spec), examples)
+
+
+def attention_rule(
+    info: VmapInfo, in_dims: Any, operands: list[Tensor], sizes: list[IntLike], spec: str, target: str
+) -> tuple[Tensor, int]:
+    text, all_sizes = batched_call(spec, sizes, in_dims[0], info.batch_size)
+    return torch.ops.fuse.attention.default(examples_first(operands, in_dims[0]), all_sizes, text, target), _batch(spec)
+
+
+def forward_rule(
+    info: VmapInfo, in_dims: Any, operands: list[Tensor], sizes: list[IntLike], spec: str, target: str
+) -> tuple[tuple[Tensor, Tensor], tuple[int, int]]:
+    text, all_sizes = batched_call(spec, sizes, in_dims[0], info.batch_size)
+    results = torch.ops.fuse.attention_forward.default(examples_first(operands, in_dims[0]), all_sizes, text, target)
+    return results, (_batch(spec), _batch(spec))
+
+
+def backward_rule(
+    info: VmapInfo, in_dims: Any, grad_out: Tensor, operands: list[Tensor], sizes: list[IntLike], out: Tensor, lse: Tensor,
+    spec: str, target: str, wanted: list[bool],
+) -> tuple[list[Tensor], list[int]]:  # fmt: skip
+    """Each example has its own gradients, also of an operand that all of them read."""
+    at, n = _batch(spec), info.batch_size
+    moved = examples_first(operands, in_dims[1])
+    dims = [0 if w or d is not None else None for d, w in zip(in_dims[1], wanted, strict=True)]
+    given = [t.expand(n, *t.shape) if own == 0 and d is None else t for t, own, d in zip(moved, dims, in_dims[1], strict=True)]
+    text, all_sizes = batched_call(spec, sizes, dims, n)
+    rows = [_at(t, d, at, n) for t, d in ((grad_out, in_dims[0]), (out, in_dims[3]), (lse, in_dims[4]))]
+    call = torch.ops.fuse.attention_backward.default
+    grads = call(rows[0], given, all_sizes, rows[1], rows[2].contiguous(), text, target, wanted)
+    return grads, [0] * len(grads)
+
+
+def tile_map_rule(
+    info: VmapInfo, in_dims: Any, operands: list[Tensor], sizes: list[IntLike], spec: str, target: str, keep: bool
+) -> tuple[Tensor, int]:
+    of = _map(spec)
+    text = batched_map(of, tuple(d is not None for d in in_dims[0])).to_json()
+    all_sizes = batched_sizes(sizes, of.batch, info.batch_size)
+    return torch.ops.fuse.tile_map.default(examples_first(operands, in_dims[0]), all_sizes, text, target, keep), of.batch
+
+
+def _at(t: Tensor, dim: int | None, to: int, examples: IntLike) -> Tensor:
+    """``t`` with its examples counted by dimension ``to``."""
+    if dim is not None:
+        return t.movedim(dim, to)
+    return t.unsqueeze(to).expand(*t.shape[:to], examples, *t.shape[to:])
+
+
+def legacy_backward_rule(
+    grad_out: Tensor, operands: list[Tensor], sizes: list[IntLike], out: Tensor, lse: Tensor, spec: str, target: str,
+    wanted: list[bool],
+) -> list[Tensor]:  # fmt: skip
+    """Under ``is_grads_batched``, which has a vmap of its own: only ``grad_out`` has examples there."""
+    level = torch._C._vmapmode_increment_nesting() - 1
+    torch._C._vmapmode_decrement_nesting()
+    each = torch._remove_batch_dim(grad_out, level, 1, 0)
+    dims = (0, [None] * len(operands), None, None, None)
+    grads, _ = backward_rule(VmapInfo(each.shape[0], "error"), dims, each, operands, sizes, out, lse, spec, target, wanted)
+    return [torch._add_batch_dim(g, 0, level) for g in grads]

@@ -1,0 +1,124 @@
+"""C++ kernels of many specs in a few libraries: the compiler starts once for several, and reads headers once.
+
+with together():
+    kernels = [CppKernel(spec, build(spec)) for spec in specs]  # may be called when all is built: behind the block
+
+What is built is what a user gets, text and flags; only that each kernel stands in a namespace of its own, and that ``narrow``
+leaves instances out.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import re
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fuse.kernel.source import ENTRY
+from fuse.report.runs import Runs
+from fuse.targets.cache import entry
+from fuse.targets.cpp import launch, launch_backward
+from fuse.targets.cpp.launch import Built
+from fuse.targets.cpp.plan import Plan
+
+MANY = 8  # kernels of a library: more of them leave nothing to a second core
+PART = """#define {entry} {entry}_{number}
+namespace part_{number} {{
+#line 1 "{name}"
+{text}
+}}
+#undef {entry}
+#undef FUSE_WIDTH
+#undef FUSE_DOUBLE
+"""
+
+
+@dataclass
+class Kernel:
+    """One that is wanted. ``run`` is there once its library is built."""
+
+    name: str
+    isa: str
+    text: str
+    run: Any = field(default=None, repr=False)
+
+    def __call__(self, arguments: bytes) -> int:
+        code: int = self.run(arguments)
+        return code
+
+
+@contextmanager
+def together() -> Iterator[None]:
+    """What ``build`` and ``build_backward`` are asked for inside is built at the end. Raises BuildFailed there."""
+    wanted: list[Kernel] = []
+
+    def later(name: str, isa: str, rendered: str) -> Built:
+        kernel = Kernel(name, isa, rendered)
+        wanted.append(kernel)
+        return Built(Path(name), kernel, Runs("kernel", Path(name)))
+
+    with pytest.MonkeyPatch.context() as patch:
+        for module in (launch, launch_backward):
+            patch.setattr(module, "build_source", later)
+        yield
+    by_isa: defaultdict[str, list[Kernel]] = defaultdict(list)
+    for kernel in wanted:
+        by_isa[kernel.isa].append(kernel)
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(_build, [k[i : i + MANY] for k in by_isa.values() for i in range(0, len(k), MANY)]))
+
+
+@contextmanager
+def narrow(vectors: int = 1, few: int = 0) -> Iterator[None]:
+    """Blocks of the lanes core have no more vectors of queries, and few queries no way of their own: half as much to compile.
+
+    For specs that say what an expression means: how it is written does not depend on either.
+    """
+
+    def narrowed(plan: Callable[..., Plan]) -> Callable[..., Plan]:
+        def called(*of: Any) -> Plan:
+            full = plan(*of)
+            return replace(full, vectors=vectors, few=few) if full.core == "lanes" else full
+
+        return called
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(launch, "plan", narrowed(launch.plan))
+        patch.setattr(launch_backward, "backward_plan", narrowed(launch_backward.backward_plan))
+        yield
+
+
+def asked(request: pytest.FixtureRequest, test: Callable[..., object]) -> list[dict[str, Any]]:
+    """The parameters of ``test`` in this run."""
+    items = [item for item in request.session.items if isinstance(item, pytest.Function)]
+    return [item.callspec.params for item in items if getattr(item.function, "__code__", None) is test.__code__]
+
+
+def _build(kernels: list[Kernel]) -> None:
+    isa = kernels[0].isa
+    command = (*launch.compiler(), *launch._FLAGS, *launch._ISA_FLAGS[isa])
+    build = partial(launch._compile, command)
+    library = entry("cpp", f"together_{isa}", ".cpp", _text(kernels), launch._depends(command), build, ctypes.CDLL).loaded
+    for number, kernel in enumerate(kernels):
+        kernel.run = getattr(library, f"{ENTRY}_{number}")
+        kernel.run.argtypes, kernel.run.restype = (ctypes.c_char_p,), ctypes.c_int
+
+
+def _text(kernels: list[Kernel]) -> str:
+    """Headers come first, outside of all namespaces, under the conditions that they have in the kernels."""
+    head = [line for k in kernels for line in _headers(k.text)]
+    parts = [PART.format(entry=ENTRY, number=n, name=k.name, text=k.text) for n, k in enumerate(kernels)]
+    return "\n".join([*dict.fromkeys(head), *parts])
+
+
+def _headers(text: str) -> list[str]:
+    found = re.findall(r"^(?:#ifdef (__?\w+)[^\n]*\n)?(#include <.*>)$", text.split("#ifdef FUSE_STANDALONE")[0], re.M)
+    return [f"#ifdef {condition}\n{header}\n#endif" if condition else header for condition, header in found]
