@@ -40,7 +40,7 @@ def kernel(name: str, dtype: str) -> CppKernel:
     spec = CASES[name](dtype).spec
     if dtype == "float32" and name in PLANNED:
         return CppKernel(spec, build(spec, ISA))
-    with narrow(2) if dtype == "float32" else narrow(1, few=4):
+    with narrow(2) if dtype == "float32" else narrow(1, decode_queries=4):
         return CppKernel(spec, build(spec, ISA))
 
 

@@ -29,5 +29,5 @@ class TestSources:
         text = self.source(name, isa)
         outline, body = text.split("#define FUSE_WIDTH", 1)
         listed = re.findall(r"^//   (\w+) ", outline.split("contents, in order")[1], re.M)
-        assert {"Site", "weigh", "fuse_attention"} <= set(listed)
+        assert {"BatchIndex", "weigh", "fuse_attention"} <= set(listed)
         assert not [x for x in listed if not re.search(rf"\b{x}\b", body)]

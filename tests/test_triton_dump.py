@@ -40,7 +40,7 @@ def the_file(dump: Path) -> Path:
 
 def test_an_edited_kernel_runs_in_the_place_of_the_rendered_one(dump: Path) -> None:
     file = the_file(dump)
-    file.write_text(file.read_text().replace("factor = scale / total", "factor = 2 * scale / total"))
+    file.write_text(file.read_text().replace("factor = scale / l", "factor = 2 * scale / l"))
     targets.reset()
     kernel = targets.kernel(MADE.spec, "triton")
     assert str(kernel.runs) == f"edited kernel {file}"

@@ -23,6 +23,7 @@ pytestmark = pytest.mark.triton
 import triton_interpreter  # noqa: E402, F401  mends the interpreter
 
 from fuse.targets.triton import launch_tiles  # noqa: E402
+from fuse.targets.triton.arguments import Arguments  # noqa: E402
 from fuse.targets.triton.launch_backward import TritonBackward  # noqa: E402
 from fuse.targets.triton.launch_tiles import TritonTiles  # noqa: E402
 
@@ -43,10 +44,9 @@ def _short_calls_have_lists(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def visited(made: Problem, owner: str, plan: Launch = PLAN) -> tuple[Tensor, Tensor]:
     """(tiles visited with mask code, tiles visited without), bool of shape (lists, blocks of queries, tiles of keys)."""
-    spec, sizes = made.spec, made.sizes
-    views = [t.view(torch.uint8) if t.dtype == torch.bool else t for t in made.operands]
-    extents = [n for t in views for n in (*t.shape, *t.stride())]
-    (lists, counts), listed = TritonTiles(spec, owner).of((*views, *sizes, *extents), sizes, plan, torch.empty(0))
+    given = Arguments(made.spec).of(made.operands, made.sizes)
+    found, listed = TritonTiles(made.spec, owner).of(given, made.sizes, plan, torch.empty(0))
+    lists, counts = found["tiles"], found["tile_counts"]
     assert listed
     (length, block), (_, tile) = blocks_of(made, owner, plan)
     count = lists.shape[1]

@@ -77,8 +77,8 @@ def together() -> Iterator[None]:
 
 
 @contextmanager
-def narrow(vectors: int = 1, few: int = 0) -> Iterator[None]:
-    """Blocks of the lanes core have no more vectors of queries, and few queries no way of their own: half as much to compile.
+def narrow(vectors: int = 1, decode_queries: int = 0) -> Iterator[None]:
+    """Blocks of the lanes core have no more vectors of queries, and decoding no way of its own: half as much to compile.
 
     For specs that say what an expression means: how it is written does not depend on either.
     """
@@ -86,7 +86,7 @@ def narrow(vectors: int = 1, few: int = 0) -> Iterator[None]:
     def narrowed(plan: Callable[..., Plan]) -> Callable[..., Plan]:
         def called(*of: Any) -> Plan:
             full = plan(*of)
-            return replace(full, vectors=vectors, few=few) if full.core == "lanes" else full
+            return replace(full, vectors=vectors, decode_queries=decode_queries) if full.core == "lanes" else full
 
         return called
 
@@ -104,7 +104,7 @@ def asked(request: pytest.FixtureRequest, test: Callable[..., object]) -> list[d
 
 def _build(kernels: list[Kernel]) -> None:
     isa = kernels[0].isa
-    command = (*launch.compiler(), *launch._FLAGS, *launch._ISA_FLAGS[isa])
+    command = (*launch.cxx_compiler(), *launch._FLAGS, *launch._ISA_FLAGS[isa])
     build = partial(launch._compile, command)
     library = entry("cpp", f"together_{isa}", ".cpp", _text(kernels), launch._depends(command), build, ctypes.CDLL).loaded
     for number, kernel in enumerate(kernels):

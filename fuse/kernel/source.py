@@ -10,7 +10,9 @@ import jinja2
 import torch
 
 import fuse.templates
+from fuse.ir.expr import Expr, Load, walk
 from fuse.ir.spec import AttentionSpec
+from fuse.ir.tile_map import TileMap
 
 ENTRY = "fuse_attention"
 
@@ -22,6 +24,20 @@ def header_lines(spec: AttentionSpec) -> list[str]:
         f"softmax over k of {spec.score}" + (f"  (joined by {logits[2:]})" if logits else ""),
         *([] if spec.mask is None else [f"visible where {spec.mask.predicate}"]),
         f"spec  {spec.to_json()}",
+    ]
+
+
+def operand_lines(spec: AttentionSpec | TileMap) -> list[str]:
+    """Number, dtype, rank and part of each operand."""
+    roots: dict[str, Expr] = spec.roots() if isinstance(spec, AttentionSpec) else {"mask": spec.predicate}
+    parts: dict[int, list[str]] = {}
+    for name, root in roots.items():
+        for node in walk(root):
+            if isinstance(node, Load) and name not in parts.setdefault(node.operand, []):
+                parts[node.operand].append(name)
+    return [
+        f"operand {i} {o.dtype}, {o.rank} dimensions: {', '.join(parts.get(i, ['not read']))}"
+        for i, o in enumerate(spec.operands)
     ]
 
 

@@ -12,9 +12,9 @@
 // sizes     B0, B1, q_len, kv_len
 // contents, in order
 //   Call             the arguments of a call
-//   Site             one batch index: where its operands begin
+//   BatchIndex       one batch index: where its operands begin
 //   upper_key        edit: one past the last key that a query may see
-//   Sinks            where gradients go
+//   Destinations     where gradients go
 //   Matrix           products of bfloat16
 //   EntriesFull      edit: weight and gradient of an entry, lanes are keys
 //   EntriesPartial   edit: the same where the mask hides some
@@ -64,8 +64,8 @@ INLINE VL vl(VL x) { return x; }
 INLINE VI vm(bool x) { return I(-I(x)) - VI{}; }
 // An int64 in lanes that may be narrower: saturated, which no comparison with values inside the range can tell.
 INLINE VI vi(int64_t x) {
-    const int64_t top = sizeof(I) == 8 ? INT64_MAX : INT32_MAX;
-    return I(clamp64(x, -top, top)) - VI{};
+    const int64_t limit = sizeof(I) == 8 ? INT64_MAX : INT32_MAX;
+    return I(clamp64(x, -limit, limit)) - VI{};
 }
 INLINE VI narrow(VL x) { return __builtin_convertvector(x, VI); }
 INLINE VL widen_int(VI x) { return __builtin_convertvector(x, VL); }
@@ -185,9 +185,9 @@ template <class T> INLINE void store_as(T* p, VR v) {
 #endif
     else for (int i = 0; i < W; i++) p[i] = from_r<T>(v[i]);
 }
-template <class T> INLINE VR load_some(const T* p, int n) { VR v = {}; for (int i = 0; i < n; i++) v[i] = to_r(p[i]); return v;
-    }
-template <class T> INLINE void store_some(T* p, VR v, int n) { for (int i = 0; i < n; i++) p[i] = from_r<T>(v[i]); }
+template <class T> INLINE VR load_some(const T* p, int n) {
+    VR v = {}; for (int i = 0; i < n; i++) v[i] = to_r(p[i]); return v;
+}
 
 // dst[row * ld + column] = src[row * rs + column * cs] for rows x columns.
 template <class T> static void copy_rows(R* dst, int64_t ld, const T* src, int64_t rs, int64_t cs, int64_t rows,
@@ -226,14 +226,18 @@ template <class T> static void copy_transposed(R* dst, int64_t ld, const T* src,
 // What an expression reads: one element, or one per lane.
 template <class T> INLINE R read_real(const void* p, int64_t i) { return to_r(((const T*)p)[i]); }
 template <class T> INLINE int64_t read_int(const void* p, int64_t i) { return int64_t(((const T*)p)[i]); }
-template <class T> INLINE VR gather_real(const void* p, VL at) { VR v; for (int i = 0; i < W; i++) v[i] = read_real<T>(p,
-    at[i]); return v; }
-template <class T> INLINE VI gather_int(const void* p, VL at) { VI v; for (int i = 0; i < W; i++) v[i] = I(read_int<T>(p,
-    at[i])); return v; }
-template <class T> INLINE VL gather_long(const void* p, VL at) { VL v; for (int i = 0; i < W; i++) v[i] = read_int<T>(p,
-    at[i]); return v; }
-template <class T> INLINE VI gather_bool(const void* p, VL at) { VI v; for (int i = 0; i < W;
-    i++) v[i] = -I(((const T*)p)[at[i]] != 0); return v; }
+template <class T> INLINE VR gather_real(const void* p, VL at) {
+    VR v; for (int i = 0; i < W; i++) v[i] = read_real<T>(p, at[i]); return v;
+}
+template <class T> INLINE VI gather_int(const void* p, VL at) {
+    VI v; for (int i = 0; i < W; i++) v[i] = I(read_int<T>(p, at[i])); return v;
+}
+template <class T> INLINE VL gather_long(const void* p, VL at) {
+    VL v; for (int i = 0; i < W; i++) v[i] = read_int<T>(p, at[i]); return v;
+}
+template <class T> INLINE VI gather_bool(const void* p, VL at) {
+    VI v; for (int i = 0; i < W; i++) v[i] = -I(((const T*)p)[at[i]] != 0); return v;
+}
 INLINE VR load_lanes(const R* p) { return load(p); }
 INLINE VI load_lanes(const I* p) { VI v; memcpy(&v, p, sizeof v); return v; }
 #if !FUSE_DOUBLE
@@ -455,118 +459,6 @@ INLINE VR round_bf16(VR x) {
     else return f_isnan(x) ? x : real((bits(x) + (((bits(x) >> 16) & 1) + 0x7fff)) & I(0xffff0000));
 }
 INLINE VR round_f16(VR x) { return lanewise(x, [](R y) { return round_f16(y); }); }
-// Interval arithmetic: what a value can be anywhere on a tile. Every result holds all values of its operation.
-struct Truth {
-    bool can, must;
-    explicit Truth(bool x) : can(x), must(x) {}
-    Truth(bool can, bool must) : can(can), must(must) {}
-    static Truth any() { return {true, false}; }
-    static Truth none() { return {false, true}; }
-    void include(bool x) { can |= x, must &= x; }
-};
-INLINE Truth operator~(Truth a) { return {!a.must, !a.can}; }
-INLINE Truth operator&(Truth a, Truth b) { return {a.can && b.can, a.must && b.must}; }
-INLINE Truth operator|(Truth a, Truth b) { return {a.can || b.can, a.must || b.must}; }
-INLINE Truth operator^(Truth a, Truth b) { return (a & ~b) | (~a & b); }
-INLINE Truth operator!=(Truth a, Truth b) { return a ^ b; }
-INLINE Truth operator==(Truth a, Truth b) { return ~(a ^ b); }
-
-struct IntRange {
-    int64_t low, high;
-    explicit IntRange(int64_t x) : low(x), high(x) {}
-    explicit IntRange(Truth x) : low(x.must), high(x.can) {}
-    IntRange(int64_t low, int64_t high) : low(low), high(high) {}
-    static IntRange any() { return {INT64_MIN, INT64_MAX}; }
-    static IntRange none() { return {INT64_MAX, INT64_MIN}; }
-    void include(int64_t x) { low = min64(low, x), high = max64(high, x); }
-    IntRange with(int64_t x) const { return {min64(low, x), max64(high, x)}; }
-    // Conversion to a type that may be narrower, where values out of its range wrap around.
-    template <class T> IntRange as() const { return int64_t(T(low)) == low && int64_t(T(high)) == high ? *this : any(); }
-};
-// What overflows can be anything.
-INLINE IntRange operator+(IntRange a, IntRange b) {
-    int64_t low, high;
-    return __builtin_add_overflow(a.low, b.low, &low) | __builtin_add_overflow(a.high, b.high, &high) ? IntRange::any()
-        : IntRange(low, high);
-}
-INLINE IntRange operator-(IntRange a, IntRange b) {
-    int64_t low, high;
-    return __builtin_sub_overflow(a.low, b.high, &low) | __builtin_sub_overflow(a.high, b.low, &high) ? IntRange::any()
-        : IntRange(low, high);
-}
-INLINE IntRange operator-(IntRange a) { return IntRange(0) - a; }
-INLINE IntRange operator*(IntRange a, IntRange b) {
-    int64_t x[4];
-    const bool over = __builtin_mul_overflow(a.low, b.low, x) | __builtin_mul_overflow(a.low, b.high, x + 1) |
-                      __builtin_mul_overflow(a.high, b.low, x + 2) | __builtin_mul_overflow(a.high, b.high, x + 3);
-    return over ? IntRange::any() : IntRange(x[0], x[0]).with(x[1]).with(x[2]).with(x[3]);
-}
-INLINE IntRange f_abs(IntRange a) { return a.low >= 0 ? a : a.high <= 0 ? -a : a.low == INT64_MIN ? IntRange::any()
-    : IntRange(0, max64(-a.low, a.high)); }
-INLINE IntRange f_minimum(IntRange a, IntRange b) { return {min64(a.low, b.low), min64(a.high, b.high)}; }
-INLINE IntRange f_maximum(IntRange a, IntRange b) { return {max64(a.low, b.low), max64(a.high, b.high)}; }
-INLINE IntRange f_floordiv(IntRange a, IntRange b) {
-    if (b.low <= 0) return IntRange::any();
-    return IntRange(f_floordiv(a.low, b.low)).with(f_floordiv(a.low, b.high)).with(f_floordiv(a.high,
-        b.low)).with(f_floordiv(a.high, b.high));
-}
-INLINE IntRange f_mod(IntRange a, IntRange b) {
-    if (b.low <= 0) return IntRange::any();
-    const bool same = b.low == b.high && f_floordiv(a.low, b.low) == f_floordiv(a.high, b.low);
-    return same ? IntRange(f_mod(a.low, b.low), f_mod(a.high, b.low)) : IntRange(0, b.high - 1);
-}
-
-struct RealRange {
-    R low, high;
-    bool nan;
-    explicit RealRange(R x) : RealRange(x, x) {}
-    explicit RealRange(IntRange x) : RealRange(R(x.low), R(x.high)) {}  // rounding keeps the order
-    explicit RealRange(Truth x) : RealRange(R(x.must), R(x.can)) {}
-    RealRange(R low, R high, bool nan = false) : low(low), high(high), nan(nan || low != low || high != high) {
-        if (this->nan) this->low = -R(INFINITY), this->high = R(INFINITY);
-    }
-    static RealRange any() { return {-R(INFINITY), R(INFINITY), true}; }
-    static RealRange none() { return {R(INFINITY), -R(INFINITY)}; }
-    void include(R x) { *this = x != x ? any() : RealRange(f_minimum(low, x), f_maximum(high, x), nan); }
-    bool infinite() const { return low == -R(INFINITY) || high == R(INFINITY); }
-};
-INLINE RealRange operator+(RealRange a, RealRange b) { return {a.low + b.low, a.high + b.high,
-    a.nan || b.nan || (a.infinite() && b.infinite())}; }
-INLINE RealRange operator-(RealRange a) { return {-a.high, -a.low, a.nan}; }
-INLINE RealRange operator-(RealRange a, RealRange b) { return a + -b; }
-INLINE RealRange f_minimum(RealRange a, RealRange b) { return {f_minimum(a.low, b.low), f_minimum(a.high, b.high),
-    a.nan || b.nan}; }
-INLINE RealRange f_maximum(RealRange a, RealRange b) { return {f_maximum(a.low, b.low), f_maximum(a.high, b.high),
-    a.nan || b.nan}; }
-
-// Rounding keeps the order.
-INLINE RealRange round_f64(RealRange a) { return a; }
-INLINE RealRange round_f32(RealRange a) { return {round_f32(a.low), round_f32(a.high), a.nan}; }
-INLINE RealRange round_bf16(RealRange a) { return {round_bf16(a.low), round_bf16(a.high), a.nan}; }
-INLINE RealRange round_f16(RealRange a) { return {round_f16(a.low), round_f16(a.high), a.nan}; }
-
-INLINE bool has_nan(IntRange) { return false; }
-INLINE bool has_nan(RealRange a) { return a.nan; }
-// Comparisons with NaN are false, inequality is true.
-#define COMPARISONS(T) \
-    INLINE Truth operator<(T a, T b) { return {a.low < b.high, a.high < b.low && !has_nan(a) && !has_nan(b)}; } \
-    INLINE Truth operator<=(T a, T b) { return {a.low <= b.high, a.high <= b.low && !has_nan(a) && !has_nan(b)}; } \
-    INLINE Truth operator==(T a, T b) { \
-        return {a.low <= b.high && b.low <= a.high, a.low == b.high && b.low == a.high && !has_nan(a) && !has_nan(b)}; \
-    } \
-    INLINE Truth operator>(T a, T b) { return b < a; } \
-    INLINE Truth operator>=(T a, T b) { return b <= a; } \
-    INLINE Truth operator!=(T a, T b) { return ~(a == b); }
-COMPARISONS(IntRange)
-COMPARISONS(RealRange)
-
-INLINE Truth choose(Truth c, Truth a, Truth b) { return (c & a) | (~c & b); }
-INLINE IntRange choose(Truth c, IntRange a, IntRange b) { return c.must ? a : !c.can ? b : IntRange(min64(a.low, b.low),
-    max64(a.high, b.high)); }
-INLINE RealRange choose(Truth c, RealRange a, RealRange b) {
-    return c.must ? a : !c.can ? b : RealRange(a.low < b.low ? a.low : b.low, a.high > b.high ? a.high : b.high,
-        a.nan || b.nan);
-}
 // One call, decoded from the packed int64 arguments: threads, out, log-sum-exp (dense, or null), the strides of out, the
 // sizes, then per operand its address, sizes and strides in elements.
 typedef float Lse;
@@ -592,11 +484,11 @@ struct Call {
     }
 };
 
-INLINE int64_t site_count(const Call& c) { return c.B0 * c.B1 * 1; }
+INLINE int64_t batch_count(const Call& c) { return c.B0 * c.B1 * 1; }
 // One batch index: where its operands begin, and the values that depend on nothing else.
 template <class T> struct View { const T* data; int64_t row, column; };
 
-struct Site {
+struct BatchIndex {
     View<Bf16> query;
     View<Bf16> key;
     View<Bf16> value;
@@ -606,70 +498,58 @@ struct Site {
     int64_t b1;
 };
 
-INLINE int64_t query_offset(const Call& c, const Site& s, int64_t q, int64_t d) {
-    return s.b0 * c.stride[0][0] + s.b1 * c.stride[0][1] + q * c.stride[0][2] + d * c.stride[0][3];
+INLINE int64_t query_offset(const Call& c, const BatchIndex& b, int64_t q, int64_t d) {
+    return b.b0 * c.stride[0][0] + b.b1 * c.stride[0][1] + q * c.stride[0][2] + d * c.stride[0][3];
 }
 
-INLINE int64_t key_offset(const Call& c, const Site& s, int64_t k, int64_t d) {
-    return s.b0 * c.stride[1][0] + s.b1 * c.stride[1][1] + k * c.stride[1][2] + d * c.stride[1][3];
+INLINE int64_t key_offset(const Call& c, const BatchIndex& b, int64_t k, int64_t d) {
+    return b.b0 * c.stride[1][0] + b.b1 * c.stride[1][1] + k * c.stride[1][2] + d * c.stride[1][3];
 }
 
-INLINE int64_t value_offset(const Call& c, const Site& s, int64_t k, int64_t e) {
-    return s.b0 * c.stride[2][0] + s.b1 * c.stride[2][1] + k * c.stride[2][2] + e * c.stride[2][3];
+INLINE int64_t value_offset(const Call& c, const BatchIndex& b, int64_t k, int64_t e) {
+    return b.b0 * c.stride[2][0] + b.b1 * c.stride[2][1] + k * c.stride[2][2] + e * c.stride[2][3];
 }
 
-static Site make_site(const Call& c, int64_t number) {
-    Site s;
-    s.lse = c.lse ? c.lse + number * c.q_len : nullptr;
-    s.b1 = number % c.B1, number /= c.B1;
-    s.b0 = number % c.B0, number /= c.B0;
+static BatchIndex make_batch_index(const Call& c, int64_t number) {
+    BatchIndex b;
+    b.lse = c.lse ? c.lse + number * c.q_len : nullptr;
+    b.b1 = number % c.B1, number /= c.B1;
+    b.b0 = number % c.B0, number /= c.B0;
     {
-        const int64_t base = query_offset(c, s, 0, 0);
-        s.query.data = (const Bf16*)c.data[0] + base;
-        s.query.row = c.q_len > 1 ? query_offset(c, s, 1, 0) - base : 0;
-        s.query.column = query_offset(c, s, 0, 1) - base;
+        const int64_t base = query_offset(c, b, 0, 0);
+        b.query.data = (const Bf16*)c.data[0] + base;
+        b.query.row = c.q_len > 1 ? query_offset(c, b, 1, 0) - base : 0;
+        b.query.column = query_offset(c, b, 0, 1) - base;
     }
     {
-        const int64_t base = key_offset(c, s, 0, 0);
-        s.key.data = (const Bf16*)c.data[1] + base;
-        s.key.row = c.kv_len > 1 ? key_offset(c, s, 1, 0) - base : 0;
-        s.key.column = key_offset(c, s, 0, 1) - base;
+        const int64_t base = key_offset(c, b, 0, 0);
+        b.key.data = (const Bf16*)c.data[1] + base;
+        b.key.row = c.kv_len > 1 ? key_offset(c, b, 1, 0) - base : 0;
+        b.key.column = key_offset(c, b, 0, 1) - base;
     }
     {
-        const int64_t base = value_offset(c, s, 0, 0);
-        s.value.data = (const Bf16*)c.data[2] + base;
-        s.value.row = c.kv_len > 1 ? value_offset(c, s, 1, 0) - base : 0;
-        s.value.column = value_offset(c, s, 0, 1) - base;
+        const int64_t base = value_offset(c, b, 0, 0);
+        b.value.data = (const Bf16*)c.data[2] + base;
+        b.value.row = c.kv_len > 1 ? value_offset(c, b, 1, 0) - base : 0;
+        b.value.column = value_offset(c, b, 0, 1) - base;
     }
-    s.out = c.out + sizeof(Bf16) * (s.b0 * c.out_stride[0] + s.b1 * c.out_stride[1] + 0);
-    return s;
+    b.out = c.out + sizeof(Bf16) * (b.b0 * c.out_stride[0] + b.b1 * c.out_stride[1] + 0);
+    return b;
 }
 // Which keys a query may see, as far as it is known without its score.
-static int64_t upper_key(const Call& c, const Site& s, int64_t q) {
+static int64_t upper_key(const Call& c, const BatchIndex& b, int64_t q) {
     const int64_t x11 = 1 + q;
     return x11;
 }
-// Ranges of what depends on a key only.
-struct KeyRanges {
-    KeyRanges(const Call& c, const Site& s, int64_t first, int64_t end) {
-    }
-};
-
-// Ranges of what depends on a query only.
-struct RowRanges {
-    RowRanges(const Call& c, const Site& s, int64_t first, int64_t end) {
-    }
-};
-
 // Where gradients go. The arguments of forward are followed by the gradient of the result, its strides, and each sink's
 // address and strides.
-struct Sinks {
+struct Destinations {
     const char* grad_out;
     const int64_t* grad_stride;
     void* data[3];
     const int64_t* stride[3];
 
-    explicit Sinks(const int64_t* a) {
+    explicit Destinations(const int64_t* a) {
         a += 38;
         grad_out = (const char*)*a++, grad_stride = a, a += 4;
         data[0] = (void*)*a++, stride[0] = a, a += 4;
@@ -678,16 +558,16 @@ struct Sinks {
     }
 };
 
-static int64_t query_place(const Call& c, const Sinks& t, const Site& s, int64_t q, int64_t d) {
-    return s.b0 * t.stride[0][0] + s.b1 * t.stride[0][1] + q * t.stride[0][2] + d * t.stride[0][3];
+static int64_t query_place(const Call& c, const Destinations& t, const BatchIndex& b, int64_t q, int64_t d) {
+    return b.b0 * t.stride[0][0] + b.b1 * t.stride[0][1] + q * t.stride[0][2] + d * t.stride[0][3];
 }
 
-static int64_t key_place(const Call& c, const Sinks& t, const Site& s, int64_t k, int64_t d) {
-    return s.b0 * t.stride[1][0] + s.b1 * t.stride[1][1] + k * t.stride[1][2] + d * t.stride[1][3];
+static int64_t key_place(const Call& c, const Destinations& t, const BatchIndex& b, int64_t k, int64_t d) {
+    return b.b0 * t.stride[1][0] + b.b1 * t.stride[1][1] + k * t.stride[1][2] + d * t.stride[1][3];
 }
 
-static int64_t value_place(const Call& c, const Sinks& t, const Site& s, int64_t k, int64_t e) {
-    return s.b0 * t.stride[2][0] + s.b1 * t.stride[2][1] + k * t.stride[2][2] + e * t.stride[2][3];
+static int64_t value_place(const Call& c, const Destinations& t, const BatchIndex& b, int64_t k, int64_t e) {
+    return b.b0 * t.stride[2][0] + b.b1 * t.stride[2][1] + k * t.stride[2][2] + e * t.stride[2][3];
 }
 
 template <class T> struct Target { T* data; int64_t row, column; };
@@ -700,30 +580,40 @@ struct Goal {
     Target<Bf16> value;
 };
 
-static Goal make_goal(const Call& c, const Sinks& t, const Site& s) {
+static Goal make_goal(const Call& c, const Destinations& t, const BatchIndex& b) {
     Goal g;
     int64_t grad = 0;
-    grad += s.b0 * t.grad_stride[0];
-    grad += s.b1 * t.grad_stride[1];
-    g.out = {(const Bf16*)s.out, c.out_stride[2], c.out_stride[3]};
+    grad += b.b0 * t.grad_stride[0];
+    grad += b.b1 * t.grad_stride[1];
+    g.out = {(const Bf16*)b.out, c.out_stride[2], c.out_stride[3]};
     g.grad_out = {(const Bf16*)t.grad_out + grad, t.grad_stride[2], t.grad_stride[3]};
     {
-        const int64_t base = query_place(c, t, s, 0, 0);
-        g.query = {(Bf16*)t.data[0] + base, query_place(c, t, s, 1, 0) - base, query_place(c, t, s, 0, 1) - base};
+        const int64_t base = query_place(c, t, b, 0, 0);
+        g.query = {(Bf16*)t.data[0] + base, query_place(c, t, b, 1, 0) - base, query_place(c, t, b, 0, 1) - base};
     }
     {
-        const int64_t base = key_place(c, t, s, 0, 0);
-        g.key = {(Bf16*)t.data[1] + base, key_place(c, t, s, 1, 0) - base, key_place(c, t, s, 0, 1) - base};
+        const int64_t base = key_place(c, t, b, 0, 0);
+        g.key = {(Bf16*)t.data[1] + base, key_place(c, t, b, 1, 0) - base, key_place(c, t, b, 0, 1) - base};
     }
     {
-        const int64_t base = value_place(c, t, s, 0, 0);
-        g.value = {(Bf16*)t.data[2] + base, value_place(c, t, s, 1, 0) - base, value_place(c, t, s, 0, 1) - base};
+        const int64_t base = value_place(c, t, b, 0, 0);
+        g.value = {(Bf16*)t.data[2] + base, value_place(c, t, b, 1, 0) - base, value_place(c, t, b, 0, 1) - base};
     }
     return g;
 }
 
-// What the entries of a site, or of a part of its keys, add to tensors that are read beside query, key and value.
+// What the entries of a part of the keys add to tensors that are read beside query, key and value.
 struct Shares {
+};
+
+// One part of the keys, first … last, of one batch index, and where gradients go.
+struct KeyPart {
+    const Call& c;
+    const Destinations& t;
+    const BatchIndex& b;
+    const Goal& goal;
+    const Shares& shares;
+    int64_t first, last;
 };
 
 // Sum over the features of a row of the result and of its gradient.
@@ -742,16 +632,16 @@ static R row_delta(const Goal& g, int64_t q) {
 INLINE bool needs_exact(Lse lse) { return lse <= Lse(-1000.0); }
 
 // Such rows among the W from q0 on, of which there is at least one.
-static bool find_exact(const Call& c, const Site& s, int64_t q0, VI& chosen) {
+static bool find_exact(const Call& c, const BatchIndex& b, int64_t q0, VI& chosen) {
     chosen = VI{};
     bool any = false;
     for (int i = 0; i < W && q0 + i < c.q_len; i++)
-        if (needs_exact(s.lse[q0 + i])) chosen[i] = -1, any = true;
+        if (needs_exact(b.lse[q0 + i])) chosen[i] = -1, any = true;
     return any;
 }
 
 // The log-sum-exp of a row; infinite, so that its probabilities vanish, where they are computed exactly.
-INLINE Lse row_lse(const Site& s, int64_t q) { return needs_exact(s.lse[q]) ? Lse(INFINITY) : s.lse[q]; }
+INLINE Lse row_lse(const BatchIndex& b, int64_t q) { return needs_exact(b.lse[q]) ? Lse(INFINITY) : b.lse[q]; }
 
 // Rows of gradients, times ``scale``.
 template <int COLUMNS, class T> static void write_rows(const Target<T>& to, const R* from, int width, int64_t first,
@@ -898,17 +788,20 @@ template <class T> struct Along {
     }
 };
 template <class T> INLINE VR along_real(const Along<T>& a, int n) { return load_as(a.at + n); }
-template <class T> INLINE VI along_int(const Along<T>& a, int n) { VI v; for (int i = 0; i < W; i++) v[i] = I(a.at[n + i]);
-    return v; }
-template <class T> INLINE VL along_long(const Along<T>& a, int n) { VL v; for (int i = 0; i < W; i++) v[i] = a.at[n + i];
-    return v; }
-template <class T> INLINE VI along_bool(const Along<T>& a, int n) { VI v; for (int i = 0; i < W; i++) v[i] = -I(a.at[n
-    + i] != 0); return v; }
+template <class T> INLINE VI along_int(const Along<T>& a, int n) {
+    VI v; for (int i = 0; i < W; i++) v[i] = I(a.at[n + i]); return v;
+}
+template <class T> INLINE VL along_long(const Along<T>& a, int n) {
+    VL v; for (int i = 0; i < W; i++) v[i] = a.at[n + i]; return v;
+}
+template <class T> INLINE VI along_bool(const Along<T>& a, int n) {
+    VI v; for (int i = 0; i < W; i++) v[i] = -I(a.at[n + i] != 0); return v;
+}
 
 // Where a tile's keys are found in operands that are read at a place of their own.
 struct KeyRuns {
-    void find(const Call& c, const Site& s, int64_t k0, int nk) {
-        (void)c, (void)s, (void)k0, (void)nk;
+    void find(const Call& c, const BatchIndex& b, int64_t k0, int nk) {
+        (void)c, (void)b, (void)k0, (void)nk;
     }
 };
 
@@ -923,11 +816,11 @@ INLINE VR exp2_near(VR x) {
 // Every entry is visible.
 struct EntriesFull {
     const Call& c;
-    const Site& s;
+    const BatchIndex& b;
     const int64_t q, k0;
 
-    inline __attribute__((always_inline)) EntriesFull(const Call& c, const Site& s, const KeyRuns& t, int64_t q, int64_t k0,
-        int nk) : c(c), s(s), q(q), k0(k0) {
+    inline __attribute__((always_inline)) EntriesFull(const Call& c, const BatchIndex& b, const KeyRuns& t, int64_t q,
+        int64_t k0, int nk) : c(c), b(b), q(q), k0(k0) {
         EntriesFull& r = *this;
         (void)r, (void)t, (void)nk;
     }
@@ -949,14 +842,14 @@ struct EntriesFull {
 // Some entries are masked.
 struct EntriesPartial {
     const Call& c;
-    const Site& s;
+    const BatchIndex& b;
     const int64_t q, k0;
     int64_t upper;
 
-    inline __attribute__((always_inline)) EntriesPartial(const Call& c, const Site& s, const KeyRuns& t, int64_t q, int64_t k0,
-        int nk) : c(c), s(s), q(q), k0(k0) {
+    inline __attribute__((always_inline)) EntriesPartial(const Call& c, const BatchIndex& b, const KeyRuns& t, int64_t q,
+        int64_t k0, int nk) : c(c), b(b), q(q), k0(k0) {
         EntriesPartial& r = *this;
-        r.upper = clamp64(upper_key(c, s, q), 0, c.kv_len);
+        r.upper = clamp64(upper_key(c, b, q), 0, c.kv_len);
         (void)r, (void)t, (void)nk;
     }
     // ``score`` becomes the weight, ``d_weight`` the gradient of the raw score, for the keys k0 + n … k0 + n + W;
@@ -980,9 +873,8 @@ constexpr int DROWS = round_up(D, Matrix::kRows), EROWS = round_up(DV, Matrix::k
 constexpr int DC = round_up(D, W), EC = round_up(DV, W);
 static_assert(BQ % Matrix::kRows == 0 && Matrix::kRows % Matrix::kDepth == 0 && BK % 32 == 0, "blocks are whole steps");
 
-// Rows that are computed again take the lanes core, in float: keys and values are packed a tile at a time.
-namespace redo {
-constexpr int NV = 1, MR = 8, BQ = W, DP = round_up(D, MR);
+// Exact rows take the lanes core, in float: keys and values are packed a tile at a time.
+constexpr int NV = 1, MR = 8, DP = round_up(D, MR);
 // The products of lanes in backward. Sums over one tile are added up before they are added to what is there: their rounding
 // errors then grow with the length of a tile.
 
@@ -1020,34 +912,23 @@ template <int COLUMNS, int RS, int LEFT = COLUMNS> static void add_product(R* c,
     for (int i = 0; i < rows; i += M) product<M, N, COLUMNS, RS, 1, COLUMNS, true>(c + i * COLUMNS, a + i * RS, b, length);
     if constexpr (LEFT > N * W) add_product<COLUMNS, RS, LEFT - N * W>(c + N * W, a, b + N * W, rows, length);
 }
-// Lanes of queries in backward: the products of one tile, and rows that are computed again from all keys.
+// Lanes of queries in backward: the products of one tile, and exact rows, which are computed from all keys.
 
 // Some queries, and the gradients of their results: as lanes, and as rows.
-struct Block {
-    R *query, *grad;            // [D][lanes], [DV][lanes]
-    R *query_rows, *grad_rows;  // [queries][DC], [queries][EC]
-
-    static constexpr int64_t reals(int queries) { return queries * (D + DV + DC + EC); }
-    Block(R* p, int queries) : query(p), grad(query + queries * D), query_rows(grad + queries * DV), grad_rows(query_rows
-        + queries * DC) {}
+template <int QUERIES> struct Block {
+    R query[D * QUERIES], grad[DV * QUERIES];            // [D][lanes], [DV][lanes]
+    R query_rows[QUERIES * DC], grad_rows[QUERIES * EC];  // [queries][DC], [queries][EC]
 };
 
 // Owned by one thread.
-struct Scratch {
-    R *scores, *grads;  // [BK + SLACK][lanes], see backward_score.h.jinja
-    R *key, *value;     // [PART + SLACK][DC], [PART + SLACK][EC]: gradients of a part
-    Block one;          // a vector of queries, computed again
-    R* one_result;      // [DP][W]
-    char* tiles;        // staged operands, [BK][lanes] each
-
-    static constexpr int64_t REALS = 2 * (BK + SLACK) * BQ + (PART + SLACK) * (DC + EC) + Block::reals(W) + W * DP;
-    static int64_t bytes() { return REALS * sizeof(R) + 0 * int64_t(BK) * BQ * 8; }
-    explicit Scratch(char* p)
-        : scores((R*)p), grads(scores + (BK + SLACK) * BQ), key(grads + (BK + SLACK) * BQ), value(key + (PART + SLACK) * DC),
-          one(value + (PART + SLACK) * EC, W), one_result(one.query + Block::reals(W)), tiles((char*)((R*)p + REALS)) {}
+struct alignas(64) LaneScratch {
+    R scores[(BK + SLACK) * NV * W], grads[(BK + SLACK) * NV * W];  // [BK + SLACK][lanes], see backward_score.h.jinja
+    R key[(PART + SLACK) * DC], value[(PART + SLACK) * EC];         // gradients of a part of the keys
+    Block<W> one;          // a vector of queries with exact rows
+    R one_result[DP * W];  // [DP][W]
 };
 
-// What happens to an entry between the products: its probability is computed again from the score and its row's log-sum-exp.
+// What happens to an entry between the products: its probability is computed anew from the score and its row's log-sum-exp.
 //   scores  the raw score, replaced by the weight
 //   grads   the gradient of the weight, replaced by that of the raw score, but for the factor 0.125
 // What depends on the query only, for a block of N * W of them; lanes past the last query repeat it.
@@ -1056,17 +937,29 @@ template <int N> struct Rows {
     VI upper[N];
 };
 
-template <int N> static Rows<N> make_rows(const Call& c, const Site& s, int64_t q0) {
+template <int N> static Rows<N> make_rows(const Call& c, const BatchIndex& b, int64_t q0) {
     Rows<N> r;
     for (int v = 0; v < N; v++) {
         for (int i = 0; i < W; i++) {
             const int64_t q = min64(q0 + v * W + i, c.q_len - 1);
             r.q[v][i] = I(q);
-            r.upper[v][i] = I(clamp64(upper_key(c, s, q), 0, c.kv_len));
+            r.upper[v][i] = I(clamp64(upper_key(c, b, q), 0, c.kv_len));
         }
     }
     return r;
 }
+
+// A tile, which the programs work on: queries q0 … q0 + nq of one batch index against its keys k0 … k0 + nk.
+template <int N> struct Tile {
+    const Call& c;
+    const BatchIndex& b;
+    const Rows<N>& r;
+    LaneScratch& w;
+    int64_t q0;
+    int nq;
+    int64_t k0;
+    int nk;
+};
 
 // What is known about the rows of a block: an entry's probability is exp(score - lse) * inverse. EXACT rows are not
 // normalised by their log-sum-exp, which has lost precision there.
@@ -1122,8 +1015,14 @@ template <int N> struct Sums {
 };
 
 // Scores only.
-template <int N> static void scores_exact(const Call& c, const Site& s, const Rows<N>& r, const Scratch& w, int64_t q0, int nq,
-    int64_t k0, int nk) {
+template <int N> static void scores_exact(const Tile<N>& tile) {
+    const Call& c = tile.c;
+    const BatchIndex& b = tile.b;
+    const Rows<N>& r = tile.r;
+    LaneScratch& w = tile.w;
+    const int64_t q0 = tile.q0, k0 = tile.k0;
+    const int nq = tile.nq, nk = tile.nk;
+
 
     for (int i = 0; i < nk; i++) {
         const int64_t k = k0 + i;
@@ -1140,8 +1039,17 @@ template <int N> static void scores_exact(const Call& c, const Site& s, const Ro
 }
 
 // Scores as eager rounds them, of every key.
-template <int N> static void entries_exact(const Call& c, const Sinks& t, const Site& s, const Rows<N>& r, const Scratch& w,
-    const Norm<N>& norm, Sums<N>& sums, const Shares& shares, int64_t q0, int nq, int64_t k0, int nk) {
+template <int N>
+static void entries_exact(const Tile<N>& tile, const KeyPart& part, const Norm<N>& norm, Sums<N>& sums) {
+    const Call& c = tile.c;
+    const BatchIndex& b = tile.b;
+    const Rows<N>& r = tile.r;
+    LaneScratch& w = tile.w;
+    const int64_t q0 = tile.q0, k0 = tile.k0;
+    const int nq = tile.nq, nk = tile.nk;
+
+    const Destinations& t = part.t;
+    const Shares& shares = part.shares;
 
     for (int i = 0; i < nk; i++) {
         const int64_t k = k0 + i;
@@ -1178,8 +1086,7 @@ template <int WIDTH, int COLUMNS, class T> static void pack_rows_and_lanes(R* ro
         for (int i = nq; i < ld; i++) lanes[d * ld + i] = 0;
 }
 
-template <int N> static void add_sums(const Call& c, const Sinks& t, const Site& s, const Sums<N>& sums, const Shares& shares,
-    int64_t q0, int nq) {
+template <int N> static void add_sums(const KeyPart& part, const Sums<N>& sums, int64_t q0, int nq) {
 }
 
 // Products of nk keys' rows with lanes of queries, summed as forward sums scores: half of the features at a time.
@@ -1194,42 +1101,48 @@ template <int N, int WIDTH> static void products(R* to, const R* rows, const R* 
     }
 }
 
-// The products of one tile, around ``entries``. ``key`` and ``value`` are the tile's, ``d_key`` and ``d_value`` their gradients.
-template <int N, class Entries>
-static void tile(const R* key, const R* value, R* d_key, R* d_value, const Block& b, const Scratch& w, R* d_query, int nq,
-    int nk, Entries entries) {
+// Keys and values of one tile, and their gradients.
+struct KeyRows {
+    const R *key, *value;
+    R *d_key, *d_value;
+};
+
+// The products of one tile, around ``entries``.
+template <int N, int QUERIES, class Entries>
+static void tile_products(const KeyRows& keys, const Block<QUERIES>& block, LaneScratch& w, R* d_query, int nq, int nk,
+                          Entries entries) {
     constexpr int L = N * W;
-    products<N, D>(w.scores, key, b.query, nk);
-    products<N, DV>(w.grads, value, b.grad, nk);
+    products<N, D>(w.scores, keys.key, block.query, nk);
+    products<N, DV>(w.grads, keys.value, block.grad, nk);
     entries();
     if (nk < BK || BK % (2 * SLACK)) {  // what the last step adds beyond the tile's keys must be nothing
         memset(w.scores + nk * L, 0, sizeof(R) * SLACK * L);
         memset(w.grads + nk * L, 0, sizeof(R) * SLACK * L);
     }
-    for (int d = 0; d < D; d += MR) product<MR, N, L, 1, D, L, true>(d_query + d * L, key + d, w.grads, nk);
-    add_product<EC, L>(d_value, w.scores, b.grad_rows, nk, nq);
-    add_product<DC, L>(d_key, w.grads, b.query_rows, nk, nq);
+    for (int d = 0; d < D; d += MR) product<MR, N, L, 1, D, L, true>(d_query + d * L, keys.key + d, w.grads, nk);
+    add_product<EC, L>(keys.d_value, w.scores, block.grad_rows, nk, nq);
+    add_product<DC, L>(keys.d_key, w.grads, block.query_rows, nk, nq);
 }
 
 // The rows q0 + i of one vector for which ``chosen``, against all keys for their sums and then against those of the part.
 // ``keys`` gives tiles of keys and values; what the rows add to the gradients of query, key and value is in the scratch.
 template <class Keys>
-static void attend_exactly(const Call& c, const Sinks& t, const Site& s, const Goal& goal, const Keys& keys, const Scratch& w,
-    const Shares& shares,
-                           int64_t q0, int64_t first, int64_t last, VR delta, VI chosen) {
+static void attend_exactly(const KeyPart& part, const Keys& keys, LaneScratch& w, int64_t q0, VR delta, VI chosen) {
+    const Call& c = part.c;
+    const BatchIndex& b = part.b;
+    const int64_t first = part.first, last = part.last;
     const int nq = int(min64(W, c.q_len - q0));
-    pack_rows_and_lanes<D, DC>(w.one.query_rows, w.one.query, s.query, q0, nq);
-    pack_rows_and_lanes<DV, EC>(w.one.grad_rows, w.one.grad, goal.grad_out, q0, nq);
-    const Rows<1> r = make_rows<1>(c, s, q0);
+    pack_rows_and_lanes<D, DC>(w.one.query_rows, w.one.query, b.query, q0, nq);
+    pack_rows_and_lanes<DV, EC>(w.one.grad_rows, w.one.grad, part.goal.grad_out, q0, nq);
+    const Rows<1> r = make_rows<1>(c, b, q0);
     Norm<1> norm = {};
     norm.lse[0] = vr(-R(INFINITY)), norm.delta[0] = delta, norm.chosen[0] = chosen;
     VR sum = {};
     for (int pass = 0; pass < 2; pass++)
         for (int64_t k0 = 0; k0 < c.kv_len; k0 += BK) {
             const int nk = int(min64(BK, c.kv_len - k0));
-            const auto part = keys.part(k0);
-            products<1, D>(w.scores, part.key, w.one.query, nk);
-            scores_exact<1>(c, s, r, w, q0, nq, k0, nk);
+            products<1, D>(w.scores, keys.part(k0).key, w.one.query, nk);
+            scores_exact<1>({c, b, r, w, q0, nq, k0, nk});
             for (int i = 0; i < nk; i++) {
                 if (pass == 0) norm.lse[0] = vmax(load(w.scores + i * W), norm.lse[0]);
                 else sum += exp2_lanes((load(w.scores + i * W) - norm.lse[0]) * R(1.44269504088896341));
@@ -1240,69 +1153,69 @@ static void attend_exactly(const Call& c, const Sinks& t, const Site& s, const G
     memset(w.one_result, 0, sizeof(R) * DP * W);
     for (int64_t k0 = first; k0 < last; k0 += BK) {
         const int nk = int(min64(BK, last - k0));
-        const auto part = keys.part(k0);
-        tile<1>(part.key, part.value, w.key + (k0 - first) * DC, w.value + (k0 - first) * EC, w.one, w, w.one_result, nq, nk,
-                [&] { entries_exact<1>(c, t, s, r, w, norm, sums, shares, q0, nq, k0, nk); });
+        const auto packed = keys.part(k0);
+        const KeyRows rows_of_keys = {packed.key, packed.value, w.key + (k0 - first) * DC, w.value + (k0 - first) * EC};
+        tile_products<1>(rows_of_keys, w.one, w, w.one_result, nq, nk,
+                         [&] { entries_exact<1>({c, b, r, w, q0, nq, k0, nk}, part, norm, sums); });
     }
-    add_sums<1>(c, t, s, sums, shares, q0, nq);
+    add_sums<1>(part, sums, q0, nq);
 }
 
-struct Keys {
+// Owned by one thread.
+struct alignas(64) ExactScratch {
+    LaneScratch lanes;
+    R key[(BK + SLACK) * D], value[(BK + SLACK) * DV];  // of one tile
+};
+
+struct PackedTile {
     const Call& c;
-    const Site& s;
-    R *key, *value;  // [BK + SLACK][D], [BK + SLACK][DV]
+    const BatchIndex& b;
+    R *key, *value;
 
     struct Part { const R *key, *value; };
     Part part(int64_t k0) const {
         const int64_t n = min64(BK, c.kv_len - k0);
-        copy_rows(key, D, s.key.data + k0 * s.key.row, s.key.row, s.key.column, n, D);
-        copy_rows(value, DV, s.value.data + k0 * s.value.row, s.value.row, s.value.column, n, DV);
+        copy_rows(key, D, b.key.data + k0 * b.key.row, b.key.row, b.key.column, n, D);
+        copy_rows(value, DV, b.value.data + k0 * b.value.row, b.value.row, b.value.column, n, DV);
         return {key, value};
     }
 };
-static int64_t bytes() { return Scratch::bytes() + (BK + SLACK) * (D + DV) * int64_t(sizeof(R)); }
-}  // namespace redo
 
 // Keys and values, tile by tile: pairs of features for the products with queries and gradients, pairs of keys for the
 // gradients of queries.
+struct KeyTile {
+    uint32_t key[DPAIRS * BK], value[EPAIRS * BK], key_pairs[BK / 2 * DC];  // [DPAIRS][BK], [EPAIRS][BK], [BK / 2][DC]
+};
 struct PackedKeys {
-    uint32_t *key, *value, *key_pairs;  // [DPAIRS][BK], [EPAIRS][BK], [BK / 2][DC] a tile
+    KeyTile* tiles;
 
-    static constexpr int64_t TILE = BK * (DPAIRS + EPAIRS) + BK / 2 * DC;
-    static int64_t bytes(const Call& c) { return (c.kv_len + BK - 1) / BK * TILE * sizeof(uint32_t); }
-    PackedKeys(const Call&, char* p) : key((uint32_t*)p), value(key + BK * DPAIRS), key_pairs(value + BK * EPAIRS) {}
-    PackedKeys tile(int64_t k0) const {
-        PackedKeys t = *this;
-        t.key += k0 / BK * TILE, t.value += k0 / BK * TILE, t.key_pairs += k0 / BK * TILE;
-        return t;
-    }
+    static int64_t bytes(const Call& c) { return (c.kv_len + BK - 1) / BK * int64_t(sizeof(KeyTile)); }
+    PackedKeys(const Call&, char* p) : tiles((KeyTile*)p) {}
+    KeyTile& tile(int64_t k0) const { return tiles[k0 / BK]; }
 };
 
-static void pack_keys(const Call& c, const Site& s, char* memory, int64_t k0) {
-    const PackedKeys p = PackedKeys(c, memory).tile(k0);
+static void pack_keys(const Call& c, const BatchIndex& b, char* memory, int64_t k0) {
+    KeyTile& p = PackedKeys(c, memory).tile(k0);
     const int n = int(min64(BK, c.kv_len - k0));
-    const Bf16 *key = s.key.data + k0 * s.key.row, *value = s.value.data + k0 * s.value.row;
-    pack_column_pairs<D, DPAIRS>(p.key, BK, key, s.key.row, s.key.column, n, BK);
-    pack_column_pairs<DV, EPAIRS>(p.value, BK, value, s.value.row, s.value.column, n, BK);
+    const Bf16 *key = b.key.data + k0 * b.key.row, *value = b.value.data + k0 * b.value.row;
+    pack_column_pairs<D, DPAIRS>(p.key, BK, key, b.key.row, b.key.column, n, BK);
+    pack_column_pairs<DV, EPAIRS>(p.value, BK, value, b.value.row, b.value.column, n, BK);
     for (int k = 0; k < BK; k += 2)
         for (int d = 0; d < DC; d += W) {
-            const Bf16* low = key + k * s.key.row + d * s.key.column;
-            interleave_rows(p.key_pairs + k / 2 * DC + d, k < n ? low : nullptr, k + 1 < n ? low + s.key.row : nullptr,
-                s.key.column, D - d);
+            const Bf16* low = key + k * b.key.row + d * b.key.column;
+            interleave_rows(p.key_pairs + k / 2 * DC + d, k < n ? low : nullptr, k + 1 < n ? low + b.key.row : nullptr,
+                b.key.column, D - d);
         }
 }
 
 // A block of queries and the gradients of their results: as rows, and transposed.
 struct PackedQueries {
-    Bf16 *query, *grad;            // [BQ][2 * DPAIRS], [BQ][2 * EPAIRS]
-    Bf16 *query_lanes, *grad_lanes;  // [DROWS][BQ], [EROWS][BQ]
-    R *lse, *delta;                // of each row; lse in base 2
+    Bf16 query[BQ * 2 * DPAIRS], grad[BQ * 2 * EPAIRS];        // [BQ][2 * DPAIRS], [BQ][2 * EPAIRS]
+    Bf16 query_lanes[DROWS * BQ], grad_lanes[EROWS * BQ];  // [DROWS][BQ], [EROWS][BQ]
+    R lse[BQ], delta[BQ];                                  // of each row; lse in base 2
 
-    static constexpr int64_t ELEMENTS = BQ * (2 * DPAIRS + 2 * EPAIRS + DROWS + EROWS + 4);
-    static int64_t bytes(const Call& c) { return (c.q_len + BQ - 1) / BQ * ELEMENTS * sizeof(Bf16); }
-    PackedQueries(char* p, int64_t q0)
-        : query((Bf16*)p + q0 / BQ * ELEMENTS), grad(query + BQ * 2 * DPAIRS), query_lanes(grad + BQ * 2 * EPAIRS),
-          grad_lanes(query_lanes + BQ * DROWS), lse((R*)(grad_lanes + BQ * EROWS)), delta(lse + BQ) {}
+    static int64_t bytes(const Call& c) { return (c.q_len + BQ - 1) / BQ * int64_t(sizeof(PackedQueries)); }
+    static PackedQueries& at(char* p, int64_t q0) { return ((PackedQueries*)p)[q0 / BQ]; }
 };
 
 // rows [BQ][2 * PAIRS] and lanes [ROWS][BQ] of nq rows, zeros beyond.
@@ -1326,14 +1239,14 @@ template <int WIDTH, int PAIRS, int ROWS> static void pack_both(Bf16* rows, Bf16
     }
 }
 
-static void pack_queries(const Call& c, const Site& s, const Goal& goal, char* memory, int64_t q0) {
-    const PackedQueries b(memory, q0);
+static void pack_queries(const Call& c, const BatchIndex& b, const Goal& goal, char* memory, int64_t q0) {
+    PackedQueries& packed = PackedQueries::at(memory, q0);
     const int nq = int(min64(BQ, c.q_len - q0));
-    pack_both<D, DPAIRS, DROWS>(b.query, b.query_lanes, s.query, q0, nq);
-    pack_both<DV, EPAIRS, EROWS>(b.grad, b.grad_lanes, goal.grad_out, q0, nq);
+    pack_both<D, DPAIRS, DROWS>(packed.query, packed.query_lanes, b.query, q0, nq);
+    pack_both<DV, EPAIRS, EROWS>(packed.grad, packed.grad_lanes, goal.grad_out, q0, nq);
     for (int i = 0; i < BQ; i++) {
-        b.delta[i] = i < nq ? row_delta(goal, q0 + i) : R(0);
-        b.lse[i] = i < nq ? row_lse(s, q0 + i) * R(1.44269504088896341) : R(INFINITY);
+        packed.delta[i] = i < nq ? row_delta(goal, q0 + i) : R(0);
+        packed.lse[i] = i < nq ? row_lse(b, q0 + i) * R(1.44269504088896341) : R(INFINITY);
     }
 }
 
@@ -1344,32 +1257,21 @@ struct QueryGradients {
 };
 
 // Owned by one thread.
-struct Scratch {
-    R *scores, *grads;              // [2][kRows][BK]: raw scores and gradients of weights, of rows that take turns
-    uint32_t *weights, *grad_pairs;  // [BQ / 2][BK]: pairs of rows
-    Bf16* grad_rows;                // [BQ][BK]
-    R *key, *value;                 // [DROWS][BK], [EROWS][BK] for each tile of the part: gradients, transposed
-    R* rows;                        // [BK][DC or EC]
-    char* redo;
-
-    static constexpr int TILES = PART / BK;
-    static constexpr int64_t REALS = 4 * Matrix::kRows * BK + BQ * BK + BQ * BK / 2 + PART * (DROWS + EROWS) + BK * (DC > EC
-        ? DC : EC);
-    static int64_t bytes() { return REALS * sizeof(R) + redo::bytes(); }
-    explicit Scratch(char* p)
-        : scores((R*)p), grads(scores + 2 * Matrix::kRows * BK), weights((uint32_t*)(grads + 2 * Matrix::kRows * BK)),
-          grad_pairs(weights + BQ / 2 * BK), grad_rows((Bf16*)(grad_pairs + BQ / 2 * BK)), key((R*)(grad_rows + BQ * BK)),
-          value(key + PART * DROWS), rows(value + PART * EROWS), redo((char*)((R*)p + REALS)) {}
-    R* score(int side) const { return scores + side * Matrix::kRows * BK; }
-    R* grad(int side) const { return grads + side * Matrix::kRows * BK; }
+struct alignas(64) Scratch {
+    R scores[2][Matrix::kRows * BK], grads[2][Matrix::kRows * BK];  // raw scores and gradients of weights, of rows in turn
+    uint32_t weights[BQ / 2 * BK], grad_pairs[BQ / 2 * BK];         // [BQ / 2][BK]: pairs of rows
+    Bf16 grad_rows[BQ * BK];                                        // [BQ][BK]
+    R key[PART * DROWS], value[PART * EROWS];  // [DROWS][BK], [EROWS][BK] for each tile of the part: gradients, transposed
+    R rows[BK * (DC > EC ? DC : EC)];
+    ExactScratch exact;
 };
 
 // A block of queries against tiles of keys.
 struct QueryBlock {
     const Call& c;
-    const Site& s;
-    const PackedQueries b;
-    const Scratch& w;
+    const BatchIndex& b;
+    const PackedQueries& packed;
+    Scratch& w;
     R* d_query;
     const int64_t q0;
     const int nq;
@@ -1387,12 +1289,12 @@ struct QueryBlock {
                     - j : STEP, pairs);
     }
     // Raw scores and gradients of weights of the rows i … end, of which a step takes the first.
-    void score_step(const PackedKeys& keys, int i, int end, int side, int columns) {
+    void score_step(const KeyTile& keys, int i, int end, int side, int columns) {
         const int rows = end - i < Matrix::kRows ? end - i : Matrix::kRows;
-        multiply<false, Matrix::kCols>(b.query + i * 2 * DPAIRS, 2 * DPAIRS, keys.key, BK, w.score(side), BK, rows, columns,
-            DPAIRS);
-        multiply<false, Matrix::kCols>(b.grad + i * 2 * EPAIRS, 2 * EPAIRS, keys.value, BK, w.grad(side), BK, rows, columns,
-            EPAIRS);
+        multiply<false, Matrix::kCols>(packed.query + i * 2 * DPAIRS, 2 * DPAIRS, keys.key, BK, w.scores[side], BK, rows,
+            columns, DPAIRS);
+        multiply<false, Matrix::kCols>(packed.grad + i * 2 * EPAIRS, 2 * EPAIRS, keys.value, BK, w.grads[side], BK, rows,
+            columns, EPAIRS);
     }
 
     // Rows first + i and first + i + 1, rounded, as rows and as pairs.
@@ -1402,7 +1304,7 @@ struct QueryBlock {
         const int end = last - first < Matrix::kRows ? last - first : Matrix::kRows;
         for (int i = 0; i < end; i += 2) {
             const int q = first + i;
-            const Entries row[2] = { {c, s, runs, q0 + q, k0, nk}, {c, s, runs, min64(q0 + q + 1, c.q_len - 1), k0, nk} };
+            const Entries row[2] = { {c, b, runs, q0 + q, k0, nk}, {c, b, runs, min64(q0 + q + 1, c.q_len - 1), k0, nk} };
             for (int n = 0; n < nk; n += 32) {
                 __m512i weight[2], grad[2];
 #pragma GCC unroll 2
@@ -1411,8 +1313,8 @@ struct QueryBlock {
 #pragma GCC unroll 2
                     for (int h = 0; h < 2; h++) {
                         const int at = n + h * W;
-                        x[h] = load(w.score(side) + (i + r) * BK + at), y[h] = load(w.grad(side) + (i + r) * BK + at);
-                        row[r](x[h], y[h], vr(b.lse[q + r]), vr(b.delta[q + r]), at);
+                        x[h] = load(w.scores[side] + (i + r) * BK + at), y[h] = load(w.grads[side] + (i + r) * BK + at);
+                        row[r](x[h], y[h], vr(packed.lse[q + r]), vr(packed.delta[q + r]), at);
                         if (TAIL) {
                             const VI inside = vi(nk - at) > lane_numbers();
                             x[h] = inside ? x[h] : VR{}, y[h] = inside ? y[h] : VR{};
@@ -1434,9 +1336,9 @@ struct QueryBlock {
     }
 
     // The rows from … to, the first of which is a whole number of steps along the rows.
-    template <class Entries> void tile(const PackedKeys& keys, R* d_key, R* d_value, int from, int to, int64_t k0, int nk) {
+    template <class Entries> void tile(const KeyTile& keys, R* d_key, R* d_value, int from, int to, int64_t k0, int nk) {
         const int columns = round_up(nk, 32);
-        runs.find(c, s, k0, nk);
+        runs.find(c, b, k0, nk);
         score_step(keys, from, to, 0, columns);
         matrix.flush();
         for (int i = from, side = 0; i < to; i += Matrix::kRows, side = 1 - side) {
@@ -1448,18 +1350,18 @@ struct QueryBlock {
         const int first = from / 2, pairs = (to + 1) / 2, last = round_up(to, Matrix::kDepth) / 2;
         memset(w.weights + pairs * BK, 0, sizeof(uint32_t) * (last - pairs) * BK);
         memset(w.grad_pairs + pairs * BK, 0, sizeof(uint32_t) * (last - pairs) * BK);
-        multiply<true, Matrix::kCols>(b.grad_lanes + from, BQ, w.weights + first * BK, BK, d_value, BK, DV, columns, last
-            - first);
-        multiply<true, Matrix::kCols>(b.query_lanes + from, BQ, w.grad_pairs + first * BK, BK, d_key, BK, D, columns, last
-            - first);
+        multiply<true, Matrix::kCols>(packed.grad_lanes + from, BQ, w.weights + first * BK, BK, d_value, BK, DV, columns,
+            last - first);
+        multiply<true, Matrix::kCols>(packed.query_lanes + from, BQ, w.grad_pairs + first * BK, BK, d_key, BK, D, columns,
+            last - first);
         multiply<true, kCols>(w.grad_rows + from * BK, BK, keys.key_pairs, DC, d_query + from * DC, DC, to - from, DC,
             columns / 2);
         matrix.flush();
     }
 };
 
-// Adds what redo::attend_exactly has found, and clears it.
-static void add_exact(const redo::Scratch& r, const Scratch& w, R* d_query, int rows) {
+// Adds what attend_exactly has found, and clears it.
+static void add_exact(LaneScratch& r, Scratch& w, R* d_query, int rows) {
     for (int i = 0; i < rows; i++)
         for (int d = 0; d < D; d++) d_query[i * DC + d] += r.one_result[d * W + i];
     for (int k = 0; k < PART; k++) {
@@ -1483,24 +1385,25 @@ template <class Holds> static int first_row(int n, Holds holds) {
     return from;
 }
 
-// One block of queries of one site against the keys first … last that it may see.
-static void block(const Call& c, const Sinks& t, const Site& s, const Goal& goal, const KeyRanges* tiles,
-    const PackedKeys& keys, char* queries,
-                  const Scratch& w, const Shares& shares, char* gradients, int64_t q0, int64_t first, int64_t last) {
+// A block of queries against those keys of the part that it may see.
+static void block(const KeyPart& part, const PackedKeys& keys, char* queries, Scratch& w, char* gradients, int64_t q0) {
+    const Call& c = part.c;
+    const BatchIndex& b = part.b;
+    const int64_t first = part.first, last = part.last;
     const int nq = int(min64(BQ, c.q_len - q0));
     R* d_query = QueryGradients::block(gradients, q0);
-    QueryBlock block = {c, s, PackedQueries(queries, q0), w, d_query, q0, nq, {}, {}};
+    QueryBlock block = {c, b, PackedQueries::at(queries, q0), w, d_query, q0, nq, {}, {}};
     memset(d_query, 0, sizeof(R) * BQ * DC);
     int64_t begin = 0, end = c.kv_len, full_begin = 0, full_end = c.kv_len;
-    end = clamp64(upper_key(c, s, q0 + nq - 1), 0, c.kv_len), full_end = upper_key(c, s, q0);
+    end = clamp64(upper_key(c, b, q0 + nq - 1), 0, c.kv_len), full_end = upper_key(c, b, q0);
     begin = max64(begin - begin % BK, first), end = min64(end, last);
     for (int64_t k0 = begin; k0 < end; k0 += BK) {
         const int nk = int(min64(BK, end - k0));
-        R *d_key = w.key + (k0 - first) * DROWS, *d_value = w.value + (k0 - first) * EROWS;
         bool full = k0 >= full_begin && k0 + nk <= full_end;
+        R *d_key = w.key + (k0 - first) * DROWS, *d_value = w.value + (k0 - first) * EROWS;
         if (!full) {
             int from = 0, to = nq;  // rows that may see a key of the tile
-            from = first_row(nq, [&](int i) { return upper_key(c, s, q0 + i) > k0; });
+            from = first_row(nq, [&](int i) { return upper_key(c, b, q0 + i) > k0; });
             from -= from % Matrix::kRows, to = int(min64(round_up(to, Matrix::kRows), nq));
             if (from < to) block.tile<EntriesPartial>(keys.tile(k0), d_key, d_value, from, to, k0, nk);
             continue;
@@ -1509,35 +1412,31 @@ static void block(const Call& c, const Sinks& t, const Site& s, const Goal& goal
     }
     for (int i = 0; i < nq; i += W) {
         VI chosen;
-        if (!find_exact(c, s, q0 + i, chosen)) continue;
-        const redo::Scratch r(w.redo);
-        R* packed = (R*)(w.redo + redo::Scratch::bytes());
-        redo::attend_exactly(c, t, s, goal, redo::Keys{c, s, packed, packed + (BK + redo::SLACK) * D}, r, shares, q0 + i,
-            first, last,
-                             load(block.b.delta + i), chosen);
-        add_exact(r, w, d_query + i * DC, nq - i < W ? nq - i : W);
+        if (!find_exact(c, b, q0 + i, chosen)) continue;
+        attend_exactly(part, PackedTile{c, b, w.exact.key, w.exact.value}, w.exact.lanes, q0 + i, load(block.packed.delta + i),
+            chosen);
+        add_exact(w.exact.lanes, w, d_query + i * DC, nq - i < W ? nq - i : W);
     }
-    (void)t, (void)goal, (void)shares;
 }
 
 // Gradients of a part, transposed back a tile at a time.
-template <int WIDTH, int ROWS, int COLUMNS, class T> static void write_tiles(const Target<T>& to, const R* from,
-    const Scratch& w, int64_t first, int64_t last, R scale) {
+template <int WIDTH, int ROWS, int COLUMNS, class T> static void write_tiles(const Target<T>& to, const R* from, Scratch& w,
+    int64_t first, int64_t last, R scale) {
     for (int64_t k0 = first; k0 < last; k0 += BK, from += BK * ROWS) {
         copy_transposed(w.rows, COLUMNS, from, BK, 1, WIDTH, BK);
         write_rows<COLUMNS>(to, w.rows, WIDTH, k0, min64(k0 + BK, last), scale);
     }
 }
-static void clear_key(const Scratch& w) { memset(w.key, 0, sizeof(R) * PART * DROWS); }
-static void clear_value(const Scratch& w) {
+static void clear_key(Scratch& w) { memset(w.key, 0, sizeof(R) * PART * DROWS); }
+static void clear_value(Scratch& w) {
     memset(w.value, 0, sizeof(R) * PART * EROWS);
-    const redo::Scratch r(w.redo);
-    memset(r.key, 0, sizeof(R) * (PART + redo::SLACK) * (DC + EC));
+    memset(w.exact.lanes.key, 0, sizeof w.exact.lanes.key);
+    memset(w.exact.lanes.value, 0, sizeof w.exact.lanes.value);
 }
-static void write_key(const Goal& goal, const Scratch& w, int64_t first, int64_t last) {
+static void write_key(const Goal& goal, Scratch& w, int64_t first, int64_t last) {
     write_tiles<D, DROWS, DC>(goal.key, w.key, w, first, last, R(0.125));
 }
-static void write_value(const Goal& goal, const Scratch& w, int64_t first, int64_t last) {
+static void write_value(const Goal& goal, Scratch& w, int64_t first, int64_t last) {
     write_tiles<DV, EROWS, EC>(goal.value, w.value, w, first, last, R(1));
 }
 // Adds gradients of one block of queries; the ``first`` ones replace what was there.
@@ -1545,12 +1444,12 @@ static void add_query(const Call&, char* to, char* from, int64_t q0) {
     R *sum = QueryGradients::block(to, q0), *part = QueryGradients::block(from, q0);
     for (int i = 0; i < BQ * DC; i += W) store(sum + i, load(sum + i) + load(part + i));
 }
-static void write_query(const Call& c, const Goal& goal, char* d_query, const Scratch&, int64_t q0) {
+static void write_query(const Call& c, const Goal& goal, char* d_query, Scratch&, int64_t q0) {
     write_rows<DC>(goal.query, QueryGradients::block(d_query, q0), D, q0, min64(q0 + BQ, c.q_len), R(0.125));
 }
 
 // Work is cut so that whatever adds to a gradient is done by one thread, in one order, however many threads there are.
-// Sites that share a key, a value, a query or an element of a dense tensor form a component; the keys of a component are cut
+// Batch indices that share a key, a value, a query or an element of a dense tensor form a component; the keys of a component are cut
 // into parts. A part owns its keys' gradients; its queries' are kept apart and summed over the parts.
 
 struct Place {
@@ -1570,7 +1469,7 @@ static int64_t root_of(Place* places, int64_t i) {
     return i;
 }
 
-// Joins the sites that have the same ``key``; component numbers are those of their first sites.
+// Joins the batch indices that have the same ``key``; component numbers are those of their first ones.
 struct Keyed { int64_t key, number; };
 static int compare_keyed(const void* a, const void* b) {
     const Keyed &x = *(const Keyed*)a, &y = *(const Keyed*)b;
@@ -1586,7 +1485,7 @@ template <class Key> static void join(Place* places, Keyed* keyed, int64_t count
     }
 }
 
-// A value's sites must follow each other, as a key's do.
+// The batch indices of a value must follow each other, as those of a key do.
 static bool in_order(const Place* places, int64_t count) {
     for (int64_t i = 1; i < count; i++)
         for (int64_t j = i - 2; j >= 0 && places[i].value != places[i - 1].value && places[j].component == places[i].component;
@@ -1597,72 +1496,74 @@ static bool in_order(const Place* places, int64_t count) {
 
 struct Backward {
     const Call& c;
-    const Sinks& t;
+    const Destinations& t;
     const int64_t count, blocks, key_tiles, parts;
     int64_t slots;  // parts whose gradients of queries are held at a time
-    const int64_t* starts;  // first sites of the components, and the number of sites
-    const Place* places;  // component: its first site
-    const Site* sites;
+    const int64_t* starts;  // where components begin among the batch indices, and their number
+    const Place* places;  // component: its first batch index
+    const BatchIndex* batch;
     const Goal* goals;
-    KeyRanges* tiles;
-    char* slices;  // what parts of sites add to tensors beside query, key and value
+    char* slices;  // what parts add to tensors beside query, key and value
 
     static int64_t slice_bytes(const Call& c) {
         return (0) * sizeof(R);
     }
-    Shares shares(int64_t site, int64_t part) const {
-        R* p = (R*)(slices + (site * parts + part) * slice_bytes(c));
+    Shares shares(int64_t index, int64_t part) const {
+        R* p = (R*)(slices + (index * parts + part) * slice_bytes(c));
         Shares found;
         (void)p;
         return found;
     }
 
-    // Memory of one site: packed queries, packed keys (of the first of the sites that share them), and the gradients of its
+    // Memory of one batch index: packed queries, packed keys (of the first that shares them), and the gradients of its
     // queries: their sum over the parts so far, begun by the first, then those of some parts.
     int64_t queries_bytes() const { return PackedQueries::bytes(c); }
     int64_t keys_bytes() const { return PackedKeys::bytes(c); }
     int64_t gradients_bytes() const { return QueryGradients::bytes(c); }
-    int64_t site_bytes() const { return queries_bytes() + keys_bytes() + (1 + slots) * gradients_bytes(); }
+    int64_t index_bytes() const { return queries_bytes() + keys_bytes() + (1 + slots) * gradients_bytes(); }
     char* queries(char* m) const { return m; }
     char* keys(char* m) const { return m + queries_bytes(); }
     char* gradients(char* m) const { return m + queries_bytes() + keys_bytes(); }
     char* gradients(char* m, int64_t slot) const { return gradients(m) + (1 + slot) * gradients_bytes(); }
 
-    bool same_keys(int64_t a,
-        int64_t b) const { return sites[a].key.data == sites[b].key.data && sites[a].value.data == sites[b].value.data; }
-
-    // Packs a block of queries or a tile of keys: item of blocks + key_tiles.
-    void pack(int64_t site, char* m, bool packs_keys, int64_t item) const {
-        if (item < blocks) return pack_queries(c, sites[site], goals[site], queries(m), item * BQ);
-        const int64_t k0 = (item - blocks) * BK;
-        if (packs_keys) pack_keys(c, sites[site], keys(m), k0);
+    bool same_keys(int64_t a, int64_t b) const {
+        return batch[a].key.data == batch[b].key.data && batch[a].value.data == batch[b].value.data;
     }
 
-    // One part of the keys of the component of sites first … last; ``memory`` is that of the first.
-    void attend(int64_t first, int64_t last, char* memory, const Scratch& w, int64_t part, int64_t slot) const {
+    // Packs a block of queries or a tile of keys: item of blocks + key_tiles.
+    void pack(int64_t index, char* m, bool packs_keys, int64_t item) const {
+        if (item < blocks) return pack_queries(c, batch[index], goals[index], queries(m), item * BQ);
+        const int64_t k0 = (item - blocks) * BK;
+        if (packs_keys) pack_keys(c, batch[index], keys(m), k0);
+    }
+
+    // One part of the keys of the component first … last; ``memory`` is that of the first.
+    void attend(int64_t first, int64_t last, char* memory, Scratch& w, int64_t part, int64_t slot) const {
         const int64_t begin = part * PART, end = min64(begin + PART, c.kv_len);
         char* packed = memory;
         clear_key(w), clear_value(w);
         for (int64_t i = first; i < last; i++) {
-            char* m = memory + (i - first) * site_bytes();
+            char* m = memory + (i - first) * index_bytes();
             if (i > first && !same_keys(i, i - 1)) packed = m;
             const PackedKeys packed_keys(c, keys(packed));
-            for (int64_t q0 = 0; q0 < c.q_len; q0 += BQ)
-                block(c, t, sites[i], goals[i], tiles + i * key_tiles, packed_keys, queries(m), w, shares(i, part), part == 0
-                    ? gradients(m) : gradients(m, slot), q0, begin, end);
+            const Shares found = shares(i, part);
+            const KeyPart of_index = {c, t, batch[i], goals[i], found, begin, end};
+            char* d_query = part == 0 ? gradients(m) : gradients(m, slot);
+            for (int64_t q0 = 0; q0 < c.q_len; q0 += BQ) block(of_index, packed_keys, queries(m), w, d_query, q0);
             if (i + 1 == last || places[i].key != places[i + 1].key) write_key(goals[i], w, begin, end), clear_key(w);
             if (i + 1 == last || places[i].value != places[i + 1].value) write_value(goals[i], w, begin, end), clear_value(w);
         }
     }
 
-    // Gradients of a block of queries, by the first of the sites that share them; ``m`` is that site's memory.
-    void finish(int64_t site, char* m, const Scratch& w, int64_t item) const {
+    // Gradients of a block of queries, by the first batch index that has them; ``m`` is its memory.
+    void finish(int64_t index, char* m, Scratch& w, int64_t item) const {
         const int64_t q0 = item * BQ;
-        for (int64_t i = places[site].component; i < site; i++)
-            if (places[i].query == places[site].query) return;
-        for (int64_t i = site + 1; i < count && places[i].component == places[site].component; i++)
-            if (places[i].query == places[site].query) add_query(c, gradients(m), gradients(m + (i - site) * site_bytes()), q0);
-        write_query(c, goals[site], gradients(m), w, q0);
+        for (int64_t i = places[index].component; i < index; i++)
+            if (places[i].query == places[index].query) return;
+        for (int64_t i = index + 1; i < count && places[i].component == places[index].component; i++)
+            if (places[i].query == places[index].query) add_query(c, gradients(m), gradients(m + (i - index) * index_bytes()),
+                q0);
+        write_query(c, goals[index], gradients(m), w, q0);
     }
 
     // Items one after the other, or shared by the threads.
@@ -1676,12 +1577,12 @@ struct Backward {
     }
 
     // Components from … to, by one thread or by all. Parts of early keys first: with a causal mask they are the longest.
-    void wave(int64_t from, int64_t to, char* memory, const Scratch& w, bool shared) const {
+    void wave(int64_t from, int64_t to, char* memory, Scratch& w, bool shared) const {
         const int64_t items = blocks + key_tiles, first = starts[from], number = starts[to] - first, width = to - from;
-        const auto at = [&](int64_t site) { return memory + (site - first) * site_bytes(); };
+        const auto at = [&](int64_t index) { return memory + (index - first) * index_bytes(); };
         each(shared, number * items, [&](int64_t i) {
-            const int64_t site = first + i / items;
-            pack(site, at(site), site == places[site].component || !same_keys(site, site - 1), i % items);
+            const int64_t index = first + i / items;
+            pack(index, at(index), index == places[index].component || !same_keys(index, index - 1), i % items);
         });
         for (int64_t part = 0; part < parts; part += slots) {
             const int64_t now = min64(slots, parts - part);
@@ -1696,8 +1597,8 @@ struct Backward {
             });
         }
         each(shared, number * blocks, [&](int64_t i) {
-            const int64_t site = first + i / blocks;
-            finish(site, at(site), w, i % blocks);
+            const int64_t index = first + i / blocks;
+            finish(index, at(index), w, i % blocks);
         });
     }
 
@@ -1708,8 +1609,8 @@ struct Backward {
 
 extern "C" __attribute__((visibility("default"))) int fuse_attention(const int64_t* arguments) {
     const Call c(arguments);
-    const Sinks t(arguments);
-    const int64_t count = site_count(c), blocks = (c.q_len + BQ - 1) / BQ, key_tiles = (c.kv_len + BK - 1) / BK;
+    const Destinations t(arguments);
+    const int64_t count = batch_count(c), blocks = (c.q_len + BQ - 1) / BQ, key_tiles = (c.kv_len + BK - 1) / BK;
     if (count * blocks * key_tiles == 0) return 0;
     if (c.q_len > 16777216 || c.kv_len > 16777216) return 1;
     const int64_t parts = (c.kv_len + PART - 1) / PART;
@@ -1717,28 +1618,29 @@ extern "C" __attribute__((visibility("default"))) int fuse_attention(const int64
     if (slices > INT64_C(1073741824)) return 1;
     char *head = nullptr, *memory = nullptr;
     const int64_t tile_bytes = 0;
-    if (posix_memalign((void**)&head, 64, count * int64_t(sizeof(Site) + sizeof(Goal) + sizeof(Place) + sizeof(Keyed)
+    if (posix_memalign((void**)&head, 64, count * int64_t(sizeof(BatchIndex) + sizeof(Goal) + sizeof(Place) + sizeof(Keyed)
         + sizeof(int64_t)) + tile_bytes + slices + 128)) return 2;
-    Site* sites = (Site*)head;
-    Goal* goals = (Goal*)(sites + count);
+    BatchIndex* batch = (BatchIndex*)head;
+    Goal* goals = (Goal*)(batch + count);
     Place* places = (Place*)(goals + count);
     Keyed* keyed = (Keyed*)(places + count);
     int64_t* starts = (int64_t*)(keyed + count);
-    KeyRanges* tiles = (KeyRanges*)(starts + count + 1);
-    Backward work = {c, t, count, blocks, key_tiles, parts, 1, starts, places, sites, goals, tiles, (char*)tiles
-        + (tile_bytes + 63) / 64 * 64};
+    char* tiles = (char*)(starts + count + 1);
+    Backward work = {c, t, count, blocks, key_tiles, parts, 1, starts, places, batch, goals, tiles + (tile_bytes + 63) / 64
+        * 64};
     {
         const FlushDenormals flush;
-        for (int64_t i = 0; i < count; i++) sites[i] = make_site(c, i), places[i] = {i, 0, 0, 0, i};
-        for (int64_t i = 0; i < count; i++) places[i].query = query_place(c, t, sites[i], 0, 0);
+        for (int64_t i = 0; i < count; i++) batch[i] = make_batch_index(c, i), places[i] = {i, 0, 0, 0, i};
+        for (int64_t i = 0; i < count; i++) places[i].query = query_place(c, t, batch[i], 0, 0);
         join(places, keyed, count, [&](int64_t i) { return places[i].query; });
-        for (int64_t i = 0; i < count; i++) places[i].key = key_place(c, t, sites[i], 0, 0);
+        for (int64_t i = 0; i < count; i++) places[i].key = key_place(c, t, batch[i], 0, 0);
         join(places, keyed, count, [&](int64_t i) { return places[i].key; });
-        for (int64_t i = 0; i < count; i++) places[i].value = value_place(c, t, sites[i], 0, 0);
+        for (int64_t i = 0; i < count; i++) places[i].value = value_place(c, t, batch[i], 0, 0);
         join(places, keyed, count, [&](int64_t i) { return places[i].value; });
         for (int64_t i = 0; i < count; i++) places[i].component = root_of(places, i);
         qsort(places, count, sizeof(Place), compare_places);
-        for (int64_t i = 0; i < count; i++) sites[i] = make_site(c, places[i].number), goals[i] = make_goal(c, t, sites[i]);
+        for (int64_t i = 0; i < count; i++) batch[i] = make_batch_index(c, places[i].number), goals[i] = make_goal(c, t,
+            batch[i]);
     }
     if (!in_order(places, count)) return free(head), 1;
     int64_t components = 0, largest = 0;
@@ -1753,8 +1655,7 @@ extern "C" __attribute__((visibility("default"))) int fuse_attention(const int64
     const bool shared = threads > 1 && components < 4 * threads;
     work.slots = shared ? min64(parts, 2 * threads) : 1;
     const int64_t width = shared ? min64(components, (4 * threads + work.slots - 1) / work.slots) : 1;
-    const int64_t per_thread = (Scratch::bytes() + 127) / 64 * 64, per_wave = (width * largest * work.site_bytes() + 63) / 64
-        * 64;
+    const int64_t per_thread = sizeof(Scratch) + 64, per_wave = (width * largest * work.index_bytes() + 63) / 64 * 64;
     if (posix_memalign((void**)&memory, 64, threads * per_thread + (shared ? 1 : threads) * per_wave)) return free(head), 2;
 #pragma omp parallel num_threads(threads) if (threads > 1)
     {
@@ -1764,7 +1665,7 @@ extern "C" __attribute__((visibility("default"))) int fuse_attention(const int64
 #else
         const int thread = 0;
 #endif
-        const Scratch w(memory + thread * per_thread);
+        Scratch& w = *new (memory + thread * per_thread) Scratch;
         char* packed = memory + threads * per_thread + (shared ? 0 : thread * per_wave);
         if (shared) {
             for (int64_t i = 0; i < components; i += width) work.wave(i, min64(i + width, components), packed, w, true);

@@ -12,9 +12,9 @@
 // sizes     B0, B1, q_len, kv_len
 // contents, in order
 //   Call             the arguments of a call
-//   Site             one batch index: where its operands begin
+//   BatchIndex       one batch index: where its operands begin
 //   upper_key        edit: one past the last key that a query may see
-//   Sinks            where gradients go
+//   Destinations     where gradients go
 //   entries_full     edit: weight and gradient of an entry, lanes are queries
 //   entries_partial  edit: the same where the mask hides some
 //   Backward         how the gradients are shared by the threads
@@ -66,8 +66,8 @@ INLINE VL vl(VL x) { return x; }
 INLINE VI vm(bool x) { return I(-I(x)) - VI{}; }
 // An int64 in lanes that may be narrower: saturated, which no comparison with values inside the range can tell.
 INLINE VI vi(int64_t x) {
-    const int64_t top = sizeof(I) == 8 ? INT64_MAX : INT32_MAX;
-    return I(clamp64(x, -top, top)) - VI{};
+    const int64_t limit = sizeof(I) == 8 ? INT64_MAX : INT32_MAX;
+    return I(clamp64(x, -limit, limit)) - VI{};
 }
 INLINE VI narrow(VL x) { return __builtin_convertvector(x, VI); }
 INLINE VL widen_int(VI x) { return __builtin_convertvector(x, VL); }
@@ -187,9 +187,9 @@ template <class T> INLINE void store_as(T* p, VR v) {
 #endif
     else for (int i = 0; i < W; i++) p[i] = from_r<T>(v[i]);
 }
-template <class T> INLINE VR load_some(const T* p, int n) { VR v = {}; for (int i = 0; i < n; i++) v[i] = to_r(p[i]); return v;
-    }
-template <class T> INLINE void store_some(T* p, VR v, int n) { for (int i = 0; i < n; i++) p[i] = from_r<T>(v[i]); }
+template <class T> INLINE VR load_some(const T* p, int n) {
+    VR v = {}; for (int i = 0; i < n; i++) v[i] = to_r(p[i]); return v;
+}
 
 // dst[row * ld + column] = src[row * rs + column * cs] for rows x columns.
 template <class T> static void copy_rows(R* dst, int64_t ld, const T* src, int64_t rs, int64_t cs, int64_t rows,
@@ -228,14 +228,18 @@ template <class T> static void copy_transposed(R* dst, int64_t ld, const T* src,
 // What an expression reads: one element, or one per lane.
 template <class T> INLINE R read_real(const void* p, int64_t i) { return to_r(((const T*)p)[i]); }
 template <class T> INLINE int64_t read_int(const void* p, int64_t i) { return int64_t(((const T*)p)[i]); }
-template <class T> INLINE VR gather_real(const void* p, VL at) { VR v; for (int i = 0; i < W; i++) v[i] = read_real<T>(p,
-    at[i]); return v; }
-template <class T> INLINE VI gather_int(const void* p, VL at) { VI v; for (int i = 0; i < W; i++) v[i] = I(read_int<T>(p,
-    at[i])); return v; }
-template <class T> INLINE VL gather_long(const void* p, VL at) { VL v; for (int i = 0; i < W; i++) v[i] = read_int<T>(p,
-    at[i]); return v; }
-template <class T> INLINE VI gather_bool(const void* p, VL at) { VI v; for (int i = 0; i < W;
-    i++) v[i] = -I(((const T*)p)[at[i]] != 0); return v; }
+template <class T> INLINE VR gather_real(const void* p, VL at) {
+    VR v; for (int i = 0; i < W; i++) v[i] = read_real<T>(p, at[i]); return v;
+}
+template <class T> INLINE VI gather_int(const void* p, VL at) {
+    VI v; for (int i = 0; i < W; i++) v[i] = I(read_int<T>(p, at[i])); return v;
+}
+template <class T> INLINE VL gather_long(const void* p, VL at) {
+    VL v; for (int i = 0; i < W; i++) v[i] = read_int<T>(p, at[i]); return v;
+}
+template <class T> INLINE VI gather_bool(const void* p, VL at) {
+    VI v; for (int i = 0; i < W; i++) v[i] = -I(((const T*)p)[at[i]] != 0); return v;
+}
 INLINE VR load_lanes(const R* p) { return load(p); }
 INLINE VI load_lanes(const I* p) { VI v; memcpy(&v, p, sizeof v); return v; }
 #if !FUSE_DOUBLE
@@ -457,118 +461,6 @@ INLINE VR round_bf16(VR x) {
     else return f_isnan(x) ? x : real((bits(x) + (((bits(x) >> 16) & 1) + 0x7fff)) & I(0xffff0000));
 }
 INLINE VR round_f16(VR x) { return lanewise(x, [](R y) { return round_f16(y); }); }
-// Interval arithmetic: what a value can be anywhere on a tile. Every result holds all values of its operation.
-struct Truth {
-    bool can, must;
-    explicit Truth(bool x) : can(x), must(x) {}
-    Truth(bool can, bool must) : can(can), must(must) {}
-    static Truth any() { return {true, false}; }
-    static Truth none() { return {false, true}; }
-    void include(bool x) { can |= x, must &= x; }
-};
-INLINE Truth operator~(Truth a) { return {!a.must, !a.can}; }
-INLINE Truth operator&(Truth a, Truth b) { return {a.can && b.can, a.must && b.must}; }
-INLINE Truth operator|(Truth a, Truth b) { return {a.can || b.can, a.must || b.must}; }
-INLINE Truth operator^(Truth a, Truth b) { return (a & ~b) | (~a & b); }
-INLINE Truth operator!=(Truth a, Truth b) { return a ^ b; }
-INLINE Truth operator==(Truth a, Truth b) { return ~(a ^ b); }
-
-struct IntRange {
-    int64_t low, high;
-    explicit IntRange(int64_t x) : low(x), high(x) {}
-    explicit IntRange(Truth x) : low(x.must), high(x.can) {}
-    IntRange(int64_t low, int64_t high) : low(low), high(high) {}
-    static IntRange any() { return {INT64_MIN, INT64_MAX}; }
-    static IntRange none() { return {INT64_MAX, INT64_MIN}; }
-    void include(int64_t x) { low = min64(low, x), high = max64(high, x); }
-    IntRange with(int64_t x) const { return {min64(low, x), max64(high, x)}; }
-    // Conversion to a type that may be narrower, where values out of its range wrap around.
-    template <class T> IntRange as() const { return int64_t(T(low)) == low && int64_t(T(high)) == high ? *this : any(); }
-};
-// What overflows can be anything.
-INLINE IntRange operator+(IntRange a, IntRange b) {
-    int64_t low, high;
-    return __builtin_add_overflow(a.low, b.low, &low) | __builtin_add_overflow(a.high, b.high, &high) ? IntRange::any()
-        : IntRange(low, high);
-}
-INLINE IntRange operator-(IntRange a, IntRange b) {
-    int64_t low, high;
-    return __builtin_sub_overflow(a.low, b.high, &low) | __builtin_sub_overflow(a.high, b.low, &high) ? IntRange::any()
-        : IntRange(low, high);
-}
-INLINE IntRange operator-(IntRange a) { return IntRange(0) - a; }
-INLINE IntRange operator*(IntRange a, IntRange b) {
-    int64_t x[4];
-    const bool over = __builtin_mul_overflow(a.low, b.low, x) | __builtin_mul_overflow(a.low, b.high, x + 1) |
-                      __builtin_mul_overflow(a.high, b.low, x + 2) | __builtin_mul_overflow(a.high, b.high, x + 3);
-    return over ? IntRange::any() : IntRange(x[0], x[0]).with(x[1]).with(x[2]).with(x[3]);
-}
-INLINE IntRange f_abs(IntRange a) { return a.low >= 0 ? a : a.high <= 0 ? -a : a.low == INT64_MIN ? IntRange::any()
-    : IntRange(0, max64(-a.low, a.high)); }
-INLINE IntRange f_minimum(IntRange a, IntRange b) { return {min64(a.low, b.low), min64(a.high, b.high)}; }
-INLINE IntRange f_maximum(IntRange a, IntRange b) { return {max64(a.low, b.low), max64(a.high, b.high)}; }
-INLINE IntRange f_floordiv(IntRange a, IntRange b) {
-    if (b.low <= 0) return IntRange::any();
-    return IntRange(f_floordiv(a.low, b.low)).with(f_floordiv(a.low, b.high)).with(f_floordiv(a.high,
-        b.low)).with(f_floordiv(a.high, b.high));
-}
-INLINE IntRange f_mod(IntRange a, IntRange b) {
-    if (b.low <= 0) return IntRange::any();
-    const bool same = b.low == b.high && f_floordiv(a.low, b.low) == f_floordiv(a.high, b.low);
-    return same ? IntRange(f_mod(a.low, b.low), f_mod(a.high, b.low)) : IntRange(0, b.high - 1);
-}
-
-struct RealRange {
-    R low, high;
-    bool nan;
-    explicit RealRange(R x) : RealRange(x, x) {}
-    explicit RealRange(IntRange x) : RealRange(R(x.low), R(x.high)) {}  // rounding keeps the order
-    explicit RealRange(Truth x) : RealRange(R(x.must), R(x.can)) {}
-    RealRange(R low, R high, bool nan = false) : low(low), high(high), nan(nan || low != low || high != high) {
-        if (this->nan) this->low = -R(INFINITY), this->high = R(INFINITY);
-    }
-    static RealRange any() { return {-R(INFINITY), R(INFINITY), true}; }
-    static RealRange none() { return {R(INFINITY), -R(INFINITY)}; }
-    void include(R x) { *this = x != x ? any() : RealRange(f_minimum(low, x), f_maximum(high, x), nan); }
-    bool infinite() const { return low == -R(INFINITY) || high == R(INFINITY); }
-};
-INLINE RealRange operator+(RealRange a, RealRange b) { return {a.low + b.low, a.high + b.high,
-    a.nan || b.nan || (a.infinite() && b.infinite())}; }
-INLINE RealRange operator-(RealRange a) { return {-a.high, -a.low, a.nan}; }
-INLINE RealRange operator-(RealRange a, RealRange b) { return a + -b; }
-INLINE RealRange f_minimum(RealRange a, RealRange b) { return {f_minimum(a.low, b.low), f_minimum(a.high, b.high),
-    a.nan || b.nan}; }
-INLINE RealRange f_maximum(RealRange a, RealRange b) { return {f_maximum(a.low, b.low), f_maximum(a.high, b.high),
-    a.nan || b.nan}; }
-
-// Rounding keeps the order.
-INLINE RealRange round_f64(RealRange a) { return a; }
-INLINE RealRange round_f32(RealRange a) { return {round_f32(a.low), round_f32(a.high), a.nan}; }
-INLINE RealRange round_bf16(RealRange a) { return {round_bf16(a.low), round_bf16(a.high), a.nan}; }
-INLINE RealRange round_f16(RealRange a) { return {round_f16(a.low), round_f16(a.high), a.nan}; }
-
-INLINE bool has_nan(IntRange) { return false; }
-INLINE bool has_nan(RealRange a) { return a.nan; }
-// Comparisons with NaN are false, inequality is true.
-#define COMPARISONS(T) \
-    INLINE Truth operator<(T a, T b) { return {a.low < b.high, a.high < b.low && !has_nan(a) && !has_nan(b)}; } \
-    INLINE Truth operator<=(T a, T b) { return {a.low <= b.high, a.high <= b.low && !has_nan(a) && !has_nan(b)}; } \
-    INLINE Truth operator==(T a, T b) { \
-        return {a.low <= b.high && b.low <= a.high, a.low == b.high && b.low == a.high && !has_nan(a) && !has_nan(b)}; \
-    } \
-    INLINE Truth operator>(T a, T b) { return b < a; } \
-    INLINE Truth operator>=(T a, T b) { return b <= a; } \
-    INLINE Truth operator!=(T a, T b) { return ~(a == b); }
-COMPARISONS(IntRange)
-COMPARISONS(RealRange)
-
-INLINE Truth choose(Truth c, Truth a, Truth b) { return (c & a) | (~c & b); }
-INLINE IntRange choose(Truth c, IntRange a, IntRange b) { return c.must ? a : !c.can ? b : IntRange(min64(a.low, b.low),
-    max64(a.high, b.high)); }
-INLINE RealRange choose(Truth c, RealRange a, RealRange b) {
-    return c.must ? a : !c.can ? b : RealRange(a.low < b.low ? a.low : b.low, a.high > b.high ? a.high : b.high,
-        a.nan || b.nan);
-}
 // One call, decoded from the packed int64 arguments: threads, out, log-sum-exp (dense, or null), the strides of out, the
 // sizes, then per operand its address, sizes and strides in elements.
 typedef double Lse;
@@ -594,11 +486,11 @@ struct Call {
     }
 };
 
-INLINE int64_t site_count(const Call& c) { return c.B0 * c.B1 * 1; }
+INLINE int64_t batch_count(const Call& c) { return c.B0 * c.B1 * 1; }
 // One batch index: where its operands begin, and the values that depend on nothing else.
 template <class T> struct View { const T* data; int64_t row, column; };
 
-struct Site {
+struct BatchIndex {
     View<float> query;
     View<float> key;
     View<float> value;
@@ -608,70 +500,58 @@ struct Site {
     int64_t b1;
 };
 
-INLINE int64_t query_offset(const Call& c, const Site& s, int64_t q, int64_t d) {
-    return s.b0 * c.stride[0][0] + s.b1 * c.stride[0][1] + q * c.stride[0][2] + d * c.stride[0][3];
+INLINE int64_t query_offset(const Call& c, const BatchIndex& b, int64_t q, int64_t d) {
+    return b.b0 * c.stride[0][0] + b.b1 * c.stride[0][1] + q * c.stride[0][2] + d * c.stride[0][3];
 }
 
-INLINE int64_t key_offset(const Call& c, const Site& s, int64_t k, int64_t d) {
-    return s.b0 * c.stride[1][0] + s.b1 * c.stride[1][1] + k * c.stride[1][2] + d * c.stride[1][3];
+INLINE int64_t key_offset(const Call& c, const BatchIndex& b, int64_t k, int64_t d) {
+    return b.b0 * c.stride[1][0] + b.b1 * c.stride[1][1] + k * c.stride[1][2] + d * c.stride[1][3];
 }
 
-INLINE int64_t value_offset(const Call& c, const Site& s, int64_t k, int64_t e) {
-    return s.b0 * c.stride[2][0] + s.b1 * c.stride[2][1] + k * c.stride[2][2] + e * c.stride[2][3];
+INLINE int64_t value_offset(const Call& c, const BatchIndex& b, int64_t k, int64_t e) {
+    return b.b0 * c.stride[2][0] + b.b1 * c.stride[2][1] + k * c.stride[2][2] + e * c.stride[2][3];
 }
 
-static Site make_site(const Call& c, int64_t number) {
-    Site s;
-    s.lse = c.lse ? c.lse + number * c.q_len : nullptr;
-    s.b1 = number % c.B1, number /= c.B1;
-    s.b0 = number % c.B0, number /= c.B0;
+static BatchIndex make_batch_index(const Call& c, int64_t number) {
+    BatchIndex b;
+    b.lse = c.lse ? c.lse + number * c.q_len : nullptr;
+    b.b1 = number % c.B1, number /= c.B1;
+    b.b0 = number % c.B0, number /= c.B0;
     {
-        const int64_t base = query_offset(c, s, 0, 0);
-        s.query.data = (const float*)c.data[0] + base;
-        s.query.row = c.q_len > 1 ? query_offset(c, s, 1, 0) - base : 0;
-        s.query.column = query_offset(c, s, 0, 1) - base;
+        const int64_t base = query_offset(c, b, 0, 0);
+        b.query.data = (const float*)c.data[0] + base;
+        b.query.row = c.q_len > 1 ? query_offset(c, b, 1, 0) - base : 0;
+        b.query.column = query_offset(c, b, 0, 1) - base;
     }
     {
-        const int64_t base = key_offset(c, s, 0, 0);
-        s.key.data = (const float*)c.data[1] + base;
-        s.key.row = c.kv_len > 1 ? key_offset(c, s, 1, 0) - base : 0;
-        s.key.column = key_offset(c, s, 0, 1) - base;
+        const int64_t base = key_offset(c, b, 0, 0);
+        b.key.data = (const float*)c.data[1] + base;
+        b.key.row = c.kv_len > 1 ? key_offset(c, b, 1, 0) - base : 0;
+        b.key.column = key_offset(c, b, 0, 1) - base;
     }
     {
-        const int64_t base = value_offset(c, s, 0, 0);
-        s.value.data = (const float*)c.data[2] + base;
-        s.value.row = c.kv_len > 1 ? value_offset(c, s, 1, 0) - base : 0;
-        s.value.column = value_offset(c, s, 0, 1) - base;
+        const int64_t base = value_offset(c, b, 0, 0);
+        b.value.data = (const float*)c.data[2] + base;
+        b.value.row = c.kv_len > 1 ? value_offset(c, b, 1, 0) - base : 0;
+        b.value.column = value_offset(c, b, 0, 1) - base;
     }
-    s.out = c.out + sizeof(float) * (s.b0 * c.out_stride[0] + s.b1 * c.out_stride[1] + 0);
-    return s;
+    b.out = c.out + sizeof(float) * (b.b0 * c.out_stride[0] + b.b1 * c.out_stride[1] + 0);
+    return b;
 }
 // Which keys a query may see, as far as it is known without its score.
-static int64_t upper_key(const Call& c, const Site& s, int64_t q) {
+static int64_t upper_key(const Call& c, const BatchIndex& b, int64_t q) {
     const int64_t x11 = 1 + q;
     return x11;
 }
-// Ranges of what depends on a key only.
-struct KeyRanges {
-    KeyRanges(const Call& c, const Site& s, int64_t first, int64_t end) {
-    }
-};
-
-// Ranges of what depends on a query only.
-struct RowRanges {
-    RowRanges(const Call& c, const Site& s, int64_t first, int64_t end) {
-    }
-};
-
 // Where gradients go. The arguments of forward are followed by the gradient of the result, its strides, and each sink's
 // address and strides.
-struct Sinks {
+struct Destinations {
     const char* grad_out;
     const int64_t* grad_stride;
     void* data[3];
     const int64_t* stride[3];
 
-    explicit Sinks(const int64_t* a) {
+    explicit Destinations(const int64_t* a) {
         a += 38;
         grad_out = (const char*)*a++, grad_stride = a, a += 4;
         data[0] = (void*)*a++, stride[0] = a, a += 4;
@@ -680,16 +560,16 @@ struct Sinks {
     }
 };
 
-static int64_t query_place(const Call& c, const Sinks& t, const Site& s, int64_t q, int64_t d) {
-    return s.b0 * t.stride[0][0] + s.b1 * t.stride[0][1] + q * t.stride[0][2] + d * t.stride[0][3];
+static int64_t query_place(const Call& c, const Destinations& t, const BatchIndex& b, int64_t q, int64_t d) {
+    return b.b0 * t.stride[0][0] + b.b1 * t.stride[0][1] + q * t.stride[0][2] + d * t.stride[0][3];
 }
 
-static int64_t key_place(const Call& c, const Sinks& t, const Site& s, int64_t k, int64_t d) {
-    return s.b0 * t.stride[1][0] + s.b1 * t.stride[1][1] + k * t.stride[1][2] + d * t.stride[1][3];
+static int64_t key_place(const Call& c, const Destinations& t, const BatchIndex& b, int64_t k, int64_t d) {
+    return b.b0 * t.stride[1][0] + b.b1 * t.stride[1][1] + k * t.stride[1][2] + d * t.stride[1][3];
 }
 
-static int64_t value_place(const Call& c, const Sinks& t, const Site& s, int64_t k, int64_t e) {
-    return s.b0 * t.stride[2][0] + s.b1 * t.stride[2][1] + k * t.stride[2][2] + e * t.stride[2][3];
+static int64_t value_place(const Call& c, const Destinations& t, const BatchIndex& b, int64_t k, int64_t e) {
+    return b.b0 * t.stride[2][0] + b.b1 * t.stride[2][1] + k * t.stride[2][2] + e * t.stride[2][3];
 }
 
 template <class T> struct Target { T* data; int64_t row, column; };
@@ -702,30 +582,40 @@ struct Goal {
     Target<float> value;
 };
 
-static Goal make_goal(const Call& c, const Sinks& t, const Site& s) {
+static Goal make_goal(const Call& c, const Destinations& t, const BatchIndex& b) {
     Goal g;
     int64_t grad = 0;
-    grad += s.b0 * t.grad_stride[0];
-    grad += s.b1 * t.grad_stride[1];
-    g.out = {(const float*)s.out, c.out_stride[2], c.out_stride[3]};
+    grad += b.b0 * t.grad_stride[0];
+    grad += b.b1 * t.grad_stride[1];
+    g.out = {(const float*)b.out, c.out_stride[2], c.out_stride[3]};
     g.grad_out = {(const float*)t.grad_out + grad, t.grad_stride[2], t.grad_stride[3]};
     {
-        const int64_t base = query_place(c, t, s, 0, 0);
-        g.query = {(float*)t.data[0] + base, query_place(c, t, s, 1, 0) - base, query_place(c, t, s, 0, 1) - base};
+        const int64_t base = query_place(c, t, b, 0, 0);
+        g.query = {(float*)t.data[0] + base, query_place(c, t, b, 1, 0) - base, query_place(c, t, b, 0, 1) - base};
     }
     {
-        const int64_t base = key_place(c, t, s, 0, 0);
-        g.key = {(float*)t.data[1] + base, key_place(c, t, s, 1, 0) - base, key_place(c, t, s, 0, 1) - base};
+        const int64_t base = key_place(c, t, b, 0, 0);
+        g.key = {(float*)t.data[1] + base, key_place(c, t, b, 1, 0) - base, key_place(c, t, b, 0, 1) - base};
     }
     {
-        const int64_t base = value_place(c, t, s, 0, 0);
-        g.value = {(float*)t.data[2] + base, value_place(c, t, s, 1, 0) - base, value_place(c, t, s, 0, 1) - base};
+        const int64_t base = value_place(c, t, b, 0, 0);
+        g.value = {(float*)t.data[2] + base, value_place(c, t, b, 1, 0) - base, value_place(c, t, b, 0, 1) - base};
     }
     return g;
 }
 
-// What the entries of a site, or of a part of its keys, add to tensors that are read beside query, key and value.
+// What the entries of a part of the keys add to tensors that are read beside query, key and value.
 struct Shares {
+};
+
+// One part of the keys, first … last, of one batch index, and where gradients go.
+struct KeyPart {
+    const Call& c;
+    const Destinations& t;
+    const BatchIndex& b;
+    const Goal& goal;
+    const Shares& shares;
+    int64_t first, last;
 };
 
 // Sum over the features of a row of the result and of its gradient.
@@ -744,16 +634,16 @@ static R row_delta(const Goal& g, int64_t q) {
 INLINE bool needs_exact(Lse lse) { return lse <= Lse(-1000.0); }
 
 // Such rows among the W from q0 on, of which there is at least one.
-static bool find_exact(const Call& c, const Site& s, int64_t q0, VI& chosen) {
+static bool find_exact(const Call& c, const BatchIndex& b, int64_t q0, VI& chosen) {
     chosen = VI{};
     bool any = false;
     for (int i = 0; i < W && q0 + i < c.q_len; i++)
-        if (needs_exact(s.lse[q0 + i])) chosen[i] = -1, any = true;
+        if (needs_exact(b.lse[q0 + i])) chosen[i] = -1, any = true;
     return any;
 }
 
 // The log-sum-exp of a row; infinite, so that its probabilities vanish, where they are computed exactly.
-INLINE Lse row_lse(const Site& s, int64_t q) { return needs_exact(s.lse[q]) ? Lse(INFINITY) : s.lse[q]; }
+INLINE Lse row_lse(const BatchIndex& b, int64_t q) { return needs_exact(b.lse[q]) ? Lse(INFINITY) : b.lse[q]; }
 
 // Rows of gradients, times ``scale``.
 template <int COLUMNS, class T> static void write_rows(const Target<T>& to, const R* from, int width, int64_t first,
@@ -820,34 +710,23 @@ struct QueryGradients {
     static R* block(char* p, int64_t q0) { return (R*)p + q0 * DP; }
 };
 
-// Lanes of queries in backward: the products of one tile, and rows that are computed again from all keys.
+// Lanes of queries in backward: the products of one tile, and exact rows, which are computed from all keys.
 
 // Some queries, and the gradients of their results: as lanes, and as rows.
-struct Block {
-    R *query, *grad;            // [D][lanes], [DV][lanes]
-    R *query_rows, *grad_rows;  // [queries][DC], [queries][EC]
-
-    static constexpr int64_t reals(int queries) { return queries * (D + DV + DC + EC); }
-    Block(R* p, int queries) : query(p), grad(query + queries * D), query_rows(grad + queries * DV), grad_rows(query_rows
-        + queries * DC) {}
+template <int QUERIES> struct Block {
+    R query[D * QUERIES], grad[DV * QUERIES];            // [D][lanes], [DV][lanes]
+    R query_rows[QUERIES * DC], grad_rows[QUERIES * EC];  // [queries][DC], [queries][EC]
 };
 
 // Owned by one thread.
-struct Scratch {
-    R *scores, *grads;  // [BK + SLACK][lanes], see backward_score.h.jinja
-    R *key, *value;     // [PART + SLACK][DC], [PART + SLACK][EC]: gradients of a part
-    Block one;          // a vector of queries, computed again
-    R* one_result;      // [DP][W]
-    char* tiles;        // staged operands, [BK][lanes] each
-
-    static constexpr int64_t REALS = 2 * (BK + SLACK) * BQ + (PART + SLACK) * (DC + EC) + Block::reals(W) + W * DP;
-    static int64_t bytes() { return REALS * sizeof(R) + 0 * int64_t(BK) * BQ * 8; }
-    explicit Scratch(char* p)
-        : scores((R*)p), grads(scores + (BK + SLACK) * BQ), key(grads + (BK + SLACK) * BQ), value(key + (PART + SLACK) * DC),
-          one(value + (PART + SLACK) * EC, W), one_result(one.query + Block::reals(W)), tiles((char*)((R*)p + REALS)) {}
+struct alignas(64) LaneScratch {
+    R scores[(BK + SLACK) * NV * W], grads[(BK + SLACK) * NV * W];  // [BK + SLACK][lanes], see backward_score.h.jinja
+    R key[(PART + SLACK) * DC], value[(PART + SLACK) * EC];         // gradients of a part of the keys
+    Block<W> one;          // a vector of queries with exact rows
+    R one_result[DP * W];  // [DP][W]
 };
 
-// What happens to an entry between the products: its probability is computed again from the score and its row's log-sum-exp.
+// What happens to an entry between the products: its probability is computed anew from the score and its row's log-sum-exp.
 //   scores  the raw score, replaced by the weight
 //   grads   the gradient of the weight, replaced by that of the raw score, but for the factor 0.125
 // What depends on the query only, for a block of N * W of them; lanes past the last query repeat it.
@@ -856,17 +735,29 @@ template <int N> struct Rows {
     VI upper[N];
 };
 
-template <int N> static Rows<N> make_rows(const Call& c, const Site& s, int64_t q0) {
+template <int N> static Rows<N> make_rows(const Call& c, const BatchIndex& b, int64_t q0) {
     Rows<N> r;
     for (int v = 0; v < N; v++) {
         for (int i = 0; i < W; i++) {
             const int64_t q = min64(q0 + v * W + i, c.q_len - 1);
             r.q[v][i] = I(q);
-            r.upper[v][i] = I(clamp64(upper_key(c, s, q), 0, c.kv_len));
+            r.upper[v][i] = I(clamp64(upper_key(c, b, q), 0, c.kv_len));
         }
     }
     return r;
 }
+
+// A tile, which the programs work on: queries q0 … q0 + nq of one batch index against its keys k0 … k0 + nk.
+template <int N> struct Tile {
+    const Call& c;
+    const BatchIndex& b;
+    const Rows<N>& r;
+    LaneScratch& w;
+    int64_t q0;
+    int nq;
+    int64_t k0;
+    int nk;
+};
 
 // What is known about the rows of a block: an entry's probability is exp(score - lse) * inverse. EXACT rows are not
 // normalised by their log-sum-exp, which has lost precision there.
@@ -922,8 +813,14 @@ template <int N> struct Sums {
 };
 
 // Scores only.
-template <int N> static void scores_exact(const Call& c, const Site& s, const Rows<N>& r, const Scratch& w, int64_t q0, int nq,
-    int64_t k0, int nk) {
+template <int N> static void scores_exact(const Tile<N>& tile) {
+    const Call& c = tile.c;
+    const BatchIndex& b = tile.b;
+    const Rows<N>& r = tile.r;
+    LaneScratch& w = tile.w;
+    const int64_t q0 = tile.q0, k0 = tile.k0;
+    const int nq = tile.nq, nk = tile.nk;
+
 
     for (int i = 0; i < nk; i++) {
         const int64_t k = k0 + i;
@@ -940,8 +837,17 @@ template <int N> static void scores_exact(const Call& c, const Site& s, const Ro
 }
 
 // Scores as eager rounds them, of every key.
-template <int N> static void entries_exact(const Call& c, const Sinks& t, const Site& s, const Rows<N>& r, const Scratch& w,
-    const Norm<N>& norm, Sums<N>& sums, const Shares& shares, int64_t q0, int nq, int64_t k0, int nk) {
+template <int N>
+static void entries_exact(const Tile<N>& tile, const KeyPart& part, const Norm<N>& norm, Sums<N>& sums) {
+    const Call& c = tile.c;
+    const BatchIndex& b = tile.b;
+    const Rows<N>& r = tile.r;
+    LaneScratch& w = tile.w;
+    const int64_t q0 = tile.q0, k0 = tile.k0;
+    const int nq = tile.nq, nk = tile.nk;
+
+    const Destinations& t = part.t;
+    const Shares& shares = part.shares;
 
     for (int i = 0; i < nk; i++) {
         const int64_t k = k0 + i;
@@ -965,8 +871,17 @@ template <int N> static void entries_exact(const Call& c, const Sinks& t, const 
 }
 
 // Every entry is visible.
-template <int N> static void entries_full(const Call& c, const Sinks& t, const Site& s, const Rows<N>& r, const Scratch& w,
-    const Norm<N>& norm, Sums<N>& sums, const Shares& shares, int64_t q0, int nq, int64_t k0, int nk) {
+template <int N>
+static void entries_full(const Tile<N>& tile, const KeyPart& part, const Norm<N>& norm, Sums<N>& sums) {
+    const Call& c = tile.c;
+    const BatchIndex& b = tile.b;
+    const Rows<N>& r = tile.r;
+    LaneScratch& w = tile.w;
+    const int64_t q0 = tile.q0, k0 = tile.k0;
+    const int nq = tile.nq, nk = tile.nk;
+
+    const Destinations& t = part.t;
+    const Shares& shares = part.shares;
 
     for (int i = 0; i < nk; i++) {
         const int64_t k = k0 + i;
@@ -985,8 +900,17 @@ template <int N> static void entries_full(const Call& c, const Sinks& t, const S
 }
 
 // Some entries are masked.
-template <int N> static void entries_partial(const Call& c, const Sinks& t, const Site& s, const Rows<N>& r, const Scratch& w,
-    const Norm<N>& norm, Sums<N>& sums, const Shares& shares, int64_t q0, int nq, int64_t k0, int nk) {
+template <int N>
+static void entries_partial(const Tile<N>& tile, const KeyPart& part, const Norm<N>& norm, Sums<N>& sums) {
+    const Call& c = tile.c;
+    const BatchIndex& b = tile.b;
+    const Rows<N>& r = tile.r;
+    LaneScratch& w = tile.w;
+    const int64_t q0 = tile.q0, k0 = tile.k0;
+    const int nq = tile.nq, nk = tile.nk;
+
+    const Destinations& t = part.t;
+    const Shares& shares = part.shares;
 
     for (int i = 0; i < nk; i++) {
         const int64_t k = k0 + i;
@@ -1018,8 +942,7 @@ template <int WIDTH, int COLUMNS, class T> static void pack_rows_and_lanes(R* ro
         for (int i = nq; i < ld; i++) lanes[d * ld + i] = 0;
 }
 
-template <int N> static void add_sums(const Call& c, const Sinks& t, const Site& s, const Sums<N>& sums, const Shares& shares,
-    int64_t q0, int nq) {
+template <int N> static void add_sums(const KeyPart& part, const Sums<N>& sums, int64_t q0, int nq) {
 }
 
 // Products of nk keys' rows with lanes of queries, summed as forward sums scores: half of the features at a time.
@@ -1034,42 +957,48 @@ template <int N, int WIDTH> static void products(R* to, const R* rows, const R* 
     }
 }
 
-// The products of one tile, around ``entries``. ``key`` and ``value`` are the tile's, ``d_key`` and ``d_value`` their gradients.
-template <int N, class Entries>
-static void tile(const R* key, const R* value, R* d_key, R* d_value, const Block& b, const Scratch& w, R* d_query, int nq,
-    int nk, Entries entries) {
+// Keys and values of one tile, and their gradients.
+struct KeyRows {
+    const R *key, *value;
+    R *d_key, *d_value;
+};
+
+// The products of one tile, around ``entries``.
+template <int N, int QUERIES, class Entries>
+static void tile_products(const KeyRows& keys, const Block<QUERIES>& block, LaneScratch& w, R* d_query, int nq, int nk,
+                          Entries entries) {
     constexpr int L = N * W;
-    products<N, D>(w.scores, key, b.query, nk);
-    products<N, DV>(w.grads, value, b.grad, nk);
+    products<N, D>(w.scores, keys.key, block.query, nk);
+    products<N, DV>(w.grads, keys.value, block.grad, nk);
     entries();
     if (nk < BK || BK % (2 * SLACK)) {  // what the last step adds beyond the tile's keys must be nothing
         memset(w.scores + nk * L, 0, sizeof(R) * SLACK * L);
         memset(w.grads + nk * L, 0, sizeof(R) * SLACK * L);
     }
-    for (int d = 0; d < D; d += MR) product<MR, N, L, 1, D, L, true>(d_query + d * L, key + d, w.grads, nk);
-    add_product<EC, L>(d_value, w.scores, b.grad_rows, nk, nq);
-    add_product<DC, L>(d_key, w.grads, b.query_rows, nk, nq);
+    for (int d = 0; d < D; d += MR) product<MR, N, L, 1, D, L, true>(d_query + d * L, keys.key + d, w.grads, nk);
+    add_product<EC, L>(keys.d_value, w.scores, block.grad_rows, nk, nq);
+    add_product<DC, L>(keys.d_key, w.grads, block.query_rows, nk, nq);
 }
 
 // The rows q0 + i of one vector for which ``chosen``, against all keys for their sums and then against those of the part.
 // ``keys`` gives tiles of keys and values; what the rows add to the gradients of query, key and value is in the scratch.
 template <class Keys>
-static void attend_exactly(const Call& c, const Sinks& t, const Site& s, const Goal& goal, const Keys& keys, const Scratch& w,
-    const Shares& shares,
-                           int64_t q0, int64_t first, int64_t last, VR delta, VI chosen) {
+static void attend_exactly(const KeyPart& part, const Keys& keys, LaneScratch& w, int64_t q0, VR delta, VI chosen) {
+    const Call& c = part.c;
+    const BatchIndex& b = part.b;
+    const int64_t first = part.first, last = part.last;
     const int nq = int(min64(W, c.q_len - q0));
-    pack_rows_and_lanes<D, DC>(w.one.query_rows, w.one.query, s.query, q0, nq);
-    pack_rows_and_lanes<DV, EC>(w.one.grad_rows, w.one.grad, goal.grad_out, q0, nq);
-    const Rows<1> r = make_rows<1>(c, s, q0);
+    pack_rows_and_lanes<D, DC>(w.one.query_rows, w.one.query, b.query, q0, nq);
+    pack_rows_and_lanes<DV, EC>(w.one.grad_rows, w.one.grad, part.goal.grad_out, q0, nq);
+    const Rows<1> r = make_rows<1>(c, b, q0);
     Norm<1> norm = {};
     norm.lse[0] = vr(-R(INFINITY)), norm.delta[0] = delta, norm.chosen[0] = chosen;
     VR sum = {};
     for (int pass = 0; pass < 2; pass++)
         for (int64_t k0 = 0; k0 < c.kv_len; k0 += BK) {
             const int nk = int(min64(BK, c.kv_len - k0));
-            const auto part = keys.part(k0);
-            products<1, D>(w.scores, part.key, w.one.query, nk);
-            scores_exact<1>(c, s, r, w, q0, nq, k0, nk);
+            products<1, D>(w.scores, keys.part(k0).key, w.one.query, nk);
+            scores_exact<1>({c, b, r, w, q0, nq, k0, nk});
             for (int i = 0; i < nk; i++) {
                 if (pass == 0) norm.lse[0] = vmax(load(w.scores + i * W), norm.lse[0]);
                 else sum += exp2_lanes((load(w.scores + i * W) - norm.lse[0]) * R(1.44269504088896341));
@@ -1080,107 +1009,115 @@ static void attend_exactly(const Call& c, const Sinks& t, const Site& s, const G
     memset(w.one_result, 0, sizeof(R) * DP * W);
     for (int64_t k0 = first; k0 < last; k0 += BK) {
         const int nk = int(min64(BK, last - k0));
-        const auto part = keys.part(k0);
-        tile<1>(part.key, part.value, w.key + (k0 - first) * DC, w.value + (k0 - first) * EC, w.one, w, w.one_result, nq, nk,
-                [&] { entries_exact<1>(c, t, s, r, w, norm, sums, shares, q0, nq, k0, nk); });
+        const auto packed = keys.part(k0);
+        const KeyRows rows_of_keys = {packed.key, packed.value, w.key + (k0 - first) * DC, w.value + (k0 - first) * EC};
+        tile_products<1>(rows_of_keys, w.one, w, w.one_result, nq, nk,
+                         [&] { entries_exact<1>({c, b, r, w, q0, nq, k0, nk}, part, norm, sums); });
     }
-    add_sums<1>(c, t, s, sums, shares, q0, nq);
+    add_sums<1>(part, sums, q0, nq);
 }
+using Scratch = LaneScratch;  // of a thread
 
 // The block of queries that begins at q0.
 struct PackedQueries {
-    Block block;
-    R *lse, *inverse, *delta;  // see Norm
+    Block<BQ> block;
+    R lse[BQ], inverse[BQ], delta[BQ];  // see Norm
 
-    static constexpr int64_t REALS = Block::reals(BQ) + 3 * BQ;
-    static int64_t bytes(const Call& c) { return (c.q_len + BQ - 1) / BQ * REALS * sizeof(R); }
-    PackedQueries(char* p, int64_t q0) : block((R*)p + q0 / BQ * REALS, BQ), lse(block.query + Block::reals(BQ)), inverse(lse
-        + BQ), delta(inverse + BQ) {}
+    static int64_t bytes(const Call& c) { return (c.q_len + BQ - 1) / BQ * int64_t(sizeof(PackedQueries)); }
+    static PackedQueries& at(char* p, int64_t q0) { return ((PackedQueries*)p)[q0 / BQ]; }
 };
 
-static void pack_keys(const Call& c, const Site& s, char* memory, int64_t k0) {
+static void pack_keys(const Call& c, const BatchIndex& b, char* memory, int64_t k0) {
     const PackedKeys p(c, memory);
     const int64_t n = min64(BK, c.kv_len - k0);
-    copy_rows(p.key + k0 * D, D, s.key.data + k0 * s.key.row, s.key.row, s.key.column, n, D);
-    copy_rows(p.value + k0 * DV, DV, s.value.data + k0 * s.value.row, s.value.row, s.value.column, n, DV);
+    copy_rows(p.key + k0 * D, D, b.key.data + k0 * b.key.row, b.key.row, b.key.column, n, D);
+    copy_rows(p.value + k0 * DV, DV, b.value.data + k0 * b.value.row, b.value.row, b.value.column, n, DV);
     if (k0 + n < c.kv_len) return;
     memset(p.key + c.kv_len * D, 0, sizeof(R) * SLACK * D);
     memset(p.value + c.kv_len * DV, 0, sizeof(R) * SLACK * DV);
 }
 
-static void pack_queries(const Call& c, const Site& s, const Goal& goal, char* memory, int64_t q0) {
-    const PackedQueries b(memory, q0);
+static void pack_queries(const Call& c, const BatchIndex& b, const Goal& goal, char* memory, int64_t q0) {
+    PackedQueries& packed = PackedQueries::at(memory, q0);
     const int nq = int(min64(BQ, c.q_len - q0));
-    pack_rows_and_lanes<D, DC>(b.block.query_rows, b.block.query, s.query, q0, nq);
-    pack_rows_and_lanes<DV, EC>(b.block.grad_rows, b.block.grad, goal.grad_out, q0, nq);
+    pack_rows_and_lanes<D, DC>(packed.block.query_rows, packed.block.query, b.query, q0, nq);
+    pack_rows_and_lanes<DV, EC>(packed.block.grad_rows, packed.block.grad, goal.grad_out, q0, nq);
     const Lse middle = Lse(0.5) * Lse(log(double(c.kv_len)));
     for (int i = 0; i < BQ; i++) {
-        b.delta[i] = i < nq ? row_delta(goal, q0 + i) : R(0);
+        packed.delta[i] = i < nq ? row_delta(goal, q0 + i) : R(0);
         // Subtracted is a number near the row's largest score, so that what is rounded is small; the rest is a factor.
-        const Lse lse = i < nq ? row_lse(s, q0 + i) : Lse(INFINITY);
-        b.lse[i] = R(lse - middle), b.inverse[i] = f_abs(lse) < Lse(INFINITY) ? R(exp(Lse(b.lse[i]) - lse)) : R(1);
+        const Lse lse = i < nq ? row_lse(b, q0 + i) : Lse(INFINITY);
+        packed.lse[i] = R(lse - middle), packed.inverse[i] = f_abs(lse) < Lse(INFINITY) ? R(exp(Lse(packed.lse[i]) - lse))
+            : R(1);
     }
 }
 
-// One block of queries against the keys first … last that it may see.
-template <int N> static void attend(const Call& c, const Sinks& t, const Site& s, const Goal& goal, const KeyRanges* tiles,
-    const PackedKeys& keys, const PackedQueries& b,
-                                    const Scratch& w, const Shares& shares, R* d_query, int64_t q0, int64_t first,
-                                        int64_t last) {
+// One block of queries against those keys of the part that it may see.
+template <int N>
+static void attend(const KeyPart& part, const PackedKeys& keys, const PackedQueries& packed, Scratch& w, R* d_query,
+    int64_t q0) {
+    const Call& c = part.c;
+    const BatchIndex& b = part.b;
+    const int64_t first = part.first, last = part.last;
     const int nq = int(min64(BQ, c.q_len - q0));
     memset(d_query, 0, sizeof(R) * DP * N * W);
-    const Rows<N> r = make_rows<N>(c, s, q0);
+    const Rows<N> r = make_rows<N>(c, b, q0);
     Norm<N> norm;
     Sums<N> sums;
-    for (int v = 0; v < N; v++) norm.lse[v] = load(b.lse + v * W), norm.inverse[v] = load(b.inverse + v * W),
-        norm.delta[v] = load(b.delta + v * W);
+    for (int v = 0; v < N; v++) {
+        norm.lse[v] = load(packed.lse + v * W), norm.inverse[v] = load(packed.inverse + v * W);
+        norm.delta[v] = load(packed.delta + v * W);
+    }
     int64_t begin = 0, end = c.kv_len, full_begin = 0, full_end = c.kv_len;
-    end = clamp64(upper_key(c, s, q0 + nq - 1), 0, c.kv_len), full_end = upper_key(c, s, q0);
+    end = clamp64(upper_key(c, b, q0 + nq - 1), 0, c.kv_len), full_end = upper_key(c, b, q0);
     begin = max64(begin - begin % BK, first), end = min64(end, last);
     for (int64_t k0 = begin; k0 < end; k0 += BK) {
         const int nk = int(min64(BK, end - k0));
         bool full = k0 >= full_begin && k0 + nk <= full_end;
-        tile<N>(keys.key + k0 * D, keys.value + k0 * DV, w.key + (k0 - first) * DC, w.value + (k0 - first) * EC, b.block, w,
-            d_query, nq, nk, [&] {
-            if (!full) return entries_partial<N>(c, t, s, r, w, norm, sums, shares, q0, nq, k0, nk);
-            entries_full<N>(c, t, s, r, w, norm, sums, shares, q0, nq, k0, nk);
+        const Tile<N> tile = {c, b, r, w, q0, nq, k0, nk};
+        const auto packed_keys = keys.part(k0);
+        const KeyRows rows_of_keys = {packed_keys.key, packed_keys.value, w.key + (k0 - first) * DC, w.value + (k0 - first)
+            * EC};
+        tile_products<N>(rows_of_keys, packed.block, w, d_query, nq, nk, [&] {
+            if (!full) return entries_partial<N>(tile, part, norm, sums);
+            entries_full<N>(tile, part, norm, sums);
         });
     }
-    add_sums<N>(c, t, s, sums, shares, q0, nq);
+    add_sums<N>(part, sums, q0, nq);
     for (int v = 0; v < N; v++) {
         VI chosen;
-        if (!find_exact(c, s, q0 + v * W, chosen)) continue;
-        attend_exactly(c, t, s, goal, keys, w, shares, q0 + v * W, first, last, norm.delta[v], chosen);
-        for (int d = 0; d < D; d++) store(d_query + (d * N + v) * W, load(d_query + (d * N + v) * W) + load(w.one_result + d
-            * W));
+        if (!find_exact(c, b, q0 + v * W, chosen)) continue;
+        attend_exactly(part, keys, w, q0 + v * W, norm.delta[v], chosen);
+        for (int d = 0; d < D; d++) {
+            R* to = d_query + (d * N + v) * W;
+            store(to, load(to) + load(w.one_result + d * W));
+        }
     }
 }
 
-// The queries of one site against one part of the keys; their gradients, [DP][lanes] a block, go to ``d_query``.
-template <int N = NV> static void block(const Call& c, const Sinks& t, const Site& s, const Goal& goal, const KeyRanges* tiles,
-    const PackedKeys& keys, char* queries,
-                                        const Scratch& w, const Shares& shares, char* d_query, int64_t q0, int64_t first,
-                                            int64_t last) {
+// The same, of no more vectors than it needs; what it adds to their gradients, [DP][lanes], goes to ``d_query``.
+template <int N = NV>
+static void block(const KeyPart& part, const PackedKeys& keys, char* queries, Scratch& w, char* d_query, int64_t q0) {
     if constexpr (N > 1)
-        if (q0 + (N - 1) * W >= c.q_len) return block<N - 1>(c, t, s, goal, tiles, keys, queries, w, shares, d_query, q0,
-            first, last);
-    attend<N>(c, t, s, goal, tiles, keys, PackedQueries(queries, q0), w, shares, QueryGradients::block(d_query, q0), q0, first,
-        last);
+        if (q0 + (N - 1) * W >= part.c.q_len) return block<N - 1>(part, keys, queries, w, d_query, q0);
+    attend<N>(part, keys, PackedQueries::at(queries, q0), w, QueryGradients::block(d_query, q0), q0);
 }
 
-static void clear_key(const Scratch& w) { memset(w.key, 0, sizeof(R) * (PART + SLACK) * DC); }
-static void clear_value(const Scratch& w) { memset(w.value, 0, sizeof(R) * (PART + SLACK) * EC); }
-static void write_key(const Goal& goal, const Scratch& w, int64_t first, int64_t last) { write_rows<DC>(goal.key, w.key, D,
-    first, last, R(0.125)); }
-static void write_value(const Goal& goal, const Scratch& w, int64_t first, int64_t last) { write_rows<EC>(goal.value, w.value,
-    DV, first, last, R(1)); }
+static void clear_key(Scratch& w) { memset(w.key, 0, sizeof(R) * (PART + SLACK) * DC); }
+static void clear_value(Scratch& w) { memset(w.value, 0, sizeof(R) * (PART + SLACK) * EC); }
+static void write_key(const Goal& goal, Scratch& w, int64_t first, int64_t last) {
+    write_rows<DC>(goal.key, w.key, D, first, last, R(0.125));
+}
+static void write_value(const Goal& goal, Scratch& w, int64_t first, int64_t last) {
+    write_rows<EC>(goal.value, w.value, DV, first, last, R(1));
+}
 // Adds gradients of one block of queries; the ``first`` ones replace what was there.
 static void add_query(const Call& c, char* to, char* from, int64_t q0) {
     const int n = DP * lanes_of(int(min64(BQ, c.q_len - q0)));
     R *sum = QueryGradients::block(to, q0), *part = QueryGradients::block(from, q0);
     for (int i = 0; i < n; i += W) store(sum + i, load(sum + i) + load(part + i));
 }
-static void write_query(const Call& c, const Goal& goal, char* d_query, const Scratch& w, int64_t q0) {
+static void write_query(const Call& c, const Goal& goal, char* d_query, Scratch& w, int64_t q0) {
     const int nq = int(min64(BQ, c.q_len - q0)), ld = lanes_of(nq);
     const R* sum = QueryGradients::block(d_query, q0);
     for (int i = 0; i < nq; i += W) {
@@ -1190,7 +1127,7 @@ static void write_query(const Call& c, const Goal& goal, char* d_query, const Sc
 }
 
 // Work is cut so that whatever adds to a gradient is done by one thread, in one order, however many threads there are.
-// Sites that share a key, a value, a query or an element of a dense tensor form a component; the keys of a component are cut
+// Batch indices that share a key, a value, a query or an element of a dense tensor form a component; the keys of a component are cut
 // into parts. A part owns its keys' gradients; its queries' are kept apart and summed over the parts.
 
 struct Place {
@@ -1210,7 +1147,7 @@ static int64_t root_of(Place* places, int64_t i) {
     return i;
 }
 
-// Joins the sites that have the same ``key``; component numbers are those of their first sites.
+// Joins the batch indices that have the same ``key``; component numbers are those of their first ones.
 struct Keyed { int64_t key, number; };
 static int compare_keyed(const void* a, const void* b) {
     const Keyed &x = *(const Keyed*)a, &y = *(const Keyed*)b;
@@ -1226,7 +1163,7 @@ template <class Key> static void join(Place* places, Keyed* keyed, int64_t count
     }
 }
 
-// A value's sites must follow each other, as a key's do.
+// The batch indices of a value must follow each other, as those of a key do.
 static bool in_order(const Place* places, int64_t count) {
     for (int64_t i = 1; i < count; i++)
         for (int64_t j = i - 2; j >= 0 && places[i].value != places[i - 1].value && places[j].component == places[i].component;
@@ -1237,72 +1174,74 @@ static bool in_order(const Place* places, int64_t count) {
 
 struct Backward {
     const Call& c;
-    const Sinks& t;
+    const Destinations& t;
     const int64_t count, blocks, key_tiles, parts;
     int64_t slots;  // parts whose gradients of queries are held at a time
-    const int64_t* starts;  // first sites of the components, and the number of sites
-    const Place* places;  // component: its first site
-    const Site* sites;
+    const int64_t* starts;  // where components begin among the batch indices, and their number
+    const Place* places;  // component: its first batch index
+    const BatchIndex* batch;
     const Goal* goals;
-    KeyRanges* tiles;
-    char* slices;  // what parts of sites add to tensors beside query, key and value
+    char* slices;  // what parts add to tensors beside query, key and value
 
     static int64_t slice_bytes(const Call& c) {
         return (0) * sizeof(R);
     }
-    Shares shares(int64_t site, int64_t part) const {
-        R* p = (R*)(slices + (site * parts + part) * slice_bytes(c));
+    Shares shares(int64_t index, int64_t part) const {
+        R* p = (R*)(slices + (index * parts + part) * slice_bytes(c));
         Shares found;
         (void)p;
         return found;
     }
 
-    // Memory of one site: packed queries, packed keys (of the first of the sites that share them), and the gradients of its
+    // Memory of one batch index: packed queries, packed keys (of the first that shares them), and the gradients of its
     // queries: their sum over the parts so far, begun by the first, then those of some parts.
     int64_t queries_bytes() const { return PackedQueries::bytes(c); }
     int64_t keys_bytes() const { return PackedKeys::bytes(c); }
     int64_t gradients_bytes() const { return QueryGradients::bytes(c); }
-    int64_t site_bytes() const { return queries_bytes() + keys_bytes() + (1 + slots) * gradients_bytes(); }
+    int64_t index_bytes() const { return queries_bytes() + keys_bytes() + (1 + slots) * gradients_bytes(); }
     char* queries(char* m) const { return m; }
     char* keys(char* m) const { return m + queries_bytes(); }
     char* gradients(char* m) const { return m + queries_bytes() + keys_bytes(); }
     char* gradients(char* m, int64_t slot) const { return gradients(m) + (1 + slot) * gradients_bytes(); }
 
-    bool same_keys(int64_t a,
-        int64_t b) const { return sites[a].key.data == sites[b].key.data && sites[a].value.data == sites[b].value.data; }
-
-    // Packs a block of queries or a tile of keys: item of blocks + key_tiles.
-    void pack(int64_t site, char* m, bool packs_keys, int64_t item) const {
-        if (item < blocks) return pack_queries(c, sites[site], goals[site], queries(m), item * BQ);
-        const int64_t k0 = (item - blocks) * BK;
-        if (packs_keys) pack_keys(c, sites[site], keys(m), k0);
+    bool same_keys(int64_t a, int64_t b) const {
+        return batch[a].key.data == batch[b].key.data && batch[a].value.data == batch[b].value.data;
     }
 
-    // One part of the keys of the component of sites first … last; ``memory`` is that of the first.
-    void attend(int64_t first, int64_t last, char* memory, const Scratch& w, int64_t part, int64_t slot) const {
+    // Packs a block of queries or a tile of keys: item of blocks + key_tiles.
+    void pack(int64_t index, char* m, bool packs_keys, int64_t item) const {
+        if (item < blocks) return pack_queries(c, batch[index], goals[index], queries(m), item * BQ);
+        const int64_t k0 = (item - blocks) * BK;
+        if (packs_keys) pack_keys(c, batch[index], keys(m), k0);
+    }
+
+    // One part of the keys of the component first … last; ``memory`` is that of the first.
+    void attend(int64_t first, int64_t last, char* memory, Scratch& w, int64_t part, int64_t slot) const {
         const int64_t begin = part * PART, end = min64(begin + PART, c.kv_len);
         char* packed = memory;
         clear_key(w), clear_value(w);
         for (int64_t i = first; i < last; i++) {
-            char* m = memory + (i - first) * site_bytes();
+            char* m = memory + (i - first) * index_bytes();
             if (i > first && !same_keys(i, i - 1)) packed = m;
             const PackedKeys packed_keys(c, keys(packed));
-            for (int64_t q0 = 0; q0 < c.q_len; q0 += BQ)
-                block(c, t, sites[i], goals[i], tiles + i * key_tiles, packed_keys, queries(m), w, shares(i, part), part == 0
-                    ? gradients(m) : gradients(m, slot), q0, begin, end);
+            const Shares found = shares(i, part);
+            const KeyPart of_index = {c, t, batch[i], goals[i], found, begin, end};
+            char* d_query = part == 0 ? gradients(m) : gradients(m, slot);
+            for (int64_t q0 = 0; q0 < c.q_len; q0 += BQ) block(of_index, packed_keys, queries(m), w, d_query, q0);
             if (i + 1 == last || places[i].key != places[i + 1].key) write_key(goals[i], w, begin, end), clear_key(w);
             if (i + 1 == last || places[i].value != places[i + 1].value) write_value(goals[i], w, begin, end), clear_value(w);
         }
     }
 
-    // Gradients of a block of queries, by the first of the sites that share them; ``m`` is that site's memory.
-    void finish(int64_t site, char* m, const Scratch& w, int64_t item) const {
+    // Gradients of a block of queries, by the first batch index that has them; ``m`` is its memory.
+    void finish(int64_t index, char* m, Scratch& w, int64_t item) const {
         const int64_t q0 = item * BQ;
-        for (int64_t i = places[site].component; i < site; i++)
-            if (places[i].query == places[site].query) return;
-        for (int64_t i = site + 1; i < count && places[i].component == places[site].component; i++)
-            if (places[i].query == places[site].query) add_query(c, gradients(m), gradients(m + (i - site) * site_bytes()), q0);
-        write_query(c, goals[site], gradients(m), w, q0);
+        for (int64_t i = places[index].component; i < index; i++)
+            if (places[i].query == places[index].query) return;
+        for (int64_t i = index + 1; i < count && places[i].component == places[index].component; i++)
+            if (places[i].query == places[index].query) add_query(c, gradients(m), gradients(m + (i - index) * index_bytes()),
+                q0);
+        write_query(c, goals[index], gradients(m), w, q0);
     }
 
     // Items one after the other, or shared by the threads.
@@ -1316,12 +1255,12 @@ struct Backward {
     }
 
     // Components from … to, by one thread or by all. Parts of early keys first: with a causal mask they are the longest.
-    void wave(int64_t from, int64_t to, char* memory, const Scratch& w, bool shared) const {
+    void wave(int64_t from, int64_t to, char* memory, Scratch& w, bool shared) const {
         const int64_t items = blocks + key_tiles, first = starts[from], number = starts[to] - first, width = to - from;
-        const auto at = [&](int64_t site) { return memory + (site - first) * site_bytes(); };
+        const auto at = [&](int64_t index) { return memory + (index - first) * index_bytes(); };
         each(shared, number * items, [&](int64_t i) {
-            const int64_t site = first + i / items;
-            pack(site, at(site), site == places[site].component || !same_keys(site, site - 1), i % items);
+            const int64_t index = first + i / items;
+            pack(index, at(index), index == places[index].component || !same_keys(index, index - 1), i % items);
         });
         for (int64_t part = 0; part < parts; part += slots) {
             const int64_t now = min64(slots, parts - part);
@@ -1336,8 +1275,8 @@ struct Backward {
             });
         }
         each(shared, number * blocks, [&](int64_t i) {
-            const int64_t site = first + i / blocks;
-            finish(site, at(site), w, i % blocks);
+            const int64_t index = first + i / blocks;
+            finish(index, at(index), w, i % blocks);
         });
     }
 
@@ -1348,8 +1287,8 @@ struct Backward {
 
 extern "C" __attribute__((visibility("default"))) int fuse_attention(const int64_t* arguments) {
     const Call c(arguments);
-    const Sinks t(arguments);
-    const int64_t count = site_count(c), blocks = (c.q_len + BQ - 1) / BQ, key_tiles = (c.kv_len + BK - 1) / BK;
+    const Destinations t(arguments);
+    const int64_t count = batch_count(c), blocks = (c.q_len + BQ - 1) / BQ, key_tiles = (c.kv_len + BK - 1) / BK;
     if (count * blocks * key_tiles == 0) return 0;
     if (c.q_len > 16777216 || c.kv_len > 16777216) return 1;
     const int64_t parts = (c.kv_len + PART - 1) / PART;
@@ -1357,28 +1296,29 @@ extern "C" __attribute__((visibility("default"))) int fuse_attention(const int64
     if (slices > INT64_C(1073741824)) return 1;
     char *head = nullptr, *memory = nullptr;
     const int64_t tile_bytes = 0;
-    if (posix_memalign((void**)&head, 64, count * int64_t(sizeof(Site) + sizeof(Goal) + sizeof(Place) + sizeof(Keyed)
+    if (posix_memalign((void**)&head, 64, count * int64_t(sizeof(BatchIndex) + sizeof(Goal) + sizeof(Place) + sizeof(Keyed)
         + sizeof(int64_t)) + tile_bytes + slices + 128)) return 2;
-    Site* sites = (Site*)head;
-    Goal* goals = (Goal*)(sites + count);
+    BatchIndex* batch = (BatchIndex*)head;
+    Goal* goals = (Goal*)(batch + count);
     Place* places = (Place*)(goals + count);
     Keyed* keyed = (Keyed*)(places + count);
     int64_t* starts = (int64_t*)(keyed + count);
-    KeyRanges* tiles = (KeyRanges*)(starts + count + 1);
-    Backward work = {c, t, count, blocks, key_tiles, parts, 1, starts, places, sites, goals, tiles, (char*)tiles
-        + (tile_bytes + 63) / 64 * 64};
+    char* tiles = (char*)(starts + count + 1);
+    Backward work = {c, t, count, blocks, key_tiles, parts, 1, starts, places, batch, goals, tiles + (tile_bytes + 63) / 64
+        * 64};
     {
         const FlushDenormals flush;
-        for (int64_t i = 0; i < count; i++) sites[i] = make_site(c, i), places[i] = {i, 0, 0, 0, i};
-        for (int64_t i = 0; i < count; i++) places[i].query = query_place(c, t, sites[i], 0, 0);
+        for (int64_t i = 0; i < count; i++) batch[i] = make_batch_index(c, i), places[i] = {i, 0, 0, 0, i};
+        for (int64_t i = 0; i < count; i++) places[i].query = query_place(c, t, batch[i], 0, 0);
         join(places, keyed, count, [&](int64_t i) { return places[i].query; });
-        for (int64_t i = 0; i < count; i++) places[i].key = key_place(c, t, sites[i], 0, 0);
+        for (int64_t i = 0; i < count; i++) places[i].key = key_place(c, t, batch[i], 0, 0);
         join(places, keyed, count, [&](int64_t i) { return places[i].key; });
-        for (int64_t i = 0; i < count; i++) places[i].value = value_place(c, t, sites[i], 0, 0);
+        for (int64_t i = 0; i < count; i++) places[i].value = value_place(c, t, batch[i], 0, 0);
         join(places, keyed, count, [&](int64_t i) { return places[i].value; });
         for (int64_t i = 0; i < count; i++) places[i].component = root_of(places, i);
         qsort(places, count, sizeof(Place), compare_places);
-        for (int64_t i = 0; i < count; i++) sites[i] = make_site(c, places[i].number), goals[i] = make_goal(c, t, sites[i]);
+        for (int64_t i = 0; i < count; i++) batch[i] = make_batch_index(c, places[i].number), goals[i] = make_goal(c, t,
+            batch[i]);
     }
     if (!in_order(places, count)) return free(head), 1;
     int64_t components = 0, largest = 0;
@@ -1393,8 +1333,7 @@ extern "C" __attribute__((visibility("default"))) int fuse_attention(const int64
     const bool shared = threads > 1 && components < 4 * threads;
     work.slots = shared ? min64(parts, 2 * threads) : 1;
     const int64_t width = shared ? min64(components, (4 * threads + work.slots - 1) / work.slots) : 1;
-    const int64_t per_thread = (Scratch::bytes() + 127) / 64 * 64, per_wave = (width * largest * work.site_bytes() + 63) / 64
-        * 64;
+    const int64_t per_thread = sizeof(Scratch) + 64, per_wave = (width * largest * work.index_bytes() + 63) / 64 * 64;
     if (posix_memalign((void**)&memory, 64, threads * per_thread + (shared ? 1 : threads) * per_wave)) return free(head), 2;
 #pragma omp parallel num_threads(threads) if (threads > 1)
     {
@@ -1404,7 +1343,7 @@ extern "C" __attribute__((visibility("default"))) int fuse_attention(const int64
 #else
         const int thread = 0;
 #endif
-        const Scratch w(memory + thread * per_thread);
+        Scratch& w = *new (memory + thread * per_thread) Scratch;
         char* packed = memory + threads * per_thread + (shared ? 0 : thread * per_wave);
         if (shared) {
             for (int64_t i = 0; i < components; i += width) work.wave(i, min64(i + width, components), packed, w, true);

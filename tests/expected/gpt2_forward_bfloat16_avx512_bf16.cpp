@@ -11,7 +11,7 @@
 // sizes     B0, B1, q_len, kv_len
 // contents, in order
 //   Call             the arguments of a call
-//   Site             one batch index: where its operands begin
+//   BatchIndex       one batch index: where its operands begin
 //   upper_key        edit: one past the last key that a query may see
 //   Matrix           products of bfloat16
 //   ScoreFull        edit: the score of an entry, lanes are keys
@@ -27,10 +27,10 @@
 #define FUSE_DOUBLE 0
 typedef float R;
 constexpr int W = FUSE_WIDTH;   // lanes of a vector
-constexpr int NV = 3;   // vectors' worth of queries in a block
-constexpr int BQ = NV * W;   // queries of a block
+constexpr int BQ = 3 * W;   // queries of a block
+constexpr int NV = 3, MR = 8;   // of the lanes core: vectors of queries in a block, rows of the microkernel
 constexpr int BK = 64;   // keys of a tile
-constexpr int D = 64, DV = 64;
+constexpr int D = 64, DV = 64, DVP = (DV + MR - 1) / MR * MR;
 #include <float.h>
 // Vectors of W lanes in the extensions of gcc and clang, the same source for every instruction set.
 //   R, VR  the real type and its vector     I, VI  the integer of the same size, also lane masks (0 or -1)     VL  int64 lanes
@@ -66,8 +66,8 @@ INLINE VL vl(VL x) { return x; }
 INLINE VI vm(bool x) { return I(-I(x)) - VI{}; }
 // An int64 in lanes that may be narrower: saturated, which no comparison with values inside the range can tell.
 INLINE VI vi(int64_t x) {
-    const int64_t top = sizeof(I) == 8 ? INT64_MAX : INT32_MAX;
-    return I(clamp64(x, -top, top)) - VI{};
+    const int64_t limit = sizeof(I) == 8 ? INT64_MAX : INT32_MAX;
+    return I(clamp64(x, -limit, limit)) - VI{};
 }
 INLINE VI narrow(VL x) { return __builtin_convertvector(x, VI); }
 INLINE VL widen_int(VI x) { return __builtin_convertvector(x, VL); }
@@ -187,9 +187,9 @@ template <class T> INLINE void store_as(T* p, VR v) {
 #endif
     else for (int i = 0; i < W; i++) p[i] = from_r<T>(v[i]);
 }
-template <class T> INLINE VR load_some(const T* p, int n) { VR v = {}; for (int i = 0; i < n; i++) v[i] = to_r(p[i]); return v;
-    }
-template <class T> INLINE void store_some(T* p, VR v, int n) { for (int i = 0; i < n; i++) p[i] = from_r<T>(v[i]); }
+template <class T> INLINE VR load_some(const T* p, int n) {
+    VR v = {}; for (int i = 0; i < n; i++) v[i] = to_r(p[i]); return v;
+}
 
 // dst[row * ld + column] = src[row * rs + column * cs] for rows x columns.
 template <class T> static void copy_rows(R* dst, int64_t ld, const T* src, int64_t rs, int64_t cs, int64_t rows,
@@ -228,14 +228,18 @@ template <class T> static void copy_transposed(R* dst, int64_t ld, const T* src,
 // What an expression reads: one element, or one per lane.
 template <class T> INLINE R read_real(const void* p, int64_t i) { return to_r(((const T*)p)[i]); }
 template <class T> INLINE int64_t read_int(const void* p, int64_t i) { return int64_t(((const T*)p)[i]); }
-template <class T> INLINE VR gather_real(const void* p, VL at) { VR v; for (int i = 0; i < W; i++) v[i] = read_real<T>(p,
-    at[i]); return v; }
-template <class T> INLINE VI gather_int(const void* p, VL at) { VI v; for (int i = 0; i < W; i++) v[i] = I(read_int<T>(p,
-    at[i])); return v; }
-template <class T> INLINE VL gather_long(const void* p, VL at) { VL v; for (int i = 0; i < W; i++) v[i] = read_int<T>(p,
-    at[i]); return v; }
-template <class T> INLINE VI gather_bool(const void* p, VL at) { VI v; for (int i = 0; i < W;
-    i++) v[i] = -I(((const T*)p)[at[i]] != 0); return v; }
+template <class T> INLINE VR gather_real(const void* p, VL at) {
+    VR v; for (int i = 0; i < W; i++) v[i] = read_real<T>(p, at[i]); return v;
+}
+template <class T> INLINE VI gather_int(const void* p, VL at) {
+    VI v; for (int i = 0; i < W; i++) v[i] = I(read_int<T>(p, at[i])); return v;
+}
+template <class T> INLINE VL gather_long(const void* p, VL at) {
+    VL v; for (int i = 0; i < W; i++) v[i] = read_int<T>(p, at[i]); return v;
+}
+template <class T> INLINE VI gather_bool(const void* p, VL at) {
+    VI v; for (int i = 0; i < W; i++) v[i] = -I(((const T*)p)[at[i]] != 0); return v;
+}
 INLINE VR load_lanes(const R* p) { return load(p); }
 INLINE VI load_lanes(const I* p) { VI v; memcpy(&v, p, sizeof v); return v; }
 #if !FUSE_DOUBLE
@@ -457,118 +461,6 @@ INLINE VR round_bf16(VR x) {
     else return f_isnan(x) ? x : real((bits(x) + (((bits(x) >> 16) & 1) + 0x7fff)) & I(0xffff0000));
 }
 INLINE VR round_f16(VR x) { return lanewise(x, [](R y) { return round_f16(y); }); }
-// Interval arithmetic: what a value can be anywhere on a tile. Every result holds all values of its operation.
-struct Truth {
-    bool can, must;
-    explicit Truth(bool x) : can(x), must(x) {}
-    Truth(bool can, bool must) : can(can), must(must) {}
-    static Truth any() { return {true, false}; }
-    static Truth none() { return {false, true}; }
-    void include(bool x) { can |= x, must &= x; }
-};
-INLINE Truth operator~(Truth a) { return {!a.must, !a.can}; }
-INLINE Truth operator&(Truth a, Truth b) { return {a.can && b.can, a.must && b.must}; }
-INLINE Truth operator|(Truth a, Truth b) { return {a.can || b.can, a.must || b.must}; }
-INLINE Truth operator^(Truth a, Truth b) { return (a & ~b) | (~a & b); }
-INLINE Truth operator!=(Truth a, Truth b) { return a ^ b; }
-INLINE Truth operator==(Truth a, Truth b) { return ~(a ^ b); }
-
-struct IntRange {
-    int64_t low, high;
-    explicit IntRange(int64_t x) : low(x), high(x) {}
-    explicit IntRange(Truth x) : low(x.must), high(x.can) {}
-    IntRange(int64_t low, int64_t high) : low(low), high(high) {}
-    static IntRange any() { return {INT64_MIN, INT64_MAX}; }
-    static IntRange none() { return {INT64_MAX, INT64_MIN}; }
-    void include(int64_t x) { low = min64(low, x), high = max64(high, x); }
-    IntRange with(int64_t x) const { return {min64(low, x), max64(high, x)}; }
-    // Conversion to a type that may be narrower, where values out of its range wrap around.
-    template <class T> IntRange as() const { return int64_t(T(low)) == low && int64_t(T(high)) == high ? *this : any(); }
-};
-// What overflows can be anything.
-INLINE IntRange operator+(IntRange a, IntRange b) {
-    int64_t low, high;
-    return __builtin_add_overflow(a.low, b.low, &low) | __builtin_add_overflow(a.high, b.high, &high) ? IntRange::any()
-        : IntRange(low, high);
-}
-INLINE IntRange operator-(IntRange a, IntRange b) {
-    int64_t low, high;
-    return __builtin_sub_overflow(a.low, b.high, &low) | __builtin_sub_overflow(a.high, b.low, &high) ? IntRange::any()
-        : IntRange(low, high);
-}
-INLINE IntRange operator-(IntRange a) { return IntRange(0) - a; }
-INLINE IntRange operator*(IntRange a, IntRange b) {
-    int64_t x[4];
-    const bool over = __builtin_mul_overflow(a.low, b.low, x) | __builtin_mul_overflow(a.low, b.high, x + 1) |
-                      __builtin_mul_overflow(a.high, b.low, x + 2) | __builtin_mul_overflow(a.high, b.high, x + 3);
-    return over ? IntRange::any() : IntRange(x[0], x[0]).with(x[1]).with(x[2]).with(x[3]);
-}
-INLINE IntRange f_abs(IntRange a) { return a.low >= 0 ? a : a.high <= 0 ? -a : a.low == INT64_MIN ? IntRange::any()
-    : IntRange(0, max64(-a.low, a.high)); }
-INLINE IntRange f_minimum(IntRange a, IntRange b) { return {min64(a.low, b.low), min64(a.high, b.high)}; }
-INLINE IntRange f_maximum(IntRange a, IntRange b) { return {max64(a.low, b.low), max64(a.high, b.high)}; }
-INLINE IntRange f_floordiv(IntRange a, IntRange b) {
-    if (b.low <= 0) return IntRange::any();
-    return IntRange(f_floordiv(a.low, b.low)).with(f_floordiv(a.low, b.high)).with(f_floordiv(a.high,
-        b.low)).with(f_floordiv(a.high, b.high));
-}
-INLINE IntRange f_mod(IntRange a, IntRange b) {
-    if (b.low <= 0) return IntRange::any();
-    const bool same = b.low == b.high && f_floordiv(a.low, b.low) == f_floordiv(a.high, b.low);
-    return same ? IntRange(f_mod(a.low, b.low), f_mod(a.high, b.low)) : IntRange(0, b.high - 1);
-}
-
-struct RealRange {
-    R low, high;
-    bool nan;
-    explicit RealRange(R x) : RealRange(x, x) {}
-    explicit RealRange(IntRange x) : RealRange(R(x.low), R(x.high)) {}  // rounding keeps the order
-    explicit RealRange(Truth x) : RealRange(R(x.must), R(x.can)) {}
-    RealRange(R low, R high, bool nan = false) : low(low), high(high), nan(nan || low != low || high != high) {
-        if (this->nan) this->low = -R(INFINITY), this->high = R(INFINITY);
-    }
-    static RealRange any() { return {-R(INFINITY), R(INFINITY), true}; }
-    static RealRange none() { return {R(INFINITY), -R(INFINITY)}; }
-    void include(R x) { *this = x != x ? any() : RealRange(f_minimum(low, x), f_maximum(high, x), nan); }
-    bool infinite() const { return low == -R(INFINITY) || high == R(INFINITY); }
-};
-INLINE RealRange operator+(RealRange a, RealRange b) { return {a.low + b.low, a.high + b.high,
-    a.nan || b.nan || (a.infinite() && b.infinite())}; }
-INLINE RealRange operator-(RealRange a) { return {-a.high, -a.low, a.nan}; }
-INLINE RealRange operator-(RealRange a, RealRange b) { return a + -b; }
-INLINE RealRange f_minimum(RealRange a, RealRange b) { return {f_minimum(a.low, b.low), f_minimum(a.high, b.high),
-    a.nan || b.nan}; }
-INLINE RealRange f_maximum(RealRange a, RealRange b) { return {f_maximum(a.low, b.low), f_maximum(a.high, b.high),
-    a.nan || b.nan}; }
-
-// Rounding keeps the order.
-INLINE RealRange round_f64(RealRange a) { return a; }
-INLINE RealRange round_f32(RealRange a) { return {round_f32(a.low), round_f32(a.high), a.nan}; }
-INLINE RealRange round_bf16(RealRange a) { return {round_bf16(a.low), round_bf16(a.high), a.nan}; }
-INLINE RealRange round_f16(RealRange a) { return {round_f16(a.low), round_f16(a.high), a.nan}; }
-
-INLINE bool has_nan(IntRange) { return false; }
-INLINE bool has_nan(RealRange a) { return a.nan; }
-// Comparisons with NaN are false, inequality is true.
-#define COMPARISONS(T) \
-    INLINE Truth operator<(T a, T b) { return {a.low < b.high, a.high < b.low && !has_nan(a) && !has_nan(b)}; } \
-    INLINE Truth operator<=(T a, T b) { return {a.low <= b.high, a.high <= b.low && !has_nan(a) && !has_nan(b)}; } \
-    INLINE Truth operator==(T a, T b) { \
-        return {a.low <= b.high && b.low <= a.high, a.low == b.high && b.low == a.high && !has_nan(a) && !has_nan(b)}; \
-    } \
-    INLINE Truth operator>(T a, T b) { return b < a; } \
-    INLINE Truth operator>=(T a, T b) { return b <= a; } \
-    INLINE Truth operator!=(T a, T b) { return ~(a == b); }
-COMPARISONS(IntRange)
-COMPARISONS(RealRange)
-
-INLINE Truth choose(Truth c, Truth a, Truth b) { return (c & a) | (~c & b); }
-INLINE IntRange choose(Truth c, IntRange a, IntRange b) { return c.must ? a : !c.can ? b : IntRange(min64(a.low, b.low),
-    max64(a.high, b.high)); }
-INLINE RealRange choose(Truth c, RealRange a, RealRange b) {
-    return c.must ? a : !c.can ? b : RealRange(a.low < b.low ? a.low : b.low, a.high > b.high ? a.high : b.high,
-        a.nan || b.nan);
-}
 // One call, decoded from the packed int64 arguments: threads, out, log-sum-exp (dense, or null), the strides of out, the
 // sizes, then per operand its address, sizes and strides in elements.
 typedef float Lse;
@@ -594,11 +486,11 @@ struct Call {
     }
 };
 
-INLINE int64_t site_count(const Call& c) { return c.B0 * c.B1 * 1; }
+INLINE int64_t batch_count(const Call& c) { return c.B0 * c.B1 * 1; }
 // One batch index: where its operands begin, and the values that depend on nothing else.
 template <class T> struct View { const T* data; int64_t row, column; };
 
-struct Site {
+struct BatchIndex {
     View<Bf16> query;
     View<Bf16> key;
     View<Bf16> value;
@@ -608,61 +500,49 @@ struct Site {
     int64_t b1;
 };
 
-INLINE int64_t query_offset(const Call& c, const Site& s, int64_t q, int64_t d) {
-    return s.b0 * c.stride[0][0] + s.b1 * c.stride[0][1] + q * c.stride[0][2] + d * c.stride[0][3];
+INLINE int64_t query_offset(const Call& c, const BatchIndex& b, int64_t q, int64_t d) {
+    return b.b0 * c.stride[0][0] + b.b1 * c.stride[0][1] + q * c.stride[0][2] + d * c.stride[0][3];
 }
 
-INLINE int64_t key_offset(const Call& c, const Site& s, int64_t k, int64_t d) {
-    return s.b0 * c.stride[1][0] + s.b1 * c.stride[1][1] + k * c.stride[1][2] + d * c.stride[1][3];
+INLINE int64_t key_offset(const Call& c, const BatchIndex& b, int64_t k, int64_t d) {
+    return b.b0 * c.stride[1][0] + b.b1 * c.stride[1][1] + k * c.stride[1][2] + d * c.stride[1][3];
 }
 
-INLINE int64_t value_offset(const Call& c, const Site& s, int64_t k, int64_t e) {
-    return s.b0 * c.stride[2][0] + s.b1 * c.stride[2][1] + k * c.stride[2][2] + e * c.stride[2][3];
+INLINE int64_t value_offset(const Call& c, const BatchIndex& b, int64_t k, int64_t e) {
+    return b.b0 * c.stride[2][0] + b.b1 * c.stride[2][1] + k * c.stride[2][2] + e * c.stride[2][3];
 }
 
-static Site make_site(const Call& c, int64_t number) {
-    Site s;
-    s.lse = c.lse ? c.lse + number * c.q_len : nullptr;
-    s.b1 = number % c.B1, number /= c.B1;
-    s.b0 = number % c.B0, number /= c.B0;
+static BatchIndex make_batch_index(const Call& c, int64_t number) {
+    BatchIndex b;
+    b.lse = c.lse ? c.lse + number * c.q_len : nullptr;
+    b.b1 = number % c.B1, number /= c.B1;
+    b.b0 = number % c.B0, number /= c.B0;
     {
-        const int64_t base = query_offset(c, s, 0, 0);
-        s.query.data = (const Bf16*)c.data[0] + base;
-        s.query.row = c.q_len > 1 ? query_offset(c, s, 1, 0) - base : 0;
-        s.query.column = query_offset(c, s, 0, 1) - base;
+        const int64_t base = query_offset(c, b, 0, 0);
+        b.query.data = (const Bf16*)c.data[0] + base;
+        b.query.row = c.q_len > 1 ? query_offset(c, b, 1, 0) - base : 0;
+        b.query.column = query_offset(c, b, 0, 1) - base;
     }
     {
-        const int64_t base = key_offset(c, s, 0, 0);
-        s.key.data = (const Bf16*)c.data[1] + base;
-        s.key.row = c.kv_len > 1 ? key_offset(c, s, 1, 0) - base : 0;
-        s.key.column = key_offset(c, s, 0, 1) - base;
+        const int64_t base = key_offset(c, b, 0, 0);
+        b.key.data = (const Bf16*)c.data[1] + base;
+        b.key.row = c.kv_len > 1 ? key_offset(c, b, 1, 0) - base : 0;
+        b.key.column = key_offset(c, b, 0, 1) - base;
     }
     {
-        const int64_t base = value_offset(c, s, 0, 0);
-        s.value.data = (const Bf16*)c.data[2] + base;
-        s.value.row = c.kv_len > 1 ? value_offset(c, s, 1, 0) - base : 0;
-        s.value.column = value_offset(c, s, 0, 1) - base;
+        const int64_t base = value_offset(c, b, 0, 0);
+        b.value.data = (const Bf16*)c.data[2] + base;
+        b.value.row = c.kv_len > 1 ? value_offset(c, b, 1, 0) - base : 0;
+        b.value.column = value_offset(c, b, 0, 1) - base;
     }
-    s.out = c.out + sizeof(Bf16) * (s.b0 * c.out_stride[0] + s.b1 * c.out_stride[1] + 0);
-    return s;
+    b.out = c.out + sizeof(Bf16) * (b.b0 * c.out_stride[0] + b.b1 * c.out_stride[1] + 0);
+    return b;
 }
 // Which keys a query may see, as far as it is known without its score.
-static int64_t upper_key(const Call& c, const Site& s, int64_t q) {
+static int64_t upper_key(const Call& c, const BatchIndex& b, int64_t q) {
     const int64_t x6 = 1 + q;
     return x6;
 }
-// Ranges of what depends on a key only.
-struct KeyRanges {
-    KeyRanges(const Call& c, const Site& s, int64_t first, int64_t end) {
-    }
-};
-
-// Ranges of what depends on a query only.
-struct RowRanges {
-    RowRanges(const Call& c, const Site& s, int64_t first, int64_t end) {
-    }
-};
-
 // Products of bf16 by AVX512-BF16: 6 x 64 results in 24 registers; a is broadcast a pair at a time.
 // Where few rows are left, as of 64 features, a smaller step takes them.
 struct Matrix {
@@ -777,29 +657,27 @@ constexpr int PAIRS = round_up(D, Matrix::kDepth) / 2, VALUE_COLS = round_up(DV,
 
 struct Packed {
     uint32_t *key, *value;
-    const KeyRanges* tiles;  // one for each tile of BK keys
 
     static int64_t bytes(int64_t key_tiles) { return key_tiles * BK * (PAIRS + VALUE_COLS / 2) * sizeof(uint32_t); }
-    Packed(char* slot, int64_t key_tiles, const KeyRanges* tiles) : key((uint32_t*)slot), value(key + key_tiles * BK * PAIRS),
-        tiles(tiles) {}
+    Packed(char* slot, int64_t key_tiles) : key((uint32_t*)slot), value(key + key_tiles * BK * PAIRS) {}
 };
 
 // The weights of 32 keys are packed by one instruction (vpackusdw), which takes four from the first vector and four from
 // the second in turn: position i of 32 holds key packed_key(i), and the values are laid out to match.
 constexpr int packed_key(int i) { return i / 8 * 4 + i % 4 + (i % 8 < 4 ? 0 : 16); }
 
-static void pack(const Call& c, const Site& s, const Packed& packed, int64_t k0) {
+static void pack(const Call& c, const BatchIndex& b, const Packed& packed, int64_t k0) {
     const int n = int(min64(BK, c.kv_len - k0));
     uint32_t *key = packed.key + k0 * PAIRS, *value = packed.value + k0 / 2 * VALUE_COLS;
-    pack_column_pairs<D, PAIRS>(key, BK, s.key.data + k0 * s.key.row, s.key.row, s.key.column, n, BK);
+    pack_column_pairs<D, PAIRS>(key, BK, b.key.data + k0 * b.key.row, b.key.row, b.key.column, n, BK);
     for (int i = 0; i < BK; i += 2) {
         const int k = i / 32 * 32 + packed_key(i % 32);
-        const Bf16* low = s.value.data + (k0 + k) * s.value.row;
+        const Bf16* low = b.value.data + (k0 + k) * b.value.row;
         for (int e = 0; e < VALUE_COLS; e += W) {
-            const int64_t at = e * s.value.column;
-            interleave_rows(value + i / 2 * VALUE_COLS + e, k < n ? low + at : nullptr, k + 1 < n ? low + s.value.row + at
+            const int64_t at = e * b.value.column;
+            interleave_rows(value + i / 2 * VALUE_COLS + e, k < n ? low + at : nullptr, k + 1 < n ? low + b.value.row + at
                 : nullptr,
-                            s.value.column, DV - e);
+                            b.value.column, DV - e);
         }
     }
 }
@@ -832,28 +710,31 @@ template <class T> struct Along {
     }
 };
 template <class T> INLINE VR along_real(const Along<T>& a, int n) { return load_as(a.at + n); }
-template <class T> INLINE VI along_int(const Along<T>& a, int n) { VI v; for (int i = 0; i < W; i++) v[i] = I(a.at[n + i]);
-    return v; }
-template <class T> INLINE VL along_long(const Along<T>& a, int n) { VL v; for (int i = 0; i < W; i++) v[i] = a.at[n + i];
-    return v; }
-template <class T> INLINE VI along_bool(const Along<T>& a, int n) { VI v; for (int i = 0; i < W; i++) v[i] = -I(a.at[n
-    + i] != 0); return v; }
+template <class T> INLINE VI along_int(const Along<T>& a, int n) {
+    VI v; for (int i = 0; i < W; i++) v[i] = I(a.at[n + i]); return v;
+}
+template <class T> INLINE VL along_long(const Along<T>& a, int n) {
+    VL v; for (int i = 0; i < W; i++) v[i] = a.at[n + i]; return v;
+}
+template <class T> INLINE VI along_bool(const Along<T>& a, int n) {
+    VI v; for (int i = 0; i < W; i++) v[i] = -I(a.at[n + i] != 0); return v;
+}
 
 // Where a tile's keys are found in operands that are read at a place of their own.
 struct KeyRuns {
-    void find(const Call& c, const Site& s, int64_t k0, int nk) {
-        (void)c, (void)s, (void)k0, (void)nk;
+    void find(const Call& c, const BatchIndex& b, int64_t k0, int nk) {
+        (void)c, (void)b, (void)k0, (void)nk;
     }
 };
 
 // Every entry is visible.
 struct ScoreFull {
     const Call& c;
-    const Site& s;
+    const BatchIndex& b;
     const int64_t q, k0;
 
-    inline __attribute__((always_inline)) ScoreFull(const Call& c, const Site& s, const KeyRuns& t, int64_t q, int64_t k0,
-        int nk) : c(c), s(s), q(q), k0(k0) {
+    inline __attribute__((always_inline)) ScoreFull(const Call& c, const BatchIndex& b, const KeyRuns& t, int64_t q,
+        int64_t k0, int nk) : c(c), b(b), q(q), k0(k0) {
         ScoreFull& r = *this;
         (void)r, (void)t, (void)nk;
     }
@@ -868,14 +749,14 @@ struct ScoreFull {
 // Some entries are masked.
 struct ScorePartial {
     const Call& c;
-    const Site& s;
+    const BatchIndex& b;
     const int64_t q, k0;
     int64_t upper;
 
-    inline __attribute__((always_inline)) ScorePartial(const Call& c, const Site& s, const KeyRuns& t, int64_t q, int64_t k0,
-        int nk) : c(c), s(s), q(q), k0(k0) {
+    inline __attribute__((always_inline)) ScorePartial(const Call& c, const BatchIndex& b, const KeyRuns& t, int64_t q,
+        int64_t k0, int nk) : c(c), b(b), q(q), k0(k0) {
         ScorePartial& r = *this;
-        r.upper = clamp64(upper_key(c, s, q), 0, c.kv_len);
+        r.upper = clamp64(upper_key(c, b, q), 0, c.kv_len);
         (void)r, (void)t, (void)nk;
     }
     inline __attribute__((always_inline)) VR operator()(VR score, int n) const {
@@ -885,41 +766,18 @@ struct ScorePartial {
         return select((k < vi(r.upper)), score, vr(-R(INFINITY)));
     }
 };
-// What the matrix core leaves to the lanes core: rows that need float and a running maximum, and calls of a few queries,
-// which cost less than to pack the keys. Keys and values are read as they are, a tile at a time.
-namespace redo {
-constexpr int NV = 3, MR = 8, DVP = round_up(DV, MR);
-
-static void pack_rows(const Call& c, const Site& s, R* key, R* value, int64_t k0);
-
-struct Packed {
-    const Call& c;
-    const Site& s;
-    R *key, *value;
-    const KeyRanges* tiles;
-
-    struct Part { const R *key, *value; };
-    Part part(int64_t k0) const {
-        pack_rows(c, s, key, value, k0);
-        return {key, value};
-    }
-};
-
+// What the matrix core leaves to the lanes core: exact rows, which need float and a running maximum, and decoding, which costs
+// less than to pack the keys. Keys and values are read as they are, a tile at a time.
 // Softmax of lanes: a block of queries, transposed, against tiles of keys, with a running maximum.
-constexpr int FEW = 4;   // so few queries read keys and values where they lie
+constexpr int DECODE_QUERIES = 4;   // so few queries read keys and values where they lie
 constexpr int DR = (D + W - 1) / W * W, DVR = (DV + W - 1) / W * W;
 
 // Owned by one thread, for one block of queries at a time; everything is transposed, so that lanes are queries.
-struct Scratch {
-    R* query;   // [D][queries]
-    R* scores;  // [BK][queries], then the weights
-    R* out;     // [DVP][queries]
-    char* tiles;  // staged operands, [BK][queries] each
-    R* rows;    // queries, then results, as rows: for few of them
-    static int64_t bytes() { return staged() + 0 * int64_t(BK) * NV * W * 8 + FEW * (DR + DVR) * int64_t(sizeof(R)); }
-    static int64_t staged() { return (D + BK + DVP) * NV * W * int64_t(sizeof(R)); }
-    explicit Scratch(char* p) : query((R*)p), scores(query + D * NV * W), out(scores + BK * NV * W), tiles(p + staged()),
-        rows((R*)(tiles + 0 * int64_t(BK) * NV * W * 8)) {}
+struct alignas(64) LaneScratch {
+    R query[D * NV * W];    // [D][queries]
+    R scores[BK * NV * W];  // [BK][queries], then the weights
+    R out[DVP * NV * W];    // [DVP][queries]
+    R query_rows[DECODE_QUERIES * DR], out_rows[DECODE_QUERIES * DVR];  // decoding: queries and results as rows
 };
 
 // The score program, as lanes of queries.
@@ -929,35 +787,59 @@ template <int N> struct Rows {
     VI upper[N];
 };
 
-template <int N> static Rows<N> make_rows(const Call& c, const Site& s, int64_t q0) {
+template <int N> static Rows<N> make_rows(const Call& c, const BatchIndex& b, int64_t q0) {
     Rows<N> r;
     for (int v = 0; v < N; v++) {
         for (int i = 0; i < W; i++) {
             const int64_t q = min64(q0 + v * W + i, c.q_len - 1);
             r.q[v][i] = I(q);
-            r.upper[v][i] = I(clamp64(upper_key(c, s, q), 0, c.kv_len));
+            r.upper[v][i] = I(clamp64(upper_key(c, b, q), 0, c.kv_len));
         }
     }
     return r;
 }
 
+// A tile, which the programs work on: queries q0 … q0 + nq of one batch index against its keys k0 … k0 + nk.
+template <int N> struct Tile {
+    const Call& c;
+    const BatchIndex& b;
+    const Rows<N>& r;
+    LaneScratch& w;
+    int64_t q0;
+    int nq;
+    int64_t k0;
+    int nk;
+};
+
 // Every entry is visible.
-template <int N> static void score_full(const Call& c, const Site& s, const Rows<N>& r, const Scratch& w, int64_t q0, int nq,
-    int64_t k0, int nk, VR (&top)[N]) {
+template <int N> static void score_full(const Tile<N>& tile, VR (&m)[N]) {
+    const Call& c = tile.c;
+    const BatchIndex& b = tile.b;
+    const Rows<N>& r = tile.r;
+    LaneScratch& w = tile.w;
+    const int64_t q0 = tile.q0, k0 = tile.k0;
+    const int nq = tile.nq, nk = tile.nk;
+
 
     for (int i = 0; i < nk; i++) {
         const int64_t k = k0 + i;
 #pragma GCC unroll 4
         for (int v = 0; v < N; v++) {
             const VR score = load(w.scores + (i * N + v) * W);
-            top[v] = vmax(score, top[v]);
+            m[v] = vmax(score, m[v]);
         }
     }
 }
 
 // Some entries are masked.
-template <int N> static void score_partial(const Call& c, const Site& s, const Rows<N>& r, const Scratch& w, int64_t q0,
-    int nq, int64_t k0, int nk, VR (&top)[N]) {
+template <int N> static void score_partial(const Tile<N>& tile, VR (&m)[N]) {
+    const Call& c = tile.c;
+    const BatchIndex& b = tile.b;
+    const Rows<N>& r = tile.r;
+    LaneScratch& w = tile.w;
+    const int64_t q0 = tile.q0, k0 = tile.k0;
+    const int nq = tile.nq, nk = tile.nk;
+
 
     for (int i = 0; i < nk; i++) {
         const int64_t k = k0 + i;
@@ -966,14 +848,20 @@ template <int N> static void score_partial(const Call& c, const Site& s, const R
             const VR score = load(w.scores + (i * N + v) * W);
             const VR visible = select((vi(k) < r.upper[v]), score, vr(-R(INFINITY)));
             store(w.scores + (i * N + v) * W, visible);
-            top[v] = vmax(visible, top[v]);
+            m[v] = vmax(visible, m[v]);
         }
     }
 }
 
 // As eager rounds, over every key.
-template <int N> static void score_exact(const Call& c, const Site& s, const Rows<N>& r, const Scratch& w, int64_t q0, int nq,
-    int64_t k0, int nk, VR (&top)[N]) {
+template <int N> static void score_exact(const Tile<N>& tile, VR (&m)[N]) {
+    const Call& c = tile.c;
+    const BatchIndex& b = tile.b;
+    const Rows<N>& r = tile.r;
+    LaneScratch& w = tile.w;
+    const int64_t q0 = tile.q0, k0 = tile.k0;
+    const int nq = tile.nq, nk = tile.nk;
+
 
     for (int i = 0; i < nk; i++) {
         const int64_t k = k0 + i;
@@ -986,18 +874,25 @@ template <int N> static void score_exact(const Call& c, const Site& s, const Row
             const VR x4 = round_bf16(select(x3, vr(R(0.0)), vr(R(-3.3895313892515355e+38))));
             const VR x5 = round_bf16(x2 + x4);
             store(w.scores + (i * N + v) * W, x5);
-            top[v] = vmax(x5, top[v]);
+            m[v] = vmax(x5, m[v]);
         }
     }
 }
 
-// Scores become weights relative to ``reference``, subtracted first: the lowest float times log2(e) would overflow. ``sum``,
-// times ``scale``, takes up their sum, before ``weight`` acts on them: sums of PART keys, then of these.
-template <int N> static void weigh(const Call& c, const Site& s, const Rows<N>& r, const Scratch& w, int64_t q0, int nq,
-    int64_t k0, int nk, R unit, const VR (&reference)[N], const VR (&scale)[N], VR (&sum)[N]) {
+// Scores become weights relative to ``reference``, subtracted first: the lowest float times log2(e) would overflow. ``l``, times
+// ``alpha``, takes up their sum, before ``weight`` acts on them: sums of PART keys, then of these.
+template <int N>
+static void weigh(const Tile<N>& tile, R unit, const VR (&reference)[N], const VR (&alpha)[N], VR (&l)[N]) {
+    const Call& c = tile.c;
+    const BatchIndex& b = tile.b;
+    const Rows<N>& r = tile.r;
+    LaneScratch& w = tile.w;
+    const int64_t q0 = tile.q0, k0 = tile.k0;
+    const int nq = tile.nq, nk = tile.nk;
+
     constexpr int PART = 16;
 
-    VR total[N] = {};
+    VR whole[N] = {};
     for (int first = 0; first < nk; first += PART) {
         VR part[N] = {};
         for (int i = first; i < nk && i < first + PART; i++) {
@@ -1009,9 +904,9 @@ template <int N> static void weigh(const Call& c, const Site& s, const Rows<N>& 
                 store(w.scores + (i * N + v) * W, prob);
             }
         }
-        for (int v = 0; v < N; v++) total[v] += part[v];
+        for (int v = 0; v < N; v++) whole[v] += part[v];
     }
-    for (int v = 0; v < N; v++) sum[v] = sum[v] * scale[v] + total[v];
+    for (int v = 0; v < N; v++) l[v] = l[v] * alpha[v] + whole[v];
 }
 
 // Rounding errors of a sum grow with the number of its terms. So every sum is one of partial sums: over the features in
@@ -1019,9 +914,9 @@ template <int N> static void weigh(const Call& c, const Site& s, const Rows<N>& 
 constexpr int TERMS = D > 128 ? 64 : (D + 1) / 2, SUMMED = 64;
 
 // c[MR x N*W] = old + a[MR x length] * b[length x N*W], the product summed before it is added, where old is nothing, c, or c
-// times ``scale``, a factor per lane. Element (i, j) of a lies at i * RS + j * CS.
+// times ``alpha``, a factor per lane. Element (i, j) of a lies at i * RS + j * CS.
 enum Old { DROPPED, KEPT, SCALED };
-template <int N, int RS, int CS, Old OLD> INLINE void multiply(R* c, const R* a, const R* b, int length, const VR* scale) {
+template <int N, int RS, int CS, Old OLD> INLINE void multiply(R* c, const R* a, const R* b, int length, const VR* alpha) {
     VR sum[MR][N];
 #pragma GCC unroll 16
     for (int i = 0; i < MR; i++)
@@ -1042,24 +937,24 @@ template <int N, int RS, int CS, Old OLD> INLINE void multiply(R* c, const R* a,
 #pragma GCC unroll 8
         for (int v = 0; v < N; v++) {
             R* to = c + (i * N + v) * W;
-            store(to, OLD == DROPPED ? sum[i][v] : OLD == KEPT ? load(to) + sum[i][v] : load(to) * scale[v] + sum[i][v]);
+            store(to, OLD == DROPPED ? sum[i][v] : OLD == KEPT ? load(to) + sum[i][v] : load(to) * alpha[v] + sum[i][v]);
         }
 }
 
 // Keys k0 … of one head as rows of reals, [keys][D] and [keys][DVP], zeros up to a multiple of MR.
-static void pack_rows(const Call& c, const Site& s, R* key, R* value, int64_t k0) {
+static void pack_rows(const Call& c, const BatchIndex& b, R* key, R* value, int64_t k0) {
     const int64_t n = min64(BK, c.kv_len - k0), padded = (n + MR - 1) / MR * MR;
-    copy_rows(key, D, s.key.data + k0 * s.key.row, s.key.row, s.key.column, n, D);
-    copy_rows(value, DVP, s.value.data + k0 * s.value.row, s.value.row, s.value.column, n, DV);
+    copy_rows(key, D, b.key.data + k0 * b.key.row, b.key.row, b.key.column, n, D);
+    copy_rows(value, DVP, b.value.data + k0 * b.value.row, b.value.row, b.value.column, n, DV);
     memset(key + n * D, 0, sizeof(R) * (padded - n) * D);
     for (int64_t k = 0; DVP > DV && k < n; k++) memset(value + k * DVP + DV, 0, sizeof(R) * (DVP - DV));
 }
 
-// What is subtracted from scores of which the largest is ``top``: nothing where all of them are -inf, and stay so.
-INLINE VR finite_reference(VR top) { return top == -R(INFINITY) ? VR{} : top; }
+// What is subtracted from scores of which the largest is ``m``: nothing where all of them are -inf, and stay so.
+INLINE VR finite_reference(VR m) { return m == -R(INFINITY) ? VR{} : m; }
 
 // Writes the rows ``keep`` allows, lane by lane.
-template <int N> static void write_out(const Call& c, const Site& s, const Scratch& w, int64_t q0, const VR* factor,
+template <int N> static void write_out(const Call& c, const BatchIndex& b, LaneScratch& w, int64_t q0, const VR* factor,
     const VI* keep) {
     const int64_t rs = c.out_stride[2], cs = c.out_stride[3];
     for (int v = 0; v < N; v++)
@@ -1070,32 +965,32 @@ template <int N> static void write_out(const Call& c, const Site& s, const Scrat
             transpose(x);
             for (int i = 0; i < W; i++) {
                 if (!keep[v][i]) continue;
-                Bf16* to = (Bf16*)s.out + (q0 + v * W + i) * rs + e0 * cs;
+                Bf16* to = (Bf16*)b.out + (q0 + v * W + i) * rs + e0 * cs;
                 if (cs == 1 && width == W) store_as(to, x[i]);
                 else for (int e = 0; e < width; e++) to[e * cs] = from_r<Bf16>(x[i][e]);
             }
         }
 }
 
-// log of the sum of exp over a row's scores, of which ``highest`` was subtracted: as a rule top * natural, rounded.
-template <int N> static void write_lse(const Site& s, int64_t q0, const VR* top, R natural, const VR* highest, const VR* sum,
+// log of the sum of exp over a row's scores, of which ``highest`` was subtracted: as a rule m * natural, rounded.
+template <int N> static void write_lse(const BatchIndex& b, int64_t q0, const VR* m, R natural, const VR* highest, const VR* l,
     const VI* keep) {
     for (int v = 0; v < N; v++)
         for (int i = 0; i < W; i++) {
             if (!keep[v][i]) continue;
-            const Lse reference = highest[v][i] == top[v][i] * natural ? Lse(top[v][i]) * Lse(natural) : Lse(highest[v][i]);
-            s.lse[q0 + v * W + i] = reference + Lse(log(double(sum[v][i])));
+            const Lse reference = highest[v][i] == m[v][i] * natural ? Lse(m[v][i]) * Lse(natural) : Lse(highest[v][i]);
+            b.lse[q0 + v * W + i] = reference + Lse(log(double(l[v][i])));
         }
 }
 
 // What a block does with keys and values that are packed; ``keys`` gives them tile by tile.
-template <int N, class Keys> static void load_queries(const Keys&, const Site& s, const Scratch& w, int64_t q0, int nq) {
-    copy_transposed(w.query, N * W, s.query.data + q0 * s.query.row, s.query.row, s.query.column, nq, D);
+template <int N, class Keys> static void load_queries(const Keys&, const BatchIndex& b, LaneScratch& w, int64_t q0, int nq) {
+    copy_transposed(w.query, N * W, b.query.data + q0 * b.query.row, b.query.row, b.query.column, nq, D);
     for (int d = 0; nq < N * W && d < D; d++)
         for (int i = nq; i < N * W; i++) w.query[d * N * W + i] = 0;
     memset(w.out, 0, sizeof(R) * DVP * N * W);
 }
-template <int N, class Part> static void score_product(const Part& part, const Scratch& w, int, int nk) {
+template <int N, class Part> static void score_product(const Part& part, LaneScratch& w, int, int nk) {
     for (int d = 0; d < D; d += TERMS)
         for (int i = 0; i < nk; i += MR) {
             R* scores = w.scores + i * N * W;
@@ -1105,32 +1000,31 @@ template <int N, class Part> static void score_product(const Part& part, const S
             else multiply<N, D, 1, KEPT>(scores, key, query, terms, nullptr);
         }
 }
-template <int N, class Part> static void value_product(const Part& part, const Scratch& w, int, int nk, const VR* scale) {
+template <int N, class Part> static void value_product(const Part& part, LaneScratch& w, int, int nk, const VR* alpha) {
     for (int k = 0; k < nk; k += SUMMED)
         for (int e = 0; e < DVP; e += MR) {
             R* out = w.out + e * N * W;
             const R *value = part.value + k * DVP + e, *weights = w.scores + k * N * W;
             const int keys = nk - k < SUMMED ? nk - k : SUMMED;
-            if (k == 0) multiply<N, 1, DVP, SCALED>(out, value, weights, keys, scale);
+            if (k == 0) multiply<N, 1, DVP, SCALED>(out, value, weights, keys, alpha);
             else multiply<N, 1, DVP, KEPT>(out, value, weights, keys, nullptr);
         }
 }
-template <class Keys> static void collect(const Keys&, const Scratch&, int) {}
+template <class Keys> static void collect(const Keys&, LaneScratch&, int) {}
 
 // As few queries as in decoding: keys and values are read once, where they lie, and lanes of the products are features.
 struct InPlace {
-    const Site& s;
-    const KeyRanges* tiles;
+    const BatchIndex& b;
 
     struct Part { const Bf16* key; const Bf16* value; int64_t key_row, value_row; };
     Part part(int64_t k0) const {
-        return {s.key.data + k0 * s.key.row, s.value.data + k0 * s.value.row, s.key.row, s.value.row};
+        return {b.key.data + k0 * b.key.row, b.value.data + k0 * b.value.row, b.key.row, b.value.row};
     }
 };
 
-static bool in_place(const Call& c, const Site* sites, int64_t count) {
-    bool possible = c.q_len <= FEW;
-    for (int64_t i = 0; possible && i < count; i++) possible = sites[i].key.column == 1 && sites[i].value.column == 1;
+static bool all_in_place(const Call& c, const BatchIndex* batch, int64_t count) {
+    bool possible = c.q_len <= DECODE_QUERIES;
+    for (int64_t i = 0; possible && i < count; i++) possible = batch[i].key.column == 1 && batch[i].value.column == 1;
     return possible;
 }
 
@@ -1142,14 +1036,15 @@ template <int WIDTH, class T> INLINE VR features(const T* row, int e) {
     return e + W <= WIDTH ? load_as(row + e) : load_some(row + e, WIDTH - e);
 }
 
-template <int N> static void load_queries(const InPlace&, const Site& s, const Scratch& w, int64_t q0, int nq) {
-    memset(w.rows, 0, sizeof(R) * FEW * (DR + DVR));
+template <int N> static void load_queries(const InPlace&, const BatchIndex& b, LaneScratch& w, int64_t q0, int nq) {
+    memset(w.query_rows, 0, sizeof w.query_rows);
+    memset(w.out_rows, 0, sizeof w.out_rows);
     memset(w.scores, 0, sizeof(R) * BK * N * W);
-    copy_rows(w.rows, DR, s.query.data + q0 * s.query.row, s.query.row, s.query.column, nq, D);
+    copy_rows(w.query_rows, DR, b.query.data + q0 * b.query.row, b.query.row, b.query.column, nq, D);
 }
 
 // Sums of products over the features, W keys at a time: their partial sums are transposed and added.
-template <int N> static void score_product(const InPlace::Part& part, const Scratch& w, int nq, int nk) {
+template <int N> static void score_product(const InPlace::Part& part, LaneScratch& w, int nq, int nk) {
     for (int q = 0; q < nq; q++)
         for (int k0 = 0; k0 < nk; k0 += W) {
             VR x[W];
@@ -1159,7 +1054,7 @@ template <int N> static void score_product(const InPlace::Part& part, const Scra
                 const Bf16* row = part.key + (k0 + (k < keys ? k : 0)) * part.key_row;
                 for (int d = 0; d < D; d += W) {
                     if (sizeof *row == 4) __builtin_prefetch(row + AHEAD * part.key_row + d);
-                    x[k] += features<D>(row, d) * load(w.rows + q * DR + d);
+                    x[k] += features<D>(row, d) * load(w.query_rows + q * DR + d);
                 }
             }
             transpose(x);
@@ -1169,11 +1064,11 @@ template <int N> static void score_product(const InPlace::Part& part, const Scra
         }
 }
 
-template <int N> static void value_product(const InPlace::Part& part, const Scratch& w, int nq, int nk, const VR* scale) {
+template <int N> static void value_product(const InPlace::Part& part, LaneScratch& w, int nq, int nk, const VR* alpha) {
     constexpr int CHUNK = 4 * W;  // results kept in registers
     for (int q = 0; q < nq; q++)
         for (int e0 = 0; e0 < DVR; e0 += CHUNK) {
-            R* out = w.rows + FEW * DR + q * DVR + e0;
+            R* out = w.out_rows + q * DVR + e0;
             VR sum[4];
 #pragma GCC unroll 4
             for (int i = 0; i < 4; i++) sum[i] = VR{};
@@ -1186,48 +1081,47 @@ template <int N> static void value_product(const InPlace::Part& part, const Scra
                 }
 #pragma GCC unroll 4
             for (int i = 0; i < 4; i++)
-                if (e0 + i * W < DVR) store(out + i * W, load(out + i * W) * scale[0][q] + sum[i]);
+                if (e0 + i * W < DVR) store(out + i * W, load(out + i * W) * alpha[0][q] + sum[i]);
         }
 }
 
-static void collect(const InPlace&, const Scratch& w, int nq) {
+static void collect(const InPlace&, LaneScratch& w, int nq) {
     for (int e = 0; e < DV; e++)
-        for (int q = 0; q < W; q++) w.out[e * W + q] = q < nq ? w.rows[FEW * DR + q * DVR + e] : R(0);
+        for (int q = 0; q < W; q++) w.out[e * W + q] = q < nq ? w.out_rows[q * DVR + e] : R(0);
 }
 
 // One block of N * W queries against every key that it may see. EXACT: no tile is skipped and scores are rounded as eager
-// rounds them; only the rows of ``redo`` are written. Returns through ``redo`` the rows that need this.
-template <int N, bool EXACT, class Keys> static bool block(const Call& c, const Site& s, const Keys& p, const Scratch& w,
-    int64_t q0, VI* redo) {
+// rounds them; only the rows of ``exact`` are written. Returns through ``exact`` the rows that need this.
+template <int N, bool EXACT, class Keys> static bool block(const Call& c, const BatchIndex& b, const Keys& p, LaneScratch& w,
+    int64_t q0, VI* exact) {
     const int nq = int(min64(N * W, c.q_len - q0));
-    const Rows<N> r = make_rows<N>(c, s, q0);
-    load_queries<N>(p, s, w, q0, nq);
-    VR top[N], sum[N];
-    for (int v = 0; v < N; v++) top[v] = vr(-R(INFINITY)), sum[v] = VR{};
+    const Rows<N> r = make_rows<N>(c, b, q0);
+    load_queries<N>(p, b, w, q0, nq);
+    VR m[N], l[N];  // as FlashAttention-2 names them: a row's largest score so far, and its sum of exp(score - m)
+    for (int v = 0; v < N; v++) m[v] = vr(-R(INFINITY)), l[v] = VR{};
     int64_t begin = 0, end = c.kv_len, full_begin = 0, full_end = c.kv_len;
-    if (!EXACT) {
-        end = clamp64(upper_key(c, s, q0 + nq - 1), 0, c.kv_len), full_end = upper_key(c, s, q0);
-    }
+    if (!EXACT) end = clamp64(upper_key(c, b, q0 + nq - 1), 0, c.kv_len), full_end = upper_key(c, b, q0);
     const R natural = EXACT ? R(1) : R(0.125), unit = natural * R(1.44269504088896341);
     // Tiles begin where the first key is visible, unless what is known of them is known for whole tiles.
     for (int64_t k0 = begin - begin % MR; k0 < end; k0 += BK) {
         const int nk = int(min64(BK, end - k0));
         bool full = !EXACT && k0 >= full_begin && k0 + nk <= full_end;
+        const Tile<N> tile = {c, b, r, w, q0, nq, k0, nk};
         const auto part = p.part(k0);
         score_product<N>(part, w, nq, nk);
-        VR old[N], scale[N], reference[N];
-        for (int v = 0; v < N; v++) old[v] = top[v];
-        if constexpr (EXACT) score_exact<N>(c, s, r, w, q0, nq, k0, nk, top);
+        VR m_old[N], alpha[N], reference[N];  // alpha: what l and the result so far are worth now that m has grown
+        for (int v = 0; v < N; v++) m_old[v] = m[v];
+        if constexpr (EXACT) score_exact<N>(tile, m);
         else
-        if (!full) score_partial<N>(c, s, r, w, q0, nq, k0, nk, top);
+        if (!full) score_partial<N>(tile, m);
         else
-        score_full<N>(c, s, r, w, q0, nq, k0, nk, top);
+        score_full<N>(tile, m);
         for (int v = 0; v < N; v++) {
-            reference[v] = finite_reference(top[v]);
-            scale[v] = exp2_lanes((old[v] - reference[v]) * unit);
+            reference[v] = finite_reference(m[v]);
+            alpha[v] = exp2_lanes((m_old[v] - reference[v]) * unit);
         }
-        weigh<N>(c, s, r, w, q0, nq, k0, nk, unit, reference, scale, sum);
-        value_product<N>(part, w, nq, nk, scale);
+        weigh<N>(tile, unit, reference, alpha, l);
+        value_product<N>(part, w, nq, nk, alpha);
     }
     collect(p, w, nq);
     bool any = false;
@@ -1235,49 +1129,65 @@ template <int N, bool EXACT, class Keys> static bool block(const Call& c, const 
     VI keep[N];
     for (int v = 0; v < N; v++) {
         VR out_scale = vr(R(1));
-        highest[v] = top[v] * natural;
-        factor[v] = c.kv_len == 0 ? VR{} : out_scale / sum[v];  // a sum over no keys is zero, whatever the weights are
+        highest[v] = m[v] * natural;
+        factor[v] = c.kv_len == 0 ? VR{} : out_scale / l[v];  // a sum over no keys is zero, whatever the weights are
         keep[v] = vi(c.q_len - q0 - v * W) > lane_numbers();
-        if constexpr (EXACT) keep[v] &= redo[v];
+        if constexpr (EXACT) keep[v] &= exact[v];
         else {
-            redo[v] = keep[v] & ~((top[v] * R(0.125) > R(-3.3895313892515355e+38)) & (f_abs(sum[v]) < R(INFINITY)));
-            keep[v] &= ~redo[v];
-            for (int i = 0; i < W; i++) any |= redo[v][i] != 0;
+            exact[v] = keep[v] & ~((m[v] * R(0.125) > R(-3.3895313892515355e+38)) & (f_abs(l[v]) < R(INFINITY)));
+            keep[v] &= ~exact[v];
+            for (int i = 0; i < W; i++) any |= exact[v][i] != 0;
         }
     }
-    write_out<N>(c, s, w, q0, factor, keep);
-    if (s.lse) write_lse<N>(s, q0, top, natural, highest, sum, keep);
+    write_out<N>(c, b, w, q0, factor, keep);
+    if (b.lse) write_lse<N>(b, q0, m, natural, highest, l, keep);
     return any;
 }
 
-// One block, and those of its rows again that need it.
-template <int N, class Keys> static void queries_in(const Call& c, const Site& s, const Keys& p, const Scratch& w, int64_t q0) {
-    VI redo[N];
-    if (!block<N, false>(c, s, p, w, q0, redo)) return;
+// One block, and those of its rows that are exact.
+template <int N, class Keys> static void queries_in(const Call& c, const BatchIndex& b, const Keys& p, LaneScratch& w,
+    int64_t q0) {
+    VI exact[N];
+    if (!block<N, false>(c, b, p, w, q0, exact)) return;
     for (int v = 0; v < N; v++) {
         bool any = false;
-        for (int i = 0; i < W; i++) any |= redo[v][i] != 0;
-        if (any) block<1, true>(c, s, p, w, q0 + v * W, redo + v);
+        for (int i = 0; i < W; i++) any |= exact[v][i] != 0;
+        if (any) block<1, true>(c, b, p, w, q0 + v * W, exact + v);
     }
 }
 
-static int64_t bytes() { return Scratch::bytes() + int64_t(BK + MR) * (D + DVP) * sizeof(R); }
+// Owned by one thread.
+struct alignas(64) ExactScratch {
+    LaneScratch lanes;
+    R key[(BK + MR) * D], value[(BK + MR) * DVP];  // of one tile
+};
 
-// The rows q0 + i for which again[i].
-static void rows(const Call& c, const Site& s, char* memory, const KeyRanges* tiles, int64_t q0, int nq, const bool* again) {
-    R* key = (R*)(memory + Scratch::bytes());
-    const Packed packed = {c, s, key, key + (BK + MR) * D, tiles};
+// Gives tiles that are packed when they are asked for.
+struct PackedTile {
+    const Call& c;
+    const BatchIndex& b;
+    R *key, *value;
+
+    struct Part { const R *key, *value; };
+    Part part(int64_t k0) const {
+        pack_rows(c, b, key, value, k0);
+        return {key, value};
+    }
+};
+
+// The rows q0 + i for which exact[i].
+static void attend_exactly(const Call& c, const BatchIndex& b, ExactScratch& w, int64_t q0, int nq, const bool* exact) {
+    const PackedTile packed = {c, b, w.key, w.value};
     for (int first = 0; first < nq; first += NV * W) {
         VI chosen[NV] = {};
         bool any = false;
-        for (int i = 0; i < NV * W && first + i < nq; i++) chosen[i / W][i % W] = -I(again[first + i]), any |= again[first + i];
-        if (any) block<NV, true>(c, s, packed, Scratch(memory), q0 + first, chosen);
+        for (int i = 0; i < NV * W && first + i < nq; i++) chosen[i / W][i % W] = -I(exact[first + i]), any |= exact[first + i];
+        if (any) block<NV, true>(c, b, packed, w.lanes, q0 + first, chosen);
     }
 }
-}  // namespace redo
 // Softmax with a fixed reference per row, the maximum of the first tile that it sees, where others keep a running maximum:
 // the result is then touched by the matrix unit only. bfloat16 weights keep their precision up to 2^127, so that a reference
-// may be far too small; rows whose sum has grown beyond kRescale are scaled down, rows that overflow are computed again.
+// may be far too small; rows whose sum has grown beyond kRescale are scaled down, rows that overflow are exact.
 constexpr float kRescale = 0x1p30f, kOverflow = 0x1p96f;
 // Scores below this, and below the mask's fill, do not make a reference: a later, visible one would overflow.
 constexpr float kMasked = -9000.0;
@@ -1286,47 +1196,38 @@ constexpr float kThreshold = R(-3.3895313892515355e+38) * R(1.44269504088896341)
 constexpr int QUERY_COLS = 2 * PAIRS;
 
 // Owned by one thread, for one block of queries at a time.
-struct Scratch {
-    Bf16* query;       // [BQ][QUERY_COLS]
-    float* scores;     // [2][BQ][BK]
-    Bf16* weights;     // [2][BQ][BK], bits of bfloat16, keys in the order of packed_key
-    float* out;        // [BQ][VALUE_COLS]
-    float* sums;       // [BQ][W], sums of weights, lane by lane
-    float* reference;  // [BQ], base 2, infinity as long as the row has seen masked entries only
-    float* skipped;    // [BQ], largest score seen until then
-    char* redo;
+struct alignas(64) Scratch {
+    static constexpr int kRows = BQ + Matrix::kRows;  // a last step may reach beyond
+    Bf16 query[kRows * QUERY_COLS];
+    float scores[2][kRows * BK];
+    Bf16 weights[2][kRows * BK];   // bits of bfloat16, keys in the order of packed_key
+    float out[kRows * VALUE_COLS];
+    float l[kRows * W];            // sums of weights, lane by lane
+    float reference[kRows];        // base 2, infinity as long as the row has seen masked entries only
+    float skipped[kRows];          // largest score seen until then
+    ExactScratch exact;
 
-    static constexpr int64_t kRows = BQ + Matrix::kRows;  // a last step may reach beyond
-    static int64_t bytes() {
-        return kRows * (QUERY_COLS * 2 + 2 * BK * (4 + 2) + VALUE_COLS * 4 + W * 4 + 4 + 4) + redo::bytes();
-    }
-    explicit Scratch(char* p)
-        : query((Bf16*)p), scores((float*)(query + kRows * QUERY_COLS)), weights((Bf16*)(scores + 2 * kRows * BK)),
-          out((float*)(weights + 2 * kRows * BK)), sums(out + kRows * VALUE_COLS), reference(sums + kRows * W),
-              skipped(reference + kRows),
-          redo((char*)(skipped + kRows)) {}
+    float* score(int side, int row) { return scores[side] + row * BK; }
+    Bf16* weight(int side, int row) { return weights[side] + row * BK; }
 
-    float* score(int side, int row) const { return scores + (side * kRows + row) * BK; }
-    Bf16* weight(int side, int row) const { return weights + (side * kRows + row) * BK; }
-
-    void clear(int nq) const {
+    void clear(int nq) {
         memset(out, 0, sizeof(float) * round_up(nq, Matrix::kRows) * VALUE_COLS);
-        memset(sums, 0, sizeof(float) * nq * W);
+        memset(l, 0, sizeof(float) * nq * W);
         for (int i = 0; i < nq; i++) reference[i] = INFINITY, skipped[i] = -INFINITY;
     }
-    float total(int row) const { return _mm512_reduce_add_ps(__m512(load(sums + row * W))); }
+    float sum(int row) const { return _mm512_reduce_add_ps(__m512(load(l + row * W))); }
 
     // Powers of two: exact.
-    void rescale(int nq) const {
+    void rescale(int nq) {
         for (int i = 0; i < nq; i++) {
-            const float sum = total(i);
-            if (!(sum > kRescale && sum < kOverflow)) continue;
+            const float now = sum(i);
+            if (!(now > kRescale && now < kOverflow)) continue;
             int exponent;
-            frexpf(sum, &exponent);
-            const float factor = ldexpf(1, -exponent);
+            frexpf(now, &exponent);
+            const float alpha = ldexpf(1, -exponent);
             reference[i] += exponent;
-            store(sums + i * W, load(sums + i * W) * factor);
-            for (int e = 0; e < VALUE_COLS; e += W) store(out + i * VALUE_COLS + e, load(out + i * VALUE_COLS + e) * factor);
+            store(l + i * W, load(l + i * W) * alpha);
+            for (int e = 0; e < VALUE_COLS; e += W) store(out + i * VALUE_COLS + e, load(out + i * VALUE_COLS + e) * alpha);
         }
     }
 };
@@ -1344,10 +1245,10 @@ INLINE __m512i exp2_bits(VR x) {
 }
 
 // Rows of one tile of scores.
-struct Rows {
+struct ScoreRows {
     const Call& c;
-    const Site& s;
-    const Scratch& w;
+    const BatchIndex& b;
+    Scratch& w;
     const KeyRuns& runs;
     const int64_t q0, k0;
     const int nk, side;
@@ -1357,14 +1258,14 @@ struct Rows {
         bool unset = false;
         for (int i = 0; i < nq; i++) {
             if (w.reference[i] != INFINITY) continue;
-            const Score score(c, s, runs, q0 + i, k0, nk);
-            VR top = vr(-INFINITY);
-            for (int n = 0; n < nk; n += W) top = vmax(top, within(score(load(w.score(side, i) + n), n), n));
-            const float highest = _mm512_reduce_max_ps(__m512(top)) * R(0.125);
+            const Score score(c, b, runs, q0 + i, k0, nk);
+            VR m = vr(-INFINITY);
+            for (int n = 0; n < nk; n += W) m = vmax(m, within(score(load(w.score(side, i) + n), n), n));
+            const float highest = _mm512_reduce_max_ps(__m512(m)) * R(0.125);
             if (highest > kMasked) {
                 w.reference[i] = highest * R(1.44269504088896341);
                 // What was skipped must weigh nothing; else the row overflows on purpose.
-                if (!(highest > w.skipped[i] + 200)) store(w.sums + i * W, vr(INFINITY));
+                if (!(highest > w.skipped[i] + 200)) store(w.l + i * W, vr(INFINITY));
             } else {
                 w.skipped[i] = fmaxf(w.skipped[i], highest);
                 unset = true;
@@ -1375,13 +1276,13 @@ struct Rows {
 
     VR within(VR score, int n) const { return vi(nk - n) > lane_numbers() ? score : vr(-INFINITY); }
 
-    // Scores of rows from … to become weights. Returns the larger of ``top`` and their sums. TAIL: nk is no whole vectors.
-    template <class Score, bool TAIL> VR weigh(int from, int to, VR top) const {
+    // Scores of rows from … to become weights. Returns the larger of ``most`` and their sums. TAIL: nk is no whole vectors.
+    template <class Score, bool TAIL> VR weigh(int from, int to, VR most) const {
         for (int i = from; i < to; i++) {
-            const Score score(c, s, runs, q0 + i, k0, nk);
+            const Score score(c, b, runs, q0 + i, k0, nk);
             const float* scores = w.score(side, i);
             const VR reference = vr(w.reference[i]);
-            VR sum = load(w.sums + i * W);
+            VR sum = load(w.l + i * W);
 #pragma GCC unroll 2
             for (int n = 0; n < nk; n += 2 * W) {
                 __m512i half[2];
@@ -1396,10 +1297,10 @@ struct Rows {
                 sum = VR(_mm512_dpbf16_ps(__m512(sum), (__m512bh)pair, (__m512bh)_mm512_set1_epi32(0x3f803f80)));
                 _mm512_storeu_si512(w.weight(side, i) + n, pair);
             }
-            store(w.sums + i * W, sum);
-            top = vmax(top, sum);
+            store(w.l + i * W, sum);
+            most = vmax(most, sum);
         }
-        return top;
+        return most;
     }
 };
 
@@ -1407,12 +1308,11 @@ struct Rows {
 // values of tile j - 1 go through the matrix unit, a few rows at a time, the softmax of tile j goes through the vector units.
 struct QueryBlock {
     const Call& c;
-    const Site& s;
+    const BatchIndex& b;
     const Packed& packed;
-    const Scratch& w;
+    Scratch& w;
     const int64_t q0;
     const int nq;
-    const RowRanges rows;
     Matrix matrix;
     KeyRuns runs[2];  // of the tiles on both sides
 
@@ -1450,13 +1350,14 @@ struct QueryBlock {
         for (int i = 0; i < value_steps(); i++) value_step(t, i);
         matrix.flush();
     }
-    VR softmax(const KeyTile& t, int from, int to, VR top) const {
-        const Rows rows = {c, s, w, runs[t.side], q0, t.k0, t.nk, t.side};
-        if (!t.full) return rows.weigh<ScorePartial, true>(from, to, top);
-        return t.nk % 32 ? rows.weigh<ScoreFull, true>(from, to, top) : rows.weigh<ScoreFull, false>(from, to, top);
+    // Rows from … to. Returns the larger of ``most`` and their sums of weights.
+    VR softmax(const KeyTile& t, int from, int to, VR most) const {
+        const ScoreRows rows = {c, b, w, runs[t.side], q0, t.k0, t.nk, t.side};
+        if (!t.full) return rows.weigh<ScorePartial, true>(from, to, most);
+        return t.nk % 32 ? rows.weigh<ScoreFull, true>(from, to, most) : rows.weigh<ScoreFull, false>(from, to, most);
     }
     bool refer(const KeyTile& t) const {
-        const Rows rows = {c, s, w, runs[t.side], q0, t.k0, t.nk, t.side};
+        const ScoreRows rows = {c, b, w, runs[t.side], q0, t.k0, t.nk, t.side};
         if (!t.full) return rows.refer<ScorePartial>(nq);
         return rows.refer<ScoreFull>(nq);
     }
@@ -1464,20 +1365,11 @@ struct QueryBlock {
     void load_queries() const {
         for (int i = 0; i < round_up(nq, Matrix::kRows); i++) {
             Bf16* to = w.query + i * QUERY_COLS;
-            const Bf16* from = s.query.data + (q0 + i) * s.query.row;
+            const Bf16* from = b.query.data + (q0 + i) * b.query.row;
             if (i >= nq) memset(to, 0, QUERY_COLS * sizeof(Bf16));
-            else if (s.query.column == 1) memcpy(to, from, D * sizeof(Bf16));
-            else for (int d = 0; d < D; d++) to[d] = from[d * s.query.column];
+            else if (b.query.column == 1) memcpy(to, from, D * sizeof(Bf16));
+            else for (int d = 0; d < D; d++) to[d] = from[d * b.query.column];
             if (i < nq && QUERY_COLS > D) memset(to + D, 0, (QUERY_COLS - D) * sizeof(Bf16));
-        }
-    }
-
-    // Returns the tile at or after k0 that some query may see; one past the last has no keys.
-    KeyTile tile(int64_t k0, int64_t end, int64_t full_begin, int64_t full_end, int side) const {
-        for (;; k0 += BK) {
-            const int nk = int(max64(0, min64(BK, end - k0)));
-            bool full = k0 >= full_begin && k0 + nk <= full_end;
-            return {k0, nk, side, full};
         }
     }
 
@@ -1485,28 +1377,36 @@ struct QueryBlock {
         load_queries();
         w.clear(nq);
         int64_t begin = 0, end = c.kv_len, full_begin = 0, full_end = c.kv_len;
-        end = clamp64(upper_key(c, s, q0 + nq - 1), 0, c.kv_len), full_end = upper_key(c, s, q0);
-        KeyTile before = {}, now = tile(begin - begin % BK, end, full_begin, full_end, 0);
+        end = clamp64(upper_key(c, b, q0 + nq - 1), 0, c.kv_len), full_end = upper_key(c, b, q0);
+        // The tile at or after k0 that some query may see; one past the last has no keys.
+        const auto tile = [&](int64_t k0, int side) -> KeyTile {
+            for (;; k0 += BK) {
+                const int nk = int(max64(0, min64(BK, end - k0)));
+                bool full = k0 >= full_begin && k0 + nk <= full_end;
+                return {k0, nk, side, full};
+            }
+        };
+        KeyTile before = {}, now = tile(begin - begin % BK, 0);
         if (now.nk == 0) return;
-        runs[0].find(c, s, now.k0, now.nk);
+        runs[0].find(c, b, now.k0, now.nk);
         for (int i = 0; i < score_steps(now); i++) score_step(now, i);
         matrix.flush();
         bool pending = false, unset = true;
         for (;;) {
             if (unset) unset = refer(now);
-            const KeyTile next = tile(now.k0 + BK, end, full_begin, full_end, 1 - now.side);
+            const KeyTile next = tile(now.k0 + BK, 1 - now.side);
             const int scores = next.nk ? score_steps(next) : 0, values = pending ? value_steps() : 0, steps = scores + values;
-            if (next.nk) runs[next.side].find(c, s, next.k0, next.nk);
-            VR top = VR{};
+            if (next.nk) runs[next.side].find(c, b, next.k0, next.nk);
+            VR most = VR{};
             for (int i = 0, row = 0; i < steps; i++) {
                 if (i < scores) score_step(next, i);
                 else value_step(before, i - scores);
                 const int to = nq * (i + 1) / steps;
-                top = softmax(now, row, to, top);
+                most = softmax(now, row, to, most);
                 row = to;
             }
-            if (steps == 0) top = softmax(now, 0, nq, top);
-            pending = !too_large(top);
+            if (steps == 0) most = softmax(now, 0, nq, most);
+            pending = !too_large(most);
             if (!pending) {
                 all_values(now);
                 w.rescale(nq);
@@ -1519,34 +1419,34 @@ struct QueryBlock {
         if (pending) all_values(now);
     }
 
-    // Writes the rows that are done; the others are computed again in float, with a running maximum.
+    // Writes the rows that are done; the others are exact: in float, with a running maximum.
     void finish() const {
-        bool again[BQ] = {}, any = false;
-        for (int i = 0; i < nq; i++) any |= again[i] = !write_row(i);
-        if (any) redo::rows(c, s, w.redo, packed.tiles, q0, nq, again);
+        bool exact[BQ] = {}, any = false;
+        for (int i = 0; i < nq; i++) any |= exact[i] = !write_row(i);
+        if (any) attend_exactly(c, b, w.exact, q0, nq, exact);
     }
 
     bool write_row(int i) const {
         const int64_t q = q0 + i;
         const float reference = w.reference[i];
-        float total = w.total(i);
-        if (!(total > 0 && total < kOverflow && reference > kThreshold)) return false;
+        float l = w.sum(i);
+        if (!(l > 0 && l < kOverflow && reference > kThreshold)) return false;
         VR zero = VR{};  // stays so unless the row has overflowed
         for (int e = 0; e < VALUE_COLS; e += W) zero += load(w.out + i * VALUE_COLS + e) * R(0);
         if (_mm512_cmp_ps_mask(__m512(zero), _mm512_setzero_ps(), _CMP_NEQ_UQ)) return false;
-        if (s.lse) s.lse[q] = (reference + log2f(total)) * 0.693147180559945f;
-        store_row(q, [&](int e) { return load(w.out + i * VALUE_COLS + e) * (1 / total); });
+        if (b.lse) b.lse[q] = (reference + log2f(l)) * 0.693147180559945f;
+        store_row(q, [&](int e) { return load(w.out + i * VALUE_COLS + e) * (1 / l); });
         return true;
     }
 
     void write_empty_row(int64_t q) const {
-        if (s.lse) s.lse[q] = -INFINITY;
+        if (b.lse) b.lse[q] = -INFINITY;
         store_row(q, [](int) { return vr(R(NAN)); });
     }
 
     template <class Row> void store_row(int64_t q, Row row) const {
         const int64_t stride = c.out_stride[3];
-        Bf16* to = (Bf16*)s.out + q * c.out_stride[2];
+        Bf16* to = (Bf16*)b.out + q * c.out_stride[2];
         for (int e = 0; e < DV; e += W) {
             const VR x = row(e);
             if (stride == 1 && e + W <= DV) store_as(to + e, x);
@@ -1555,24 +1455,23 @@ struct QueryBlock {
     }
 };
 
-static void queries(const Call& c, const Site& s, const Packed& packed, const Scratch& w, int64_t q0) {
+static void queries(const Call& c, const BatchIndex& b, const Packed& packed, Scratch& w, int64_t q0) {
     const int64_t end = min64(q0 + BQ, c.q_len);
-    QueryBlock block = {c, s, packed, w, q0, int(end - q0), RowRanges(c, s, q0, end), {}, {}};
+    QueryBlock block = {c, b, packed, w, q0, int(end - q0), {}, {}};
     block.attend();
     block.finish();
 }
-using redo::in_place;
-static void few_queries(const Call& c, const Site& s, const KeyRanges* tiles, const Scratch& w) {
-    redo::queries_in<1>(c, s, redo::InPlace{s, tiles}, redo::Scratch(w.redo), 0);
+static void decode(const Call& c, const BatchIndex& b, Scratch& w) {
+    queries_in<1>(c, b, InPlace{b}, w.exact.lanes, 0);
 }
 
 // Heads are taken in waves: all threads pack the keys and values of a wave, then share its blocks of queries.
 
-// Sites that follow each other and read the same keys and values share one packed copy; copies are numbered in ``slot``.
-static void number_slots(const Site* sites, int64_t* slot, int64_t count) {
+// Batch indices that follow each other and read the same keys and values share one packed copy; copies are numbered in ``slot``.
+static void number_slots(const BatchIndex* batch, int64_t* slot, int64_t count) {
     slot[0] = 0;
     for (int64_t i = 1; i < count; i++) {
-        const bool same = sites[i].key.data == sites[i - 1].key.data && sites[i].value.data == sites[i - 1].value.data;
+        const bool same = batch[i].key.data == batch[i - 1].key.data && batch[i].value.data == batch[i - 1].value.data;
         slot[i] = slot[i - 1] + !same;
     }
 }
@@ -1585,36 +1484,35 @@ static int64_t wave_end(const int64_t* slot, int64_t first, int64_t count, int64
 
 extern "C" __attribute__((visibility("default"))) int fuse_attention(const int64_t* arguments) {
     const Call c(arguments);
-    const int64_t count = site_count(c), blocks = (c.q_len + NV * W - 1) / (NV * W), key_tiles = (c.kv_len + BK - 1) / BK;
+    const int64_t count = batch_count(c), blocks = (c.q_len + BQ - 1) / BQ, key_tiles = (c.kv_len + BK - 1) / BK;
     if (count * blocks == 0) return 0;
     if (c.q_len > 16777216 || c.kv_len > 16777216) return 1;
-    char *head = nullptr, *memory = nullptr;  // sites, slots and tiles; packed keys and values, and the threads' scratch
+    char *head = nullptr, *memory = nullptr;  // batch, slots and tiles; packed keys and values, and the threads' scratch
     const int64_t tile_bytes = 0;
-    if (posix_memalign((void**)&head, 64, count * int64_t(sizeof(Site) + sizeof(int64_t)) + tile_bytes)) return 2;
-    Site* sites = (Site*)head;
-    int64_t* slot = (int64_t*)(sites + count);
-    KeyRanges* tiles = (KeyRanges*)(slot + count);
+    if (posix_memalign((void**)&head, 64, count * int64_t(sizeof(BatchIndex) + sizeof(int64_t)) + tile_bytes)) return 2;
+    BatchIndex* batch = (BatchIndex*)head;
+    int64_t* slot = (int64_t*)(batch + count);
     {
         const FlushDenormals flush;
-        for (int64_t i = 0; i < count; i++) sites[i] = make_site(c, i);
-        number_slots(sites, slot, count);
+        for (int64_t i = 0; i < count; i++) batch[i] = make_batch_index(c, i);
+        number_slots(batch, slot, count);
     }
-    const bool packs = !in_place(c, sites, count);
+    const bool packs = !all_in_place(c, batch, count);
     const int64_t slot_bytes = packs ? Packed::bytes(key_tiles) : 0;
     // Enough blocks in a wave to balance the threads, and no more than the outer cache holds.
     const int64_t balanced = (8 * c.threads + blocks - 1) / blocks, cached = 1048576 / (slot_bytes + 1);
     const int64_t limit = min64(max64(max64(balanced, cached), 1), count);
     const int threads = int(min64(c.threads, 1 + count * c.q_len * c.kv_len * (D + DV) / 262144));
-    const int64_t packed_bytes = limit * slot_bytes, per_thread = (Scratch::bytes() + 127) / 64 * 64;
+    const int64_t packed_bytes = limit * slot_bytes, per_thread = sizeof(Scratch) + 64;
     if (posix_memalign((void**)&memory, 64, packed_bytes + threads * per_thread)) return free(head), 2;
     char* scratch = memory + packed_bytes;
 #pragma omp parallel num_threads(threads) if (threads > 1)
     {
         const FlushDenormals flush;
 #ifdef _OPENMP
-        const Scratch w(scratch + omp_get_thread_num() * per_thread);
+        Scratch& w = *new (scratch + omp_get_thread_num() * per_thread) Scratch;
 #else
-        const Scratch w(scratch);
+        Scratch& w = *new (scratch) Scratch;
 #endif
         for (int64_t first = 0, last; first < count; first = last) {
             last = wave_end(slot, first, count, limit);
@@ -1622,15 +1520,15 @@ extern "C" __attribute__((visibility("default"))) int fuse_attention(const int64
 #pragma omp for schedule(dynamic, 1)
             for (int64_t t = 0; t < (last - first) * key_tiles; t++) {
                 const int64_t i = first + t / key_tiles, k0 = t % key_tiles * BK;
-                const Packed p(packed + slot[i] * slot_bytes, key_tiles, nullptr);
-                if (packs && (i == first || slot[i] != slot[i - 1])) pack(c, sites[i], p, k0);
+                const Packed p(packed + slot[i] * slot_bytes, key_tiles);
+                if (packs && (i == first || slot[i] != slot[i - 1])) pack(c, batch[i], p, k0);
             }
             // The last blocks of a head first: with a causal mask they are the longest.
 #pragma omp for schedule(dynamic, 1)
             for (int64_t t = 0; t < (last - first) * blocks; t++) {
-                const int64_t i = first + t / blocks, q0 = (blocks - 1 - t % blocks) * NV * W;
-                if (!packs) { few_queries(c, sites[i], tiles + i * key_tiles, w); continue; }
-                queries(c, sites[i], Packed(packed + slot[i] * slot_bytes, key_tiles, tiles + i * key_tiles), w, q0);
+                const int64_t i = first + t / blocks, q0 = (blocks - 1 - t % blocks) * BQ;
+                if (!packs) { decode(c, batch[i], w); continue; }
+                queries(c, batch[i], Packed(packed + slot[i] * slot_bytes, key_tiles), w, q0);
             }
         }
     }

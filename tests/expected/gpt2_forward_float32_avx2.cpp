@@ -11,7 +11,7 @@
 // sizes     B0, B1, q_len, kv_len
 // contents, in order
 //   Call             the arguments of a call
-//   Site             one batch index: where its operands begin
+//   BatchIndex       one batch index: where its operands begin
 //   upper_key        edit: one past the last key that a query may see
 //   score_full       edit: the score of an entry, lanes are queries
 //   score_partial    edit: the same where the mask hides some
@@ -24,6 +24,7 @@
 typedef float R;
 constexpr int W = FUSE_WIDTH;   // lanes of a vector
 constexpr int NV = 3;   // vectors of queries in a block
+constexpr int BQ = NV * W;   // queries of a block
 constexpr int MR = 4;   // rows of the microkernel: MR * NV accumulators
 constexpr int BK = 128;   // keys of a tile
 constexpr int D = 64, DV = 64, DVP = (DV + MR - 1) / MR * MR;
@@ -62,8 +63,8 @@ INLINE VL vl(VL x) { return x; }
 INLINE VI vm(bool x) { return I(-I(x)) - VI{}; }
 // An int64 in lanes that may be narrower: saturated, which no comparison with values inside the range can tell.
 INLINE VI vi(int64_t x) {
-    const int64_t top = sizeof(I) == 8 ? INT64_MAX : INT32_MAX;
-    return I(clamp64(x, -top, top)) - VI{};
+    const int64_t limit = sizeof(I) == 8 ? INT64_MAX : INT32_MAX;
+    return I(clamp64(x, -limit, limit)) - VI{};
 }
 INLINE VI narrow(VL x) { return __builtin_convertvector(x, VI); }
 INLINE VL widen_int(VI x) { return __builtin_convertvector(x, VL); }
@@ -183,9 +184,9 @@ template <class T> INLINE void store_as(T* p, VR v) {
 #endif
     else for (int i = 0; i < W; i++) p[i] = from_r<T>(v[i]);
 }
-template <class T> INLINE VR load_some(const T* p, int n) { VR v = {}; for (int i = 0; i < n; i++) v[i] = to_r(p[i]); return v;
-    }
-template <class T> INLINE void store_some(T* p, VR v, int n) { for (int i = 0; i < n; i++) p[i] = from_r<T>(v[i]); }
+template <class T> INLINE VR load_some(const T* p, int n) {
+    VR v = {}; for (int i = 0; i < n; i++) v[i] = to_r(p[i]); return v;
+}
 
 // dst[row * ld + column] = src[row * rs + column * cs] for rows x columns.
 template <class T> static void copy_rows(R* dst, int64_t ld, const T* src, int64_t rs, int64_t cs, int64_t rows,
@@ -224,14 +225,18 @@ template <class T> static void copy_transposed(R* dst, int64_t ld, const T* src,
 // What an expression reads: one element, or one per lane.
 template <class T> INLINE R read_real(const void* p, int64_t i) { return to_r(((const T*)p)[i]); }
 template <class T> INLINE int64_t read_int(const void* p, int64_t i) { return int64_t(((const T*)p)[i]); }
-template <class T> INLINE VR gather_real(const void* p, VL at) { VR v; for (int i = 0; i < W; i++) v[i] = read_real<T>(p,
-    at[i]); return v; }
-template <class T> INLINE VI gather_int(const void* p, VL at) { VI v; for (int i = 0; i < W; i++) v[i] = I(read_int<T>(p,
-    at[i])); return v; }
-template <class T> INLINE VL gather_long(const void* p, VL at) { VL v; for (int i = 0; i < W; i++) v[i] = read_int<T>(p,
-    at[i]); return v; }
-template <class T> INLINE VI gather_bool(const void* p, VL at) { VI v; for (int i = 0; i < W;
-    i++) v[i] = -I(((const T*)p)[at[i]] != 0); return v; }
+template <class T> INLINE VR gather_real(const void* p, VL at) {
+    VR v; for (int i = 0; i < W; i++) v[i] = read_real<T>(p, at[i]); return v;
+}
+template <class T> INLINE VI gather_int(const void* p, VL at) {
+    VI v; for (int i = 0; i < W; i++) v[i] = I(read_int<T>(p, at[i])); return v;
+}
+template <class T> INLINE VL gather_long(const void* p, VL at) {
+    VL v; for (int i = 0; i < W; i++) v[i] = read_int<T>(p, at[i]); return v;
+}
+template <class T> INLINE VI gather_bool(const void* p, VL at) {
+    VI v; for (int i = 0; i < W; i++) v[i] = -I(((const T*)p)[at[i]] != 0); return v;
+}
 INLINE VR load_lanes(const R* p) { return load(p); }
 INLINE VI load_lanes(const I* p) { VI v; memcpy(&v, p, sizeof v); return v; }
 #if !FUSE_DOUBLE
@@ -453,118 +458,6 @@ INLINE VR round_bf16(VR x) {
     else return f_isnan(x) ? x : real((bits(x) + (((bits(x) >> 16) & 1) + 0x7fff)) & I(0xffff0000));
 }
 INLINE VR round_f16(VR x) { return lanewise(x, [](R y) { return round_f16(y); }); }
-// Interval arithmetic: what a value can be anywhere on a tile. Every result holds all values of its operation.
-struct Truth {
-    bool can, must;
-    explicit Truth(bool x) : can(x), must(x) {}
-    Truth(bool can, bool must) : can(can), must(must) {}
-    static Truth any() { return {true, false}; }
-    static Truth none() { return {false, true}; }
-    void include(bool x) { can |= x, must &= x; }
-};
-INLINE Truth operator~(Truth a) { return {!a.must, !a.can}; }
-INLINE Truth operator&(Truth a, Truth b) { return {a.can && b.can, a.must && b.must}; }
-INLINE Truth operator|(Truth a, Truth b) { return {a.can || b.can, a.must || b.must}; }
-INLINE Truth operator^(Truth a, Truth b) { return (a & ~b) | (~a & b); }
-INLINE Truth operator!=(Truth a, Truth b) { return a ^ b; }
-INLINE Truth operator==(Truth a, Truth b) { return ~(a ^ b); }
-
-struct IntRange {
-    int64_t low, high;
-    explicit IntRange(int64_t x) : low(x), high(x) {}
-    explicit IntRange(Truth x) : low(x.must), high(x.can) {}
-    IntRange(int64_t low, int64_t high) : low(low), high(high) {}
-    static IntRange any() { return {INT64_MIN, INT64_MAX}; }
-    static IntRange none() { return {INT64_MAX, INT64_MIN}; }
-    void include(int64_t x) { low = min64(low, x), high = max64(high, x); }
-    IntRange with(int64_t x) const { return {min64(low, x), max64(high, x)}; }
-    // Conversion to a type that may be narrower, where values out of its range wrap around.
-    template <class T> IntRange as() const { return int64_t(T(low)) == low && int64_t(T(high)) == high ? *this : any(); }
-};
-// What overflows can be anything.
-INLINE IntRange operator+(IntRange a, IntRange b) {
-    int64_t low, high;
-    return __builtin_add_overflow(a.low, b.low, &low) | __builtin_add_overflow(a.high, b.high, &high) ? IntRange::any()
-        : IntRange(low, high);
-}
-INLINE IntRange operator-(IntRange a, IntRange b) {
-    int64_t low, high;
-    return __builtin_sub_overflow(a.low, b.high, &low) | __builtin_sub_overflow(a.high, b.low, &high) ? IntRange::any()
-        : IntRange(low, high);
-}
-INLINE IntRange operator-(IntRange a) { return IntRange(0) - a; }
-INLINE IntRange operator*(IntRange a, IntRange b) {
-    int64_t x[4];
-    const bool over = __builtin_mul_overflow(a.low, b.low, x) | __builtin_mul_overflow(a.low, b.high, x + 1) |
-                      __builtin_mul_overflow(a.high, b.low, x + 2) | __builtin_mul_overflow(a.high, b.high, x + 3);
-    return over ? IntRange::any() : IntRange(x[0], x[0]).with(x[1]).with(x[2]).with(x[3]);
-}
-INLINE IntRange f_abs(IntRange a) { return a.low >= 0 ? a : a.high <= 0 ? -a : a.low == INT64_MIN ? IntRange::any()
-    : IntRange(0, max64(-a.low, a.high)); }
-INLINE IntRange f_minimum(IntRange a, IntRange b) { return {min64(a.low, b.low), min64(a.high, b.high)}; }
-INLINE IntRange f_maximum(IntRange a, IntRange b) { return {max64(a.low, b.low), max64(a.high, b.high)}; }
-INLINE IntRange f_floordiv(IntRange a, IntRange b) {
-    if (b.low <= 0) return IntRange::any();
-    return IntRange(f_floordiv(a.low, b.low)).with(f_floordiv(a.low, b.high)).with(f_floordiv(a.high,
-        b.low)).with(f_floordiv(a.high, b.high));
-}
-INLINE IntRange f_mod(IntRange a, IntRange b) {
-    if (b.low <= 0) return IntRange::any();
-    const bool same = b.low == b.high && f_floordiv(a.low, b.low) == f_floordiv(a.high, b.low);
-    return same ? IntRange(f_mod(a.low, b.low), f_mod(a.high, b.low)) : IntRange(0, b.high - 1);
-}
-
-struct RealRange {
-    R low, high;
-    bool nan;
-    explicit RealRange(R x) : RealRange(x, x) {}
-    explicit RealRange(IntRange x) : RealRange(R(x.low), R(x.high)) {}  // rounding keeps the order
-    explicit RealRange(Truth x) : RealRange(R(x.must), R(x.can)) {}
-    RealRange(R low, R high, bool nan = false) : low(low), high(high), nan(nan || low != low || high != high) {
-        if (this->nan) this->low = -R(INFINITY), this->high = R(INFINITY);
-    }
-    static RealRange any() { return {-R(INFINITY), R(INFINITY), true}; }
-    static RealRange none() { return {R(INFINITY), -R(INFINITY)}; }
-    void include(R x) { *this = x != x ? any() : RealRange(f_minimum(low, x), f_maximum(high, x), nan); }
-    bool infinite() const { return low == -R(INFINITY) || high == R(INFINITY); }
-};
-INLINE RealRange operator+(RealRange a, RealRange b) { return {a.low + b.low, a.high + b.high,
-    a.nan || b.nan || (a.infinite() && b.infinite())}; }
-INLINE RealRange operator-(RealRange a) { return {-a.high, -a.low, a.nan}; }
-INLINE RealRange operator-(RealRange a, RealRange b) { return a + -b; }
-INLINE RealRange f_minimum(RealRange a, RealRange b) { return {f_minimum(a.low, b.low), f_minimum(a.high, b.high),
-    a.nan || b.nan}; }
-INLINE RealRange f_maximum(RealRange a, RealRange b) { return {f_maximum(a.low, b.low), f_maximum(a.high, b.high),
-    a.nan || b.nan}; }
-
-// Rounding keeps the order.
-INLINE RealRange round_f64(RealRange a) { return a; }
-INLINE RealRange round_f32(RealRange a) { return {round_f32(a.low), round_f32(a.high), a.nan}; }
-INLINE RealRange round_bf16(RealRange a) { return {round_bf16(a.low), round_bf16(a.high), a.nan}; }
-INLINE RealRange round_f16(RealRange a) { return {round_f16(a.low), round_f16(a.high), a.nan}; }
-
-INLINE bool has_nan(IntRange) { return false; }
-INLINE bool has_nan(RealRange a) { return a.nan; }
-// Comparisons with NaN are false, inequality is true.
-#define COMPARISONS(T) \
-    INLINE Truth operator<(T a, T b) { return {a.low < b.high, a.high < b.low && !has_nan(a) && !has_nan(b)}; } \
-    INLINE Truth operator<=(T a, T b) { return {a.low <= b.high, a.high <= b.low && !has_nan(a) && !has_nan(b)}; } \
-    INLINE Truth operator==(T a, T b) { \
-        return {a.low <= b.high && b.low <= a.high, a.low == b.high && b.low == a.high && !has_nan(a) && !has_nan(b)}; \
-    } \
-    INLINE Truth operator>(T a, T b) { return b < a; } \
-    INLINE Truth operator>=(T a, T b) { return b <= a; } \
-    INLINE Truth operator!=(T a, T b) { return ~(a == b); }
-COMPARISONS(IntRange)
-COMPARISONS(RealRange)
-
-INLINE Truth choose(Truth c, Truth a, Truth b) { return (c & a) | (~c & b); }
-INLINE IntRange choose(Truth c, IntRange a, IntRange b) { return c.must ? a : !c.can ? b : IntRange(min64(a.low, b.low),
-    max64(a.high, b.high)); }
-INLINE RealRange choose(Truth c, RealRange a, RealRange b) {
-    return c.must ? a : !c.can ? b : RealRange(a.low < b.low ? a.low : b.low, a.high > b.high ? a.high : b.high,
-        a.nan || b.nan);
-}
 // One call, decoded from the packed int64 arguments: threads, out, log-sum-exp (dense, or null), the strides of out, the
 // sizes, then per operand its address, sizes and strides in elements.
 typedef double Lse;
@@ -590,11 +483,11 @@ struct Call {
     }
 };
 
-INLINE int64_t site_count(const Call& c) { return c.B0 * c.B1 * 1; }
+INLINE int64_t batch_count(const Call& c) { return c.B0 * c.B1 * 1; }
 // One batch index: where its operands begin, and the values that depend on nothing else.
 template <class T> struct View { const T* data; int64_t row, column; };
 
-struct Site {
+struct BatchIndex {
     View<float> query;
     View<float> key;
     View<float> value;
@@ -604,90 +497,71 @@ struct Site {
     int64_t b1;
 };
 
-INLINE int64_t query_offset(const Call& c, const Site& s, int64_t q, int64_t d) {
-    return s.b0 * c.stride[0][0] + s.b1 * c.stride[0][1] + q * c.stride[0][2] + d * c.stride[0][3];
+INLINE int64_t query_offset(const Call& c, const BatchIndex& b, int64_t q, int64_t d) {
+    return b.b0 * c.stride[0][0] + b.b1 * c.stride[0][1] + q * c.stride[0][2] + d * c.stride[0][3];
 }
 
-INLINE int64_t key_offset(const Call& c, const Site& s, int64_t k, int64_t d) {
-    return s.b0 * c.stride[1][0] + s.b1 * c.stride[1][1] + k * c.stride[1][2] + d * c.stride[1][3];
+INLINE int64_t key_offset(const Call& c, const BatchIndex& b, int64_t k, int64_t d) {
+    return b.b0 * c.stride[1][0] + b.b1 * c.stride[1][1] + k * c.stride[1][2] + d * c.stride[1][3];
 }
 
-INLINE int64_t value_offset(const Call& c, const Site& s, int64_t k, int64_t e) {
-    return s.b0 * c.stride[2][0] + s.b1 * c.stride[2][1] + k * c.stride[2][2] + e * c.stride[2][3];
+INLINE int64_t value_offset(const Call& c, const BatchIndex& b, int64_t k, int64_t e) {
+    return b.b0 * c.stride[2][0] + b.b1 * c.stride[2][1] + k * c.stride[2][2] + e * c.stride[2][3];
 }
 
-static Site make_site(const Call& c, int64_t number) {
-    Site s;
-    s.lse = c.lse ? c.lse + number * c.q_len : nullptr;
-    s.b1 = number % c.B1, number /= c.B1;
-    s.b0 = number % c.B0, number /= c.B0;
+static BatchIndex make_batch_index(const Call& c, int64_t number) {
+    BatchIndex b;
+    b.lse = c.lse ? c.lse + number * c.q_len : nullptr;
+    b.b1 = number % c.B1, number /= c.B1;
+    b.b0 = number % c.B0, number /= c.B0;
     {
-        const int64_t base = query_offset(c, s, 0, 0);
-        s.query.data = (const float*)c.data[0] + base;
-        s.query.row = c.q_len > 1 ? query_offset(c, s, 1, 0) - base : 0;
-        s.query.column = query_offset(c, s, 0, 1) - base;
+        const int64_t base = query_offset(c, b, 0, 0);
+        b.query.data = (const float*)c.data[0] + base;
+        b.query.row = c.q_len > 1 ? query_offset(c, b, 1, 0) - base : 0;
+        b.query.column = query_offset(c, b, 0, 1) - base;
     }
     {
-        const int64_t base = key_offset(c, s, 0, 0);
-        s.key.data = (const float*)c.data[1] + base;
-        s.key.row = c.kv_len > 1 ? key_offset(c, s, 1, 0) - base : 0;
-        s.key.column = key_offset(c, s, 0, 1) - base;
+        const int64_t base = key_offset(c, b, 0, 0);
+        b.key.data = (const float*)c.data[1] + base;
+        b.key.row = c.kv_len > 1 ? key_offset(c, b, 1, 0) - base : 0;
+        b.key.column = key_offset(c, b, 0, 1) - base;
     }
     {
-        const int64_t base = value_offset(c, s, 0, 0);
-        s.value.data = (const float*)c.data[2] + base;
-        s.value.row = c.kv_len > 1 ? value_offset(c, s, 1, 0) - base : 0;
-        s.value.column = value_offset(c, s, 0, 1) - base;
+        const int64_t base = value_offset(c, b, 0, 0);
+        b.value.data = (const float*)c.data[2] + base;
+        b.value.row = c.kv_len > 1 ? value_offset(c, b, 1, 0) - base : 0;
+        b.value.column = value_offset(c, b, 0, 1) - base;
     }
-    s.out = c.out + sizeof(float) * (s.b0 * c.out_stride[0] + s.b1 * c.out_stride[1] + 0);
-    return s;
+    b.out = c.out + sizeof(float) * (b.b0 * c.out_stride[0] + b.b1 * c.out_stride[1] + 0);
+    return b;
 }
 // Which keys a query may see, as far as it is known without its score.
-static int64_t upper_key(const Call& c, const Site& s, int64_t q) {
+static int64_t upper_key(const Call& c, const BatchIndex& b, int64_t q) {
     const int64_t x6 = 1 + q;
     return x6;
 }
-// Ranges of what depends on a key only.
-struct KeyRanges {
-    KeyRanges(const Call& c, const Site& s, int64_t first, int64_t end) {
-    }
-};
-
-// Ranges of what depends on a query only.
-struct RowRanges {
-    RowRanges(const Call& c, const Site& s, int64_t first, int64_t end) {
-    }
-};
-
 
 // Keys and values of one head.
 struct Packed {
     R *key, *value;
-    const KeyRanges* tiles;
 
     static int64_t rows(int64_t key_tiles) { return key_tiles * BK + MR; }
     static int64_t bytes(int64_t key_tiles) { return (rows(key_tiles) * (D + DVP) * int64_t(sizeof(R)) + 63) / 64 * 64; }
-    Packed(char* slot, int64_t key_tiles, const KeyRanges* tiles) : key((R*)slot), value(key + rows(key_tiles) * D),
-        tiles(tiles) {}
+    Packed(char* slot, int64_t key_tiles) : key((R*)slot), value(key + rows(key_tiles) * D) {}
     struct Part { const R *key, *value; };
     Part part(int64_t k0) const { return {key + k0 * D, value + k0 * DVP}; }
 };
 
 // Softmax of lanes: a block of queries, transposed, against tiles of keys, with a running maximum.
-constexpr int FEW = 4;   // so few queries read keys and values where they lie
+constexpr int DECODE_QUERIES = 4;   // so few queries read keys and values where they lie
 constexpr int DR = (D + W - 1) / W * W, DVR = (DV + W - 1) / W * W;
 
 // Owned by one thread, for one block of queries at a time; everything is transposed, so that lanes are queries.
-struct Scratch {
-    R* query;   // [D][queries]
-    R* scores;  // [BK][queries], then the weights
-    R* out;     // [DVP][queries]
-    char* tiles;  // staged operands, [BK][queries] each
-    R* rows;    // queries, then results, as rows: for few of them
-    static int64_t bytes() { return staged() + 0 * int64_t(BK) * NV * W * 8 + FEW * (DR + DVR) * int64_t(sizeof(R)); }
-    static int64_t staged() { return (D + BK + DVP) * NV * W * int64_t(sizeof(R)); }
-    explicit Scratch(char* p) : query((R*)p), scores(query + D * NV * W), out(scores + BK * NV * W), tiles(p + staged()),
-        rows((R*)(tiles + 0 * int64_t(BK) * NV * W * 8)) {}
+struct alignas(64) LaneScratch {
+    R query[D * NV * W];    // [D][queries]
+    R scores[BK * NV * W];  // [BK][queries], then the weights
+    R out[DVP * NV * W];    // [DVP][queries]
+    R query_rows[DECODE_QUERIES * DR], out_rows[DECODE_QUERIES * DVR];  // decoding: queries and results as rows
 };
 
 // The score program, as lanes of queries.
@@ -697,35 +571,59 @@ template <int N> struct Rows {
     VI upper[N];
 };
 
-template <int N> static Rows<N> make_rows(const Call& c, const Site& s, int64_t q0) {
+template <int N> static Rows<N> make_rows(const Call& c, const BatchIndex& b, int64_t q0) {
     Rows<N> r;
     for (int v = 0; v < N; v++) {
         for (int i = 0; i < W; i++) {
             const int64_t q = min64(q0 + v * W + i, c.q_len - 1);
             r.q[v][i] = I(q);
-            r.upper[v][i] = I(clamp64(upper_key(c, s, q), 0, c.kv_len));
+            r.upper[v][i] = I(clamp64(upper_key(c, b, q), 0, c.kv_len));
         }
     }
     return r;
 }
 
+// A tile, which the programs work on: queries q0 … q0 + nq of one batch index against its keys k0 … k0 + nk.
+template <int N> struct Tile {
+    const Call& c;
+    const BatchIndex& b;
+    const Rows<N>& r;
+    LaneScratch& w;
+    int64_t q0;
+    int nq;
+    int64_t k0;
+    int nk;
+};
+
 // Every entry is visible.
-template <int N> static void score_full(const Call& c, const Site& s, const Rows<N>& r, const Scratch& w, int64_t q0, int nq,
-    int64_t k0, int nk, VR (&top)[N]) {
+template <int N> static void score_full(const Tile<N>& tile, VR (&m)[N]) {
+    const Call& c = tile.c;
+    const BatchIndex& b = tile.b;
+    const Rows<N>& r = tile.r;
+    LaneScratch& w = tile.w;
+    const int64_t q0 = tile.q0, k0 = tile.k0;
+    const int nq = tile.nq, nk = tile.nk;
+
 
     for (int i = 0; i < nk; i++) {
         const int64_t k = k0 + i;
 #pragma GCC unroll 4
         for (int v = 0; v < N; v++) {
             const VR score = load(w.scores + (i * N + v) * W);
-            top[v] = vmax(score, top[v]);
+            m[v] = vmax(score, m[v]);
         }
     }
 }
 
 // Some entries are masked.
-template <int N> static void score_partial(const Call& c, const Site& s, const Rows<N>& r, const Scratch& w, int64_t q0,
-    int nq, int64_t k0, int nk, VR (&top)[N]) {
+template <int N> static void score_partial(const Tile<N>& tile, VR (&m)[N]) {
+    const Call& c = tile.c;
+    const BatchIndex& b = tile.b;
+    const Rows<N>& r = tile.r;
+    LaneScratch& w = tile.w;
+    const int64_t q0 = tile.q0, k0 = tile.k0;
+    const int nq = tile.nq, nk = tile.nk;
+
 
     for (int i = 0; i < nk; i++) {
         const int64_t k = k0 + i;
@@ -734,14 +632,20 @@ template <int N> static void score_partial(const Call& c, const Site& s, const R
             const VR score = load(w.scores + (i * N + v) * W);
             const VR visible = select((vi(k) < r.upper[v]), score, vr(-R(INFINITY)));
             store(w.scores + (i * N + v) * W, visible);
-            top[v] = vmax(visible, top[v]);
+            m[v] = vmax(visible, m[v]);
         }
     }
 }
 
 // As eager rounds, over every key.
-template <int N> static void score_exact(const Call& c, const Site& s, const Rows<N>& r, const Scratch& w, int64_t q0, int nq,
-    int64_t k0, int nk, VR (&top)[N]) {
+template <int N> static void score_exact(const Tile<N>& tile, VR (&m)[N]) {
+    const Call& c = tile.c;
+    const BatchIndex& b = tile.b;
+    const Rows<N>& r = tile.r;
+    LaneScratch& w = tile.w;
+    const int64_t q0 = tile.q0, k0 = tile.k0;
+    const int nq = tile.nq, nk = tile.nk;
+
 
     for (int i = 0; i < nk; i++) {
         const int64_t k = k0 + i;
@@ -754,18 +658,25 @@ template <int N> static void score_exact(const Call& c, const Site& s, const Row
             const VR x4 = round_f32(select(x3, vr(R(0.0)), vr(R(-3.4028234663852886e+38))));
             const VR x5 = round_f32(x2 + x4);
             store(w.scores + (i * N + v) * W, x5);
-            top[v] = vmax(x5, top[v]);
+            m[v] = vmax(x5, m[v]);
         }
     }
 }
 
-// Scores become weights relative to ``reference``, subtracted first: the lowest float times log2(e) would overflow. ``sum``,
-// times ``scale``, takes up their sum, before ``weight`` acts on them: sums of PART keys, then of these.
-template <int N> static void weigh(const Call& c, const Site& s, const Rows<N>& r, const Scratch& w, int64_t q0, int nq,
-    int64_t k0, int nk, R unit, const VR (&reference)[N], const VR (&scale)[N], VR (&sum)[N]) {
+// Scores become weights relative to ``reference``, subtracted first: the lowest float times log2(e) would overflow. ``l``, times
+// ``alpha``, takes up their sum, before ``weight`` acts on them: sums of PART keys, then of these.
+template <int N>
+static void weigh(const Tile<N>& tile, R unit, const VR (&reference)[N], const VR (&alpha)[N], VR (&l)[N]) {
+    const Call& c = tile.c;
+    const BatchIndex& b = tile.b;
+    const Rows<N>& r = tile.r;
+    LaneScratch& w = tile.w;
+    const int64_t q0 = tile.q0, k0 = tile.k0;
+    const int nq = tile.nq, nk = tile.nk;
+
     constexpr int PART = 16;
 
-    VR total[N] = {};
+    VR whole[N] = {};
     for (int first = 0; first < nk; first += PART) {
         VR part[N] = {};
         for (int i = first; i < nk && i < first + PART; i++) {
@@ -777,9 +688,9 @@ template <int N> static void weigh(const Call& c, const Site& s, const Rows<N>& 
                 store(w.scores + (i * N + v) * W, prob);
             }
         }
-        for (int v = 0; v < N; v++) total[v] += part[v];
+        for (int v = 0; v < N; v++) whole[v] += part[v];
     }
-    for (int v = 0; v < N; v++) sum[v] = sum[v] * scale[v] + total[v];
+    for (int v = 0; v < N; v++) l[v] = l[v] * alpha[v] + whole[v];
 }
 
 // Rounding errors of a sum grow with the number of its terms. So every sum is one of partial sums: over the features in
@@ -787,9 +698,9 @@ template <int N> static void weigh(const Call& c, const Site& s, const Rows<N>& 
 constexpr int TERMS = D > 128 ? 64 : (D + 1) / 2, SUMMED = 64;
 
 // c[MR x N*W] = old + a[MR x length] * b[length x N*W], the product summed before it is added, where old is nothing, c, or c
-// times ``scale``, a factor per lane. Element (i, j) of a lies at i * RS + j * CS.
+// times ``alpha``, a factor per lane. Element (i, j) of a lies at i * RS + j * CS.
 enum Old { DROPPED, KEPT, SCALED };
-template <int N, int RS, int CS, Old OLD> INLINE void multiply(R* c, const R* a, const R* b, int length, const VR* scale) {
+template <int N, int RS, int CS, Old OLD> INLINE void multiply(R* c, const R* a, const R* b, int length, const VR* alpha) {
     VR sum[MR][N];
 #pragma GCC unroll 16
     for (int i = 0; i < MR; i++)
@@ -810,24 +721,24 @@ template <int N, int RS, int CS, Old OLD> INLINE void multiply(R* c, const R* a,
 #pragma GCC unroll 8
         for (int v = 0; v < N; v++) {
             R* to = c + (i * N + v) * W;
-            store(to, OLD == DROPPED ? sum[i][v] : OLD == KEPT ? load(to) + sum[i][v] : load(to) * scale[v] + sum[i][v]);
+            store(to, OLD == DROPPED ? sum[i][v] : OLD == KEPT ? load(to) + sum[i][v] : load(to) * alpha[v] + sum[i][v]);
         }
 }
 
 // Keys k0 … of one head as rows of reals, [keys][D] and [keys][DVP], zeros up to a multiple of MR.
-static void pack_rows(const Call& c, const Site& s, R* key, R* value, int64_t k0) {
+static void pack_rows(const Call& c, const BatchIndex& b, R* key, R* value, int64_t k0) {
     const int64_t n = min64(BK, c.kv_len - k0), padded = (n + MR - 1) / MR * MR;
-    copy_rows(key, D, s.key.data + k0 * s.key.row, s.key.row, s.key.column, n, D);
-    copy_rows(value, DVP, s.value.data + k0 * s.value.row, s.value.row, s.value.column, n, DV);
+    copy_rows(key, D, b.key.data + k0 * b.key.row, b.key.row, b.key.column, n, D);
+    copy_rows(value, DVP, b.value.data + k0 * b.value.row, b.value.row, b.value.column, n, DV);
     memset(key + n * D, 0, sizeof(R) * (padded - n) * D);
     for (int64_t k = 0; DVP > DV && k < n; k++) memset(value + k * DVP + DV, 0, sizeof(R) * (DVP - DV));
 }
 
-// What is subtracted from scores of which the largest is ``top``: nothing where all of them are -inf, and stay so.
-INLINE VR finite_reference(VR top) { return top == -R(INFINITY) ? VR{} : top; }
+// What is subtracted from scores of which the largest is ``m``: nothing where all of them are -inf, and stay so.
+INLINE VR finite_reference(VR m) { return m == -R(INFINITY) ? VR{} : m; }
 
 // Writes the rows ``keep`` allows, lane by lane.
-template <int N> static void write_out(const Call& c, const Site& s, const Scratch& w, int64_t q0, const VR* factor,
+template <int N> static void write_out(const Call& c, const BatchIndex& b, LaneScratch& w, int64_t q0, const VR* factor,
     const VI* keep) {
     const int64_t rs = c.out_stride[2], cs = c.out_stride[3];
     for (int v = 0; v < N; v++)
@@ -838,32 +749,32 @@ template <int N> static void write_out(const Call& c, const Site& s, const Scrat
             transpose(x);
             for (int i = 0; i < W; i++) {
                 if (!keep[v][i]) continue;
-                float* to = (float*)s.out + (q0 + v * W + i) * rs + e0 * cs;
+                float* to = (float*)b.out + (q0 + v * W + i) * rs + e0 * cs;
                 if (cs == 1 && width == W) store_as(to, x[i]);
                 else for (int e = 0; e < width; e++) to[e * cs] = from_r<float>(x[i][e]);
             }
         }
 }
 
-// log of the sum of exp over a row's scores, of which ``highest`` was subtracted: as a rule top * natural, rounded.
-template <int N> static void write_lse(const Site& s, int64_t q0, const VR* top, R natural, const VR* highest, const VR* sum,
+// log of the sum of exp over a row's scores, of which ``highest`` was subtracted: as a rule m * natural, rounded.
+template <int N> static void write_lse(const BatchIndex& b, int64_t q0, const VR* m, R natural, const VR* highest, const VR* l,
     const VI* keep) {
     for (int v = 0; v < N; v++)
         for (int i = 0; i < W; i++) {
             if (!keep[v][i]) continue;
-            const Lse reference = highest[v][i] == top[v][i] * natural ? Lse(top[v][i]) * Lse(natural) : Lse(highest[v][i]);
-            s.lse[q0 + v * W + i] = reference + Lse(log(double(sum[v][i])));
+            const Lse reference = highest[v][i] == m[v][i] * natural ? Lse(m[v][i]) * Lse(natural) : Lse(highest[v][i]);
+            b.lse[q0 + v * W + i] = reference + Lse(log(double(l[v][i])));
         }
 }
 
 // What a block does with keys and values that are packed; ``keys`` gives them tile by tile.
-template <int N, class Keys> static void load_queries(const Keys&, const Site& s, const Scratch& w, int64_t q0, int nq) {
-    copy_transposed(w.query, N * W, s.query.data + q0 * s.query.row, s.query.row, s.query.column, nq, D);
+template <int N, class Keys> static void load_queries(const Keys&, const BatchIndex& b, LaneScratch& w, int64_t q0, int nq) {
+    copy_transposed(w.query, N * W, b.query.data + q0 * b.query.row, b.query.row, b.query.column, nq, D);
     for (int d = 0; nq < N * W && d < D; d++)
         for (int i = nq; i < N * W; i++) w.query[d * N * W + i] = 0;
     memset(w.out, 0, sizeof(R) * DVP * N * W);
 }
-template <int N, class Part> static void score_product(const Part& part, const Scratch& w, int, int nk) {
+template <int N, class Part> static void score_product(const Part& part, LaneScratch& w, int, int nk) {
     for (int d = 0; d < D; d += TERMS)
         for (int i = 0; i < nk; i += MR) {
             R* scores = w.scores + i * N * W;
@@ -873,32 +784,31 @@ template <int N, class Part> static void score_product(const Part& part, const S
             else multiply<N, D, 1, KEPT>(scores, key, query, terms, nullptr);
         }
 }
-template <int N, class Part> static void value_product(const Part& part, const Scratch& w, int, int nk, const VR* scale) {
+template <int N, class Part> static void value_product(const Part& part, LaneScratch& w, int, int nk, const VR* alpha) {
     for (int k = 0; k < nk; k += SUMMED)
         for (int e = 0; e < DVP; e += MR) {
             R* out = w.out + e * N * W;
             const R *value = part.value + k * DVP + e, *weights = w.scores + k * N * W;
             const int keys = nk - k < SUMMED ? nk - k : SUMMED;
-            if (k == 0) multiply<N, 1, DVP, SCALED>(out, value, weights, keys, scale);
+            if (k == 0) multiply<N, 1, DVP, SCALED>(out, value, weights, keys, alpha);
             else multiply<N, 1, DVP, KEPT>(out, value, weights, keys, nullptr);
         }
 }
-template <class Keys> static void collect(const Keys&, const Scratch&, int) {}
+template <class Keys> static void collect(const Keys&, LaneScratch&, int) {}
 
 // As few queries as in decoding: keys and values are read once, where they lie, and lanes of the products are features.
 struct InPlace {
-    const Site& s;
-    const KeyRanges* tiles;
+    const BatchIndex& b;
 
     struct Part { const float* key; const float* value; int64_t key_row, value_row; };
     Part part(int64_t k0) const {
-        return {s.key.data + k0 * s.key.row, s.value.data + k0 * s.value.row, s.key.row, s.value.row};
+        return {b.key.data + k0 * b.key.row, b.value.data + k0 * b.value.row, b.key.row, b.value.row};
     }
 };
 
-static bool in_place(const Call& c, const Site* sites, int64_t count) {
-    bool possible = c.q_len <= FEW;
-    for (int64_t i = 0; possible && i < count; i++) possible = sites[i].key.column == 1 && sites[i].value.column == 1;
+static bool all_in_place(const Call& c, const BatchIndex* batch, int64_t count) {
+    bool possible = c.q_len <= DECODE_QUERIES;
+    for (int64_t i = 0; possible && i < count; i++) possible = batch[i].key.column == 1 && batch[i].value.column == 1;
     return possible;
 }
 
@@ -910,14 +820,15 @@ template <int WIDTH, class T> INLINE VR features(const T* row, int e) {
     return e + W <= WIDTH ? load_as(row + e) : load_some(row + e, WIDTH - e);
 }
 
-template <int N> static void load_queries(const InPlace&, const Site& s, const Scratch& w, int64_t q0, int nq) {
-    memset(w.rows, 0, sizeof(R) * FEW * (DR + DVR));
+template <int N> static void load_queries(const InPlace&, const BatchIndex& b, LaneScratch& w, int64_t q0, int nq) {
+    memset(w.query_rows, 0, sizeof w.query_rows);
+    memset(w.out_rows, 0, sizeof w.out_rows);
     memset(w.scores, 0, sizeof(R) * BK * N * W);
-    copy_rows(w.rows, DR, s.query.data + q0 * s.query.row, s.query.row, s.query.column, nq, D);
+    copy_rows(w.query_rows, DR, b.query.data + q0 * b.query.row, b.query.row, b.query.column, nq, D);
 }
 
 // Sums of products over the features, W keys at a time: their partial sums are transposed and added.
-template <int N> static void score_product(const InPlace::Part& part, const Scratch& w, int nq, int nk) {
+template <int N> static void score_product(const InPlace::Part& part, LaneScratch& w, int nq, int nk) {
     for (int q = 0; q < nq; q++)
         for (int k0 = 0; k0 < nk; k0 += W) {
             VR x[W];
@@ -927,7 +838,7 @@ template <int N> static void score_product(const InPlace::Part& part, const Scra
                 const float* row = part.key + (k0 + (k < keys ? k : 0)) * part.key_row;
                 for (int d = 0; d < D; d += W) {
                     if (sizeof *row == 4) __builtin_prefetch(row + AHEAD * part.key_row + d);
-                    x[k] += features<D>(row, d) * load(w.rows + q * DR + d);
+                    x[k] += features<D>(row, d) * load(w.query_rows + q * DR + d);
                 }
             }
             transpose(x);
@@ -937,11 +848,11 @@ template <int N> static void score_product(const InPlace::Part& part, const Scra
         }
 }
 
-template <int N> static void value_product(const InPlace::Part& part, const Scratch& w, int nq, int nk, const VR* scale) {
+template <int N> static void value_product(const InPlace::Part& part, LaneScratch& w, int nq, int nk, const VR* alpha) {
     constexpr int CHUNK = 4 * W;  // results kept in registers
     for (int q = 0; q < nq; q++)
         for (int e0 = 0; e0 < DVR; e0 += CHUNK) {
-            R* out = w.rows + FEW * DR + q * DVR + e0;
+            R* out = w.out_rows + q * DVR + e0;
             VR sum[4];
 #pragma GCC unroll 4
             for (int i = 0; i < 4; i++) sum[i] = VR{};
@@ -954,48 +865,47 @@ template <int N> static void value_product(const InPlace::Part& part, const Scra
                 }
 #pragma GCC unroll 4
             for (int i = 0; i < 4; i++)
-                if (e0 + i * W < DVR) store(out + i * W, load(out + i * W) * scale[0][q] + sum[i]);
+                if (e0 + i * W < DVR) store(out + i * W, load(out + i * W) * alpha[0][q] + sum[i]);
         }
 }
 
-static void collect(const InPlace&, const Scratch& w, int nq) {
+static void collect(const InPlace&, LaneScratch& w, int nq) {
     for (int e = 0; e < DV; e++)
-        for (int q = 0; q < W; q++) w.out[e * W + q] = q < nq ? w.rows[FEW * DR + q * DVR + e] : R(0);
+        for (int q = 0; q < W; q++) w.out[e * W + q] = q < nq ? w.out_rows[q * DVR + e] : R(0);
 }
 
 // One block of N * W queries against every key that it may see. EXACT: no tile is skipped and scores are rounded as eager
-// rounds them; only the rows of ``redo`` are written. Returns through ``redo`` the rows that need this.
-template <int N, bool EXACT, class Keys> static bool block(const Call& c, const Site& s, const Keys& p, const Scratch& w,
-    int64_t q0, VI* redo) {
+// rounds them; only the rows of ``exact`` are written. Returns through ``exact`` the rows that need this.
+template <int N, bool EXACT, class Keys> static bool block(const Call& c, const BatchIndex& b, const Keys& p, LaneScratch& w,
+    int64_t q0, VI* exact) {
     const int nq = int(min64(N * W, c.q_len - q0));
-    const Rows<N> r = make_rows<N>(c, s, q0);
-    load_queries<N>(p, s, w, q0, nq);
-    VR top[N], sum[N];
-    for (int v = 0; v < N; v++) top[v] = vr(-R(INFINITY)), sum[v] = VR{};
+    const Rows<N> r = make_rows<N>(c, b, q0);
+    load_queries<N>(p, b, w, q0, nq);
+    VR m[N], l[N];  // as FlashAttention-2 names them: a row's largest score so far, and its sum of exp(score - m)
+    for (int v = 0; v < N; v++) m[v] = vr(-R(INFINITY)), l[v] = VR{};
     int64_t begin = 0, end = c.kv_len, full_begin = 0, full_end = c.kv_len;
-    if (!EXACT) {
-        end = clamp64(upper_key(c, s, q0 + nq - 1), 0, c.kv_len), full_end = upper_key(c, s, q0);
-    }
+    if (!EXACT) end = clamp64(upper_key(c, b, q0 + nq - 1), 0, c.kv_len), full_end = upper_key(c, b, q0);
     const R natural = EXACT ? R(1) : R(0.125), unit = natural * R(1.44269504088896341);
     // Tiles begin where the first key is visible, unless what is known of them is known for whole tiles.
     for (int64_t k0 = begin - begin % MR; k0 < end; k0 += BK) {
         const int nk = int(min64(BK, end - k0));
         bool full = !EXACT && k0 >= full_begin && k0 + nk <= full_end;
+        const Tile<N> tile = {c, b, r, w, q0, nq, k0, nk};
         const auto part = p.part(k0);
         score_product<N>(part, w, nq, nk);
-        VR old[N], scale[N], reference[N];
-        for (int v = 0; v < N; v++) old[v] = top[v];
-        if constexpr (EXACT) score_exact<N>(c, s, r, w, q0, nq, k0, nk, top);
+        VR m_old[N], alpha[N], reference[N];  // alpha: what l and the result so far are worth now that m has grown
+        for (int v = 0; v < N; v++) m_old[v] = m[v];
+        if constexpr (EXACT) score_exact<N>(tile, m);
         else
-        if (!full) score_partial<N>(c, s, r, w, q0, nq, k0, nk, top);
+        if (!full) score_partial<N>(tile, m);
         else
-        score_full<N>(c, s, r, w, q0, nq, k0, nk, top);
+        score_full<N>(tile, m);
         for (int v = 0; v < N; v++) {
-            reference[v] = finite_reference(top[v]);
-            scale[v] = exp2_lanes((old[v] - reference[v]) * unit);
+            reference[v] = finite_reference(m[v]);
+            alpha[v] = exp2_lanes((m_old[v] - reference[v]) * unit);
         }
-        weigh<N>(c, s, r, w, q0, nq, k0, nk, unit, reference, scale, sum);
-        value_product<N>(part, w, nq, nk, scale);
+        weigh<N>(tile, unit, reference, alpha, l);
+        value_product<N>(part, w, nq, nk, alpha);
     }
     collect(p, w, nq);
     bool any = false;
@@ -1003,51 +913,53 @@ template <int N, bool EXACT, class Keys> static bool block(const Call& c, const 
     VI keep[N];
     for (int v = 0; v < N; v++) {
         VR out_scale = vr(R(1));
-        highest[v] = top[v] * natural;
-        factor[v] = c.kv_len == 0 ? VR{} : out_scale / sum[v];  // a sum over no keys is zero, whatever the weights are
+        highest[v] = m[v] * natural;
+        factor[v] = c.kv_len == 0 ? VR{} : out_scale / l[v];  // a sum over no keys is zero, whatever the weights are
         keep[v] = vi(c.q_len - q0 - v * W) > lane_numbers();
-        if constexpr (EXACT) keep[v] &= redo[v];
+        if constexpr (EXACT) keep[v] &= exact[v];
         else {
-            redo[v] = keep[v] & ~((top[v] * R(0.125) > R(-3.4028234663852886e+38)) & (f_abs(sum[v]) < R(INFINITY)));
-            keep[v] &= ~redo[v];
-            for (int i = 0; i < W; i++) any |= redo[v][i] != 0;
+            exact[v] = keep[v] & ~((m[v] * R(0.125) > R(-3.4028234663852886e+38)) & (f_abs(l[v]) < R(INFINITY)));
+            keep[v] &= ~exact[v];
+            for (int i = 0; i < W; i++) any |= exact[v][i] != 0;
         }
     }
-    write_out<N>(c, s, w, q0, factor, keep);
-    if (s.lse) write_lse<N>(s, q0, top, natural, highest, sum, keep);
+    write_out<N>(c, b, w, q0, factor, keep);
+    if (b.lse) write_lse<N>(b, q0, m, natural, highest, l, keep);
     return any;
 }
 
-// One block, and those of its rows again that need it.
-template <int N, class Keys> static void queries_in(const Call& c, const Site& s, const Keys& p, const Scratch& w, int64_t q0) {
-    VI redo[N];
-    if (!block<N, false>(c, s, p, w, q0, redo)) return;
+// One block, and those of its rows that are exact.
+template <int N, class Keys> static void queries_in(const Call& c, const BatchIndex& b, const Keys& p, LaneScratch& w,
+    int64_t q0) {
+    VI exact[N];
+    if (!block<N, false>(c, b, p, w, q0, exact)) return;
     for (int v = 0; v < N; v++) {
         bool any = false;
-        for (int i = 0; i < W; i++) any |= redo[v][i] != 0;
-        if (any) block<1, true>(c, s, p, w, q0 + v * W, redo + v);
+        for (int i = 0; i < W; i++) any |= exact[v][i] != 0;
+        if (any) block<1, true>(c, b, p, w, q0 + v * W, exact + v);
     }
 }
+using Scratch = LaneScratch;  // of a thread
 
-static void pack(const Call& c, const Site& s, const Packed& p, int64_t k0) { pack_rows(c, s, p.key + k0 * D, p.value + k0
-    * DVP, k0); }
+static void pack(const Call& c, const BatchIndex& b, const Packed& p, int64_t k0) {
+    pack_rows(c, b, p.key + k0 * D, p.value + k0 * DVP, k0);
+}
 
 // One block, of no more vectors than it needs.
-template <int N = NV> static void queries(const Call& c, const Site& s, const Packed& p, const Scratch& w, int64_t q0) {
+template <int N = NV> static void queries(const Call& c, const BatchIndex& b, const Packed& p, Scratch& w, int64_t q0) {
     if constexpr (N > 1)
-        if (q0 + (N - 1) * W >= c.q_len) return queries<N - 1>(c, s, p, w, q0);
-    queries_in<N>(c, s, p, w, q0);
+        if (q0 + (N - 1) * W >= c.q_len) return queries<N - 1>(c, b, p, w, q0);
+    queries_in<N>(c, b, p, w, q0);
 }
-static void few_queries(const Call& c, const Site& s, const KeyRanges* tiles, const Scratch& w) { queries_in<1>(c, s,
-    InPlace{s, tiles}, w, 0); }
+static void decode(const Call& c, const BatchIndex& b, Scratch& w) { queries_in<1>(c, b, InPlace{b}, w, 0); }
 
 // Heads are taken in waves: all threads pack the keys and values of a wave, then share its blocks of queries.
 
-// Sites that follow each other and read the same keys and values share one packed copy; copies are numbered in ``slot``.
-static void number_slots(const Site* sites, int64_t* slot, int64_t count) {
+// Batch indices that follow each other and read the same keys and values share one packed copy; copies are numbered in ``slot``.
+static void number_slots(const BatchIndex* batch, int64_t* slot, int64_t count) {
     slot[0] = 0;
     for (int64_t i = 1; i < count; i++) {
-        const bool same = sites[i].key.data == sites[i - 1].key.data && sites[i].value.data == sites[i - 1].value.data;
+        const bool same = batch[i].key.data == batch[i - 1].key.data && batch[i].value.data == batch[i - 1].value.data;
         slot[i] = slot[i - 1] + !same;
     }
 }
@@ -1060,36 +972,35 @@ static int64_t wave_end(const int64_t* slot, int64_t first, int64_t count, int64
 
 extern "C" __attribute__((visibility("default"))) int fuse_attention(const int64_t* arguments) {
     const Call c(arguments);
-    const int64_t count = site_count(c), blocks = (c.q_len + NV * W - 1) / (NV * W), key_tiles = (c.kv_len + BK - 1) / BK;
+    const int64_t count = batch_count(c), blocks = (c.q_len + BQ - 1) / BQ, key_tiles = (c.kv_len + BK - 1) / BK;
     if (count * blocks == 0) return 0;
     if (c.q_len > 16777216 || c.kv_len > 16777216) return 1;
-    char *head = nullptr, *memory = nullptr;  // sites, slots and tiles; packed keys and values, and the threads' scratch
+    char *head = nullptr, *memory = nullptr;  // batch, slots and tiles; packed keys and values, and the threads' scratch
     const int64_t tile_bytes = 0;
-    if (posix_memalign((void**)&head, 64, count * int64_t(sizeof(Site) + sizeof(int64_t)) + tile_bytes)) return 2;
-    Site* sites = (Site*)head;
-    int64_t* slot = (int64_t*)(sites + count);
-    KeyRanges* tiles = (KeyRanges*)(slot + count);
+    if (posix_memalign((void**)&head, 64, count * int64_t(sizeof(BatchIndex) + sizeof(int64_t)) + tile_bytes)) return 2;
+    BatchIndex* batch = (BatchIndex*)head;
+    int64_t* slot = (int64_t*)(batch + count);
     {
         const FlushDenormals flush;
-        for (int64_t i = 0; i < count; i++) sites[i] = make_site(c, i);
-        number_slots(sites, slot, count);
+        for (int64_t i = 0; i < count; i++) batch[i] = make_batch_index(c, i);
+        number_slots(batch, slot, count);
     }
-    const bool packs = !in_place(c, sites, count);
+    const bool packs = !all_in_place(c, batch, count);
     const int64_t slot_bytes = packs ? Packed::bytes(key_tiles) : 0;
     // Enough blocks in a wave to balance the threads, and no more than the outer cache holds.
     const int64_t balanced = (8 * c.threads + blocks - 1) / blocks, cached = 8388608 / (slot_bytes + 1);
     const int64_t limit = min64(max64(max64(balanced, cached), 1), count);
     const int threads = int(min64(c.threads, 1 + count * c.q_len * c.kv_len * (D + DV) / 262144));
-    const int64_t packed_bytes = limit * slot_bytes, per_thread = (Scratch::bytes() + 127) / 64 * 64;
+    const int64_t packed_bytes = limit * slot_bytes, per_thread = sizeof(Scratch) + 64;
     if (posix_memalign((void**)&memory, 64, packed_bytes + threads * per_thread)) return free(head), 2;
     char* scratch = memory + packed_bytes;
 #pragma omp parallel num_threads(threads) if (threads > 1)
     {
         const FlushDenormals flush;
 #ifdef _OPENMP
-        const Scratch w(scratch + omp_get_thread_num() * per_thread);
+        Scratch& w = *new (scratch + omp_get_thread_num() * per_thread) Scratch;
 #else
-        const Scratch w(scratch);
+        Scratch& w = *new (scratch) Scratch;
 #endif
         for (int64_t first = 0, last; first < count; first = last) {
             last = wave_end(slot, first, count, limit);
@@ -1097,15 +1008,15 @@ extern "C" __attribute__((visibility("default"))) int fuse_attention(const int64
 #pragma omp for schedule(dynamic, 1)
             for (int64_t t = 0; t < (last - first) * key_tiles; t++) {
                 const int64_t i = first + t / key_tiles, k0 = t % key_tiles * BK;
-                const Packed p(packed + slot[i] * slot_bytes, key_tiles, nullptr);
-                if (packs && (i == first || slot[i] != slot[i - 1])) pack(c, sites[i], p, k0);
+                const Packed p(packed + slot[i] * slot_bytes, key_tiles);
+                if (packs && (i == first || slot[i] != slot[i - 1])) pack(c, batch[i], p, k0);
             }
             // The last blocks of a head first: with a causal mask they are the longest.
 #pragma omp for schedule(dynamic, 1)
             for (int64_t t = 0; t < (last - first) * blocks; t++) {
-                const int64_t i = first + t / blocks, q0 = (blocks - 1 - t % blocks) * NV * W;
-                if (!packs) { few_queries(c, sites[i], tiles + i * key_tiles, w); continue; }
-                queries(c, sites[i], Packed(packed + slot[i] * slot_bytes, key_tiles, tiles + i * key_tiles), w, q0);
+                const int64_t i = first + t / blocks, q0 = (blocks - 1 - t % blocks) * BQ;
+                if (!packs) { decode(c, batch[i], w); continue; }
+                queries(c, batch[i], Packed(packed + slot[i] * slot_bytes, key_tiles), w, q0);
             }
         }
     }

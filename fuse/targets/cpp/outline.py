@@ -4,19 +4,19 @@ from __future__ import annotations
 
 import re
 
-from fuse.ir.expr import Expr, Load, walk
 from fuse.ir.spec import AttentionSpec
 from fuse.ir.tile_map import TileMap
-from fuse.kernel.source import ENTRY
+from fuse.kernel.source import ENTRY, operand_lines
 
 WIDTH = 128
+_ONE_LINE = re.compile(r"( *)([^{}]*\)(?: const)?) \{ (.*;) \}")  # a function, or a block after its condition
 # What a source may hold: how its definition begins, and what it is; in the order in which it is found.
 _PARTS = (
     (r"struct Call ", "Call", "the arguments of a call"),
-    (r"struct Site ", "Site", "one batch index: where its operands begin"),
+    (r"struct BatchIndex ", "BatchIndex", "one batch index: where its operands begin"),
     (r"static int64_t lower_key\(", "lower_key", "edit: the first key that a query may see"),
     (r"static int64_t upper_key\(", "upper_key", "edit: one past the last key that a query may see"),
-    (r"struct Sinks ", "Sinks", "where gradients go"),
+    (r"struct Destinations ", "Destinations", "where gradients go"),
     (r"struct Matrix ", "Matrix", "products of bfloat16"),
     (r"void score_full\(", "score_full", "edit: the score of an entry, lanes are queries"),
     (r"void score_partial\(", "score_partial", "edit: the same where the mask hides some"),
@@ -40,23 +40,9 @@ _PARTS = (
 def finished(text: str, header: str, spec: AttentionSpec | TileMap) -> str:
     """The source with an outline after its header, in lines of WIDTH."""
     body = text[len(header) :]
-    lines = [*_operands(spec), f"sizes     {', '.join(spec.symbols)}", "contents, in order", *_contents(body)]
+    lines = [*operand_lines(spec), f"sizes     {', '.join(spec.symbols)}", "contents, in order", *_contents(body)]
     outline = "\n".join(f"// {line}" for line in lines)
     return f"{header}\n{outline}{wrapped(body)}"
-
-
-def _operands(spec: AttentionSpec | TileMap) -> list[str]:
-    """Number, dtype, rank and part of each operand."""
-    roots: dict[str, Expr] = spec.roots() if isinstance(spec, AttentionSpec) else {"mask": spec.predicate}
-    parts: dict[int, list[str]] = {}
-    for name, root in roots.items():
-        for node in walk(root):
-            if isinstance(node, Load) and name not in parts.setdefault(node.operand, []):
-                parts[node.operand].append(name)
-    return [
-        f"operand {i} {o.dtype}, {o.rank} dimensions: {', '.join(parts.get(i, ['not read']))}"
-        for i, o in enumerate(spec.operands)
-    ]
 
 
 def _contents(body: str) -> list[str]:
@@ -65,7 +51,7 @@ def _contents(body: str) -> list[str]:
 
 
 def wrapped(text: str) -> str:
-    """Lines of code beyond WIDTH, broken after a comma or before an operator; comments and directives are left."""
+    """Lines beyond WIDTH are broken around a body, after a comma or before an operator; comments and directives are left."""
     return "\n".join(_broken(line) for line in text.split("\n"))
 
 
@@ -73,6 +59,9 @@ def _broken(line: str) -> str:
     start = line.lstrip()
     if len(line) <= WIDTH or start.startswith(("//", "#")) or '"' in line:
         return line
+    if whole := _ONE_LINE.fullmatch(line):
+        margin, head, body = whole.groups()
+        return "\n".join((_broken(f"{margin}{head} {{"), _broken(f"{margin}    {body}"), f"{margin}}}"))
     indent = len(line) - len(start)
     breaks = [m.end() for m in re.finditer(r",(?= )| (?=[-+*?:&|] )|;(?= )", line[:WIDTH]) if m.end() > indent + 8]
     if not breaks:

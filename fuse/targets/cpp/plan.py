@@ -19,17 +19,17 @@ ISAS = (*_SHAPES, *_MATRIX_SHAPES)
 class Plan:
     """Choices that one kernel source is rendered with.
 
-    core            templates in ``cpp/<core>``
-    isa             instruction set, one of ISAS
-    real            C type of scores and sums
-    width           lanes of a vector
-    vectors         vectors of queries in a block
-    rows            rows of the microkernel
-    block_k         keys in a tile
-    wave_bytes      packed keys and values that are held at a time
-    thread_work     multiply-adds that are worth a thread
-    part_keys       backward: keys whose gradients a thread sums at a time
-    decode_queries  queries up to which keys and values are read in place, once, instead of packed; 0: never
+    core           the way that kernels go: the folder of templates, lanes or matrix
+    isa            instruction set, one of ISAS
+    real           C type of scores and sums
+    width          lanes of a vector
+    vectors        vectors of queries in a block
+    rows           rows of the microkernel
+    block_k        keys in a tile
+    wave_bytes     packed keys and values that are held at a time
+    thread_work    multiply-adds that are worth a thread
+    part_keys      backward: keys whose gradients a thread sums at a time
+    decode_queries queries up to which keys and values are read in place, once, instead of packed; 0: never
     """
 
     core: str

@@ -20,7 +20,7 @@ _TYPES = {"real": "RealRange", "long": "IntRange", "bool": "Truth"}
 
 @dataclass(frozen=True)
 class Summary:
-    """A value of one position: ``text`` is the body of a function of (c, s, q) or (c, s, k), of type ``ctype``."""
+    """A value of one position: ``text`` is the body of a function of (c, b, q) or (c, b, k), of type ``ctype``."""
 
     name: str
     ctype: str
@@ -47,23 +47,23 @@ def _rounded(node: Apply, text: str) -> str:
     return f"{ROUND[node.dtype]}({text})" if node.dtype in FLOATS else text
 
 
-def ranges_of(predicate: Expr | None, uniform: Callable[[], Writer], count: list[int]) -> TileClassifier:
-    """``uniform`` gives a writer of values that are the same for the whole tile."""
+def ranges_of(predicate: Expr | None, of_tile: Callable[[], Writer], count: list[int]) -> TileClassifier:
+    """``of_tile`` gives a writer of values that are the same for the whole tile."""
     if predicate is None:
         return TileClassifier()
-    writer = CppRanges(uniform(), count)
+    writer = CppRanges(of_tile(), count)
     writer.found.result = writer.range(predicate)
     return writer.found
 
 
 class CppRanges(RangeWriter):
-    def __init__(self, uniform: Writer, count: list[int]) -> None:
+    def __init__(self, of_tile: Writer, count: list[int]) -> None:
         super().__init__(count)
         self.found = TileClassifier()
-        self._uniform = uniform
+        self._of_tile = of_tile
 
     def constant(self, node: Expr, kind: str) -> str:
-        return f"{_TYPES[kind]}({self._uniform.value(node, as_eager=True).text})"
+        return f"{_TYPES[kind]}({self._of_tile.value(node, as_eager=True).text})"
 
     def position(self, node: Index) -> str:
         return node.axis

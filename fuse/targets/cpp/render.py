@@ -51,7 +51,7 @@ class CppSource:
     def __init__(self, spec: AttentionSpec) -> None:
         self.spec, self.computed = spec, forward_program(spec)
         self.count = [0]
-        self.batch_index = Body(prefix="s.")
+        self.batch_index = Body(prefix="b.")
         self.rows = Body(lanes=True, prefix="r.", suffix="[v]")
 
     def function(self, node: Expr) -> str:
@@ -137,7 +137,7 @@ def call_context(source: CppSource, plan: Plan) -> dict[str, object]:
         "query": source.access("query", spec.query), "key": source.access("key", spec.key),
         "value": source.access("value", spec.value), "out_ctype": C_TYPES[spec.out_dtype],
         "bounds": [{"name": b.name, "text": source.function(b.node)} for b in source.computed.bounds],
-        "residual": residual is not None, "empty_row": spec.empty_row,
+        "masked": source.computed.masked, "residual": residual is not None, "empty_row": spec.empty_row,
         "drawn": drawn_in(*spec.roots().values()),
         "tile_map": tile_map, "map_rows": ROWS, "map_keys": KEYS,
         "ranges": ranges_of(None if tile_map is not None else residual, source.writer, source.count),
@@ -159,7 +159,7 @@ def _matrix_context(source: CppSource) -> dict[str, object]:
         programs.append(program("Weight", "What the product with the values takes in place of the probability.", spec.weight))
     below = computed.threshold if computed.masked and computed.threshold is not None else -math.inf
     return {
-        "key_programs": programs, "key_runs": runs.context(), "masked": computed.masked, "weighted": computed.weighted,
+        "key_programs": programs, "key_runs": runs.context(), "weighted": computed.weighted,
         "masked_below": repr(max(_MASKED_SCORE, below)),
         "extra_functions": [source.function(node) for node in spec.extra_logits],
     }  # fmt: skip

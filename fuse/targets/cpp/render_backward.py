@@ -160,7 +160,7 @@ def render_backward(spec: AttentionSpec, wanted: Sequence[bool], plan: Plan) -> 
     context = call_context(source, plan) | {
         "header": header,
         "programs": [p for p in programs if isinstance(p, QueryEntries)], "key_programs": key_programs,
-        "key_runs": write.runs.context(), "masked": masked, "recomputed": computed.recomputed_below is not None,
+        "key_runs": write.runs.context(), "recomputed": computed.recomputed_below is not None,
         "recomputed_below": repr(computed.recomputed_below),
         "recomputed_scores": next((p for p in programs if not isinstance(p, QueryEntries)), None),
         "extra_logits": source.extra_logits(), "wanted": matrices, "factor": repr(computed.scale),

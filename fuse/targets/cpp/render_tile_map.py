@@ -39,7 +39,7 @@ def _bytes(predicate: Expr, count: list[int]) -> Bytes | None:
 
 def render_tile_map(spec: TileMap, plan: Plan) -> str:
     """One self-contained C++ source with the entry point ``ENTRY(const int64_t* arguments)``."""
-    batch_index, runs, count = Body(prefix="s."), KeyRuns(), [0]
+    batch_index, runs, count = Body(prefix="b."), KeyRuns(), [0]
     shown = apply("where", spec.predicate, const(1.0, "float32"), const(0.0, "float32"), dtype="float32")
     lines = [f"which tiles hold an entry where {spec.predicate}", f"spec  {spec.to_json()}", *origin(plan)]
     program = key_program(batch_index, runs, count, "Visible", "1 where seen.", shown)

@@ -31,7 +31,7 @@ Q, K = index("q"), index("k")
 class Body:
     """Statements of one function, or of one loop of it, and the names of the values they define.
 
-    prefix, suffix  around a value's name where it is used: members are ``s.x1``, arrays ``r.x1[v]``
+    prefix, suffix  around a value's name where it is used: members are ``b.x1``, arrays ``r.x1[v]``
     lanes           whether values here are vectors
     """
 
@@ -337,7 +337,7 @@ def _literal(node: Const) -> str:
 
 def _index(node: Index, body: Body) -> str:
     if node.axis.startswith("b"):
-        return f"s.{node.axis}"
+        return f"b.{node.axis}"
     return "r.q[v]" if body.lanes else node.axis
 
 

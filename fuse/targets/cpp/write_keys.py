@@ -108,5 +108,5 @@ def key_program(
 
 def bound(program: KeyProgram, name: str) -> str:
     """The test that a key is inside the mask's bound ``name``."""
-    program.row.define("int64_t", f"clamp64({name}_key(c, s, q), 0, c.kv_len)", name)
+    program.row.define("int64_t", f"clamp64({name}_key(c, b, q), 0, c.kv_len)", name)
     return f"(k {'>=' if name == 'lower' else '<'} vi(r.{name}))"

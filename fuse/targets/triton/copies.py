@@ -33,10 +33,10 @@ class Copies:
 
     def of(
         self, operands: Sequence[Any], sizes: Sequence[int], plan: TritonPlan | Launch, planned: bool
-    ) -> tuple[Sequence[Any], dict[str, bool]]:
+    ) -> tuple[dict[str, Any], bool]:
         """Descriptors or, unless they are ``planned`` and possible for all of them, tensors; and which it is."""
         if not self._rendered:
-            return (), {}
+            return {}, False
         spec, found = self._spec, []
         tensors = [operands[load.operand] for load in self._loads.values()]
         *batch, q_len, kv_len = sizes[: spec.batch + 2]
@@ -45,7 +45,8 @@ class Copies:
                 length, block = (q_len, plan.block_q) if name == "query" else (kv_len, plan.block_k)
                 found.append(descriptor(tensor, load, length, spec.v_dim if name == "value" else spec.qk_dim, block))
         described = bool(found) and None not in found
-        return found if described else tensors, {"DESCRIBED": described}
+        names = (f"{name}_rows" for name in self._loads)
+        return dict(zip(names, found if described else tensors, strict=True)), described
 
 
 def descriptor(tensor: Tensor, load: Load, length: int, features: int, block: int) -> TensorDescriptor | None:

@@ -1,8 +1,9 @@
-"""Launches of Triton functions: on the operands' device and the current stream, and without taking arguments apart twice."""
+"""Launches of Triton functions: with the arguments that they have, on the operands' device and the current stream, and without
+taking arguments apart twice."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -21,12 +22,13 @@ class CannotCompile(RuntimeError):
 REFUSALS = (CannotCompile, OutOfResources, BuildFailed)
 # A product and a sum become one instruction: Triton 3.9 warns where nobody says whether, later ones will not do it unasked.
 _FUSION = {"enable_fp_fusion": True}
+_OPTIONS = ("num_warps", "num_stages")
 _MOST = 1024  # compiled specialisations that are remembered, in which sizes are counted one by one
 
 
 class Function:
-    """A Triton function, launched as ``function[grid](*arguments, **constants)``: tensors, of which one comes first, integers,
-    and tensor descriptors.
+    """A Triton function, launched as ``function[grid](arguments, **constants)``: it takes what it has a name for. Arguments are
+    tensors, of which one comes first, integers, and tensor descriptors; constants are those of the function, and _OPTIONS.
 
     Triton finds the kernel that it compiled by taking every argument apart. Here what it found is kept by the arguments'
     integers and the alignment of the tensors, which is all that it depends on: dtypes belong to the function, and the shapes
@@ -34,11 +36,15 @@ class Function:
     """
 
     def __init__(self, function: Any) -> None:
-        self._function = function
+        self._function, self._names = function, tuple(function.arg_names)
         self._compiled: dict[tuple[object, ...], Any] = {}
 
     def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
-        return lambda *arguments, **constants: self._on_device(grid, arguments, constants)
+        def launch(arguments: Mapping[str, Any], **constants: Any) -> None:
+            taken = [arguments[name] for name in self._names if name in arguments]
+            self._on_device(grid, taken, {n: x for n, x in constants.items() if n in self._names or n in _OPTIONS})
+
+        return launch
 
     def _on_device(self, grid: tuple[int, ...], arguments: Sequence[Any], constants: dict[str, Any]) -> None:
         index = arguments[0].get_device()
@@ -65,7 +71,7 @@ class Function:
                 if len(self._compiled) == _MOST:
                     self._compiled.clear()
                 self._compiled[key] = compiled
-        compiled[(*grid, 1, 1)[:3]](*arguments, *[constants[name] for name in self._function.arg_names[len(arguments) :]])
+        compiled[(*grid, 1, 1)[:3]](*arguments, *[constants[name] for name in self._names[len(arguments) :]])
 
     def _compile(self, grid: tuple[int, ...], arguments: Sequence[Any], constants: dict[str, Any]) -> Any:
         try:

@@ -13,6 +13,7 @@ from fuse.ir.spec import AttentionSpec
 from fuse.kernel import sharing
 from fuse.kernel.source import ENTRY
 from fuse.targets.triton import plan_decode
+from fuse.targets.triton.arguments import Arguments, strided
 from fuse.targets.triton.copies import Copies
 from fuse.targets.triton.launch_decode import TritonDecode
 from fuse.targets.triton.launch_tiles import TritonTiles
@@ -33,7 +34,7 @@ class TritonKernel:
         plan = plan_triton(spec, current_architecture())
         module = module or made(name, render_triton(spec, plan))
         self.source, self.runs, self.function = module.source, module.runs, module.function(ENTRY)
-        self._runs = sharing.runs(spec)
+        self._runs, self._arguments = sharing.runs(spec), Arguments(spec)
         self._copies = Copies(spec, ("query", "key", "value"), plan.described)
         self._tiles = TritonTiles(spec, "q")
 
@@ -66,23 +67,20 @@ class TritonKernel:
     def _launch(self, operands: Sequence[Tensor], sizes: Sequence[int], lse: Tensor | None, route: Route | None) -> Tensor:
         spec = self._spec
         dtype: torch.dtype = getattr(torch, spec.out_dtype)
-        strides = spec.out_strides(sizes)
-        out = torch.empty_strided(spec.out_shape(sizes), strides, dtype=dtype, device=operands[0].device)
+        out = torch.empty_strided(spec.out_shape(sizes), spec.out_strides(sizes), dtype=dtype, device=operands[0].device)
         if out.numel() == 0:
             return out
-        views = [t.view(torch.uint8) if t.dtype == torch.bool else t for t in operands]
-        extents = [n for t in views for n in (*t.shape, *t.stride())]
-        given = (*views, *sizes, *strides, *extents)
+        given = self._arguments.of(operands, sizes) | strided("out", out) | {"lse": out if lse is None else lse}
         if route is not None:
             self.decode.attend(route, sizes, out, lse, given)
             return out
 
         def launch(plan: TritonPlan) -> None:
             grid = (-(-sizes[spec.batch] // plan.block_q) * math.prod(sizes[: spec.batch]),)
-            lists, listed = self._tiles.of((*views, *sizes, *extents), sizes, plan, out)
-            rows, flags = self._copies.of(operands, sizes, plan, plan.described)
+            lists, listed = self._tiles.of(given, sizes, plan, out)
+            rows, described = self._copies.of(operands, sizes, plan, plan.described)
             self.function[grid](
-                out, out if lse is None else lse, *rows, *given, *lists, **flags, LISTED=listed, HAS_LSE=lse is not None,
+                given | lists | rows, DESCRIBED=described, LISTED=listed, HAS_LSE=lse is not None,
                 PRECISION=precision(), BM=plan.block_q, BN=plan.block_k, num_warps=plan.warps, num_stages=plan.stages,
             )  # fmt: skip
 

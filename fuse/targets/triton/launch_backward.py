@@ -20,13 +20,14 @@ from fuse.kernel.source import ENTRY
 from fuse.targets import reference
 from fuse.targets.fallback_warnings import left_to_reference
 from fuse.targets.gradient_buffers import GradientBuffers
+from fuse.targets.triton.arguments import Arguments, strided
 from fuse.targets.triton.copies import Copies
 from fuse.targets.triton.launch_tiles import TritonTiles
 from fuse.targets.triton.module import Module, current_architecture, made, precision
 from fuse.targets.triton.plan import described
 from fuse.targets.triton.plan_backward import Launch, TritonBackwardPlan, candidates_backward
 from fuse.targets.triton.plan_choice import PlanChoice
-from fuse.targets.triton.render_backward import COPIED, PLACED, destination_kind, render_backward, written_by
+from fuse.targets.triton.render_backward import COPIED, destination_kind, render_backward, written_by
 
 _MOST = 64  # tables of groups that are kept, by batch sizes: while a CUDA graph is captured, none can be copied to the device
 
@@ -41,7 +42,7 @@ class TritonBackward:
         self._spec, self._wanted = spec, tuple(wanted)
         self._destinations = destinations(spec, wanted)
         self._shared = any(destination_kind(s) == "shared" for s in self._destinations)
-        self._gradients = GradientBuffers(spec, self._destinations)
+        self._arguments, self._gradients = Arguments(spec), GradientBuffers(spec, self._destinations)
         self._real: torch.dtype = getattr(torch, spec.lse_dtype)
         self._groups: dict[tuple[object, ...], list[BatchGroups]] = {}
         self.plans = PlanChoice(lambda arch: candidates_backward(spec, arch, self._shared))
@@ -84,39 +85,32 @@ class TritonBackward:
         gradients = self._gradients.zeros(operands, sizes)
         *batch, q_len, kv_len = sizes[: self._spec.batch + 2]
         if math.prod((*batch, q_len, kv_len)):
-            delta = torch.empty_like(lse)
-            views = [t.view(torch.uint8) if t.dtype == torch.bool else t for t in operands]
-            given = [*views, *sizes, *(n for t in views for n in (*t.shape, *t.stride()))]
-            known = self._rows(plan.rows, grad_out, given, sizes, out, lse, delta)
+            known = self._arguments.of(operands, sizes) | strided("grad_out", grad_out) | {"lse": lse}
+            known |= self._rows(plan.rows, known | strided("out", out), sizes, lse)
             sums = {"row": (*batch, q_len, 1), "key": (*batch, 1, kv_len), "entry": (*batch, 1, q_len + kv_len - 1)}
             partial = {s.name: lse.new_empty(sums[kind]) for s in self._destinations if (kind := destination_kind(s)) in sums}
-            self._launch("k", plan, -(-kv_len // plan.keys.block_k), known, given, sizes, gradients | partial)
-            self._launch("q", plan, -(-q_len // plan.queries.block_q), known, given, sizes, gradients | partial)
-            if distances := [partial[s.name] for s in written_by("k - q", self._destinations)]:
+            self._launch("k", plan, -(-kv_len // plan.keys.block_k), known, operands, sizes, gradients | partial)
+            self._launch("q", plan, -(-q_len // plan.queries.block_q), known, operands, sizes, gradients | partial)
+            if distances := {f"grad_{s.name}": partial[s.name] for s in written_by("k - q", self._destinations)}:
                 tiles = -(-(q_len + kv_len - 1) // plan.distances.block_k)
                 grid = (math.prod(batch) * tiles,)
-                self.functions["distances"][grid](*known, *given, *distances, **_options(plan.distances))
+                self.functions["distances"][grid](known | distances, **_options(plan.distances))
             self._scatter(operands, sizes, known, partial, gradients)
         return self._gradients.totals(operands, self._wanted, gradients)
 
-    def _rows(
-        self, plan: Launch, grad_out: Tensor, given: Sequence[Any], sizes: Sequence[int], out: Tensor, lse: Tensor,
-        delta: Tensor,
-    ) -> list[Any]:  # fmt: skip
-        """Computes what is known of each row; what the kernels have in common before the ``given`` operands and integers."""
-        count = math.prod(sizes[: self._spec.batch])
-        maxima = log_sums = flags = lse  # never read
+    def _rows(self, plan: Launch, given: dict[str, Any], sizes: Sequence[int], lse: Tensor) -> dict[str, Tensor]:
+        """Computes what is known of each row."""
+        batch_indices = math.prod(sizes[: self._spec.batch])
+        known = {"lse2": torch.empty_like(lse), "delta": torch.empty_like(lse)}
         if recomputed_below(self._spec) is not None:
-            maxima, log_sums = torch.empty_like(lse), torch.empty_like(lse)
-            flags = torch.zeros(count, dtype=torch.int32, device=lse.device)
-        normal = torch.empty_like(lse)
-        known = [grad_out, lse, normal, delta, maxima, log_sums, flags, *grad_out.stride()]
+            known |= {"exact_m": torch.empty_like(lse), "exact_log_l": torch.empty_like(lse)}
+            known["has_exact"] = torch.zeros(batch_indices, dtype=torch.int32, device=lse.device)
         blocks = -(-sizes[self._spec.batch] // plan.block_q)
-        self.functions["rows"][(count * blocks,)](out, *known, *given, *out.stride(), **_options(plan))
+        self.functions["rows"][(batch_indices * blocks,)](given | known, **_options(plan))
         return known
 
     def _launch(
-        self, owner: str, plans: TritonBackwardPlan, blocks: int, known: Sequence[Any], given: Sequence[Any],
+        self, owner: str, plans: TritonBackwardPlan, blocks: int, known: dict[str, Any], operands: Sequence[Tensor],
         sizes: Sequence[int], gradients: Mapping[str, Tensor],
     ) -> None:  # fmt: skip
         """The kernel of keys ("k") or queries ("q"), as often as it takes."""
@@ -124,15 +118,16 @@ class TritonBackward:
         if not found:
             return
         name, plan = ("keys", plans.keys) if owner == "k" else ("queries", plans.queries)
-        rows, kind = self._copies.of(given, sizes, plan, plans.described) if owner == "q" else ((), {})
-        lists, listed = self._tiles[owner].of(given, sizes, plan, known[0])
-        strides = {s.name: gradients[s.name].stride() if destination_kind(s) in PLACED else () for s in found}
-        outputs = [x for s in found for x in (gradients[s.name], *strides[s.name])]
-        for groups in self._grouped(owner, found, sizes, known[0].device):
-            flags = kind | {f"HAS_{s.name}": s.name in groups.written for s in found}
-            flags |= {"ALONE": groups.count == len(groups.batch_indices), "LISTED": listed}
+        rows, described = self._copies.of(operands, sizes, plan, plans.described) if owner == "q" else ({}, False)
+        lists, listed = self._tiles[owner].of(known, sizes, plan, known["lse"])
+        given = known | rows | lists
+        for to in found:
+            given |= strided(f"grad_{to.name}", gradients[to.name])
+        for groups in self._grouped(owner, found, sizes, known["lse"].device):
+            flags = {f"HAS_{s.name}": s.name in groups.written for s in found}
+            flags |= {"ALONE": groups.count == len(groups.batch_indices), "LISTED": listed, "DESCRIBED": described}
             self.functions[name][(groups.count * blocks,)](
-                *known, *given, *rows, groups.batch_indices, groups.starts, *lists, *outputs, **flags, **_options(plan)
+                given | {"members": groups.batch_indices, "starts": groups.starts}, **flags, **_options(plan)
             )
 
     def _grouped(
@@ -148,11 +143,11 @@ class TritonBackward:
         return self._groups[key]
 
     def _scatter(
-        self, operands: Sequence[Tensor], sizes: Sequence[int], known: Sequence[Any], partial: Mapping[str, Tensor],
+        self, operands: Sequence[Tensor], sizes: Sequence[int], known: Mapping[str, Any], partial: Mapping[str, Tensor],
         gradients: Mapping[str, Tensor],
     ) -> None:  # fmt: skip
         """Adds sums of rows, keys or distances where the operands' elements are, and what logits without a value contribute."""
-        _, lse, _, delta, tops, rests, *_ = known
+        lse, delta = known["lse"], known["delta"]
         *batch, q_len, kv_len = sizes[: self._spec.batch + 2]
         terms = gradient(self._spec, self._wanted).terms
         for to, term in zip((s for s in self._destinations if s.kind != "matrix"), terms, strict=True):
@@ -166,7 +161,8 @@ class TritonBackward:
                 logit = grid.evaluate(self._spec.extra_logits[int(term.root.rpartition(".")[2])]).to(self._real)
                 power = logit - lse[..., None]
                 if (below := recomputed_below(self._spec)) is not None:
-                    power = torch.where(lse[..., None] <= float(below), logit - tops[..., None] - rests[..., None], power)
+                    m, log_l = known["exact_m"][..., None], known["exact_log_l"][..., None]
+                    power = torch.where(lse[..., None] <= float(below), logit - m - log_l, power)
                 grad = -power.exp() * delta[..., None] * grid.evaluate(term.factor)
             else:
                 grad = partial[to.name]

@@ -29,22 +29,22 @@ class TritonDecode:
         module = made(name, render_decode(spec, plan_decode.plans(spec, current_architecture())[0]))
         self.source, self.function, self.merge = module.source, module.function(ENTRY), module.function(MERGE)
 
-    def attend(self, route: Route, sizes: Sequence[int], out: Tensor, lse: Tensor | None, arguments: Sequence[Any]) -> None:
-        """Writes ``out``, and ``lse`` where it is wanted. ``arguments``: operands, sizes, strides, as of the forward kernel."""
+    def attend(self, route: Route, sizes: Sequence[int], out: Tensor, lse: Tensor | None, given: dict[str, Any]) -> None:
+        """Writes ``out``, and ``lse`` where it is wanted. ``given``: the arguments that the forward kernel has, too."""
         spec, whole = self._spec, route.parts == 1
         dtype: torch.dtype = getattr(torch, spec.lse_dtype)
         rows = (route.parts, route.groups, route.rows)
-        shapes = (rows, rows, (*rows, spec.v_dim))  # largest scores, sums, results of the parts
-        kept = [out] * 3 if whole else [torch.empty(shape, dtype=dtype, device=out.device) for shape in shapes]
-        given = (out, out if lse is None else lse, *kept, *arguments)
+        shapes = {"parts_m": rows, "parts_l": rows, "parts_acc": (*rows, spec.v_dim)}
+        parts = {n: out if whole else torch.empty(shape, dtype=dtype, device=out.device) for n, shape in shapes.items()}
+        arguments = given | parts | {"parts": route.parts}
 
         def launch(plan: TritonPlan) -> None:
             rows = plan_decode.block(route.rows, plan.block_q)
             programs = route.groups * -(-route.rows // rows)
             options = {"HAS_LSE": lse is not None, "PRECISION": precision(), "BM": rows, "BN": plan.block_k,
                        "num_warps": plan.warps}  # fmt: skip
-            self.function[(programs, route.parts)](*given, WHOLE=whole, num_stages=plan.stages, **options)
+            self.function[(programs, route.parts)](arguments, WHOLE=whole, num_stages=plan.stages, **options)
             if not whole:
-                self.merge[(programs,)](*given, route.parts, num_stages=1, **options)
+                self.merge[(programs,)](arguments, num_stages=1, **options)
 
         self.plans.launch(self.source, out.device, sizes[: spec.batch + 2], launch)

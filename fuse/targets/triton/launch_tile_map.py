@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from fuse.ir.tile_map import TileMap
+from fuse.targets.triton.arguments import Arguments
 from fuse.targets.triton.module import made
 from fuse.targets.triton.render_tile_map import TILE_MAP, render_tile_map_triton
 
@@ -20,16 +21,14 @@ class TritonTileMap:
     """A loaded kernel of a TileMap; called with its operands and the values of its symbols."""
 
     def __init__(self, spec: TileMap) -> None:
-        self._spec = spec
+        self._spec, self._arguments = spec, Arguments(spec)
         module = made("tile_map", render_tile_map_triton(spec))
         self.source, self.runs, self.function = module.source, module.runs, module.function(TILE_MAP)
 
     def __call__(self, operands: Sequence[Tensor], sizes: Sequence[int]) -> Tensor:
         out = torch.empty(self._spec.out_shape(sizes), dtype=torch.uint8, device=operands[0].device)
         if out.numel():
-            views = [t.view(torch.uint8) if t.dtype == torch.bool else t for t in operands]
-            extents = [n for t in views for n in (*t.shape, *t.stride())]
             *lines, cells = out.shape
             grid = (math.prod(lines) * -(-cells // _MANY),)
-            self.function[grid](out, *views, *sizes, *extents, MANY=_MANY, num_warps=4)
+            self.function[grid]({"out": out} | self._arguments.of(operands, sizes), MANY=_MANY, num_warps=4)
         return out

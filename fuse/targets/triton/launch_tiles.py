@@ -33,21 +33,22 @@ class TritonTiles:
             self.function = made("tiles", render_tiles(spec, owner)).function(f"{TILES}_{owner}")
 
     def of(
-        self, operands: Sequence[Any], sizes: Sequence[int], plan: TritonPlan | Launch, like: Tensor
-    ) -> tuple[tuple[Tensor, ...], bool]:
+        self, given: dict[str, Any], sizes: Sequence[int], plan: TritonPlan | Launch, like: Tensor
+    ) -> tuple[dict[str, Tensor], bool]:
         """What the kernel takes beside its own, and whether that are lists; else it may be any tensor.
 
-        operands  the operands, sizes, and the operands' sizes and strides
-        like      a tensor on their device
+        given  what comes with the call's operands
+        like   a tensor on their device
         """
         q_len, kv_len = sizes[self._batch : self._batch + 2]
         blocks, count = -(-q_len // plan.block_q), -(-kv_len // plan.block_k)
         if self._owner == "k":
             blocks, count = count, blocks
         if not self._needed or count <= UNLISTED:
-            return (like, like) if self._needed else (), False
+            return {"tiles": like, "tile_counts": like}, False
         programs = blocks * math.prod(sizes[i] for i in self._axes)
         tiles = torch.empty(programs, count, dtype=torch.int32, device=like.device)
         counts = torch.empty(programs, 2, dtype=torch.int32, device=like.device)
-        self.function[(programs,)](tiles, counts, *operands, BM=plan.block_q, BN=plan.block_k, MANY=_MANY, num_warps=4)
-        return (tiles, counts), True
+        lists = {"tiles": tiles, "tile_counts": counts}
+        self.function[(programs,)](lists | given, BM=plan.block_q, BN=plan.block_k, MANY=_MANY, num_warps=4)
+        return lists, True

@@ -7,16 +7,20 @@ from dataclasses import dataclass, field
 from fuse.ir import expr
 from fuse.ir.expr import HALVES, Const, Expr, Index, Load, Prob, Score, apply, const, symbol
 from fuse.ir.spec import AttentionSpec
-from fuse.ir.tile_map import TileMap
 from fuse.kernel.forward import Bound, forward_program
 from fuse.kernel.rectangles import rows_of
-from fuse.kernel.source import ENTRY, environment, header_lines
+from fuse.kernel.source import ENTRY, header_lines
+from fuse.targets.triton.arguments import Arguments, strides
+from fuse.targets.triton.outline import rendered
 from fuse.targets.triton.plan import TritonPlan, widened
+from fuse.targets.triton.walk import Limit, Walk
 from fuse.targets.triton.write import Block, TritonWriter, fits_a_word
 
 _LOG2_E = 1.4426950408889634
 # Numbers above this may be added to scores to mask them.
 _ORDINARY = 1e3
+# By a bound of keys: which ends of a walk its values for the first and the last query of a block are.
+ENDS = {"lower": {"q0": "begin", "q1": "full_begin"}, "upper": {"q0": "full_end", "q1": "end"}}
 
 
 @dataclass
@@ -58,14 +62,14 @@ class TritonSource:
         self.spec, self.computed, self.described = spec, forward_program(spec), described
         self.row_axes = row_axes
         self.count = [0]
-        self.batch_index, self.rows = Block(), Block()
+        self.per_batch, self.per_row = Block(), Block()
         self.double = spec.lse_dtype == "float64"
         self.real = "tl.float64" if self.double else "tl.float32"
 
     def writer(self, tile: Block | None = None, as_eager: bool = False) -> TritonWriter:
         def place(axes: frozenset[str]) -> Block:
             varying = axes & (self.row_axes | {"q", "k"})
-            return self.batch_index if not varying else self.rows if varying <= self.row_axes or tile is None else tile
+            return self.per_batch if not varying else self.per_row if varying <= self.row_axes or tile is None else tile
 
         # Tiles of the forward kernel begin at multiples of their size, those of parts of the keys anywhere.
         drawn = "f_uniform_along({}, k0, BN)" if self.row_axes == {"q"} else ""
@@ -97,7 +101,7 @@ class TritonSource:
     def matrix(self, load: Load) -> TileProgram:
         """The queries' features: in their own dtype, as tensor cores take it, where query, key and value have the same."""
         here = Block()
-        writer = TritonWriter(lambda axes: here if axes else self.batch_index, self.real, self.count)
+        writer = TritonWriter(lambda axes: here if axes else self.per_batch, self.real, self.count)
         pointer, size = f"p{load.operand} + {writer.offset(load)}", f"BM, {widened(self.spec.qk_dim)}"
         return TileProgram(here.lines, writer.tile(load, pointer, size, ["d_ok", "q_ok"], cast=self._mixed()))
 
@@ -113,7 +117,7 @@ class TritonSource:
         moved = [dim for dim, coord in enumerate(load.coords) if "k" in expr.axes(coord)]
         (dim,) = moved if ahead and len(moved) == 1 and isinstance(load.coords[moved[0]], Index) else (None,)
         where = tile if dim is None else before
-        writer = TritonWriter(lambda axes: where if axes else self.batch_index, self.real, self.count)
+        writer = TritonWriter(lambda axes: where if axes else self.per_batch, self.real, self.count)
         writer.names["k"] = column if dim is None else f"{column}_lane"
         pointer = f"p{load.operand} + {writer.offset(load)}"
         if dim is not None:
@@ -133,13 +137,22 @@ class TritonSource:
     def _mixed(self) -> bool:
         return len({x.dtype for x in (self.spec.query, self.spec.key, self.spec.value)}) > 1
 
-    def bound(self, bound: Bound) -> dict[str, object]:
-        found: dict[str, object] = {"name": bound.name}
+    def bound(self, bound: Bound) -> dict[str, TileProgram]:
+        """Its values for the queries q0 and q1."""
+        found = {}
         for at in ("q0", "q1"):
             block = Block()
-            writer = TritonWriter(lambda axes, block=block: block if "q" in axes else self.batch_index, self.real, self.count)  # type: ignore[misc]
+            writer = TritonWriter(lambda axes, block=block: block if "q" in axes else self.per_batch, self.real, self.count)  # type: ignore[misc]
             writer.names["q"] = at
             found[at] = TileProgram(block.lines, writer.value(bound.node))
+        return found
+
+    def limits(self) -> list[Limit]:
+        """Of the keys that queries q0 to q1 see."""
+        found = []
+        for bound in self.computed.bounds:
+            values = self.bound(bound)
+            found += [Limit(name, values[at].lines, values[at].result) for at, name in ENDS[bound.name].items()]
         return found
 
     def extra(self, node: Expr) -> str:
@@ -190,22 +203,14 @@ def mask_axes(spec: AttentionSpec) -> tuple[int, ...]:
     return tuple(i for i in range(spec.batch) if any(f"b{i}" in expr.axes(root) for root in roots))
 
 
-def argument_names(spec: AttentionSpec | TileMap) -> dict[str, object]:
-    """Names of what every kernel takes."""
-    return {
-        "symbols": spec.symbols, "pointers": [f"p{i}" for i in range(len(spec.operands))],
-        "strides": [f"{x}{i}_{d}" for i, o in enumerate(spec.operands) for x in "ns" for d in range(o.rank)],
-    }  # fmt: skip
-
-
 def call_context(source: TritonSource, plan: TritonPlan) -> dict[str, object]:
     """What every kernel that attends to keys needs: its arguments, and the pieces of ``tile.py.jinja``."""
     spec, computed = source.spec, source.computed
     visible, factor, residual, threshold = computed.visible, computed.factor, computed.residual, computed.threshold
     full = (spec.qk_dim == plan.width, spec.v_dim == plan.v_width)  # else conditions on features take registers
-    return argument_names(spec) | {
+    return Arguments(spec).names() | {
         "batch": spec.batch, "qk_dim": spec.qk_dim, "v_dim": spec.v_dim, "real": source.real, "mask_axes": mask_axes(spec),
-        "double": source.double, "residual": residual is not None, "width": plan.width, "v_width": plan.v_width,
+        "residual": residual is not None, "width": plan.width, "v_width": plan.v_width,
         "query": source.matrix(spec.query), "query_copied": source.copied("query", spec.query),
         "key": source.stream("key", spec.key, full[0], full[0] and plan.stages > 1),
         "value": source.stream("value", spec.value, full[1], full[1] and plan.stages > 1),
@@ -213,26 +218,33 @@ def call_context(source: TritonSource, plan: TritonPlan) -> dict[str, object]:
         "partial": source.program(visible, factor, source.seen(), predicate=residual), "skip": source.skip(),
         "recomputed": None if threshold is None else source.program(spec.score, 1.0, ["k_ok"], as_eager=True),
         "weight": source.weight(), "extras": [source.extra(x) for x in spec.extra_logits], "factor": repr(factor),
-        "threshold": repr(threshold), "empty_row": spec.empty_row, "batch_index": source.batch_index, "rows": source.rows,
-        "out_strides": [f"to_{i}" for i in range(spec.batch + 2)], "out_offset": _out_offset(spec),
+        "threshold": repr(threshold), "empty_row": spec.empty_row, "per_batch": source.per_batch, "per_row": source.per_row,
+        "out_strides": strides("out", spec.batch + 2), "out_at": _out_at(spec),
     }  # fmt: skip
 
 
-def header(spec: AttentionSpec, plan: object) -> str:
-    return "\n".join(f"# {line}" for line in [*header_lines(spec), f"plan  {plan}"])
+def header(spec: AttentionSpec, plan: object) -> list[str]:
+    return [*header_lines(spec), f"plan  {plan}"]
 
 
 def render_triton(spec: AttentionSpec, plan: TritonPlan) -> str:
-    """One Python module with the kernel ENTRY; its arguments are those of ``fuse.targets.triton.launch``."""
+    """One Python module with the kernel ENTRY."""
     source = TritonSource(spec, described=plan.described)
-    bounds = [source.bound(b) for b in source.computed.bounds]
-    whole = (spec.qk_dim, spec.v_dim) == (plan.width, plan.v_width)
-    context = call_context(source, plan) | {
-        "header": header(spec, plan), "entry": ENTRY, "described": plan.described, "bounds": bounds, "whole": whole,
-    }  # fmt: skip
-    return environment().get_template("triton/forward.py.jinja").render(context)
+    context = call_context(source, plan) | {"entry": ENTRY, "walk": _walk(source, plan)}
+    return rendered("forward", spec, header(spec, plan), context)
 
 
-def _out_offset(spec: AttentionSpec) -> str:
-    names = [*(f"b{i}" for i in range(spec.batch)), "q", "e"]
-    return " + ".join(f"tl.cast({name}, tl.int64) * to_{i}" for i, name in enumerate(names))
+def _walk(source: TritonSource, plan: TritonPlan) -> Walk:
+    spec, limits = source.spec, source.limits()
+    listed = source.computed.residual is not None
+    # Where features do not fill a tile, and are loaded, their conditions would take the registers of a second loop.
+    separate = bool(limits) or (spec.qk_dim, spec.v_dim) == (plan.width, plan.v_width)
+    return Walk(
+        "k", limits, listed, starts_partial=any(limit.name == "begin" for limit in limits),
+        full=(separate or plan.described) and not listed, full_if="" if separate else "DESCRIBED", ahead=True,
+    )  # fmt: skip
+
+
+def _out_at(spec: AttentionSpec) -> str:
+    places = zip([*(f"b{i}" for i in range(spec.batch)), "q", "e"], strides("out", spec.batch + 2), strict=True)
+    return " + ".join(f"tl.cast({name}, tl.int64) * {stride}" for name, stride in places)

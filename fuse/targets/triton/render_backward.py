@@ -9,8 +9,7 @@ one owner and one order (FlashAttention-2, Dao 2023, section 3.1.2).
 from __future__ import annotations
 
 import json
-import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 from fuse.ir import expr
@@ -19,17 +18,23 @@ from fuse.ir.operators import OPERATORS
 from fuse.ir.spec import AttentionSpec
 from fuse.kernel.backward import Added, BackwardProgram, Results, backward_program, is_one
 from fuse.kernel.destinations import Destination, Unsupported
+from fuse.kernel.forward import Bound
 from fuse.kernel.rectangles import rows_of
-from fuse.kernel.source import ENTRY, environment, header_lines
+from fuse.kernel.source import ENTRY, header_lines
+from fuse.targets.triton.arguments import Arguments, strides
+from fuse.targets.triton.outline import rendered
 from fuse.targets.triton.plan import widened
-from fuse.targets.triton.render import argument_names, lanes_within, mask_axes
+from fuse.targets.triton.render import ENDS, lanes_within, mask_axes
 from fuse.targets.triton.render_tiles import is_listed
+from fuse.targets.triton.walk import Limit, Walk
 from fuse.targets.triton.write import Block, TritonWriter, depends
 
 # What the kernel of queries may copy by tensor descriptors. That of keys, whose tiles are smaller, would gain nothing.
 COPIED = ("key", "value")
 # Kinds of destinations whose elements a kernel finds by their tensor's strides; others are sums, and lie side by side.
 PLACED = ("matrix", "dense", "shared")
+# By a bound of keys: which ends of a walk over queries it tells, each by one of the keys k0 to k1.
+_SOUGHT = {"upper": {"begin": "k0", "full_begin": "k1"}, "lower": {"end": "k1", "full_end": "k0"}}
 # log2(e)
 _LOG2E = 1.4426950408889634
 
@@ -52,30 +57,21 @@ class TileEntries:
 
 
 @dataclass(frozen=True)
-class Search:
-    """``name``: the first query whose ``bound`` exceeds ``key``. The bound is of the query ``middle``, or q + ``shift``."""
-
-    name: str
-    key: str
-    bound: Text
-    shift: str | None
-
-
-@dataclass(frozen=True)
 class _Kernel:
     """Writes what one kernel computes. ``owner``: "q" or "k", the position that a program keeps; it visits the other one. With
     "k - q" it keeps distances, and visits queries and keys together.
 
-    described           tiles may be copied by tensor descriptors
-    batch_index, owned  what is computed once for a batch index, and once for each position that is kept
+    described  tiles may be copied by tensor descriptors
+    per_batch  what is computed once for a batch index
+    per_owned  what is computed once for each position that is kept
     """
 
     computed: BackwardProgram
     owner: str
     count: list[int]
     described: bool = False
-    batch_index: Block = field(default_factory=Block)
-    owned: Block = field(default_factory=Block)
+    per_batch: Block = field(default_factory=Block)
+    per_owned: Block = field(default_factory=Block)
 
     @property
     def spec(self) -> AttentionSpec:
@@ -88,16 +84,19 @@ class _Kernel:
     def writer(self, tile: Block | None = None, as_eager: bool = False, names: dict[str, str] | None = None) -> TritonWriter:
         def place(axes: frozenset[str]) -> Block:
             varying = axes & {"q", "k", "d", "e"}
-            return self.batch_index if not varying else self.owned if varying == {self.owner} or tile is None else tile
+            return self.per_batch if not varying else self.per_owned if varying == {self.owner} or tile is None else tile
 
-        drawn = {"q": "f_uniform_along({}, k0, BN)", "k": "f_uniform_down({}, first, BN, BM)"}.get(self.owner, "")
+        drawn = {"q": "f_uniform_along({}, k0, BN)", "k": "f_uniform_down({}, k0, BN, BM)"}.get(self.owner, "")
         return TritonWriter(place, _real(self.spec), self.count, as_eager, names=names or {}, drawn=drawn)
 
     def value(self, node: Expr, **names: str) -> Text:
         """``node``, of positions that have other names."""
-        here, once = Block(), self.batch_index
-        writer = TritonWriter(lambda axes: here if axes & {"q", "k"} else once, _real(self.spec), self.count, names=names)
-        return Text(here.lines, writer.value(node))
+        here = Block()
+
+        def place(axes: frozenset[str]) -> Block:
+            return here if axes & {"q", "k"} else self.per_batch
+
+        return Text(here.lines, TritonWriter(place, _real(self.spec), self.count, names=names).value(node))
 
     # ------------------------------------------------------------------------------------------------------- tiles
 
@@ -113,10 +112,11 @@ class _Kernel:
         copied = writer.copied(load, rows, name, width) if rows is not None and self.described and name in COPIED else ""
         return Text(here.lines, loaded, copied)
 
-    def like_out(self, tensor: str, strides: str) -> str:
+    def like_out(self, tensor: str) -> str:
         """A tile of a tensor of the result's shape."""
         names = [*(f"b{i}" for i in range(self.spec.batch)), "row" if self.owner == "k" else "q", "e"]
-        offset = " + ".join(f"tl.cast({name}, tl.int64) * {strides}_{i}" for i, name in enumerate(names))
+        places = zip(names, strides(tensor, len(names)), strict=True)
+        offset = " + ".join(f"tl.cast({name}, tl.int64) * {stride}" for name, stride in places)
         text = f"tl.load({tensor} + {offset}, mask={names[-2]}_ok & e_ok, other=0)"
         return text if _one_dtype(self.spec) else f"tl.cast({text}, {_real(self.spec)})"
 
@@ -127,9 +127,9 @@ class _Kernel:
             here = Block()
             writer = TritonWriter(lambda _, here=here: here, _real(self.spec), self.count)  # type: ignore[misc]
             kind = destination_kind(to)
-            offset = writer.offset(to.load, strides=f"s_{to.name}") if kind in PLACED else ""
-            rank = len(to.order) if kind in PLACED else 0
-            places.append({"name": to.name, "kind": kind, "rank": rank, "place": Text(here.lines, offset)})
+            offset = writer.offset(to.load, strides=f"s_grad_{to.name}") if kind in PLACED else ""
+            names = strides(f"grad_{to.name}", len(to.order)) if kind in PLACED else []
+            places.append({"name": to.name, "kind": kind, "strides": names, "place": Text(here.lines, offset)})
         return places
 
     # ----------------------------------------------------------------------------------------------------- entries
@@ -156,7 +156,7 @@ class _Kernel:
         forward, slope, factors = computed.forward, computed.slope, computed.factors
         writer = self.writer(tile)
         _give_leaves(writer, forward.visible, slope, self.spec.weight, computed.of.weight, *factors)
-        prob = f"tl.exp2({writer.value(forward.visible)} * {forward.factor * _LOG2E!r} - lse2)"
+        prob = f"tl.exp2({writer.value(forward.visible)} * {forward.factor * _LOG2E!r} - row_lse2)"
         if not full:
             tile.lines.append(f"seen = {self.seen(writer)}")
         tile.lines.append(f"prob = {prob if full else f'tl.where(seen, {prob}, 0.0)'}")
@@ -164,13 +164,13 @@ class _Kernel:
         return self._results(tile, writer, text, factors, found, "{}" if full else "tl.where(seen, {}, 0.0)")
 
     def recomputed(self, found: Sequence[Destination]) -> TileEntries:
-        """Of all entries of the rows that are ``chosen``, whose largest score is ``top`` and log-sum-exp ``top + rest``."""
+        """Of all entries of the rows that are ``exact``, whose largest score is ``m`` and log-sum-exp ``m + log_l``."""
         of, tile = self.computed.of, Block()
         factors = [t.factor for t in of.terms]
         writer = self.writer(tile, as_eager=True)
         _give_leaves(writer, self.spec.score, of.score, self.spec.weight, of.weight, *factors)
-        prob = f"tl.exp2(({writer.value(self.spec.score)} - top - rest) * {_LOG2E!r})"
-        tile.lines.append(f"prob = tl.where(chosen & {self.visited}_ok, {prob}, 0.0)")
+        prob = f"tl.exp2(({writer.value(self.spec.score)} - m - log_l) * {_LOG2E!r})"
+        tile.lines.append(f"prob = tl.where(exact & {self.visited}_ok, {prob}, 0.0)")
         writer.as_eager = False
         text = f"d_score * {writer.value(of.score)} * {1 / self.computed.scale!r}"
         return self._results(tile, writer, text, factors, found, "{}")
@@ -200,46 +200,53 @@ class _Kernel:
 
     # ------------------------------------------------------------------------------------------------------ bounds
 
-    def extras(self) -> list[str]:
-        return [self.writer().value(x) for x in self.spec.extra_logits]
+    def summary(self) -> dict[str, object]:
+        """What tells delta and, of the exact rows, the softmax."""
+        extras = [self.writer().value(x) for x in self.spec.extra_logits]
+        return {"out": self.like_out("out"), "scores": self.scores(), "extras": extras, "walk": Walk("k")}
 
-    def _bounds(self) -> list[tuple[str, Expr]]:
-        return [(b.name, b.node) for b in self.computed.forward.bounds]
+    def limits(self) -> list[Limit]:
+        """Of the keys that queries q0 to q1 see, or of the queries that see keys k0 to k1."""
+        of = self._bounded if self.owner == "q" else self._sought
+        return [limit for b in self.computed.forward.bounds for limit in of(b)]
 
-    def bounds(self) -> dict[str, list[Text]]:
-        """By the mask's bounds, their values for the queries ``first`` and ``last``."""
-        return {name: [self.value(node, q=at) for at in ("first", "last")] for name, node in self._bounds()}
+    def _bounded(self, bound: Bound) -> Iterator[Limit]:
+        for at, name in ENDS[bound.name].items():
+            value = self.value(bound.node, q=at)
+            yield Limit(name, value.lines, value.result)
 
-    def searches(self) -> list[Search]:
-        """Which queries see any key, and all keys, of the tile ``first`` … ``last``."""
-        names = {"upper": (("begin", "first"), ("full_begin", "last")), "lower": (("end", "last"), ("full_end", "first"))}
-        found = []
-        for bound, node in self._bounds():
-            shift = _shift(node)
-            text = Text((), "") if shift is not None else self.value(node, q="middle")
-            found += [Search(*at, text, None if shift is None else self.value(shift).result) for at in names[bound]]
-        return found
+    def _sought(self, bound: Bound) -> Iterator[Limit]:
+        """Where the bound is q + shift it is solved for q, else searched."""
+        shift = _shift(bound.node)
+        value = self.value(bound.node, q="middle") if shift is None else self.value(shift)
+        for name, key in _SOUGHT[bound.name].items():
+            if shift is None:
+                yield Limit(name, value.lines, value.result, beyond=key)
+            else:
+                yield Limit(name, value.lines, f"{key} - ({value.result}) + 1")
 
     # ----------------------------------------------------------------------------------------------------- context
 
     def context(self) -> dict[str, object]:
         return {
-            **{name: self.matrix(name) for name in ("query", "key", "value")}, "described": self.described,
-            "grad": self.like_out("grad_out", "sg"), "batch_index": self.batch_index, "owned": self.owned,
+            **{name: self.matrix(name) for name in ("query", "key", "value")},
+            "grad": self.like_out("grad_out"), "per_batch": self.per_batch, "per_owned": self.per_owned,
         }  # fmt: skip
 
     def programs(self, found: Sequence[Destination]) -> dict[str, object]:
         recomputed = None if self.computed.recomputed_below is None else self.recomputed(found)
-        bounds, residual = [name for name, _ in self._bounds()], self.computed.forward.residual
-        starts, ends = ("upper", "lower") if self.owner == "k" else ("lower", "upper")
+        return {"full": self.entries(found, full=True), "partial": self.entries(found, full=False), "recomputed": recomputed}
+
+    def walk(self) -> Walk:
+        residual, limits = self.computed.forward.residual, self.limits()
+        names = {limit.name for limit in limits}
         tail = self.owner == "q" or not self._harmless_tail()
         listed = is_listed(self.spec, self.owner)
         shown = None if residual is None or listed or self.owner != "k" else self.writer().value(residual)
-        return {
-            "full": self.entries(found, full=True), "partial": self.entries(found, full=False), "recomputed": recomputed,
-            "listed": listed, "shown": shown,
-            "starts_partial": shown is not None or starts in bounds, "ends_partial": tail or ends in bounds,
-        }  # fmt: skip
+        return Walk(
+            self.visited, limits, listed, starts_partial=shown is not None or "begin" in names,
+            ends_partial=tail or "end" in names, full=not listed, shown=shown,
+        )  # fmt: skip
 
     def _harmless_tail(self) -> bool:
         """Whether what lies behind the last query adds nothing: its probabilities are zero, if the rest of it is finite."""
@@ -268,18 +275,17 @@ def render_backward(spec: AttentionSpec, wanted: Sequence[bool], described: bool
         *header_lines(spec),
         f"wanted  {json.dumps(list(wanted))}",
     )
-    context = argument_names(spec) | {
-        "header": "\n".join(f"# {line}" for line in lines), "entry": ENTRY, "batch": spec.batch, "mask_axes": mask_axes(spec),
-        "qk_dim": spec.qk_dim, "v_dim": spec.v_dim, "width": widened(spec.qk_dim), "v_width": widened(spec.v_dim),
+    context = Arguments(spec).names() | {
+        "entry": ENTRY, "out_strides": strides("out", spec.batch + 2), "grad_out_strides": strides("grad_out", spec.batch + 2),
+        "batch": spec.batch, "mask_axes": mask_axes(spec), "qk_dim": spec.qk_dim, "v_dim": spec.v_dim,
+        "width": widened(spec.qk_dim), "v_width": widened(spec.v_dim),
         "factor": repr(computed.scale), "real": _real(spec), "log2e": repr(_LOG2E),
         "recomputed_below": computed.recomputed_below,
-        "rows": rows.context() | {"out": rows.like_out("out", "so"), "scores": rows.scores(), "extras": rows.extras()},
-        "keys": kernels["keys"] | {"searches": keys.searches()},
-        "queries": kernels["queries"] | {"bounds": queries.bounds()},
+        "rows": rows.context() | rows.summary(),
+        "keys": kernels["keys"] | {"walk": keys.walk()}, "queries": kernels["queries"] | {"walk": queries.walk()},
         "distances": kernels["distances"] | {"any": distances.any()} if written_by("k - q", found) else None,
     }  # fmt: skip
-    text = environment().get_template("triton/backward.py.jinja").render(context)
-    return re.sub(r"\n\s*\n(?= )", "\n", text)
+    return rendered("backward", spec, lines, context)
 
 
 def written_by(owner: str, found: Sequence[Destination]) -> list[Destination]:

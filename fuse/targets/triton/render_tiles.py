@@ -8,9 +8,10 @@ from dataclasses import dataclass
 from fuse.ir import tile_map
 from fuse.ir.spec import AttentionSpec
 from fuse.kernel.forward import forward_program
-from fuse.kernel.source import environment
+from fuse.targets.triton.arguments import Arguments
+from fuse.targets.triton.outline import rendered
 from fuse.targets.triton.ranges import TritonRanges
-from fuse.targets.triton.render import TritonSource, argument_names, header, mask_axes
+from fuse.targets.triton.render import TritonSource, header, mask_axes
 from fuse.targets.triton.write import Block, TritonWriter, depends
 
 TILES = "fuse_attention_tiles"
@@ -36,22 +37,22 @@ def is_listed(spec: AttentionSpec, owner: str) -> bool:
 
 
 def render_tiles(spec: AttentionSpec, owner: str) -> str:
-    """The kernel TILES_owner; its arguments are those of ``fuse.targets.triton.launch_tiles``."""
+    """The kernel TILES_owner."""
     own, other = _SIDES[owner], _SIDES["k" if owner == "q" else "q"]
     source, visited = TritonSource(spec, frozenset(owner)), Block()
-    bounds = [source.bound(b) for b in source.computed.bounds]
+    bounds = [source.bound(b) | {"name": b.name} for b in source.computed.bounds]
     residual = source.computed.residual
     assert residual is not None
     cells, result = "", ""
     if spec.mask is not None and spec.mask.tiles is not None:
-        place, names = lambda axes: visited if axes & {"q", "k"} else source.batch_index, {"q": "cell_q", "k": "cell_k"}
+        place, names = lambda axes: visited if axes & {"q", "k"} else source.per_batch, {"q": "cell_q", "k": "cell_k"}
         cells = TritonWriter(place, source.real, source.count, names=names).value(spec.mask.tiles)
     else:
-        result = TritonRanges(source.writer(visited), owner, source.rows, visited, source.count).range(residual)
-    context = argument_names(spec) | {
-        "header": header(spec, "tiles that are visited"), "entry": f"{TILES}_{owner}", "own": own, "other": other,
-        "bounds": bounds, "mask_axes": mask_axes(spec), "batch_index": source.batch_index, "owned": source.rows,
-        "visited": visited, "cells": cells, "result": result, "empty": tile_map.EMPTY, "full_cell": tile_map.FULL,
-        "map_rows": tile_map.ROWS, "map_keys": tile_map.KEYS,
+        result = TritonRanges(source.writer(visited), owner, source.per_row, visited, source.count).range(residual)
+    context = Arguments(spec).names() | {
+        "entry": f"{TILES}_{owner}", "own": own, "other": other, "bounds": bounds, "mask_axes": mask_axes(spec),
+        "per_batch": source.per_batch, "per_owned": source.per_row, "visited": visited,
+        "cells": cells, "result": result, "empty": tile_map.EMPTY, "full_cell": tile_map.FULL, "map_rows": tile_map.ROWS,
+        "map_keys": tile_map.KEYS,
     }  # fmt: skip
-    return environment().get_template("triton/tiles.py.jinja").render(context)
+    return rendered("tiles", spec, header(spec, "tiles that are visited"), context)

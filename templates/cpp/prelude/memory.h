@@ -33,7 +33,6 @@ template <class T> INLINE void store_as(T* p, VR v) {
     else for (int i = 0; i < W; i++) p[i] = from_r<T>(v[i]);
 }
 template <class T> INLINE VR load_some(const T* p, int n) { VR v = {}; for (int i = 0; i < n; i++) v[i] = to_r(p[i]); return v; }
-template <class T> INLINE void store_some(T* p, VR v, int n) { for (int i = 0; i < n; i++) p[i] = from_r<T>(v[i]); }
 
 // dst[row * ld + column] = src[row * rs + column * cs] for rows x columns.
 template <class T> static void copy_rows(R* dst, int64_t ld, const T* src, int64_t rs, int64_t cs, int64_t rows, int64_t columns) {

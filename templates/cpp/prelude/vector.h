@@ -32,8 +32,8 @@ INLINE VL vl(VL x) { return x; }
 INLINE VI vm(bool x) { return I(-I(x)) - VI{}; }
 // An int64 in lanes that may be narrower: saturated, which no comparison with values inside the range can tell.
 INLINE VI vi(int64_t x) {
-    const int64_t top = sizeof(I) == 8 ? INT64_MAX : INT32_MAX;
-    return I(clamp64(x, -top, top)) - VI{};
+    const int64_t limit = sizeof(I) == 8 ? INT64_MAX : INT32_MAX;
+    return I(clamp64(x, -limit, limit)) - VI{};
 }
 INLINE VI narrow(VL x) { return __builtin_convertvector(x, VI); }
 INLINE VL widen_int(VI x) { return __builtin_convertvector(x, VL); }
