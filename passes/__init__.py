@@ -29,7 +29,7 @@ from fuse.ir.spec import InvalidSpec, verify
 from fuse.passes import census
 from fuse.passes.accept import Found, accept, declined_site
 from fuse.passes.expand import expand
-from fuse.passes.find import Candidate, find
+from fuse.passes.find import Candidate, find, is_attention
 from fuse.passes.layout import put_keys_innermost
 from fuse.passes.lift import Lifted, Pass, SiteContext, lift
 from fuse.passes.masks import recover_mask
@@ -83,7 +83,7 @@ class _Told:
     lacking: dict[Node, Reason] = field(default_factory=dict)
 
     def decline(self, candidate: Candidate, reason: Reason) -> None:
-        if isinstance(reason, (NotSoftmax, NoScoreProduct)):
+        if isinstance(reason, (NotSoftmax, NoScoreProduct)) and not is_attention(candidate.anchor):
             self.lacking[candidate.anchor] = reason
         else:
             self.nodes.add(candidate.anchor)
@@ -172,7 +172,7 @@ def _fuse_site(graph: Graph, candidate: Candidate, context: SiteContext, state_o
         for each in PASSES:
             lifted = _verified(each, each(lifted, context))
             steps.append((each.__name__, lifted.spec))
-        replacement = insert(graph, root, lifted, context, state_of[root].transforms)
+        replacement = insert(graph, root, candidate.lse, lifted, context, state_of[root].transforms)
         return Found(candidate, lifted, replacement, (*steps, ("insert", replacement.spec)))
     assert declined is not None
     raise declined

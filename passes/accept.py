@@ -44,7 +44,7 @@ def accept(graph: Graph, candidates: list[Candidate], found: list[Found], kept: 
     slices |= (unread_nodes(graph, slices) - kept) | emitted
     accepted = list(found)
     while True:
-        replaced = {f.replacement.root: f.replacement.result for f in accepted}
+        replaced = {old: new for f in accepted for old, new in f.replacement.pairs}
         live = live_nodes(graph, slices, replaced)
         still = [f for f in accepted if live.isdisjoint(f.consumed)]
         if len(still) == len(accepted):
@@ -53,7 +53,8 @@ def accept(graph: Graph, candidates: list[Candidate], found: list[Found], kept: 
     sites = []
     for f in found:
         if f in accepted:
-            f.replacement.root.replace_all_uses_with(f.replacement.result)
+            for old, new in f.replacement.pairs:
+                old.replace_all_uses_with(new)
             sites.append(_fused_site(f))
         else:
             sites.append(declined_site(f.candidate, ProbabilitiesUsed(_user_of(f, live, slices))))

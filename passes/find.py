@@ -7,7 +7,7 @@ activations (linear, convolution, normalisation, …). Operands of a contraction
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch.fx import Graph, Node
@@ -47,12 +47,17 @@ _SLICE_LIMIT = 600  # nodes of one slice
 
 @dataclass(frozen=True)
 class Candidate:
-    """``roots``: nodes whose value may be the attention's result, most likely first; ``anchor``: the normalisation."""
+    """
+    anchor  the normalisation, or a call of attention as a whole
+    roots   nodes whose value may be the attention's result, most likely first
+    lse     a node that holds the rows' log-sum-exp in base 2 beside a root, if somebody reads it
+    """
 
     anchor: Node
     roots: tuple[Node, ...]
     nodes: frozenset[Node]
     inputs: frozenset[Node]
+    lse: Node | None = None
 
 
 def find(graph: Graph, states: Mapping[Node, State]) -> list[Candidate]:
@@ -63,7 +68,7 @@ def find(graph: Graph, states: Mapping[Node, State]) -> list[Candidate]:
     reached: dict[Node, tuple[Node, set[Node]]] = {}
     for node in graph.nodes:
         if is_flex(node):
-            found |= {root: _slice(node, (root,), {node}, states, mutations, order) for root in _results_of_flex(node)}
+            found |= {c.roots[0]: c for c in _of_flex(node, states, mutations, order)}
         if node.op not in ("call_function", "call_method") or tensor_of(node) is None:
             continue
         name = operator_name(node)
@@ -84,8 +89,18 @@ def is_attention(node: Node) -> bool:
     return operator_name(node) == ATTENTION or is_flex(node)
 
 
-def _results_of_flex(node: Node) -> list[Node]:
-    return [user for user in node.users if operator_name(user) == "getitem" and user.args[1] == 0]
+def _of_flex(
+    node: Node, states: Mapping[Node, State], mutations: Mapping[int, list[Node]], order: Mapping[Node, int]
+) -> list[Candidate]:
+    """FlexAttention gives the result, the log-sum-exp and the maximum of the rows."""
+    items = {user.args[1]: user for user in node.users if operator_name(user) == "getitem"}
+    if 0 not in items:
+        return []
+    found = _slice(node, (items[0],), {node}, states, mutations, order)
+    lse = items.get(1)
+    if lse is None or order[lse] < order[items[0]]:
+        return [found]
+    return [replace(found, nodes=found.nodes | {lse}, lse=lse)]
 
 
 def is_contraction(node: Node) -> bool:

@@ -23,15 +23,17 @@ _RESTRIDE = {"contiguous", "reshape", "clone", "flatten"}
 
 
 def memory_order(root: Node) -> tuple[int, ...]:
-    """The dimensions of ``root`` from outermost to innermost."""
+    """The dimensions of ``root`` from outermost to innermost: as it is read next, or else as eager has it."""
     value = tensor_of(root)
-    rank = 0 if value is None else value.dim()
+    if value is None:
+        return ()
     users = list(root.users)
     if len(users) == 1 and users[0].users and all(operator_name(u) in _RESTRIDE for u in users[0].users):
-        order = _permutation(users[0], rank)
+        order = _permutation(users[0], value.dim())
         if order is not None:
             return tuple(order)
-    return tuple(range(rank))
+    steps = [n if isinstance(n, int) else n.node.hint or 0 for n in value.stride()]
+    return tuple(sorted(range(value.dim()), key=lambda d: -steps[d]))  # what comes behind may rely on it, as ``view`` does
 
 
 def _permutation(node: Node, rank: int) -> Sequence[int] | None:

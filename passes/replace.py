@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import operator
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -32,6 +33,7 @@ _RANDOM = ("rand", "dropout", "bernoulli", "normal", "multinomial", "uniform", "
 class Replacement:
     """A root and the node that now stands for it, with the site's spec as it was emitted.
 
+    beside  other results and what stands for them
     leaves  the nodes behind spec.operands
     made    all nodes that were made for it, in order
     wanted  for each operand whether it wants a gradient
@@ -40,15 +42,26 @@ class Replacement:
 
     root: Node
     result: Node
+    beside: tuple[tuple[Node, Node], ...]
     spec: AttentionSpec
     leaves: tuple[Node, ...]
     made: tuple[Node, ...]
     wanted: tuple[bool, ...]
     around: tuple[Transform, ...]
 
+    @property
+    def pairs(self) -> tuple[tuple[Node, Node], ...]:
+        """All that is replaced, and by what."""
+        return ((self.root, self.result), *self.beside)
 
-def insert(graph: Graph, root: Node, lifted: Lifted, context: SiteContext, around: tuple[Transform, ...]) -> Replacement:
-    """Emits the op before ``root``; nothing uses it yet. Raises Declined, and leaves the graph as it was, if it cannot."""
+
+def insert(
+    graph: Graph, root: Node, lse: Node | None, lifted: Lifted, context: SiteContext, around: tuple[Transform, ...]
+) -> Replacement:
+    """Emits the op before ``root``; nothing uses it yet. Raises Declined, and leaves the graph as it was, if it cannot.
+
+    lse  see Candidate
+    """
     spec = replace(lifted.spec, out_order=tuple(lifted.out_dims[d] for d in memory_order(root)))
     verify(spec)
     trace, target = context.trace, context.target
@@ -61,17 +74,28 @@ def insert(graph: Graph, root: Node, lifted: Lifted, context: SiteContext, aroun
         except Declined:
             emitter.undo()
             raise
-        arguments = (list(leaves), sizes, in_graph(spec.to_json()), target)
-        result = call = emitter.new_call(torch.ops.fuse.attention.default, arguments, {})
-        if lifted.out_dims != tuple(range(len(lifted.out_dims))):
-            result = emitter.new_call(aten.permute.default, (call, list(lifted.out_dims)), {})
+        first = len(emitter.new)
+        result, beside = _results(emitter, (list(leaves), sizes, in_graph(spec.to_json()), target), lifted.out_dims, lse)
         if flowing and _may_be_written(graph, root):
             result = emitter.new_call(aten.clone.default, (result,), {})
-    for node in (call, result):
+    for node in emitter.new[first:]:
         node.meta.update({k: v for k, v in root.meta.items() if k in ("stack_trace", "nn_module_stack", "source_fn_stack")})
-    result.meta["example_value"] = root.meta.get("example_value")
+    for old, new in ((root, result), *beside):
+        new.meta["example_value"] = old.meta.get("example_value")
     wanted = tuple(flowing and d and trace.flows(x) for x, d in zip(lifted.leaves, differentiable(spec), strict=True))
-    return Replacement(root, result, spec, leaves, tuple(emitter.new), wanted, around)
+    return Replacement(root, result, beside, spec, leaves, tuple(emitter.new), wanted, around)
+
+
+def _results(
+    emitter: _Emitter, arguments: tuple[Any, ...], out_dims: Sequence[int], lse: Node | None
+) -> tuple[Node, tuple[tuple[Node, Node], ...]]:
+    """The op, and what has the root's dimensions: the result, and what stands for other nodes."""
+    if lse is None:
+        return emitter.permuted(emitter.new_call(torch.ops.fuse.attention.default, arguments, {}), out_dims), ()
+    both = emitter.new_call(torch.ops.fuse.attention_lse.default, arguments, {})
+    out, rows = (emitter.new_call(operator.getitem, (both, i), {}) for i in (0, 1))
+    rows = emitter.permuted(rows, [d for d in out_dims if d != len(out_dims) - 1])
+    return emitter.permuted(out, out_dims), ((lse, emitter.new_call(aten.div.Tensor, (rows, math.log(2)), {})),)
 
 
 class _Emitter:
@@ -202,6 +226,9 @@ class _Emitter:
         node = self.graph.call_function(target, args, kwargs)
         self.new.append(node)
         return node
+
+    def permuted(self, node: Node, dims: Sequence[int]) -> Node:
+        return node if list(dims) == list(range(len(dims))) else self.new_call(aten.permute.default, (node, list(dims)), {})
 
     def undo(self) -> None:
         for node in reversed(self.new):

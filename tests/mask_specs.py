@@ -16,6 +16,7 @@ from problems import (
     Q,
     both,
     case,
+    cast,
     causal_mask,
     hide,
     load,
@@ -139,6 +140,15 @@ def documents_in_any_order(dtype: str) -> Problem:
 def block_diagonal_or_first_keys(dtype: str) -> Problem:
     same = op("eq", op("floordiv", Q, 90), op("floordiv", K, 90))
     return problem(dtype, batch=(1, 2), q_len=300, score=lambda s: hide(s, op("or", same, op("lt", K, 3))))
+
+
+@case
+def listed_blocks(dtype: str) -> Problem:
+    """A BlockMask of 128 queries × 130 keys: blocks of class 2 are seen whatever the mask says, those of 0 are not at all."""
+    classes = torch.tensor([[2, 0, 1], [1, 1, 2], [0, 1, 1]], dtype=torch.uint8)
+    found = cast(load(classes, 3, op("floordiv", Q, 128), op("floordiv", K, 130)), "int64")
+    seen = op("or", op("eq", found, 2), both(op("eq", found, 1), op("le", K, Q)))
+    return problem(dtype, classes, batch=(1, 2), q_len=300, score=lambda s: hide(s, seen))
 
 
 @case

@@ -23,7 +23,7 @@ LEVELS = (
     ("options",),
     ("ops",),
     ("passes",),
-    ("inner", "report.check"),
+    ("flex", "inner", "report.check"),
     ("backend",),
     ("report",),
     ("transform", "models"),

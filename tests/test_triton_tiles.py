@@ -31,10 +31,11 @@ PLAN = Launch(block_q=32, block_k=32, warps=4, stages=2)
 LISTED = (
     "documents_in_any_order", "documents", "mapped_bool", "mapped_bool_with_lowest_fill_below_the_diagonal", "padding",
     "left_padding_and_causal", "block_diagonal_or_first_keys", "dilated", "prefix",
+    "listed_blocks",
 )  # fmt: skip
 OF_KEYS = ("padding", "left_padding_and_causal")
 LISTS = [(n, "q") for n in LISTED] + [(n, "k") for n in LISTED if n not in OF_KEYS]
-EXACT = ("documents", "left_padding_and_causal", "padding", "block_diagonal_or_first_keys")
+EXACT = ("documents", "left_padding_and_causal", "padding", "block_diagonal_or_first_keys", "listed_blocks")
 
 
 @pytest.fixture(autouse=True)

@@ -11,10 +11,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from fuse.ir import expr, serial
-from fuse.ir.expr import Expr, Load, apply, const, index
+from fuse.ir.expr import Apply, Const, Expr, Index, Load, apply, const, index
 from fuse.ir.spec import AttentionSpec, IntLike, Operand
 
 ROWS, KEYS = 16, 64
+# No target has larger tiles: what changes in steps of this many positions tells by itself which can be skipped.
+COARSE = 128
 EMPTY, PARTIAL, FULL = range(3)
 
 
@@ -82,8 +84,13 @@ class Use:
 
 def _of_positions(load: Load) -> bool:
     """Whether an operand has a dimension of queries and another one of keys; a table of distances has one of both."""
-    axes = [expr.axes(c) & {"q", "k"} for c in load.coords]
+    axes = [expr.axes(c) & {"q", "k"} for c in load.coords if not _is_coarse(c)]
     return any("q" in a and "k" in b for i, a in enumerate(axes) for j, b in enumerate(axes) if i != j)
+
+
+def _is_coarse(e: Expr) -> bool:
+    divides = isinstance(e, Apply) and e.op == "floordiv" and isinstance(e.operands[0], Index)
+    return divides and isinstance(e.args[1], Const) and e.args[1].value >= COARSE
 
 
 def map_of(spec: AttentionSpec) -> Use | None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 
-from fuse.ir.expr import COMPARISONS, FLOATS, INTS, Apply, Expr, Index, Load, axes, contains
+from fuse.ir.expr import COMPARISONS, FLOATS, INTS, Apply, Const, Expr, Index, Load, axes, contains
 
 _LOGIC = ("and", "or", "xor", "not", "eq", "ne")
 _INTEGER = ("add", "sub", "mul", "neg", "abs", "minimum", "maximum", "floordiv", "mod")
@@ -35,6 +35,11 @@ class RangeWriter(ABC):
     @abstractmethod
     def summary(self, node: Expr, of_keys: bool, kind: str) -> str:
         """The range of what depends on one position."""
+
+    @abstractmethod
+    def lookup(self, node: Load, places: list[str]) -> str:
+        """The range of an integer that is read at ``places``, the ranges of its coordinates, each a quotient of a position:
+        where a tile spans no more than two of each, its corners have all values."""
 
     @abstractmethod
     def operation(self, node: Apply) -> str | None:
@@ -71,16 +76,28 @@ class RangeWriter(ABC):
             return self.position(node)
         if len(varying) == 1 and contains(node, Load):
             return self.summary(node, "k" in varying, kind)
-        combined = self._combined(node) if isinstance(node, Apply) else None
+        combined = self._combined(node)
         if combined is None and len(varying) == 1:
             return self.summary(node, "k" in varying, kind)
         return self.define(kind, combined or self.anything(kind))
 
-    def _combined(self, node: Apply) -> str | None:
+    def _combined(self, node: Expr) -> str | None:
         """None where there is no operation that is known to hold its values."""
+        if isinstance(node, Load):
+            varying = [c for c in node.coords if axes(c) & {"q", "k"}]
+            read = node.dtype in INTS and all(map(is_quotient, varying))
+            return self.lookup(node, [self.range(c) for c in varying]) if read else None
+        if not isinstance(node, Apply):
+            return None
         if node.op == "cast":
             return self.cast(node)
         return self.operation(node) if _has_range(node) else None
+
+
+def is_quotient(node: Expr) -> bool:
+    """Whether this is a position divided by a number, as a place in a table of blocks is."""
+    divides = isinstance(node, Apply) and node.op == "floordiv" and isinstance(node.operands[0], Index)
+    return divides and isinstance(node.args[1], Const) and node.args[1].value > 0
 
 
 def _kind(node: Expr) -> str:

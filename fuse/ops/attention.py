@@ -1,5 +1,6 @@
 """``fuse::attention``, the one op that the passes put into a graph, and the two that it runs as where gradients are needed.
 
+``fuse::attention_lse`` is the same with the rows' log-sum-exp as a second result, for code that merges parts of the keys.
 ``fuse::attention`` has an autograd kernel: with gradients it is ``fuse::attention_forward``, whose backward is
 ``fuse::attention_backward``; without, it stays what it is. So AOTAutograd, Inductor and checkpoint policies see plain ops.
 The spec travels as text: torch's graph caches are keyed on it, and a graph with the op in it can be saved. Defined with
@@ -8,6 +9,7 @@ The spec travels as text: torch's graph caches are keyed on it, and a graph with
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from functools import cache
 from typing import Any
@@ -30,9 +32,10 @@ _TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.needs_fixed_stride_order)
 _library: Any = torch.library.Library("fuse", "DEF")
 for _schema in (
     "attention(Tensor[] operands, SymInt[] sizes, str spec, str target) -> Tensor",
+    "attention_lse(Tensor[] operands, SymInt[] sizes, str spec, str target) -> (Tensor, Tensor)",
     "attention_forward(Tensor[] operands, SymInt[] sizes, str spec, str target) -> (Tensor, Tensor)",
     "attention_backward(Tensor grad_out, Tensor[] operands, SymInt[] sizes, Tensor out, Tensor lse, str spec, str target, "
-    "bool[] wanted) -> Tensor[]",
+    "bool[] wanted, Tensor? grad_lse=None) -> Tensor[]",
 ):
     _library.define(_schema, tags=_TAGS)
 
@@ -71,6 +74,17 @@ def _attention(operands: list[Tensor], sizes: list[int], spec: str, target: str)
     return out
 
 
+def _attention_lse(operands: list[Tensor], sizes: list[int], spec: str, target: str) -> tuple[Tensor, Tensor]:
+    out, lse = _forward(operands, sizes, spec, target)
+    return out, _log_sum(out, lse, spec)
+
+
+def _log_sum(out: Tensor, lse: Tensor, spec: str) -> Tensor:
+    """Log-sum-exp to base e as others know it. Kernels have infinity for a row that sees nothing: its probabilities are 0."""
+    nothing = (lse == math.inf) & ~out[..., 0].isnan()
+    return torch.where(nothing, -math.inf, lse).to(getattr(torch, parsed(spec).lse_dtype))
+
+
 def _forward(operands: list[Tensor], sizes: list[int], spec: str, target: str) -> tuple[Tensor, Tensor]:
     out, lse = _kernel(spec, target).forward(operands, sizes)
     return out, lse
@@ -78,9 +92,10 @@ def _forward(operands: list[Tensor], sizes: list[int], spec: str, target: str) -
 
 def _backward(
     grad_out: Tensor, operands: list[Tensor], sizes: list[int], out: Tensor, lse: Tensor, spec: str, target: str,
-    wanted: list[bool],
+    wanted: list[bool], grad_lse: Tensor | None = None,
 ) -> list[Tensor]:  # fmt: skip
-    grads: list[Tensor] = _backward_kernel(spec, target, tuple(wanted))(grad_out, operands, sizes, out, lse)
+    of_lse = None if grad_lse is None else grad_lse.contiguous()
+    grads: list[Tensor] = _backward_kernel(spec, target, tuple(wanted))(grad_out, operands, sizes, out, lse, of_lse)
     return grads
 
 
@@ -99,9 +114,14 @@ def _fake_forward(operands: list[Tensor], sizes: list[IntLike], spec: str, targe
     return out, out.new_empty(parsed_spec.lse_shape(sizes), dtype=getattr(torch, registry.named(target).lse_dtype(parsed_spec)))
 
 
+def _fake_lse(operands: list[Tensor], sizes: list[IntLike], spec: str, target: str) -> tuple[Tensor, Tensor]:
+    parsed_spec, out = parsed(spec), _fake(operands, sizes, spec, target)
+    return out, out.new_empty(parsed_spec.lse_shape(sizes), dtype=getattr(torch, parsed_spec.lse_dtype))
+
+
 def _fake_backward(
     grad_out: Tensor, operands: list[Tensor], sizes: list[IntLike], out: Tensor, lse: Tensor, spec: str, target: str,
-    wanted: list[bool],
+    wanted: list[bool], grad_lse: Tensor | None = None,
 ) -> list[Tensor]:  # fmt: skip
     """Gradients have the layout that ``torch.empty_like`` gives their operands."""
     return [torch.empty_like(t) for t, w in zip(operands, wanted, strict=True) if w]
@@ -114,30 +134,37 @@ class _Attention(levels.Function):
     """Saves the operands, the result and the log-sum-exp of its rows; the scores are computed again."""
 
     @staticmethod
-    def forward(ctx: Any, sizes: list[IntLike], spec: str, target: str, *operands: Tensor) -> Tensor:
+    def forward(ctx: Any, sizes: list[IntLike], spec: str, target: str, with_lse: bool, *operands: Tensor) -> Any:
         with torch.enable_grad(), torch._C._AutoDispatchBelowAutograd():
-            out: Tensor
             out, lse = torch.ops.fuse.attention_forward.default(operands, sizes, spec, target)
+            results = (out, _log_sum(out, lse, spec)) if with_lse else out
         ctx.save_for_backward(out, lse, *operands)
         ctx.save_for_forward(out, lse, *operands)
-        ctx.call = sizes, spec, target
-        return out
+        ctx.set_materialize_grads(False)
+        ctx.call = sizes, spec, target, with_lse
+        return results
 
     @staticmethod
-    def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
-        (out, lse, *operands), (sizes, spec, target) = ctx.saved_tensors, ctx.call
-        wanted = [w and d for w, d in zip(ctx.needs_input_grad[3:], _differentiable(spec), strict=True)]
-        grads = iter(torch.ops.fuse.attention_backward.default(grad_out, operands, sizes, out, lse, spec, target, wanted))
-        return (None, None, None, *(next(grads) if w else None for w in wanted))
+    def backward(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None = None) -> tuple[Tensor | None, ...]:
+        """The log-sum-exp of a row that sees nothing is constant."""
+        (out, lse, *operands), (sizes, spec, target, _) = ctx.saved_tensors, ctx.call
+        wanted = [w and d for w, d in zip(ctx.needs_input_grad[4:], _differentiable(spec), strict=True)]
+        grad_out = torch.zeros_like(out) if grad_out is None else grad_out
+        if grad_lse is not None:
+            grad_lse = grad_lse.to(lse.dtype).masked_fill(lse == math.inf, 0)
+        call = torch.ops.fuse.attention_backward.default
+        grads = iter(call(grad_out, operands, sizes, out, lse, spec, target, wanted, grad_lse))
+        return (None, None, None, None, *(next(grads) if w else None for w in wanted))
 
     @staticmethod
-    def jvp(ctx: Any, *tangents: Any) -> Tensor:
+    def jvp(ctx: Any, *tangents: Any) -> Any:
         """No kernel has it: the reference is plain PyTorch."""
         from fuse.targets import reference
 
-        (_, _, *operands), (sizes, spec, _) = ctx.saved_tensors, ctx.call
-        used = [t if d else None for t, d in zip(tangents[3:], _differentiable(spec), strict=True)]
-        return reference.attention_tangent(parsed(spec), operands, used, sizes)
+        (_, _, *operands), (sizes, spec, _, with_lse) = ctx.saved_tensors, ctx.call
+        used = [t if d else None for t, d in zip(tangents[4:], _differentiable(spec), strict=True)]
+        along = reference.attention_tangent(parsed(spec), operands, used, sizes)
+        return along if with_lse else along[0]
 
 
 class _Backward(levels.Function):
@@ -146,13 +173,13 @@ class _Backward(levels.Function):
     @staticmethod
     def forward(
         ctx: Any, sizes: list[IntLike], spec: str, target: str, wanted: list[bool], grad_out: Tensor, out: Tensor, lse: Tensor,
-        *operands: Tensor,
+        grad_lse: Tensor | None, *operands: Tensor,
     ) -> tuple[Tensor, ...]:  # fmt: skip
-        ctx.save_for_backward(grad_out, *operands)
+        ctx.save_for_backward(grad_out, grad_lse, *operands)
         ctx.call = sizes, spec, wanted
         with torch.enable_grad(), torch._C._AutoDispatchBelowAutograd():
             call = torch.ops.fuse.attention_backward.default
-            return tuple(call(grad_out, operands, sizes, out, lse, spec, target, wanted))
+            return tuple(call(grad_out, operands, sizes, out, lse, spec, target, wanted, grad_lse))
 
     @staticmethod
     @once_differentiable
@@ -160,10 +187,12 @@ class _Backward(levels.Function):
         """As if the result and the log-sum-exp were computed again from the operands."""
         from fuse.targets import reference
 
-        (grad_out, *operands), (sizes, spec, wanted) = ctx.saved_tensors, ctx.call
-        by_grad_out, *by_operands = reference.attention_second(parsed(spec), grad_out, operands, sizes, wanted, grads)
-        given = iter(by_operands)
-        return (None, None, None, None, by_grad_out, None, None, *(next(given) if w else None for w in wanted))
+        (grad_out, grad_lse, *operands), (sizes, spec, wanted) = ctx.saved_tensors, ctx.call
+        given = (grad_out,) if grad_lse is None else (grad_out, grad_lse)
+        by_given, by_operands = reference.attention_second(parsed(spec), given, operands, sizes, wanted, grads)
+        by_grad_out, by_grad_lse = (*by_given, None)[:2]
+        rest = iter(by_operands)
+        return (None, None, None, None, by_grad_out, None, None, by_grad_lse, *(next(rest) if w else None for w in wanted))
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Any) -> None:
@@ -179,26 +208,35 @@ def _any_tangent(tensors: Sequence[Tensor]) -> bool:
 
 
 def _attention_autograd(operands: list[Tensor], sizes: list[int], spec: str, target: str) -> Tensor:
+    result: Tensor = _autograd(torch.ops.fuse.attention.default, operands, sizes, spec, target, with_lse=False)
+    return result
+
+
+def _lse_autograd(operands: list[Tensor], sizes: list[int], spec: str, target: str) -> tuple[Tensor, Tensor]:
+    result: tuple[Tensor, Tensor] = _autograd(
+        torch.ops.fuse.attention_lse.default, operands, sizes, spec, target, with_lse=True
+    )
+    return result
+
+
+def _autograd(op: Any, operands: list[Tensor], sizes: list[int], spec: str, target: str, with_lse: bool) -> Any:
     """Runs eagerly and while AOTAutograd traces."""
-    result: Tensor
     if _any_gradient(operands, _differentiable(spec)) or _any_tangent(operands):
-        result = levels.apply(_Attention, sizes, spec, target, *operands)
-        return result
+        return levels.apply(_Attention, sizes, spec, target, with_lse, *operands)
     with torch._C._AutoDispatchBelowAutograd():
-        result = torch.ops.fuse.attention.default(operands, sizes, spec, target)
-        return result
+        return op(operands, sizes, spec, target)
 
 
 def _backward_autograd(
     grad_out: Tensor, operands: list[Tensor], sizes: list[int], out: Tensor, lse: Tensor, spec: str, target: str,
-    wanted: list[bool],
+    wanted: list[bool], grad_lse: Tensor | None = None,
 ) -> list[Tensor]:  # fmt: skip
-    tensors = (grad_out, out, *operands)
+    tensors = (grad_out, out, *operands, *([] if grad_lse is None else [grad_lse]))
     if _any_gradient(tensors, [True] * len(tensors)) or _any_tangent(tensors):
-        return list(levels.apply(_Backward, sizes, spec, target, wanted, grad_out, out, lse, *operands))
+        return list(levels.apply(_Backward, sizes, spec, target, wanted, grad_out, out, lse, grad_lse, *operands))
     with torch._C._AutoDispatchBelowAutograd():
         grads: list[Tensor] = torch.ops.fuse.attention_backward.default(
-            grad_out, operands, sizes, out, lse, spec, target, wanted
+            grad_out, operands, sizes, out, lse, spec, target, wanted, grad_lse
         )
         return grads
 
@@ -212,6 +250,7 @@ def _register(name: str, kernel: Any, autograd: Any, fake: Any, batching_rule: A
 
 
 _register("attention", _attention, _attention_autograd, _fake, batching.attention_rule)
+_register("attention_lse", _attention_lse, _lse_autograd, _fake_lse, batching.lse_rule)
 _register("attention_forward", _forward, None, _fake_forward, batching.forward_rule)
 _register("attention_backward", _backward, _backward_autograd, _fake_backward, batching.backward_rule)
 _library.impl("attention_backward", batching.legacy_backward_rule, "Batched")

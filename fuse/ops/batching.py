@@ -48,17 +48,25 @@ def attention_rule(
     return torch.ops.fuse.attention.default(examples_first(operands, in_dims[0]), all_sizes, text, target), _batch(spec)
 
 
-def forward_rule(
-    info: VmapInfo, in_dims: Any, operands: list[Tensor], sizes: list[IntLike], spec: str, target: str
+def lse_rule(info: VmapInfo, in_dims: Any, *call: Any) -> tuple[tuple[Tensor, Tensor], tuple[int, int]]:
+    return _two_results(torch.ops.fuse.attention_lse.default, info, in_dims, *call)
+
+
+def forward_rule(info: VmapInfo, in_dims: Any, *call: Any) -> tuple[tuple[Tensor, Tensor], tuple[int, int]]:
+    return _two_results(torch.ops.fuse.attention_forward.default, info, in_dims, *call)
+
+
+def _two_results(
+    op: Any, info: VmapInfo, in_dims: Any, operands: list[Tensor], sizes: list[IntLike], spec: str, target: str
 ) -> tuple[tuple[Tensor, Tensor], tuple[int, int]]:
     text, all_sizes = batched_call(spec, sizes, in_dims[0], info.batch_size)
-    results = torch.ops.fuse.attention_forward.default(examples_first(operands, in_dims[0]), all_sizes, text, target)
+    results = op(examples_first(operands, in_dims[0]), all_sizes, text, target)
     return results, (_batch(spec), _batch(spec))
 
 
 def backward_rule(
     info: VmapInfo, in_dims: Any, grad_out: Tensor, operands: list[Tensor], sizes: list[IntLike], out: Tensor, lse: Tensor,
-    spec: str, target: str, wanted: list[bool],
+    spec: str, target: str, wanted: list[bool], grad_lse: Tensor | None = None,
 ) -> tuple[list[Tensor], list[int]]:  # fmt: skip
     """Each example has its own gradients, also of an operand that all of them read."""
     at, n = _batch(spec), info.batch_size
@@ -67,8 +75,9 @@ def backward_rule(
     given = [t.expand(n, *t.shape) if own == 0 and d is None else t for t, own, d in zip(moved, dims, in_dims[1], strict=True)]
     text, all_sizes = batched_call(spec, sizes, dims, n)
     rows = [_at(t, d, at, n) for t, d in ((grad_out, in_dims[0]), (out, in_dims[3]), (lse, in_dims[4]))]
+    of_lse = None if grad_lse is None else _at(grad_lse, in_dims[8], at, n)
     call = torch.ops.fuse.attention_backward.default
-    grads = call(rows[0], given, all_sizes, rows[1], rows[2].contiguous(), text, target, wanted)
+    grads = call(rows[0], given, all_sizes, rows[1], rows[2].contiguous(), text, target, wanted, of_lse)
     return grads, [0] * len(grads)
 
 
@@ -90,12 +99,14 @@ def _at(t: Tensor, dim: int | None, to: int, examples: IntLike) -> Tensor:
 
 def legacy_backward_rule(
     grad_out: Tensor, operands: list[Tensor], sizes: list[IntLike], out: Tensor, lse: Tensor, spec: str, target: str,
-    wanted: list[bool],
+    wanted: list[bool], grad_lse: Tensor | None = None,
 ) -> list[Tensor]:  # fmt: skip
-    """Under ``is_grads_batched``, which has a vmap of its own: only ``grad_out`` has examples there."""
+    """Under ``is_grads_batched``, which has a vmap of its own: only ``grad_out`` and ``grad_lse`` have examples there."""
     level = torch._C._vmapmode_increment_nesting() - 1
     torch._C._vmapmode_decrement_nesting()
     each = torch._remove_batch_dim(grad_out, level, 1, 0)
-    dims = (0, [None] * len(operands), None, None, None)
-    grads, _ = backward_rule(VmapInfo(each.shape[0], "error"), dims, each, operands, sizes, out, lse, spec, target, wanted)
+    of_lse = None if grad_lse is None else torch._remove_batch_dim(grad_lse, level, each.shape[0], 0)
+    dims = (0, [None] * len(operands), None, None, None, None, None, None, 0)
+    info = VmapInfo(each.shape[0], "error")
+    grads, _ = backward_rule(info, dims, each, operands, sizes, out, lse, spec, target, wanted, of_lse)
     return [torch._add_batch_dim(g, 0, level) for g in grads]

@@ -40,7 +40,8 @@ def calls(gm: GraphModule) -> Iterator[ExpectedCall]:
     seen = set()
     for module in gm.modules():
         if isinstance(module, GraphModule):
-            for node in module.graph.find_nodes(op="call_function", target=torch.ops.fuse.attention.default):
+            ops = (torch.ops.fuse.attention.default, torch.ops.fuse.attention_lse.default)
+            for node in (n for op in ops for n in module.graph.find_nodes(op="call_function", target=op)):
                 call = _call(node)
                 if call is not None and call.key not in seen:
                     seen.add(call.key)

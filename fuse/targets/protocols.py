@@ -28,14 +28,18 @@ class Kernel(Protocol):
 
 
 class Backward(Protocol):
-    """Computes gradients of the wanted operands, each laid out as empty_like of it; ``grad_out`` may have any strides."""
+    """Computes gradients of the wanted operands, each laid out as empty_like of it; ``grad_out`` may have any strides.
+
+    ``grad_lse``, of the log-sum-exp where that is a result too, is dense and of its dtype.
+    """
 
     @property
     def runs(self) -> Runs: ...
 
     def __call__(
-        self, grad_out: Tensor, operands: Sequence[Tensor], sizes: Sequence[int], out: Tensor, lse: Tensor
-    ) -> list[Tensor]: ...
+        self, grad_out: Tensor, operands: Sequence[Tensor], sizes: Sequence[int], out: Tensor, lse: Tensor,
+        grad_lse: Tensor | None = None,
+    ) -> list[Tensor]: ...  # fmt: skip
 
 
 class MapKernel(Protocol):

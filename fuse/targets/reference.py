@@ -64,6 +64,7 @@ def attention_backward(
     sizes: Sequence[int],
     wanted: Sequence[bool],
     precision: str = "exact",
+    grad_lse: Tensor | None = None,
 ) -> list[Tensor]:
     """The gradients of the ``wanted`` operands, in their order, each laid out as ``empty_like`` of it (exact: in float64).
 
@@ -71,35 +72,40 @@ def attention_backward(
     """
     backward = _Backward(_call(spec, operands, sizes, precision), gradient(spec, tuple(wanted)))
     with torch.no_grad(), torch.autocast(grad_out.device.type, enabled=False):
-        return backward.run(grad_out)
+        return backward.run(grad_out, grad_lse)
 
 
 def attention_second(
     spec: AttentionSpec,
-    grad_out: Tensor,
+    given: tuple[Tensor, ...],
     operands: Sequence[Tensor],
     sizes: Sequence[int],
     wanted: Sequence[bool],
     grads: Sequence[Tensor],
-) -> list[Tensor]:
-    """The derivatives of ``attention_backward`` by grad_out and by the wanted operands, given those of its results, ``grads``.
+) -> tuple[tuple[Tensor, ...], list[Tensor]]:
+    """The derivatives of ``attention_backward`` by what it was ``given`` and by the wanted operands, from those of its results.
+
+    given  grad_out, and grad_lse if there is one
+    grads  of its results
 
     PyTorch's own derivative of a derivative: every score of the call is held.
     """
 
-    def result(*leaves: Tensor) -> Tensor:
-        given = iter(leaves)
-        call = _call(spec, [next(given) if w else t for t, w in zip(operands, wanted, strict=True)], sizes, "eager")
+    def results(*leaves: Tensor) -> tuple[Tensor, ...]:
+        rest = iter(leaves)
+        call = _call(spec, [next(rest) if w else t for t, w in zip(operands, wanted, strict=True)], sizes, "eager")
         rows = (0, call.q_len)
-        prob = call.softmax(rows, call.key()).prob
-        return _product(call.entries(spec.weight, rows, {Prob: prob}), call.value()).to(grad_out.dtype)
+        softmax = call.softmax(rows, call.key())
+        out = _product(call.entries(spec.weight, rows, {Prob: softmax.prob}), call.value())
+        return tuple(x.to(grad.dtype) for x, grad in zip((out, softmax.lse), given, strict=False))
 
-    def backward(grad: Tensor, *leaves: Tensor) -> tuple[Tensor, ...]:
-        return torch.func.vjp(result, *leaves)[1](grad)  # type: ignore[no-any-return]
+    def backward(grads: tuple[Tensor, ...], *leaves: Tensor) -> tuple[Tensor, ...]:
+        return torch.func.vjp(results, *leaves)[1](grads)  # type: ignore[no-any-return]
 
-    with torch.autocast(grad_out.device.type, enabled=False):
+    with torch.autocast(given[0].device.type, enabled=False):
         leaves = [t for t, w in zip(operands, wanted, strict=True) if w]
-        return list(torch.func.vjp(backward, grad_out, *leaves)[1](tuple(grads)))
+        by_given, *by_leaves = torch.func.vjp(backward, given, *leaves)[1](tuple(grads))
+        return by_given, by_leaves
 
 
 def _call(spec: AttentionSpec, operands: Sequence[Tensor], sizes: Sequence[int], precision: str) -> _Call:
@@ -208,13 +214,14 @@ class _Backward:
     call: _Call
     gradient: Gradient
 
-    def run(self, grad_out: Tensor) -> list[Tensor]:
+    def run(self, grad_out: Tensor, grad_lse: Tensor | None) -> list[Tensor]:
         sums = [torch.zeros(t.shape, dtype=self._dtype(t), device=t.device) for t in self._wanted()]
         numbers = [i for i, wanted in enumerate(self.gradient.wanted) if wanted]
         totals = dict(zip(numbers, sums, strict=True))
         key, value = self.call.key(), self.call.value()
         for rows in self.call.blocks():
-            self._rows(rows, grad_out[..., slice(*rows), :], key, value, totals)
+            own = None if grad_lse is None else grad_lse[..., slice(*rows), None]
+            self._rows(rows, grad_out[..., slice(*rows), :], own, key, value, totals)
         return [self._like(t).copy_(x) for x, t in zip(sums, self._wanted(), strict=True)]
 
     def _wanted(self) -> list[Tensor]:
@@ -227,7 +234,9 @@ class _Backward:
         """What is summed up in."""
         return torch.float64 if self.call.exact else torch.promote_types(operand.dtype, torch.float32)
 
-    def _rows(self, rows: Extent, grad_out: Tensor, key: Tensor, value: Tensor, totals: dict[int, Tensor]) -> None:
+    def _rows(
+        self, rows: Extent, grad_out: Tensor, grad_lse: Tensor | None, key: Tensor, value: Tensor, totals: dict[int, Tensor]
+    ) -> None:
         """Adds to ``totals``, operand → gradient, what these rows contribute."""
         call, spec, of = self.call, self.call.spec, self.gradient
         softmax = call.softmax(rows, key)
@@ -236,6 +245,7 @@ class _Backward:
         d_weight = _product(grad_out, value.mT).to(weight.dtype)
         d_prob = (d_weight * call.entries(of.weight, rows, leaves)).to(softmax.prob.dtype)
         delta = (softmax.prob * d_prob).sum(-1, keepdim=True)
+        delta = delta if grad_lse is None else delta - grad_lse
         d_score = softmax.prob * (d_prob - delta)
         d_raw = (d_score * call.entries(of.score, rows, leaves)).to(softmax.raw.dtype)
         keys, d, e = (0, call.kv_len), (0, spec.qk_dim), (0, spec.v_dim)
@@ -261,10 +271,11 @@ class _Backward:
 
 def attention_tangent(
     spec: AttentionSpec, operands: Sequence[Tensor], tangents: Sequence[Tensor | None], sizes: Sequence[int]
-) -> Tensor:
-    """The derivative of the result along ``tangents``, one for each operand or None: forward-mode differentiation.
+) -> tuple[Tensor, Tensor]:
+    """The derivatives of the result and of its rows' log-sum-exp along ``tangents``, one for each operand or None: forward-mode
+    differentiation.
 
-    The tangent of a softmax is prob * (t - sum of prob * t), t the scores'. Laid out as the result.
+    The tangent of a softmax is prob * (t - sum of prob * t), t the scores'; that sum is the log-sum-exp's. Laid out as these.
     """
     wanted = tuple(t is not None for t in tangents)
     still = [torch.zeros_like(x) if x.is_floating_point() else x for x in operands]  # integers say where others are read
@@ -273,10 +284,12 @@ def attention_tangent(
     out = torch.empty_strided(
         spec.out_shape(sizes), spec.out_strides(sizes), dtype=getattr(torch, spec.out_dtype), device=operands[0].device
     )
+    lse = torch.empty(spec.lse_shape(sizes), dtype=getattr(torch, spec.lse_dtype), device=out.device)
     with torch.no_grad(), torch.autocast(out.device.type, enabled=False):
         for rows in tangent.call.blocks():
-            out[..., slice(*rows), :] = tangent.rows(rows).to(out.dtype)
-    return out
+            of_out, of_lse = tangent.rows(rows)
+            out[..., slice(*rows), :], lse[..., slice(*rows)] = of_out.to(out.dtype), of_lse[..., 0].to(lse.dtype)
+    return out, lse
 
 
 @dataclass(frozen=True)
@@ -287,7 +300,7 @@ class _Tangent:
     along: _Call
     gradient: Gradient
 
-    def rows(self, rows: Extent) -> Tensor:
+    def rows(self, rows: Extent) -> tuple[Tensor, Tensor]:
         call, along, spec = self.call, self.along, self.call.spec
         key, value = call.key(), call.value()
         softmax = call.softmax(rows, key)
@@ -299,7 +312,8 @@ class _Tangent:
             mean = mean + p * self._terms(f"extra_logits.{i}", rows, leaves)
         prob = softmax.prob * (score - mean)
         weight = prob * call.entries(self.gradient.weight, rows, leaves) + self._terms("weight", rows, leaves)
-        return _product(weight, value) + _product(call.entries(spec.weight, rows, leaves), along.value())
+        out = _product(weight, value) + _product(call.entries(spec.weight, rows, leaves), along.value())
+        return out, mean
 
     def _terms(self, root: str, rows: Extent, leaves: Mapping[type[Expr], Tensor]) -> Tensor | float:
         """What loads add to the tangent of ``root``."""

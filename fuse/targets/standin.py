@@ -45,9 +45,10 @@ class ReferenceBackward:
         self.runs = Runs("reference", why=why)
 
     def __call__(
-        self, grad_out: Tensor, operands: Sequence[Tensor], sizes: Sequence[int], out: Tensor, lse: Tensor
-    ) -> list[Tensor]:
-        return reference.attention_backward(self._of.spec, grad_out, operands, sizes, self._of.wanted, "eager")
+        self, grad_out: Tensor, operands: Sequence[Tensor], sizes: Sequence[int], out: Tensor, lse: Tensor,
+        grad_lse: Tensor | None = None,
+    ) -> list[Tensor]:  # fmt: skip
+        return reference.attention_backward(self._of.spec, grad_out, operands, sizes, self._of.wanted, "eager", grad_lse)
 
 
 class ReferenceTileMap:

@@ -12,6 +12,7 @@ from typing import Any
 
 import sympy
 import torch
+from torch._decomp import decomposition_table
 
 from fuse.ir import expr
 from fuse.ir.expr import INTS, Apply, Const, Expr, Load, Symbol, apply, const
@@ -19,7 +20,7 @@ from fuse.ir.index import IndexExpr, Space, linear, size_symbol
 from fuse.ir.interval import MAX_LENGTH, WHOLE, Range, point, range_of
 from fuse.ir.spec import AttentionSpec
 from fuse.passes.read.graph import VIEWS
-from fuse.passes.read.trace import Value
+from fuse.passes.read.trace import Value, computed_again
 from fuse.report.reasons import Declined, RandomNumbers, UnsupportedShape
 
 PRODUCTS = {"bmm", "mm", "baddbmm", "addmm"}
@@ -119,6 +120,7 @@ class Reader:
     stops: Container[Value] = ()
     seeds: dict[Value, Value] = field(default_factory=dict)
     views_only: bool = False
+    _simpler: dict[Value, Value | None] = field(default_factory=dict)
     _atoms: dict[Expr, sympy.Symbol] = field(default_factory=dict)
     _known: dict[tuple[Value, tuple[IndexExpr, ...], bool], Expr] = field(default_factory=dict)
 
@@ -165,9 +167,18 @@ class Reader:
         if name in PRODUCTS or name in REDUCTIONS:
             return Opaque(value.dtype, value, tuple(self.expression(c) for c in coords))
         handler = HANDLERS.get(name)
-        if handler is None or not _plain(value):
-            return self.load(value, coords)
-        return handler(self, value, coords)
+        if handler is not None and _plain(value):
+            return handler(self, value, coords)
+        written_out = self._written_out(value) if handler is None else None
+        return self.load(value, coords) if written_out is None else self.element(written_out, coords)
+
+    def _written_out(self, value: Value) -> Value | None:
+        """An activation, such as gelu, in the operations that torch decomposes it into; None for all else."""
+        if value not in self._simpler:
+            rule = decomposition_table.get(value.op) if value.op and torch.Tag.pointwise in value.op.tags else None
+            made = None if rule is None else computed_again(value, rule)
+            self._simpler[value] = made if made is not None and made.op is not None else None
+        return self._simpler[value]
 
     def _only_view_held(self, value: Value) -> bool:
         """Would a step further lead to a value that the graph would have to compute a second time?"""

@@ -41,7 +41,7 @@ def flex_as_products(
     if torch.is_autocast_enabled(device):
         query, key, value = (x.to(torch.get_autocast_dtype(device)) for x in (query, key, value))
     with torch.autocast(device, enabled=False):
-        score_mod, mask_mod = _by_index(score_mod), _by_index(_listed(block_mask, query.shape[:2]))
+        score_mod, mask_mod = _readable(score_mod), _readable(_listed(block_mask, query.shape[:2]))
         mask = (*block_mask[:-1], mask_mod)
         return math_attention(query, key, value, score_mod, mask, scale, kernel_options, score_buffers, mask_buffers)
 
@@ -56,15 +56,24 @@ class _Index(TorchFunctionMode):
         if func is Tensor.__getitem__:
             x, at = args
             places = at if isinstance(at, tuple) else (at,)
-            if all(isinstance(i, (Tensor, int)) for i in places):
-                return torch.ops.aten.index.Tensor(x, [torch.full((), i) if isinstance(i, int) else i for i in places])
+            looked_up = [i for i in places if isinstance(i, Tensor)]
+            if looked_up and all(isinstance(i, (Tensor, int)) for i in places):
+                rest = x[tuple(slice(None) if isinstance(i, Tensor) else i for i in places)]
+                return torch.ops.aten.index.Tensor(rest, looked_up)
         return func(*args, **(kwargs or {}))
 
 
-def _by_index(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+def _readable(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """``function`` for ``vmap``, which raises where vmap would call an operator once for every query and key."""
+
     def call(*args: Any) -> Tensor:
-        with _Index():
-            return function(*args)
+        loops = torch._C._functorch._is_vmap_fallback_enabled()
+        torch._C._functorch._set_vmap_fallback_enabled(False)
+        try:
+            with _Index():
+                return function(*args)
+        finally:
+            torch._C._functorch._set_vmap_fallback_enabled(loops)
 
     return call
 

@@ -31,6 +31,7 @@ NAME = "name in the model"  # of a tensor that a graph has as an input
 PLAIN = (torch.Tensor, torch.nn.Parameter, torch.nn.Buffer, FakeTensor)
 MADE = "made by fuse"  # marks nodes that are no part of the user's program
 _ENTERS = "_increment_nesting"
+_TORCH = str(Path(torch.__file__).parent)
 _FRAME = re.compile(r'File "(.*)", line (\d+), in (\S+)')
 
 
@@ -196,8 +197,11 @@ def is_state(node: Node) -> bool:
 
 
 def location(node: Node) -> str:
-    """ "file.py:line" of the innermost user frame, or the node's own name where its tracer kept none."""
+    """ "file.py:line" of the innermost user frame, where frames inside torch are the user's call, or the node's own name where
+    its tracer kept none.
+    """
     frames = [f for f in _FRAME.findall(node.meta.get("stack_trace") or node.stack_trace or "") if not f[0].startswith("<")]
+    frames = [f for f in frames if not f[0].startswith(_TORCH)] or frames
     return f"{Path(frames[-1][0]).name}:{frames[-1][1]}" if frames else f"%{node.name}"
 
 

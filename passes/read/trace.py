@@ -179,6 +179,18 @@ def computed(inputs: Sequence[Value], compute: Callable[..., torch.Tensor]) -> V
     return recorder.value(result)  # type: ignore[no-any-return]
 
 
+def computed_again(value: Value, compute: Callable[..., torch.Tensor]) -> Value:
+    """What ``compute`` makes of the arguments of the call that ``value`` is the result of."""
+    leaves, structure = pytree.tree_flatten((value.args, dict(value.kwargs)))
+
+    def call(*tensors: torch.Tensor) -> torch.Tensor:
+        given = iter(tensors)
+        args, kwargs = pytree.tree_unflatten([next(given) if isinstance(x, Value) else x for x in leaves], structure)
+        return compute(*args, **kwargs)
+
+    return computed(value.inputs(), call)
+
+
 def as_size(n: sympy.Expr, near: Value) -> IntLike:
     """A size as the trace in which ``near`` was read has it: an int or a SymInt."""
     shapes = _mode_of(near).shape_env

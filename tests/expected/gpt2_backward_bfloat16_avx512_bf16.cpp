@@ -541,9 +541,11 @@ static int64_t upper_key(const Call& c, const BatchIndex& b, int64_t q) {
     const int64_t x11 = 1 + q;
     return x11;
 }
-// Where gradients go. The arguments of forward are followed by the gradient of the result, its strides, and each sink's
+// Where gradients go. The arguments of forward are followed by the gradient of the log-sum-exp, which may be null, that of the
+// result, its strides, and each sink's
 // address and strides.
 struct Destinations {
+    const Lse* grad_lse;
     const char* grad_out;
     const int64_t* grad_stride;
     void* data[3];
@@ -551,6 +553,7 @@ struct Destinations {
 
     explicit Destinations(const int64_t* a) {
         a += 38;
+        grad_lse = (const Lse*)*a++;
         grad_out = (const char*)*a++, grad_stride = a, a += 4;
         data[0] = (void*)*a++, stride[0] = a, a += 4;
         data[1] = (void*)*a++, stride[1] = a, a += 4;
@@ -575,6 +578,7 @@ template <class T> struct Target { T* data; int64_t row, column; };
 // One batch index: what it reads beside its operands, and where its gradients go.
 struct Goal {
     View<Bf16> out, grad_out;
+    const Lse* grad_lse;
     Target<Bf16> query;
     Target<Bf16> key;
     Target<Bf16> value;
@@ -586,6 +590,7 @@ static Goal make_goal(const Call& c, const Destinations& t, const BatchIndex& b)
     grad += b.b0 * t.grad_stride[0];
     grad += b.b1 * t.grad_stride[1];
     g.out = {(const Bf16*)b.out, c.out_stride[2], c.out_stride[3]};
+    g.grad_lse = t.grad_lse ? t.grad_lse + (b.lse - c.lse) : nullptr;
     g.grad_out = {(const Bf16*)t.grad_out + grad, t.grad_stride[2], t.grad_stride[3]};
     {
         const int64_t base = query_place(c, t, b, 0, 0);
@@ -616,7 +621,7 @@ struct KeyPart {
     int64_t first, last;
 };
 
-// Sum over the features of a row of the result and of its gradient.
+// Sum over the features of a row of the result and of its gradient, less the gradient of the row's log-sum-exp.
 static R row_delta(const Goal& g, int64_t q) {
     const auto *out = g.out.data + q * g.out.row, *grad = g.grad_out.data + q * g.grad_out.row;
     VR sums = {};
@@ -625,7 +630,7 @@ static R row_delta(const Goal& g, int64_t q) {
     for (; g.out.column == 1 && g.grad_out.column == 1 && e + W <= DV; e += W) sums += load_as(out + e) * load_as(grad + e);
     for (int i = 0; i < W; i++) sum += sums[i];
     for (; e < DV; e++) sum += to_r(out[e * g.out.column]) * to_r(grad[e * g.grad_out.column]);
-    return sum;
+    return g.grad_lse ? sum - R(g.grad_lse[q]) : sum;
 }
 
 // Rows whose probabilities cannot be told from their log-sum-exp: all or nearly all of their entries are masked.
@@ -1732,6 +1737,7 @@ int main(int count, char** texts) {
     append(out.stride);
     append(sizes);
     for (const Tensor& t : operands) append({(int64_t)t.bytes.data()}), append(t.shape), append(t.stride);
+    append({0});  // nobody asks for the gradient of the log-sum-exp
     for (const Tensor& t : more) append({(int64_t)t.bytes.data()}), append(t.stride);
     std::vector<double> times;
     for (int i = 0; i < 11; i++) {

@@ -23,13 +23,15 @@ import triton.language as tl
 @triton.jit(do_not_specialize=['B0', 'B1', 'q_len', 'kv_len'])
 def fuse_attention_rows(
     out, grad_out, lse, lse2, delta, exact_m, exact_log_l, has_exact, p0, p1,
+    grad_lse,
     B0, B1, q_len, kv_len,
     s_out_0, s_out_1, s_out_2, s_out_3, s_grad_out_0, s_grad_out_1, s_grad_out_2, s_grad_out_3,
     s0_0, s0_1, s0_2, s0_3, s1_0, s1_1, s1_2, s1_3,
-    PRECISION: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+    HAS_GRAD_LSE: tl.constexpr, PRECISION: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
 ):
     """What gradients need of each row: delta, and log-sum-exp in base 2."""
-    # delta: the sum over the features of the result and its gradient (FlashAttention-2, Dao 2023, algorithm 2).
+    # delta: the sum over the features of the result and its gradient (FlashAttention-2, Dao 2023, algorithm 2), less the
+    # gradient of the log-sum-exp.
     blocks = (q_len + BM - 1) // BM
     flat_b = tl.program_id(0) // blocks
     rest = flat_b
@@ -47,6 +49,8 @@ def fuse_attention_rows(
         + tl.cast(q, tl.int64) * s_grad_out_2 + tl.cast(e, tl.int64) * s_grad_out_3, mask=q_ok & e_ok, other=0), tl.float32)
         * tl.cast(tl.load(out + tl.cast(b0, tl.int64) * s_out_0 + tl.cast(b1, tl.int64) * s_out_1
         + tl.cast(q, tl.int64) * s_out_2 + tl.cast(e, tl.int64) * s_out_3, mask=q_ok & e_ok, other=0), tl.float32), 1)[:, None]
+    if HAS_GRAD_LSE:
+        row_delta -= tl.load(grad_lse + row_at + q, mask=q_ok, other=0)
     tl.store(delta + row_at + q, row_delta, mask=q_ok)
     # Log-sum-exp in base 2. Where it has lost its digits it is infinite, so that probabilities vanish.
     log_sum = tl.load(lse + row_at + q, mask=q_ok, other=float("inf"))

@@ -33,7 +33,7 @@ class CppBackward:
         found = destinations(spec, wanted)
         self._spec, self._wanted, self._gradients = spec, tuple(wanted), GradientBuffers(spec, found)
         self._lse_dtype: torch.dtype = getattr(torch, lse_dtype(spec))
-        count = argument_count(spec) + 1 + spec.batch + 2 + sum(1 + len(s.order) for s in found)
+        count = argument_count(spec) + 2 + spec.batch + 2 + sum(1 + len(s.order) for s in found)
         self._library = Library(built, "backward", count)
 
     @property
@@ -41,16 +41,19 @@ class CppBackward:
         return self._library.runs
 
     def __call__(
-        self, grad_out: Tensor, operands: Sequence[Tensor], sizes: Sequence[int], out: Tensor, lse: Tensor
-    ) -> list[Tensor]:
+        self, grad_out: Tensor, operands: Sequence[Tensor], sizes: Sequence[int], out: Tensor, lse: Tensor,
+        grad_lse: Tensor | None = None,
+    ) -> list[Tensor]:  # fmt: skip
         """The gradients of the wanted operands, with the layout that ``torch.empty_like`` gives these."""
         gradients = self._gradients.zeros(operands, sizes)
         lse = lse.to(self._lse_dtype)  # the reference's, where it stood in for the forward kernel
         arguments = [torch.get_num_threads(), out.data_ptr(), lse.data_ptr(), *out.stride(), *sizes]
         for tensor in operands:
             arguments += [tensor.data_ptr(), *tensor.shape, *tensor.stride()]
+        of_lse = None if grad_lse is None else grad_lse.to(self._lse_dtype)
+        arguments.append(0 if of_lse is None else of_lse.data_ptr())
         for tensor in (grad_out, *gradients.values()):
             arguments += [tensor.data_ptr(), *tensor.stride()]
         if not self._library.call(arguments):
-            return reference.attention_backward(self._spec, grad_out, operands, sizes, self._wanted, "eager")
+            return reference.attention_backward(self._spec, grad_out, operands, sizes, self._wanted, "eager", grad_lse)
         return self._gradients.totals(operands, self._wanted, gradients)

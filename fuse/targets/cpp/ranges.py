@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from fuse.ir.expr import FLOATS, INTS, Apply, Expr, Index
+from fuse.ir.expr import FLOATS, INTS, Apply, Expr, Index, Load
 from fuse.ir.operators import OPERATORS
 from fuse.ir.roundings import as_taken
 from fuse.kernel.ranges import RangeWriter, is_narrowing
@@ -20,7 +20,7 @@ _TYPES = {"real": "RealRange", "long": "IntRange", "bool": "Truth"}
 
 @dataclass(frozen=True)
 class Summary:
-    """A value of one position: ``text`` is the body of a function of (c, b, q) or (c, b, k), of type ``ctype``."""
+    """A value of positions: ``text`` is the body of a function of (c, b, q), (c, b, k) or (c, b, q, k), of type ``ctype``."""
 
     name: str
     ctype: str
@@ -33,11 +33,13 @@ class TileClassifier:
     """What ``shared/bounds.h.jinja`` needs to classify tiles.
 
     keys, rows  values that are summarised over a tile of keys and over a block of queries
+    entries     values that are read at one place for all of a tile, functions of (c, b, q, k)
     lines       statements that compute the predicate's ``result``, of type Truth, from ``rows``, ``keys``, ``q`` and ``k``
     """
 
     keys: list[Summary] = field(default_factory=list)
     rows: list[Summary] = field(default_factory=list)
+    entries: list[Summary] = field(default_factory=list)
     lines: list[str] = field(default_factory=list)
     result: str = "Truth{}"
 
@@ -69,11 +71,20 @@ class CppRanges(RangeWriter):
         return node.axis
 
     def summary(self, node: Expr, of_keys: bool, kind: str) -> str:
-        name = self.new_name()
+        value = self._value(node, kind)
+        (self.found.keys if of_keys else self.found.rows).append(value)
+        return f"{'keys' if of_keys else 'rows'}.{value.name}"
+
+    def lookup(self, node: Load, places: list[str]) -> str:
+        value = self._value(node, "long")
+        self.found.entries.append(value)
+        near = " && ".join(f"{place}.high - {place}.low <= 1" for place in places)
+        corners = [f"value_{value.name}(c, b, {q}, {k})" for q in ("q.low", "q.high") for k in ("k.low", "k.high")]
+        return f"{near} ? IntRange({corners[0]}){''.join(f'.with({x})' for x in corners[1:])} : IntRange::any()"
+
+    def _value(self, node: Expr, kind: str) -> Summary:
         text = scalar_function(lambda w: w.value(node, as_eager=True).text, self._count)
-        ctype = {"real": "R", "long": "int64_t", "bool": "bool"}[kind]
-        (self.found.keys if of_keys else self.found.rows).append(Summary(name, ctype, _TYPES[kind], text))
-        return f"{'keys' if of_keys else 'rows'}.{name}"
+        return Summary(self.new_name(), {"real": "R", "long": "int64_t", "bool": "bool"}[kind], _TYPES[kind], text)
 
     def operation(self, node: Apply) -> str:
         args = [self.range(a) for a in as_taken(node)]

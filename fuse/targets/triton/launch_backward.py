@@ -56,8 +56,9 @@ class TritonBackward:
         self.functions = {name: module.function(f"{ENTRY}_{name}") for name in names}
 
     def __call__(
-        self, grad_out: Tensor, operands: Sequence[Tensor], sizes: Sequence[int], out: Tensor, lse: Tensor
-    ) -> list[Tensor]:
+        self, grad_out: Tensor, operands: Sequence[Tensor], sizes: Sequence[int], out: Tensor, lse: Tensor,
+        grad_lse: Tensor | None = None,
+    ) -> list[Tensor]:  # fmt: skip
         """The gradients of the wanted operands, with the layout that ``torch.empty_like`` gives these.
 
         Where entries share elements of a tensor in another way than by distance, their order in its sums is not determined; if
@@ -65,11 +66,11 @@ class TritonBackward:
         """
         if self._shared and torch.are_deterministic_algorithms_enabled():
             self.runs = left_to_reference(self.runs, "backward", "calls under torch.use_deterministic_algorithms")
-            return reference.attention_backward(self._spec, grad_out, operands, sizes, self._wanted, "eager")
+            return reference.attention_backward(self._spec, grad_out, operands, sizes, self._wanted, "eager", grad_lse)
         found: list[Tensor] = []
 
         def launch(plan: TritonBackwardPlan) -> None:
-            found[:] = self._with(plan, grad_out, operands, sizes, out, lse)
+            found[:] = self._with(plan, grad_out, operands, sizes, out, lse, grad_lse)
 
         self.plans.launch(self.source, grad_out.device, sizes[: self._spec.batch + 2], launch)
         return found
@@ -80,13 +81,13 @@ class TritonBackward:
 
     def _with(
         self, plan: TritonBackwardPlan, grad_out: Tensor, operands: Sequence[Tensor], sizes: Sequence[int], out: Tensor,
-        lse: Tensor,
+        lse: Tensor, grad_lse: Tensor | None,
     ) -> list[Tensor]:  # fmt: skip
         gradients = self._gradients.zeros(operands, sizes)
         *batch, q_len, kv_len = sizes[: self._spec.batch + 2]
         if math.prod((*batch, q_len, kv_len)):
             known = self._arguments.of(operands, sizes) | strided("grad_out", grad_out) | {"lse": lse}
-            known |= self._rows(plan.rows, known | strided("out", out), sizes, lse)
+            known |= self._rows(plan.rows, known | strided("out", out), sizes, lse, grad_lse)
             sums = {"row": (*batch, q_len, 1), "key": (*batch, 1, kv_len), "entry": (*batch, 1, q_len + kv_len - 1)}
             partial = {s.name: lse.new_empty(sums[kind]) for s in self._destinations if (kind := destination_kind(s)) in sums}
             self._launch("k", plan, -(-kv_len // plan.keys.block_k), known, operands, sizes, gradients | partial)
@@ -98,7 +99,9 @@ class TritonBackward:
             self._scatter(operands, sizes, known, partial, gradients)
         return self._gradients.totals(operands, self._wanted, gradients)
 
-    def _rows(self, plan: Launch, given: dict[str, Any], sizes: Sequence[int], lse: Tensor) -> dict[str, Tensor]:
+    def _rows(
+        self, plan: Launch, given: dict[str, Any], sizes: Sequence[int], lse: Tensor, grad_lse: Tensor | None
+    ) -> dict[str, Tensor]:
         """Computes what is known of each row."""
         batch_indices = math.prod(sizes[: self._spec.batch])
         known = {"lse2": torch.empty_like(lse), "delta": torch.empty_like(lse)}
@@ -106,7 +109,10 @@ class TritonBackward:
             known |= {"exact_m": torch.empty_like(lse), "exact_log_l": torch.empty_like(lse)}
             known["has_exact"] = torch.zeros(batch_indices, dtype=torch.int32, device=lse.device)
         blocks = -(-sizes[self._spec.batch] // plan.block_q)
-        self.functions["rows"][(batch_indices * blocks,)](given | known, **_options(plan))
+        of_lse = {"grad_lse": lse if grad_lse is None else grad_lse.to(lse.dtype)}
+        self.functions["rows"][(batch_indices * blocks,)](
+            given | known | of_lse, HAS_GRAD_LSE=grad_lse is not None, **_options(plan)
+        )
         return known
 
     def _launch(

@@ -6,7 +6,9 @@ one value for each of the tiles that are looked at together. Of reals that depen
 
 from __future__ import annotations
 
-from fuse.ir.expr import INTS, Apply, Expr, Index
+from dataclasses import replace
+
+from fuse.ir.expr import INTS, Apply, Expr, Index, Load
 from fuse.ir.interval import WHOLE
 from fuse.kernel.ranges import RangeWriter, has_floats, is_narrowing
 from fuse.targets.triton.write import Block, TritonWriter
@@ -37,6 +39,15 @@ class TritonRanges(RangeWriter):
         value, name = self._writer.value(node), self.new_name()
         block.lines.append(f"{name} = {_PREFIX[kind]}_over({value}, {at}_ok, {axis})")
         return name
+
+    def lookup(self, node: Load, places: list[str]) -> str:
+        near = " & ".join(f"({place}[1] - {place}[0] <= 1)" for place in places)
+        corners = (self._writer_at({"q": q, "k": k}) for q in ("q0", "q1") for k in ("k0", "k1"))
+        return f"int_among({', '.join(writer.load(node) for writer in corners)}, {near})"
+
+    def _writer_at(self, names: dict[str, str]) -> TritonWriter:
+        """Of the same statements, which it knows nothing of: they are about other positions."""
+        return replace(self._writer, names=names, place=lambda axes: Block(self._writer.place(axes).lines))
 
     def operation(self, node: Apply) -> str | None:
         if has_floats(node):
