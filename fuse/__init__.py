@@ -4,8 +4,21 @@
 """
 
 from fuse.errors import FuseError
+from fuse.inductor import inductor_configs
 from fuse.options import Options
 from fuse.report.report import Report, explain, report, reset
 from fuse.report.site import Site
+from fuse.transform import Transformed, transform
 
-__all__ = ["FuseError", "Options", "Report", "Site", "explain", "report", "reset"]
+__all__ = [
+    "FuseError",
+    "Options",
+    "Report",
+    "Site",
+    "Transformed",
+    "explain",
+    "inductor_configs",
+    "report",
+    "reset",
+    "transform",
+]

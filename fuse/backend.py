@@ -17,13 +17,15 @@ from fuse import inner, passes, targets
 from fuse.ops import opaque, warm
 from fuse.ops.attention import parsed
 from fuse.options import Options, resolve
+from fuse.passes.read.graph import State
 from fuse.report import check
-from fuse.report.site import Site
+from fuse.report.reasons import InternalError
+from fuse.report.site import Reading, Site
 from fuse.targets import registry
 from fuse.targets.target import Target
 
 log = logging.getLogger("fuse")
-compiled_sites: list[Site] = []
+compiled: list[Reading] = []
 """Of every graph that was compiled in this process, in order; a recompile counts anew."""
 
 
@@ -37,12 +39,12 @@ def fuse(
     chosen = resolve(mode, options)
     original = check.keep(gm) if chosen.verify else None
     target = target_of(example_inputs, chosen)
-    sites = [] if target is None else rewrite(gm, target, example_inputs)
+    reading = Reading(unread=why_unread(example_inputs, chosen)) if target is None else rewrite(gm, target, example_inputs)
     if target is not None:
-        _prepare(gm, sites, target, chosen.tune)  # builds run beside the inner compiler
-    compiled = _compiled(gm, example_inputs, inner.compiler(chosen, patterns=target is None))
-    compiled_sites.extend(map(_built, sites))
-    return compiled if original is None else check.against(original, compiled, sites)
+        _prepare(gm, reading.sites, target, chosen.tune)  # builds run beside the inner compiler
+    call = _compiled(gm, example_inputs, inner.compiler(chosen, patterns=target is None))
+    compiled.append(replace(reading, sites=tuple(map(_built, reading.sites))))
+    return call if original is None else check.against(original, call, reading.sites)
 
 
 def _prepare(gm: GraphModule, sites: Sequence[Site], target: Target, tune: bool) -> None:
@@ -59,33 +61,45 @@ def _prepare(gm: GraphModule, sites: Sequence[Site], target: Target, tune: bool)
 def _compiled(gm: GraphModule, example_inputs: Sequence[Any], compiler: Callable[..., Any]) -> Callable[..., Any]:
     """What the inner compiler makes of ``gm``, again without derivatives that it cannot trace if that is what stopped it."""
     try:
-        compiled = compiler(gm, example_inputs)
+        return compiler(gm, example_inputs)  # type: ignore[no-any-return]
     except (DataDependentOutputException, DynamicOutputShapeException):
         if not opaque.hide(gm):
             raise
-        compiled = compiler(gm, example_inputs)
-    return compiled  # type: ignore[no-any-return]
+        return compiler(gm, example_inputs)  # type: ignore[no-any-return]
 
 
 def target_of(example_inputs: Sequence[Any], chosen: Options) -> Target | None:
     """Who runs what is fused in a graph with such inputs; None for one that fuse does not read: it is the inner compiler's."""
-    tensors = [x for x in example_inputs if isinstance(x, torch.Tensor)]
     if chosen.disable:
         return None
-    devices = {x.device.type for x in tensors}
-    target = registry.for_devices(chosen.target, devices)
+    devices = _devices(example_inputs)
+    target = registry.for_devices(chosen.target, set(devices))
     if target is None:
         _warn_of_devices(frozenset(devices), chosen.target)
     return target
 
 
-def rewrite(gm: GraphModule, target: Target, inputs: Sequence[Any]) -> list[Site]:
-    """Rewrites ``gm`` in place. A defect of a pass must not cost the user more than its fusions."""
+def why_unread(example_inputs: Sequence[Any], chosen: Options) -> str:
+    """Why ``target_of`` gives nobody."""
+    if chosen.disable:
+        return "fuse is disabled"
+    return f"target {chosen.target!r} has no kernels for tensors on {', '.join(_devices(example_inputs))}"
+
+
+def _devices(inputs: Sequence[Any]) -> list[str]:
+    return sorted({x.device.type for x in inputs if isinstance(x, torch.Tensor)})
+
+
+def rewrite(
+    gm: GraphModule, target: Target, inputs: Sequence[Any], begins: State | None = None, inside: bool = True
+) -> Reading:
+    """As ``passes.run``. A defect of a pass must not cost the user more than its fusions."""
     try:
-        return [replace(site, target=target.name) for site in passes.run(gm, target.name, inputs)]
-    except Exception:
+        reading = passes.run(gm, target.name, inputs, begins, inside)
+    except Exception as error:
         log.warning("a pass failed; attention in this graph may run unfused. Please report this.", exc_info=True)
-        return []
+        return Reading((Site(False, InternalError(f"{type(error).__name__}: {error}"), "", ""),))
+    return replace(reading, sites=tuple(replace(site, target=target.name) for site in reading.sites))
 
 
 def _built(site: Site) -> Site:

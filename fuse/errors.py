@@ -56,6 +56,24 @@ class VerificationFailed(FuseError):
     )
 
 
+class NotAGraph(FuseError):
+    message = (
+        "fuse.transform takes an exported program or a traced module, not a {got}. Give it torch.export.export(model, inputs) "
+        'or torch.fx.symbolic_trace(model), or leave all of that to torch.compile(model, backend="fuse").'
+    )
+
+
+class NoExample(FuseError):
+    message = "a traced module is read for example inputs, {names}: {problem}. Call fuse.transform(module, *inputs)."
+
+
+class OtherInputs(FuseError):
+    message = (
+        "this module was made by fuse.transform for inputs with {assumed}, and got {got}. Transform the traced module again, "
+        "with inputs like these."
+    )
+
+
 class TangentOfGradient(FuseError):
     message = (
         "the gradient of a fused attention was differentiated in forward mode, for which fuse has no formula. Differentiate "

@@ -10,7 +10,7 @@ that no graph is handed over that was compiled with the patterns on.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -36,12 +36,17 @@ def compiler(chosen: Options, patterns: bool) -> Callable[..., Any]:
         return lambda gm, example_inputs: gm.forward
     if chosen.inner == "aot_eager":
         return lookup_backend("aot_eager")
-    options = dict(chosen.inductor)
-    if not patterns:
-        plain, hidden = torch.ops.aten.exp.default, torch.ops.fuse.exp.default
-        options["joint_custom_pre_pass"] = Passes(*_given(options, "joint_custom_pre_pass"), Rename(plain, hidden))
-        options["joint_custom_post_pass"] = Passes(Rename(hidden, plain), *_given(options, "joint_custom_post_pass"))
+    options = dict(chosen.inductor) | ({} if patterns else without_patterns(chosen.inductor))
     return torch._TorchCompileInductorWrapper(chosen.mode, options, dynamic=None)
+
+
+def without_patterns(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Options of Inductor that keep its attention patterns from what they are used for, beside the user's ``options``."""
+    plain, hidden = torch.ops.aten.exp.default, torch.ops.fuse.exp.default
+    return {
+        "joint_custom_pre_pass": Passes(*_given(options, "joint_custom_pre_pass"), Rename(plain, hidden)),
+        "joint_custom_post_pass": Passes(Rename(hidden, plain), *_given(options, "joint_custom_post_pass")),
+    }
 
 
 class Rename(CustomGraphPass):
@@ -74,7 +79,7 @@ class Passes(CustomGraphPass):
         return ids if all(ids) else None
 
 
-def _given(options: dict[str, Any], name: str) -> Sequence[Callable[[Graph], None]]:
+def _given(options: Mapping[str, Any], name: str) -> Sequence[Callable[[Graph], None]]:
     """The user's own passes under ``name``, for this compilation or for all."""
     from torch._inductor import config
 

@@ -1,6 +1,7 @@
 """The passes, in order. Each reads what the one before found; the graph changes in the last two only.
 
 of a graph
+    expand    composite calls, written out
     states    what surrounds each node: autocast, grad mode, functorch level
     find      candidates: a normalisation, the contraction behind it, the slice of the graph around them
     trace     the slices as functional ATen, for reading
@@ -10,34 +11,37 @@ of each site
     insert    the op before the site's root, reading what the spec reads
 of the graph
     accept    one fuse::attention in the place of each root whose scores nothing else needs; what nothing uses is removed
+    census    what no site tells of
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 from torch.fx import Graph, GraphModule, Node
 
 import fuse.ops.attention
 import fuse.ops.snapshot
 import fuse.ops.tile_map  # noqa: F401  they register their ops
 from fuse.ir.spec import InvalidSpec, verify
+from fuse.passes import census
 from fuse.passes.accept import Found, accept, declined_site
 from fuse.passes.expand import expand
 from fuse.passes.find import Candidate, find, is_attention
 from fuse.passes.layout import put_keys_innermost
 from fuse.passes.lift import Lifted, Pass, SiteContext, lift
 from fuse.passes.masks import recover_mask
-from fuse.passes.read.graph import State, hidden_subclass, operator_name, states
+from fuse.passes.read.bodies import Body, bodies
+from fuse.passes.read.graph import State, hidden_subclass, states
 from fuse.passes.read.trace import Trace, trace
 from fuse.passes.replace import insert, remove
 from fuse.passes.tables import tabulate
 from fuse.passes.tiles import map_tiles
 from fuse.passes.transforms import check_transforms
-from fuse.report.reasons import Declined, InternalError, NoScoreProduct, NotSoftmax, Subclass
-from fuse.report.site import Site
+from fuse.report.reasons import Declined, InternalError, NoScoreProduct, NotSoftmax, Reason, Subclass, UnsupportedShape
+from fuse.report.site import Reading, Site
 
 PASSES: tuple[Pass, ...] = (
     recover_mask,  # the predicate is separated from the score and bounded in closed form
@@ -46,60 +50,74 @@ PASSES: tuple[Pass, ...] = (
     map_tiles,  # what an opaque mask lets be seen of each tile is computed once in the graph
 )
 
-# Higher-order operations whose bodies are ordinary code that runs as written.
-_BODIES = ("checkpoint", "invoke_subgraph", "wrap", "cond")
 
+def run(gm: GraphModule, target: str, inputs: Sequence[Any] = (), begins: State | None = None, inside: bool = True) -> Reading:
+    """Rewrites ``gm``; one Site for every attention that was found, fused or not. Never raises.
 
-def run(gm: GraphModule, target: str, inputs: Sequence[Any] = ()) -> list[Site]:
-    """Rewrites ``gm`` and the bodies inside it; one Site for every attention that was found, fused or not. Never raises.
-
-    ``inputs`` are the graph's, if they are known: their types may say more than the graph does.
+    inputs  the graph's, if they are known: their types may say more than the graph does
+    begins  the state in which ``gm`` will run; None: that of the caller
+    inside  with the bodies inside it
     """
-    sites: list[Site] = []
     hidden = hidden_subclass(gm.graph, inputs)
-    for graph in _graphs(gm):
-        try:
-            sites += _run_graph(graph, target, Declined(Subclass(hidden)) if hidden else None)
-        except Exception as e:  # a defect of a pass must not cost the user the model
-            sites.append(Site(False, InternalError(f"{type(e).__name__}: {e}"), "", ""))
+    refused = Declined(Subclass(hidden)) if hidden else None
+    readings = [_never_raises(body, target, refused) for body in bodies(gm, begins) if inside or body.graph is gm.graph]
     for module in gm.modules():
         if isinstance(module, GraphModule):
             module.recompile()
-    return sites
+    return Reading(tuple(s for r in readings for s in r.sites), tuple(o for r in readings for o in r.others))
 
 
-def _graphs(gm: GraphModule) -> Iterator[Graph]:
-    yield gm.graph
-    for node in gm.graph.nodes:
-        if isinstance(node.target, torch._ops.HigherOrderOperator) and any(b in operator_name(node) for b in _BODIES):
-            for arg in node.all_input_nodes:
-                body = getattr(gm, str(arg.target), None) if arg.op == "get_attr" else None
-                if isinstance(body, GraphModule):
-                    yield from _graphs(body)
+def _never_raises(body: Body, target: str, refused: Declined | None) -> Reading:
+    try:
+        return _run_graph(body, target, refused)
+    except Exception as e:  # a defect of a pass must not cost the user the model
+        return Reading((Site(False, InternalError(f"{type(e).__name__}: {e}"), "", ""),))
 
 
-def _run_graph(graph: Graph, target: str, refused: Declined | None) -> list[Site]:
+@dataclass
+class _Told:
+    """Sites so far, the nodes that they tell of, and what normalisations lack that are no attention's."""
+
+    sites: list[Site] = field(default_factory=list)
+    nodes: set[Node] = field(default_factory=set)
+    lacking: dict[Node, Reason] = field(default_factory=dict)
+
+    def decline(self, candidate: Candidate, reason: Reason) -> None:
+        if isinstance(reason, (NotSoftmax, NoScoreProduct)) and not is_attention(candidate.anchor):
+            self.lacking[candidate.anchor] = reason
+        else:
+            self.nodes.add(candidate.anchor)
+            self.sites.append(declined_site(candidate, reason))
+
+
+def _run_graph(body: Body, target: str, refused: Declined | None) -> Reading:
     """The passes on one graph; a composite call in which nothing is fused stays as it was."""
+    graph = body.graph
     expansions = expand(graph)
     before = set(graph.nodes)
-    sites = _fuse_sites(graph, target, refused, {n for e in expansions for n in (e.call, *(old for old, _ in e.moved))})
+    try:
+        told = _fuse_sites(body, target, refused, {n for e in expansions for n in (e.call, *(old for old, _ in e.moved))})
+    except Exception:
+        for e in expansions:
+            e.undo(graph)
+        raise
     made = {n for n in graph.nodes if n not in before}
     left = set(graph.nodes)
     for e in expansions:
         if all(n in left for n in e.nodes) and not any(u in made for n in e.nodes for u in n.users):
             e.undo(graph)
+            told.nodes.add(e.call)
         else:
             remove(graph, [n for n, _ in e.moved if n in left and not n.users and n is not e.call] + [e.call])
-    return sites
+    sites = (*told.sites, *census.unread(graph, told.nodes))
+    return Reading(sites, tuple(census.others(graph, told.nodes, told.lacking)))
 
 
-def _fuse_sites(graph: Graph, target: str, refused: Declined | None, kept: set[Node]) -> list[Site]:
+def _fuse_sites(body: Body, target: str, refused: Declined | None, kept: set[Node]) -> _Told:
     """Fuses what can be, if the graph is not ``refused``; of the nodes that nobody reads any more, ``kept`` stay."""
-    state_of = states(graph)
+    graph, told = body.graph, _Told()
+    state_of = states(graph, body.begins)
     candidates = find(graph, state_of)
-    if not candidates:
-        return []
-    sites: list[Site] = []
     found: list[Found] = []
     for candidate, traced in _traces(graph, candidates, state_of) if refused is None else ((c, refused) for c in candidates):
         try:
@@ -107,11 +125,19 @@ def _fuse_sites(graph: Graph, target: str, refused: Declined | None, kept: set[N
                 raise traced
             found.append(_fuse_site(graph, candidate, SiteContext(traced, target), state_of))
         except Declined as d:
-            if is_attention(candidate.anchor) or not isinstance(d.reason, (NotSoftmax, NoScoreProduct)):
-                sites.append(declined_site(candidate, d.reason))
+            told.decline(candidate, d.reason)
         except Exception as e:
-            sites.append(declined_site(candidate, InternalError(f"{type(e).__name__}: {e}")))
-    return sites + accept(graph, candidates, found, kept)
+            told.decline(candidate, _failure(e))
+    if candidates:
+        told.sites += accept(graph, candidates, found, kept)
+        told.nodes |= {f.candidate.anchor for f in found}
+    return told
+
+
+def _failure(error: Exception) -> Reason:
+    if type(error).__name__ == "_ShapeEnvGuardError":  # an exported program allows what it has promised, whatever is read of it
+        return UnsupportedShape(f"a size would have to be fixed that the program leaves open: {error}")
+    return InternalError(f"{type(error).__name__}: {error}")
 
 
 def _traces(

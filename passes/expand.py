@@ -7,29 +7,36 @@ and its nodes are put behind it; where none of them is fused in the end, the cal
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx import Graph, Node
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils import _pytree as pytree
 
-from fuse.passes.read.graph import operator_name, tensor_of
+from fuse.passes.read.graph import VALUE, operator_name, tensor_of
 from fuse.passes.replace import remove
 
 
 @dataclass(frozen=True)
 class Expansion:
-    """A call, the nodes that do the same, and those that take the place of its users' reads."""
+    """A call, the nodes that do the same, those that take the place of its users' reads, and the call's arguments.
+
+    Until it is decided which of the two stays, the call reads nothing: a softmax would keep its scores alive.
+    """
 
     call: Node
     nodes: tuple[Node, ...]
     moved: tuple[tuple[Node, Node], ...]
+    arguments: tuple[Any, Any]
 
     def undo(self, graph: Graph) -> None:
+        self.call.args, self.call.kwargs = self.arguments
         for old, new in self.moved:
             new.replace_all_uses_with(old)
         remove(graph, self.nodes)
@@ -40,20 +47,45 @@ def expand(graph: Graph) -> list[Expansion]:
     expansions = []
     for node in list(graph.nodes):
         function = _written_out(node)
-        if function is not None and (found := _expand(graph, node, function)) is not None:
+        found = _expand(graph, node, function) if function is not None else _expand_module(graph, node)
+        if found is not None:
             expansions.append(found)
     return expansions
+
+
+def _expand_module(graph: Graph, node: Node) -> Expansion | None:
+    """A module that a traced graph calls as one, if it has a part in attention: a softmax, a dropout, all of it."""
+    module = graph.owning_module.get_submodule(str(node.target)) if node.op == "call_module" and graph.owning_module else None
+    if module is None or not any(part in type(m).__name__.lower() for m in module.modules() for part in _PARTS):
+        return None
+    mode = next((x.fake_mode for n in node.all_input_nodes if isinstance(x := tensor_of(n), FakeTensor)), None)
+    if mode is None:
+        return None
+    held = dict(module.named_parameters()) | dict(module.named_buffers())
+    with graph.inserting_before(node):
+        reads = [graph.get_attr(f"{node.target}.{name}") for name in held]
+    for read, tensor in zip(reads, held.values(), strict=True):
+        read.meta[VALUE] = mode.from_tensor(tensor, static_shapes=True)
+
+    def function(tensors: list[Tensor], *args: Any, **kwargs: Any) -> Any:
+        return torch.func.functional_call(module, dict(zip(held, tensors, strict=True)), args, kwargs)
+
+    called, node.args = node.args, (reads, *node.args)
+    found = _expand(graph, node, function)
+    if found is None:
+        node.args = called
+        remove(graph, reads)
+        return None
+    return replace(found, nodes=(*reads, *found.nodes), arguments=(called, found.arguments[1]))
 
 
 def _written_out(node: Node) -> Callable[..., Any] | None:
     if node.op != "call_function":
         return None
-    functions: dict[str, Callable[..., Any]] = {
-        "multi_head_attention_forward": F.multi_head_attention_forward,
-        "_transformer_encoder_layer_fwd": encoder_layer,
-        "_native_multi_head_attention": native_attention,
-    }
-    return functions.get(operator_name(node))
+    schema = getattr(node.target, "_schema", None)
+    if schema is not None and _SDPA in schema.name and "backward" not in schema.name:
+        return partial(kernel_of_sdpa, tuple(a.name for a in schema.arguments))
+    return COMPOSITES.get(operator_name(node))
 
 
 def _expand(graph: Graph, node: Node, function: Callable[..., Any]) -> Expansion | None:
@@ -73,7 +105,18 @@ def _expand(graph: Graph, node: Node, function: Callable[..., Any]) -> Expansion
         traced = make_fx(call, tracing_mode="symbolic", pre_dispatch=True)(*values)
     except Exception:  # what cannot be traced stays one call
         return None
+    results: Any = traced.graph.output_node().args[0]
+    if any(results[i] is None for i in _read(node)):
+        return None
     return _splice(graph, node, traced.graph, inputs)
+
+
+def _read(node: Node) -> list[int]:
+    """Which of the results of a call that has several are read."""
+    if tensor_of(node) is not None:
+        return [0]
+    items: list[Any] = [user.args[1] for user in node.users if operator_name(user) == "getitem" and user.users]
+    return items
 
 
 def _value(node: Node) -> Any:
@@ -102,7 +145,9 @@ def _splice(graph: Graph, node: Node, body: Graph, inputs: list[Node]) -> Expans
                 _inherit_gradient(copy)
             env[n] = copy
             made.append(copy)
-    return Expansion(node, tuple(made), tuple(_redirect(node, body.output_node().args[0], env)))
+    moved = tuple(_redirect(node, body.output_node().args[0], env))
+    arguments, node.args, node.kwargs = (node.args, node.kwargs), (), {}
+    return Expansion(node, tuple(made), moved, arguments)
 
 
 def _inherit_gradient(node: Node) -> None:
@@ -116,8 +161,7 @@ def _inherit_gradient(node: Node) -> None:
 def _drop_unread(node: Node, body: Graph) -> None:
     """Averaged attention weights, which nn.MultiheadAttention makes unless told not to, would keep the probabilities alive."""
     if tensor_of(node) is None:
-        read = {user.args[1] for user in node.users if operator_name(user) == "getitem" and user.users}
-        output = body.output_node()
+        read, output = _read(node), body.output_node()
         output.args = ([x if i in read else None for i, x in enumerate(output.args[0])],)  # type: ignore[arg-type]
         body.eliminate_dead_code()
 
@@ -186,3 +230,26 @@ def native_attention(
         score = score.masked_fill(mask, float("-inf")) if mask.dtype == torch.bool else score + mask
     out = torch.softmax(score, -1) @ v
     return F.linear(out.transpose(1, 2).reshape(batch, length, embed_dim), proj_weight, proj_bias), None
+
+
+def kernel_of_sdpa(names: tuple[str, ...], *args: Any, **kwargs: Any) -> tuple[Tensor | None, ...]:
+    """One of ATen's _scaled_dot_product_* kernels, whose parameters have these ``names``: its result, and nothing else of it.
+
+    That is what decomposed programs hold; (B, H, L, E), (B, H, S, E), (B, H, S, Ev) → (B, H, L, Ev).
+    """
+    given = dict(zip(names, args, strict=False)) | kwargs
+    if given.get("dropout_mask") is not None:
+        raise NotImplementedError
+    mask = given.get("attn_mask", given.get("attn_bias"))
+    known = {name: given[name] for name in ("dropout_p", "is_causal", "scale", "enable_gqa") if name in given}
+    out = F.scaled_dot_product_attention(given["query"], given["key"], given["value"], mask, **known)
+    return (out, *[None] * 8)
+
+
+_PARTS = ("softm", "dropout", "attention", "transformer")  # of the names of modules
+_SDPA = "::_scaled_dot_product_"
+COMPOSITES: dict[str, Callable[..., Any]] = {
+    "multi_head_attention_forward": F.multi_head_attention_forward,
+    "_transformer_encoder_layer_fwd": encoder_layer,
+    "_native_multi_head_attention": native_attention,
+}

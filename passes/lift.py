@@ -20,14 +20,16 @@ from fuse.ir.expr import Apply, Const, Expr, Load, Score, apply, const
 from fuse.ir.index import IndexExpr, linear
 from fuse.ir.philox import drawn_in
 from fuse.ir.spec import AttentionSpec, Operand
+from fuse.ir.text import to_text
 from fuse.passes.lookups import hoist_lookups
 from fuse.passes.read import pointwise, views  # noqa: F401  the readers register themselves
-from fuse.passes.read.elements import PRODUCTS, Opaque, Reader, as_index, dims, op_name
+from fuse.passes.read.elements import POLYNOMIAL, PRODUCTS, Opaque, Reader, as_index, dims, may_wrap, op_name
 from fuse.passes.read.random import with_scaled_choices
 from fuse.passes.read.softmax import DeferredNormalisation, Softmax, recognise
 from fuse.passes.read.trace import Trace, Value
 from fuse.report.reasons import (  # fmt: skip
     Declined,
+    IntegersWrap,
     NoScoreProduct,
     NotLinear,
     NotSoftmax,
@@ -299,7 +301,7 @@ class _Lift:
         score, weight, *extra_logits = renamed[3:]
         if drawn_in(score, *extra_logits):
             raise Declined(RandomNumbers("a part of the scores"))
-        _check_constants(renamed[3:])
+        _check_numbers(renamed[3:])
         leaves = tuple(self.r.leaves[i] for i in used)
         extra = tuple(symbols[s] for s in others)
         spec = AttentionSpec(
@@ -331,13 +333,15 @@ def _supported(operand: Expr) -> Load:
     return operand
 
 
-def _check_constants(roots: Sequence[Expr]) -> None:
-    """Kernels compute halves in float32, and take numbers below the smallest normal one for zero."""
+def _check_numbers(roots: Sequence[Expr]) -> None:
+    """Kernels compute halves in float32, and take numbers below the smallest normal one for zero. C++ knows no wrapping."""
     for n in expr.walk(*roots):
         if isinstance(n, Const) and n.dtype in expr.FLOATS:
             smallest = torch.finfo(torch.float64 if n.dtype == "float64" else torch.float32).tiny
             if 0 < abs(n.value) < smallest:
                 raise Declined(UnsupportedType(f"the number {n.value:g} is no normal one"))
+        if isinstance(n, Apply) and n.op in POLYNOMIAL and may_wrap(n, n.dtype):
+            raise Declined(IntegersWrap(f"{to_text(n)} as {n.dtype}"))
 
 
 def _summed_into(score: Expr) -> list[Opaque]:

@@ -15,6 +15,7 @@ from torch.utils._sympy.functions import CleanDiv, FloorDiv
 
 from fuse.ir.gradient import differentiable
 from fuse.ir.index import IndexExpr
+from fuse.ir.serial import in_graph
 from fuse.ir.spec import AttentionSpec, verify
 from fuse.passes.layout import memory_order
 from fuse.passes.lift import Lifted, SiteContext
@@ -23,6 +24,7 @@ from fuse.passes.read.graph import MADE, Transform, location, operator_name, sto
 from fuse.passes.read.trace import Seed, Trace, Value
 from fuse.report.reasons import Declined, Mutated, NotTraceable, UnsupportedShape
 
+aten = torch.ops.aten  # programs of torch.export hold nothing else
 _SEED_OF = "seed of fuse"  # marks the seed of what a node draws
 _RANDOM = ("rand", "dropout", "bernoulli", "normal", "multinomial", "uniform", "exponential")
 
@@ -73,9 +75,9 @@ def insert(
             emitter.undo()
             raise
         first = len(emitter.new)
-        result, beside = _results(emitter, (list(leaves), sizes, spec.to_json(), target), lifted.out_dims, lse)
+        result, beside = _results(emitter, (list(leaves), sizes, in_graph(spec.to_json()), target), lifted.out_dims, lse)
         if flowing and _may_be_written(graph, root):
-            result = emitter.new_call(torch.clone, (result,), {})
+            result = emitter.new_call(aten.clone.default, (result,), {})
     for node in emitter.new[first:]:
         node.meta.update({k: v for k, v in root.meta.items() if k in ("stack_trace", "nn_module_stack", "source_fn_stack")})
     for old, new in ((root, result), *beside):
@@ -93,7 +95,7 @@ def _results(
     both = emitter.new_call(torch.ops.fuse.attention_lse.default, arguments, {})
     out, rows = (emitter.new_call(operator.getitem, (both, i), {}) for i in (0, 1))
     rows = emitter.permuted(rows, [d for d in out_dims if d != len(out_dims) - 1])
-    return emitter.permuted(out, out_dims), ((lse, emitter.new_call(torch.div, (rows, math.log(2)), {})),)
+    return emitter.permuted(out, out_dims), ((lse, emitter.new_call(aten.div.Tensor, (rows, math.log(2)), {})),)
 
 
 class _Emitter:
@@ -150,20 +152,20 @@ class _Emitter:
         if before.meta.get(_SEED_OF) is origin:
             return before
         with self.graph.inserting_before(origin):
-            node = self.new_call(torch.randint, (2**63 - 1, (1,)), {"dtype": torch.int64, "device": seed.meta.device})
+            node = self.new_call(aten.randint.default, (2**63 - 1, [1]), {"dtype": torch.int64, "device": seed.meta.device})
         node.meta[_SEED_OF] = origin
         return node
 
     def _again(self, value: Value) -> Node:
         if value.literal is not None:
-            return self._call(torch.full, ((), value.literal), {"dtype": value.meta.dtype, "device": value.meta.device})
+            return self._call(aten.full.default, ([], value.literal), {"dtype": value.meta.dtype, "device": value.meta.device})
         if value.op is None or torch.Tag.nondeterministic_seeded in value.op.tags:
             raise Declined(NotTraceable("a tensor that the graph does not hold"))
         args, kwargs = self._arguments(value.args), self._arguments(dict(value.kwargs))
         node = self._call(value.op, args, kwargs)
         if len(value.op._schema.returns) > 1 or "[]" in str(value.op._schema.returns[0].type):
             node = self._call(operator.getitem, (node, value.output), {})
-        return self._call(torch.detach, (node,), {}) if value in self.trace.stops else node
+        return self._call(aten.detach.default, (node,), {}) if value in self.trace.stops else node
 
     def _arguments(self, x: Any) -> Any:
         if isinstance(x, Value):
@@ -203,7 +205,7 @@ class _Emitter:
                 return self._less(node, off)
             for dim, size in enumerate(() if tensor is None or node.op != "placeholder" else tensor.shape):
                 if isinstance(size, torch.SymInt) and (off := _difference(size, n)) is not None:
-                    return self._less(self._call(torch.ops.aten.sym_size.int, (node, dim), {}), off)
+                    return self._less(self._call(aten.sym_size.int, (node, dim), {}), off)
         return None
 
     def _less(self, node: Node, off: int) -> Node:
@@ -226,7 +228,7 @@ class _Emitter:
         return node
 
     def permuted(self, node: Node, dims: Sequence[int]) -> Node:
-        return node if list(dims) == list(range(len(dims))) else self.new_call(torch.permute, (node, list(dims)), {})
+        return node if list(dims) == list(range(len(dims))) else self.new_call(aten.permute.default, (node, list(dims)), {})
 
     def undo(self) -> None:
         for node in reversed(self.new):
@@ -288,10 +290,12 @@ def unread_nodes(graph: Graph, slices: set[Node]) -> set[Node]:
     found: set[Node] = set()
     for node in (n for n in reversed(graph.nodes) if n in behind):
         module = str(getattr(node.target, "__module__", ""))
-        pure = node.op == "call_method" or module == "_operator" or (module.startswith("torch") and "ops." not in module)
+        torchs = module.startswith("torch") and ("ops." not in module or module == "torch._ops.aten")
+        pure = node.op == "call_method" or module == "_operator" or torchs
         drawn = any(word in operator_name(node) for word in _RANDOM)
         idle = node.op in ("call_function", "call_method") and pure and not drawn and not writes(node)
-        if idle and tensor_of(node) is not None and all(u in found for u in node.users):
+        known = operator_name(node) == "_assert_tensor_metadata"  # of values that need not be, and are as they are known to be
+        if idle and (known or tensor_of(node) is not None) and all(u in found for u in node.users):
             found.add(node)
     return found
 

@@ -7,6 +7,7 @@ from dataclasses import replace
 import torch
 
 from fuse.ir.index import IndexExpr
+from fuse.ir.serial import in_graph
 from fuse.ir.spec import Operand
 from fuse.ir.tile_map import KEYS, ROWS, Use, map_of
 from fuse.passes.lift import Lifted, SiteContext
@@ -41,4 +42,5 @@ def _map_value(use: Use, lifted: Lifted, context: SiteContext) -> Value:
     kept = all((node := context.trace.node_of.get(v)) is not None and is_state(node) for v in read)
     shape = (0,) * len(use.load.coords)  # never looked at
     meta = read[0].meta.new_empty(shape, dtype=torch.uint8)
-    return Value(torch.ops.fuse.tile_map.default, (read, sizes, use.tile_map.to_json(), context.target, kept), {}, meta)
+    arguments = (read, sizes, in_graph(use.tile_map.to_json()), context.target, kept)
+    return Value(torch.ops.fuse.tile_map.default, arguments, {}, meta)

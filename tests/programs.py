@@ -12,7 +12,7 @@ from torch.fx import GraphModule, Interpreter, Node
 
 from fuse import passes
 from fuse.ir.spec import AttentionSpec
-from fuse.report.site import Site
+from fuse.report.site import Reading, Site
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ class Passed:
 
 def pass_over(program: Callable[..., Any], *args: Any, dynamic: bool = False, **kwargs: Any) -> Passed:
     """Runs Dynamo and the passes on ``program(*args)``, and its graph eagerly."""
-    found: list[tuple[GraphModule, list[Site]]] = []
+    found: list[tuple[GraphModule, Reading]] = []
     calls: list[Call] = []
 
     def backend(gm: GraphModule, example_inputs: list[Any]) -> Callable[..., Any]:
@@ -65,8 +65,8 @@ def pass_over(program: Callable[..., Any], *args: Any, dynamic: bool = False, **
 
     with torch.no_grad():
         result = torch.compile(program, backend=backend, dynamic=dynamic)(*args, **kwargs)
-    ((graph, sites),) = found
-    return Passed(graph, sites, result, calls)
+    ((graph, reading),) = found
+    return Passed(graph, list(reading.sites), result, calls)
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:

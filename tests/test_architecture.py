@@ -15,7 +15,7 @@ import fuse.passes
 
 # From the ground up; what a module imports stands on its own level or below.
 LEVELS = (
-    ("errors", "settings", "memoize"),
+    ("errors", "settings", "memoize", "assumptions"),
     ("ir",),
     ("report.reasons", "report.runs", "report.site", "report.wording"),
     ("kernel",),
@@ -26,7 +26,8 @@ LEVELS = (
     ("flex", "inner", "report.check"),
     ("backend",),
     ("report",),
-    ("models",),
+    ("transform", "models"),
+    ("inductor",),
     ("", "__main__"),
 )
 FOLDERS = {"fuse": Path(fuse.__file__).parent, "fuse.passes": Path(fuse.passes.__file__).parent}

@@ -10,14 +10,14 @@ from torch import Tensor, nn
 from torch.fx import GraphModule
 
 from fuse.passes.find import Candidate, find
-from fuse.passes.read.graph import operator_name, states
+from fuse.passes.read.graph import ambient, operator_name, states
 
 
 def candidates(program: Any, *args: Any) -> list[Candidate]:
     found: list[Candidate] = []
 
     def backend(gm: GraphModule, example_inputs: list[Any]) -> Any:
-        found.extend(find(gm.graph, states(gm.graph)))
+        found.extend(find(gm.graph, states(gm.graph, ambient())))
         return gm.forward
 
     with torch.no_grad():

@@ -2,10 +2,21 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from typing import Any
 
 from fuse.ir.expr import Apply, Const, Expr, Index, Load, Prob, Score, Symbol, const, walk
+
+
+def in_graph(text: str) -> str:
+    """JSON as the argument of an operator: Inductor's C++ wrapper writes it between double quotes, and escapes none."""
+    return text.replace('"', "'")
+
+
+def loads(text: str) -> Any:
+    """Reads JSON without apostrophes in it, also as it stands in a graph."""
+    return json.loads(text.replace("'", '"'))
 
 
 def to_json(roots: Mapping[str, Expr]) -> dict[str, Any]:

@@ -185,7 +185,7 @@ class AttentionSpec:
 
     @staticmethod
     def from_json(text: str) -> AttentionSpec:
-        data = json.loads(text)
+        data = serial.loads(text)
         if data["version"] != VERSION:
             raise InvalidSpec(f"spec version {data['version']}; this fuse reads version {VERSION}")
         fill = None if data["fill"] is None else float.fromhex(data["fill"])

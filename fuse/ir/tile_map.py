@@ -63,7 +63,7 @@ class TileMap:
 
     @staticmethod
     def from_json(text: str) -> TileMap:
-        data = json.loads(text)
+        data = serial.loads(text)
         predicate = serial.from_json(data["expr"])["predicate"]
         return TileMap(data["batch"], tuple(Operand(*o) for o in data["operands"]), predicate, tuple(data["extra"]))
 

@@ -20,9 +20,9 @@ ALLOWED = {torch.float64: 1e-9, torch.float32: 1e-3, torch.float16: 2e-2, torch.
 def keep(gm: GraphModule) -> GraphModule:
     """A copy, with the bodies of higher-order ops, that passes and inner compiler leave alone; parameters are shared."""
     kept = GraphModule(gm, copy.deepcopy(gm.graph))
-    for name, body in gm.named_children():
-        if isinstance(body, GraphModule):
-            setattr(kept, name, keep(body))
+    for node in gm.graph.find_nodes(op="get_attr"):
+        if isinstance(body := getattr(gm, str(node.target), None), GraphModule):
+            setattr(kept, str(node.target), keep(body))
     return kept
 
 

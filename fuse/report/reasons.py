@@ -82,6 +82,11 @@ class UnsupportedType(Reason):
     unblock = "use dense float32, bfloat16, float16 or float64 tensors"
 
 
+class IntegersWrap(Reason):
+    message = "arithmetic of positions may leave its dtype: {detail}"
+    unblock = "keep positions small: kernels take them for the integers of mathematics"
+
+
 class Subclass(Reason):
     message = "{detail}: a subclass of Tensor may give every operation another meaning"
     unblock = "hand plain tensors to the attention (DTensor: to_local(), or use_local_output=True)"
@@ -105,6 +110,16 @@ class Transformed(Reason):
 class NotTraceable(Reason):
     message = "the region could not be traced: {detail}"
     unblock = "report it, with the model"
+
+
+class UnreadOperator(Reason):
+    message = "{detail} is an operator that fuse does not read"
+    unblock = "call scaled_dot_product_attention, or write the attention out"
+
+
+class UnreadBody(Reason):
+    message = "it stands inside of {detail}, whose body fuse does not read"
+    unblock = "move it out of there"
 
 
 class InternalError(Reason):

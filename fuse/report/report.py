@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import re
+from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +16,9 @@ from torch.fx import GraphModule, Node
 from fuse import backend
 from fuse.ir.spec import AttentionSpec
 from fuse.options import resolve
+from fuse.passes.census import LOOKED_FOR
 from fuse.report.runs import Part, Runs
-from fuse.report.site import Site
+from fuse.report.site import Other, Reading, Site
 from fuse.report.sparsity import Coverage, coverage
 from fuse.targets import registry
 from fuse.targets.standin import ASKED
@@ -32,16 +34,14 @@ def explain(model: Callable[..., Any], *args: Any, **kwargs: Any) -> Report:
     Nothing is built and no graph is run: where a graph ends before the model does, zeros stand in for its results. Python
     code that branches on such values may take another way than it would.
     """
-    sites: list[Site] = []
-    graphs = 0
+    readings: list[Reading] = []
     chosen = resolve(None, None)
 
     def analyse(gm: GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
-        nonlocal graphs
-        graphs += 1
         results = _results(gm)  # the passes may replace the nodes that know them
-        if (target := backend.target_of(example_inputs, chosen)) is not None:
-            sites.extend(_expected(site) for site in backend.rewrite(gm, target, example_inputs))
+        target = backend.target_of(example_inputs, chosen)
+        unread = Reading(unread=backend.why_unread(example_inputs, chosen))
+        readings.append(unread if target is None else backend.rewrite(gm, target, example_inputs))
         return lambda *_: tuple(map(_stand_in, results))
 
     note = ""
@@ -49,28 +49,52 @@ def explain(model: Callable[..., Any], *args: Any, **kwargs: Any) -> Report:
         with torch._dynamo.config.patch(_ANALYSIS):
             torch.compile(getattr(model, "_orig_mod", model), backend=analyse)(*args, **kwargs)
     except Exception as error:
-        if not graphs:
+        if not readings:
             raise
-        note = f"The analysis ended after {graphs} graphs, zeros do not lead further: {type(error).__name__}: {error}"
-    return Report(tuple(sites), note)
+        note = f"The analysis ended after {len(readings)} graphs, zeros do not lead further: {type(error).__name__}: {error}"
+    return expected(readings, note)
+
+
+def expected(readings: Sequence[Reading], note: str = "") -> Report:
+    """Before anything has been built."""
+    found = Report.of(readings, note)
+    return replace(found, sites=tuple(map(_expected, found.sites)))
 
 
 def report() -> Report:
     """The sites of every graph compiled in this process since the last ``reset()``, with what is known now of their kernels."""
-    return Report(tuple(map(backend.with_runs, backend.compiled_sites)))
+    found = Report.of(backend.compiled)
+    return replace(found, sites=tuple(map(backend.with_runs, found.sites)))
 
 
 def reset() -> None:
     """Empties what ``report()`` gives. Compiled functions and caches stay."""
-    backend.compiled_sites.clear()
+    backend.compiled.clear()
 
 
 @dataclass(frozen=True)
 class Report:
-    """``sites`` in the order of the graphs; ``note`` says why an analysis is not complete, "" where it is."""
+    """What was found, in the order of the graphs.
+
+    sites   attention, fused or not
+    note    why an analysis is not complete, "" where it is
+    others  normalisations that are no attention, such as a router's softmax
+    graphs  how many were looked into
+    unread  why others were not, one for each
+    """
 
     sites: tuple[Site, ...]
     note: str = ""
+    others: tuple[Other, ...] = ()
+    graphs: int = 0
+    unread: tuple[str, ...] = ()
+
+    @staticmethod
+    def of(readings: Sequence[Reading], note: str = "") -> Report:
+        sites = tuple(site for reading in readings for site in reading.sites)
+        others = tuple(other for reading in readings for other in reading.others)
+        unread = tuple(reading.unread for reading in readings if reading.unread)
+        return Report(sites, note, others, len(readings) - len(unread), unread)
 
     @property
     def fused(self) -> int:
@@ -90,7 +114,18 @@ class Report:
         return [SiteGroup(sites[0], len(sites), merge_paths([site.module for site in sites])) for sites in alike.values()]
 
     def __str__(self) -> str:
-        return "\n".join([self.summary, *_table(self.groups()), *([self.note] if self.note else [])])
+        return "\n".join([self.summary, *_table(self.groups()), *self.remarks])
+
+    @property
+    def remarks(self) -> list[str]:
+        """What there is to say beside the sites, a line each."""
+        found = []
+        if not self.sites and self.graphs:
+            found.append(f"looked for {LOOKED_FOR} in {_counted(self.graphs, 'graph')}")
+        if self.others:
+            found.append(f"{_counted(len(self.others), 'other normalisation')}, read as no attention: report.others")
+        found += [f"{_counted(n, 'graph')} not looked into: {why}" for why, n in Counter(self.unread).items()]
+        return [*found, self.note] if self.note else found
 
     def passes(self, number: int = 1) -> str:
         """What each pass made of one recovered site, counted from 1; "" where there is none of that number."""
@@ -107,14 +142,18 @@ class Report:
 
     @property
     def summary(self) -> str:
-        found = [f"{len(self.sites)} attention site{'s' * (len(self.sites) != 1)}", f"{self.fused} fused"]
+        found = [_counted(len(self.sites), "attention site"), f"{self.fused} fused"]
         slow = sum(site.by_reference for site in self.sites)
         behind = sum(site.fused and "backward" in site.runs and site.runs["backward"].by == "reference" for site in self.sites)
         found += [f"{slow} by the reference"] * bool(slow) + [f"gradients of {behind} by the reference"] * bool(behind)
         return ", ".join(found)
 
     def to_json(self) -> str:
-        return json.dumps({"sites": [_as_data(site) for site in self.sites], "note": self.note}, indent=2)
+        data = {
+            "sites": [_as_data(site) for site in self.sites], "others": [asdict(other) for other in self.others],
+            "graphs": self.graphs, "unread": self.unread, "note": self.note,
+        }  # fmt: skip
+        return json.dumps(data, indent=2)
 
     def to_html(self, path: str | Path) -> Path:
         """Writes one self-contained page and returns its path."""
@@ -149,6 +188,10 @@ class SiteGroup:
         if reason is not None:
             found += [("why not", f"{reason.name}: {reason}"), ("to fuse it", reason.unblock)]
         return [(name, text) for name, text in found if text]
+
+
+def _counted(n: int, what: str) -> str:
+    return f"{n} {what}{'s' * (n != 1)}"
 
 
 def _brief(text: str) -> str:
@@ -239,7 +282,7 @@ def _as_data(site: Site) -> dict[str, Any]:
 
 
 def _expected(site: Site) -> Site:
-    """An analysis builds nothing, and knows only what was asked for."""
+    """As it will run, as far as that was asked for."""
     if not site.recovered or registry.named(site.target).generated:
         return site
     parts: list[Part] = ["forward", "backward"] if any(site.wanted) else ["forward"]

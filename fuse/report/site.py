@@ -1,4 +1,4 @@
-"""One attention site of a user's model, and what became of it."""
+"""What was found in a graph: its attention sites, what became of each, and the normalisations that are no attention."""
 
 from __future__ import annotations
 
@@ -53,3 +53,22 @@ class Site:
     def by_reference(self) -> bool:
         """Plain PyTorch computes its result, where a kernel could not be had or was not asked for."""
         return "forward" in self.runs and self.runs["forward"].by == "reference"
+
+
+@dataclass(frozen=True)
+class Other:
+    """A normalisation that is no attention, called by ``operator``; ``why``: what it lacks; the others as of a site."""
+
+    operator: str
+    where: str
+    module: str
+    why: str
+
+
+@dataclass(frozen=True)
+class Reading:
+    """All that is to be said of one graph. ``unread``: why nobody looked into it; "" where somebody did."""
+
+    sites: tuple[Site, ...] = ()
+    others: tuple[Other, ...] = ()
+    unread: str = ""

@@ -15,8 +15,9 @@ import torch
 from torch._decomp import decomposition_table
 
 from fuse.ir import expr
-from fuse.ir.expr import Expr, Load, apply, const
+from fuse.ir.expr import INTS, Apply, Const, Expr, Load, Symbol, apply, const
 from fuse.ir.index import IndexExpr, Space, linear, size_symbol
+from fuse.ir.interval import MAX_LENGTH, WHOLE, Range, point, range_of
 from fuse.ir.spec import AttentionSpec
 from fuse.passes.read.graph import VIEWS
 from fuse.passes.read.trace import Value, computed_again
@@ -28,7 +29,7 @@ REDUCTIONS = {"sum", "amax", "max", "logsumexp", "_softmax", "_log_softmax", "_s
 _INTEGER_FUNCTIONS = {
     "FloorDiv": "floordiv", "CleanDiv": "floordiv", "PythonMod": "mod", "Mod": "mod", "Max": "maximum", "Min": "minimum",
 }  # fmt: skip
-_POLYNOMIAL: dict[str, Callable[..., IndexExpr]] = {
+POLYNOMIAL: dict[str, Callable[..., IndexExpr]] = {
     "add": lambda a, b: a + b, "sub": lambda a, b: a - b, "mul": lambda a, b: a * b, "neg": lambda a: -a,
 }  # fmt: skip
 
@@ -215,8 +216,8 @@ class Reader:
             return self.symbols.setdefault(e.name, sympy.Symbol(e.name, integer=True))
         if isinstance(e, expr.Apply) and e.dtype == "int64" and all(a.dtype == "int64" for a in e.operands):
             args = [self.index(a) for a in e.operands]
-            if e.op in _POLYNOMIAL:
-                return sympy.expand(_POLYNOMIAL[e.op](*args))
+            if e.op in POLYNOMIAL and not may_wrap(e, "int64"):
+                return sympy.expand(POLYNOMIAL[e.op](*args))
             if e.op == "floordiv" and args[1].is_positive:
                 return self.space.floordiv(*args)
             if e.op == "mod" and args[1].is_positive:
@@ -304,11 +305,23 @@ def _unchanged(cast: expr.Apply) -> Expr | None:
     """The int64 that a cast leaves as it is: positions fit into int32, and pass through it on the way back to int64."""
     inner = cast.operands[0]
     if inner.dtype == "int64":
-        position = cast.dtype == "int32" and not any(isinstance(n, Load) for n in expr.walk(inner))
+        loads = any(isinstance(n, Load) for n in expr.walk(inner))
+        position = cast.dtype == "int32" and not loads and not may_wrap(inner, "int32")
         return inner if cast.dtype == "int64" or position else None
     if cast.dtype == "int64" and isinstance(inner, expr.Apply) and inner.op == "cast":
         return _unchanged(inner)
     return None
+
+
+def may_wrap(e: Expr, dtype: str) -> bool:
+    """Whether arithmetic of positions and sizes may leave ``dtype``: ``k * 2**58`` is negative from k = 32 on.
+
+    What is read from tensors is not judged.
+    """
+    if not all(isinstance(n, (Const, expr.Index, Symbol)) or (isinstance(n, Apply) and n.dtype in INTS) for n in expr.walk(e)):
+        return False
+    whole, found = WHOLE[dtype], range_of(e, lambda n: point(n.value) if isinstance(n, Const) else Range(0, MAX_LENGTH))
+    return not (whole.low < found.low and found.high < whole.high)
 
 
 def has_opaque(e: Expr) -> bool:

@@ -24,6 +24,9 @@ VIEWS = {
     "select", "repeat_interleave", "repeat", "expand_as", "view_as", "reshape_as", "detach", "getattr", "tile",
     "broadcast_to", "split_with_sizes", "tensor_split", "alias", "slice", "_unsafe_view", "lift_fresh_copy",
 }  # fmt: skip
+VALUE = "example_value"  # what a node holds, as a fake tensor
+LITERAL = "literal of fuse"  # the number in a tensor of one element that no call changes
+NAME = "name in the model"  # of a tensor that a graph has as an input
 # Other subclasses (DTensor, nested tensors, a user's own) have a say in what each op does, so that no reading is a proof.
 PLAIN = (torch.Tensor, torch.nn.Parameter, torch.nn.Buffer, FakeTensor)
 MADE = "made by fuse"  # marks nodes that are no part of the user's program
@@ -71,7 +74,7 @@ def operator_name(node: Node) -> str:
 
 
 def tensor_of(node: Node) -> torch.Tensor | None:
-    value = node.meta.get("example_value")
+    value = node.meta.get(VALUE)
     return value if isinstance(value, torch.Tensor) else None
 
 
@@ -83,12 +86,16 @@ def hidden_subclass(graph: Graph, inputs: Sequence[Any]) -> str:
     return ""
 
 
-def states(graph: Graph) -> dict[Node, State]:
-    """The state under which each node runs, by one scan in order."""
-    grad = torch.is_grad_enabled()
-    transforms: tuple[Transform, ...] = ()
+def ambient() -> State:
+    """The state of whoever asks."""
+    autocast = (_ambient_autocast(device) for device in ("cpu", "cuda") if torch.is_autocast_enabled(device))
+    return State(torch.is_grad_enabled(), (), tuple(autocast))
+
+
+def states(graph: Graph, begins: State) -> dict[Node, State]:
+    """The state under which each node runs, by one scan in order; ``begins``: the state of the graph's caller."""
+    grad, transforms = begins.grad, begins.transforms
     entered: dict[Node, Autocast] = {}
-    ambient = tuple(_ambient_autocast(device) for device in ("cpu", "cuda") if torch.is_autocast_enabled(device))
     found: dict[Node, State] = {}
     for node in graph.nodes:
         name = operator_name(node) if node.op == "call_function" else ""
@@ -96,14 +103,14 @@ def states(graph: Graph) -> dict[Node, State]:
             grad = bool(node.args[0])
         elif name == "_enter_autocast":
             device, dtype, enabled, _ = (*node.args, None, None, None, None)[:4]
-            entered[node] = Autocast(str(device), _autocast_dtype(device, dtype), bool(enabled))
+            entered[node] = Autocast(str(device), autocast_dtype(device, dtype), bool(enabled))
         elif name == "_exit_autocast":
             entered.pop(node.args[0], None)
         elif name.endswith(_ENTERS):
             transforms += (_transform(node),)
         elif name.endswith("_decrement_nesting"):
             transforms = transforms[:-1]
-        found[node] = State(grad, transforms, (*ambient, *entered.values()))
+        found[node] = State(grad, transforms, (*begins.autocast, *entered.values()))
     return found
 
 
@@ -145,7 +152,7 @@ def _ambient_autocast(device: str) -> Autocast:
     return Autocast(device, torch.get_autocast_dtype(device), True)
 
 
-def _autocast_dtype(device: Any, dtype: Any) -> torch.dtype:
+def autocast_dtype(device: Any, dtype: Any) -> torch.dtype:
     return dtype if isinstance(dtype, torch.dtype) else torch.get_autocast_dtype(str(device))
 
 
@@ -190,10 +197,12 @@ def is_state(node: Node) -> bool:
 
 
 def location(node: Node) -> str:
-    """ "file.py:line" of the innermost user frame, or "" where Dynamo kept none; frames inside torch are the user's call."""
-    frames = _FRAME.findall(node.meta.get("stack_trace") or node.stack_trace or "")
+    """ "file.py:line" of the innermost user frame, where frames inside torch are the user's call, or the node's own name where
+    its tracer kept none.
+    """
+    frames = [f for f in _FRAME.findall(node.meta.get("stack_trace") or node.stack_trace or "") if not f[0].startswith("<")]
     frames = [f for f in frames if not f[0].startswith(_TORCH)] or frames
-    return f"{Path(frames[-1][0]).name}:{frames[-1][1]}" if frames else ""
+    return f"{Path(frames[-1][0]).name}:{frames[-1][1]}" if frames else f"%{node.name}"
 
 
 def user_name(node: Node) -> str:
@@ -210,7 +219,7 @@ def user_name(node: Node) -> str:
     if MADE in node.meta:
         return "table"
     source = getattr(node, "_dynamo_source", None)
-    path = str(getattr(source, "name", "") or "")
+    path = str(node.meta.get(NAME) or getattr(source, "name", "") or "")
     words = re.findall(r"\w+", path)
     named = [w for w in words if not w.isdigit() and w not in ("L", "_parameters", "_buffers", "_modules")]
     return ".".join(named[-2:] if named[-1] in ("weight", "bias") else named[-1:]) if named else node.name

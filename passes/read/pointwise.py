@@ -13,6 +13,7 @@ from fuse.ir.expr import COMPARISONS, Const, Expr, apply, const
 from fuse.ir.index import IndexExpr
 from fuse.ir.operators import OPERATORS
 from fuse.passes.read.elements import Coords, Reader, arguments, as_index, dims, handles, op_name
+from fuse.passes.read.empty_rows import safe_softmax
 from fuse.passes.read.trace import Value
 
 _BY_ATEN = {aten: row.name for row in OPERATORS.values() for aten in row.aten}
@@ -139,6 +140,8 @@ def _test(r: Reader, v: Value, coords: Coords) -> Expr:
 @handles("where")
 def _where(r: Reader, v: Value, coords: Coords) -> Expr:
     condition, x, y = v.args
+    if isinstance(condition, Value) and isinstance(y, Value) and (softmax := safe_softmax(condition, x, y)) is not None:
+        return r.element(softmax, coords)
     return apply("where", read(r, condition, coords, "bool"), read(r, x, coords, v.dtype), read(r, y, coords, v.dtype),
                  dtype=v.dtype)  # fmt: skip
 

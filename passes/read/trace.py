@@ -22,6 +22,7 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 from fuse.ir.spec import IntLike
 from fuse.passes.read.flex import flex_as_products, is_flex
 from fuse.passes.read.graph import (  # fmt: skip
+    LITERAL,
     PLAIN,
     Autocast,
     State,
@@ -148,7 +149,7 @@ def trace(nodes: Sequence[Node], inputs: Sequence[Node], state_of: Mapping[Node,
     with mode, enable_python_dispatcher(), torch.no_grad():
         fakes = [_fresh(n.meta["example_value"]) for n in tensor_inputs]
         for node, fake in zip(tensor_inputs, fakes, strict=True):
-            recorder.put(fake, Value(None, (), {}, fake))
+            recorder.put(fake, Value(None, (), {}, fake, literal=node.meta.get(LITERAL)))
             held[node] = fake
         try:
             with recorder:

@@ -376,6 +376,20 @@ def lengths_that_wrap_in_int32(q: Tensor, k: Tensor, v: Tensor, lengths: Tensor)
     return scores(q, k).masked_fill(hidden, LOWEST).softmax(-1) @ v
 
 
+@spelling(1)
+def positions_that_wrap_in_int32(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """8 * 2^28 is -2^31."""
+    seen = (torch.arange(9) * 2**28).int().long() + 0 * torch.arange(9)[:, None] < 0
+    return scores(q, k).masked_fill(~seen, LOWEST).softmax(-1) @ v
+
+
+@spelling(0, reason="IntegersWrap")
+def positions_that_wrap(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """8 * 2^60 is -2^63."""
+    seen = torch.arange(9) * 2**60 + 0 * torch.arange(9)[:, None] < 0
+    return scores(q, k).masked_fill(~seen, LOWEST).softmax(-1) @ v
+
+
 @spelling(1, extra=lambda: (torch.tensor([200, 100], dtype=torch.uint8),))
 def sum_of_bytes_wraps(q: Tensor, k: Tensor, v: Tensor, one: Tensor) -> Tensor:
     """200 + 100 is 44."""
