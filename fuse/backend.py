@@ -12,8 +12,7 @@ import torch
 from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException
 from torch.fx import GraphModule
 
-from fuse import flex as flex
-from fuse import inner, passes, targets
+from fuse import flex, inner, passes, targets
 from fuse.ops import opaque, warm
 from fuse.ops.attention import parsed
 from fuse.options import Options, resolve
@@ -40,6 +39,8 @@ def fuse(
     sites = [] if target is None else rewrite(gm, target, example_inputs)
     if target is not None:
         _prepare(gm, sites, target, chosen.tune)  # builds run beside the inner compiler
+    if chosen.inner == "inductor":
+        flex.refuse_training(gm, sites)
     compiled = _compiled(gm, example_inputs, inner.compiler(chosen, patterns=target is None))
     compiled_sites.extend(map(_built, sites))
     return compiled if original is None else check.against(original, compiled, sites)
