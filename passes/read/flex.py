@@ -57,11 +57,19 @@ class _Index(TorchFunctionMode):
         if func is Tensor.__getitem__:
             x, at = args
             places = at if isinstance(at, tuple) else (at,)
-            looked_up = [i for i in places if isinstance(i, Tensor)]
-            if looked_up and all(isinstance(i, (Tensor, int)) for i in places):
-                rest = x[tuple(slice(None) if isinstance(i, Tensor) else i for i in places)]
-                return torch.ops.aten.index.Tensor(rest, looked_up)
+            if all(isinstance(i, (Tensor, int)) for i in places):
+                return _looked_up(x, places)
         return func(*args, **(kwargs or {}))
+
+
+def _looked_up(x: Tensor, places: tuple[Tensor | int, ...]) -> Tensor:
+    scalars = []
+    for i in places:
+        if isinstance(i, int):
+            x = x.select(len(scalars), i)
+        else:
+            scalars.append(i)
+    return torch.ops.aten.index.Tensor(x, scalars) if scalars else x
 
 
 def _readable(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
