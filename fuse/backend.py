@@ -12,8 +12,7 @@ import torch
 from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException
 from torch.fx import GraphModule
 
-from fuse import flex as flex
-from fuse import inner, passes, targets
+from fuse import flex, inner, passes, targets
 from fuse.ops import opaque, warm
 from fuse.ops.attention import parsed
 from fuse.options import Options, resolve
@@ -42,6 +41,8 @@ def fuse(
     reading = Reading(unread=why_unread(example_inputs, chosen)) if target is None else rewrite(gm, target, example_inputs)
     if target is not None:
         _prepare(gm, reading.sites, target, chosen.tune)  # builds run beside the inner compiler
+    if chosen.inner == "inductor":
+        flex.refuse_training(gm, reading.sites)
     call = _compiled(gm, example_inputs, inner.compiler(chosen, patterns=target is None))
     compiled.append(replace(reading, sites=tuple(map(_built, reading.sites))))
     return call if original is None else check.against(original, call, reading.sites)

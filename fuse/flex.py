@@ -6,13 +6,19 @@ and outside of torch.compile, it is what it was.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from types import FunctionType
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch._dynamo.symbolic_convert import InstructionTranslator
+from torch.fx import GraphModule, Node
 from torch.nn.attention import flex_attention
+
+from fuse.passes.read.flex import is_flex
+from fuse.passes.read.graph import location, tensor_of
+from fuse.report.site import Site
 
 
 def _copy(function: FunctionType) -> FunctionType:
@@ -36,3 +42,17 @@ def _traced_for_fuse() -> bool:
 def _validate_device(query: Tensor, key: Tensor, value: Tensor) -> None:
     if query.device.type != "cpu" or not _traced_for_fuse():
         _validated(query, key, value)
+
+
+def refuse_training(gm: GraphModule, sites: Sequence[Site]) -> None:
+    """Raises NotImplementedError, as torch would have, where a call that wants gradients on a CPU is left to Inductor."""
+    for module in gm.modules():
+        for node in module.graph.nodes if isinstance(module, GraphModule) else ():
+            if is_flex(node) and any(map(_trains_on_cpu, node.args[:3])):
+                why = next((f" fuse left it, since {s.reason}." for s in sites if s.reason and s.where == location(node)), "")
+                raise NotImplementedError(f"Inductor does not support the backward of FlexAttention on CPU.{why}")
+
+
+def _trains_on_cpu(operand: Any) -> bool:
+    tensor = tensor_of(operand) if isinstance(operand, Node) else None
+    return tensor is not None and tensor.requires_grad and tensor.device.type == "cpu"

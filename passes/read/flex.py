@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch._higher_order_ops.flex_attention import math_attention
 from torch.fx import Node
+from torch.nn.attention.flex_attention import _LARGE_SPARSE_BLOCK_SIZE
 from torch.overrides import TorchFunctionMode
 
 from fuse.report.reasons import Declined, UnsupportedShape
@@ -56,11 +57,19 @@ class _Index(TorchFunctionMode):
         if func is Tensor.__getitem__:
             x, at = args
             places = at if isinstance(at, tuple) else (at,)
-            looked_up = [i for i in places if isinstance(i, Tensor)]
-            if looked_up and all(isinstance(i, (Tensor, int)) for i in places):
-                rest = x[tuple(slice(None) if isinstance(i, Tensor) else i for i in places)]
-                return torch.ops.aten.index.Tensor(rest, looked_up)
+            if all(isinstance(i, (Tensor, int)) for i in places):
+                return _looked_up(x, places)
         return func(*args, **(kwargs or {}))
+
+
+def _looked_up(x: Tensor, places: tuple[Tensor | int, ...]) -> Tensor:
+    scalars = []
+    for i in places:
+        if isinstance(i, int):
+            x = x.select(len(scalars), i)
+        else:
+            scalars.append(i)
+    return torch.ops.aten.index.Tensor(x, scalars) if scalars else x
 
 
 def _readable(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
@@ -80,7 +89,7 @@ def _readable(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
 
 def _listed(block_mask: tuple[Any, ...], batch: torch.Size) -> Callable[..., Tensor]:
     """mask_mod and the lists of blocks as one such function; ``batch``: how many batches and heads there are."""
-    mask_mod, sizes, classes = block_mask[-1], block_mask[_SIZES], _classes(*block_mask[_LISTS])
+    mask_mod, sizes, classes = block_mask[-1], block_mask[_SIZES], _classes(block_mask)
     if any(n not in (1, whole) for n, whole in zip(classes.shape, batch, strict=False)):
         raise Declined(UnsupportedShape(f"a BlockMask of {tuple(classes.shape[:2])} for {tuple(batch)} batches and heads"))
 
@@ -92,17 +101,18 @@ def _listed(block_mask: tuple[Any, ...], batch: torch.Size) -> Callable[..., Ten
     return counts
 
 
-def _classes(partial_count: Tensor, partial: Tensor, full_count: Tensor | None, full: Tensor | None) -> Tensor:
+def _classes(block_mask: tuple[Any, ...]) -> Tensor:
     """The class of each block, uint8 (B, H, rows, columns), from lists (B, H, rows, columns) and how much of each counts."""
+    partial_count, partial, full_count, full = block_mask[_LISTS]
+    if block_mask[_SIZES] == (_LARGE_SPARSE_BLOCK_SIZE,) * 2:  # a call without a mask has one block: a comparison is all
+        return torch.where((partial_count[..., None] > 0) & (partial == 0), _PARTIAL, 0).to(torch.uint8)
     found = _marked(torch.zeros_like(partial, dtype=torch.uint8), partial_count, partial, _PARTIAL)
-    return found if full_count is None or full is None else _marked(found, full_count, full, _FULL)
+    return found if full_count is None else _marked(found, full_count, full, _FULL)
 
 
 def _marked(found: Tensor, count: Tensor, listed: Tensor, mark: int) -> Tensor:
     """``found`` with ``mark`` at the columns that are listed."""
     columns = found.shape[-1]
     counts = torch.arange(columns, device=found.device) < count.unsqueeze(-1)
-    if columns == 1:  # the one block of a call without a mask: no more than a comparison
-        return torch.where(counts & (listed == 0), mark, found)
     spare = torch.nn.functional.pad(found, (0, 1))  # where all that does not count is put
     return spare.scatter(-1, torch.where(counts, listed, columns).long(), mark)[..., :-1]
