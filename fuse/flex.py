@@ -21,7 +21,7 @@ from fuse.passes.read.graph import location, tensor_of
 from fuse.report.site import Site
 
 
-def _copy(function: FunctionType) -> FunctionType:
+def _copy(function: Any) -> FunctionType:
     """The same under another identity: what Dynamo puts in the place of a function may call this."""
     return FunctionType(function.__code__, function.__globals__, function.__name__, function.__defaults__)
 
@@ -29,7 +29,7 @@ def _copy(function: FunctionType) -> FunctionType:
 _validated = _copy(flex_attention._validate_device)
 
 
-@torch.compiler.assume_constant_result
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def _traced_for_fuse() -> bool:
     """Whether Dynamo traces for our backend."""
     backend: Any = InstructionTranslator.current_tx().output.compiler_fn

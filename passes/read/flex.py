@@ -63,7 +63,7 @@ class _Index(TorchFunctionMode):
 
 
 def _looked_up(x: Tensor, places: tuple[Tensor | int, ...]) -> Tensor:
-    scalars = []
+    scalars: list[Tensor] = []
     for i in places:
         if isinstance(i, int):
             x = x.select(len(scalars), i)
@@ -76,13 +76,14 @@ def _readable(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
     """``function`` for ``vmap``, which raises where vmap would call an operator once for every query and key."""
 
     def call(*args: Any) -> Tensor:
-        loops = torch._C._functorch._is_vmap_fallback_enabled()
-        torch._C._functorch._set_vmap_fallback_enabled(False)
+        functorch: Any = torch._C._functorch
+        loops = functorch._is_vmap_fallback_enabled()
+        functorch._set_vmap_fallback_enabled(False)
         try:
             with _Index():
                 return function(*args)
         finally:
-            torch._C._functorch._set_vmap_fallback_enabled(loops)
+            functorch._set_vmap_fallback_enabled(loops)
 
     return call
 
@@ -96,7 +97,8 @@ def _listed(block_mask: tuple[Any, ...], batch: torch.Size) -> Callable[..., Ten
     def counts(b: Tensor, h: Tensor, q: Tensor, k: Tensor, *buffers: Any) -> Tensor:
         places = (b, h, q // sizes[0], k // sizes[1])
         found = classes[tuple(torch.zeros_like(x) if n == 1 else x for x, n in zip(places, classes.shape, strict=True))]
-        return (found == _FULL) | ((found == _PARTIAL) & mask_mod(b, h, q, k, *buffers))
+        visible: Tensor = (found == _FULL) | ((found == _PARTIAL) & mask_mod(b, h, q, k, *buffers))
+        return visible
 
     return counts
 
