@@ -15,20 +15,21 @@ def floats(p: Problem) -> tuple[bool, ...]:
     return tuple(t.is_floating_point() for t in p.operands)
 
 
-def run(p: Problem, backward: Callable[..., list[Tensor]]) -> list[Tensor]:
-    """The gradients for a random gradient of the result."""
+def run(p: Problem, backward: Callable[..., list[Tensor]], grad_lse: Tensor | None = None) -> list[Tensor]:
+    """The gradients for a random gradient of the result, and for that of its rows' log-sum-exp."""
     out, lse = reference.attention_with_lse(p.spec, p.operands, p.sizes, "eager")
-    return backward(grad_out(p), p.operands, p.sizes, out, lse)
+    return backward(grad_out(p), p.operands, p.sizes, out, lse, grad_lse)
 
 
 def grad_out(p: Problem) -> Tensor:
     return rand(*p.spec.out_shape(p.sizes), dtype=p.spec.out_dtype, seed=9)
 
 
-def check(p: Problem, found: Sequence[Tensor], wanted: Sequence[bool]) -> None:
+def check(p: Problem, found: Sequence[Tensor], wanted: Sequence[bool], grad_lse: Tensor | None = None) -> None:
     """Fails unless gradients are laid out as promised, and err at most twice as much as eager's, and a few roundings."""
     exact, eager = (
-        reference.attention_backward(p.spec, grad_out(p), p.operands, p.sizes, wanted, way) for way in ("exact", "eager")
+        reference.attention_backward(p.spec, grad_out(p), p.operands, p.sizes, wanted, way, grad_lse)
+        for way in ("exact", "eager")
     )
     operands = [t for t, w in zip(p.operands, wanted, strict=True) if w]
     for t, x, e, s in zip(operands, found, exact, eager, strict=True):

@@ -124,6 +124,12 @@ def test_gradients_are_within_twice_the_error_of_eager(backwards: dict[Way, CppB
     check(p, run(p, backwards[chosen]), floats(p))
 
 
+def test_the_gradient_of_the_log_sum_exp_joins_that_of_the_result() -> None:
+    p = CASES["two_extra_logits"]("float32")
+    of_rows = rand(*p.spec.lse_shape(p.sizes))
+    check(p, run(p, backward("two_extra_logits", "float32", LANES), of_rows), floats(p), of_rows)
+
+
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_every_length_around_the_tiles(dtype: str) -> None:
     for q_len in (1, 15, 17, 47, 49, 97, 145):

@@ -48,6 +48,12 @@ def test_gradients_are_within_twice_the_error_of_eager(name: str, dtype: str) ->
     check(p, run(p, kernel(p)), floats(p))
 
 
+def test_the_gradient_of_the_log_sum_exp_joins_that_of_the_result() -> None:
+    p = CASES["two_extra_logits"]("float32")
+    of_rows = rand(*p.spec.lse_shape(p.sizes))
+    check(p, run(p, kernel(p), of_rows), floats(p), of_rows)
+
+
 @pytest.mark.parametrize("wanted", [(True, False, False), (False, True, False), (False, False, True), (False, True, True)])
 def test_frozen_tensors_get_no_gradient(wanted: tuple[bool, ...]) -> None:
     p = CASES["causal"]("float32")

@@ -128,14 +128,16 @@ def tensors(output: Mapping[str, Any]) -> Iterator[Tensor]:
             yield from tensors(value)
 
 
-def measure_gradients(model: nn.Module, inputs: Inputs, **options: str) -> Trained:
-    """As ``measure``, and the gradients of all parameters."""
+def measure_gradients(model: nn.Module, inputs: Inputs, plain: nn.Module | None = None, **options: str) -> Trained:
+    """As ``measure``, and the gradients of all parameters; ``plain``: the same model where eager mode cannot train it as it is."""
     compiled = torch.compile(model, backend="fuse", options=options)
+    plain = plain or model
     errors, of_gradients = [], []
     for _ in draws(model):
-        result, eager = trained(compiled, model, inputs), trained(model, model, inputs)
+        plain.load_state_dict(model.state_dict())
+        result, eager = trained(compiled, model, inputs), trained(plain, plain, inputs)
         with Wide():
-            wide = widened(model)
+            wide = widened(plain)
             truth = trained(wide, wide, in_dtype(inputs, torch.float64))
         errors.append(errors_of(result.outputs, eager.outputs, truth.outputs))
         # Some gradients are zero but for rounding, such as a key's bias: it shifts all scores of a row
