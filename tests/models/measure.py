@@ -129,7 +129,7 @@ def tensors(output: Mapping[str, Any]) -> Iterator[Tensor]:
 
 
 def measure_gradients(model: nn.Module, inputs: Inputs, plain: nn.Module | None = None, **options: str) -> Trained:
-    """As ``measure``, and the gradients of all parameters; ``plain``: the same model where eager mode cannot train it as it is."""
+    """As ``measure``, with the gradients of all parameters; ``plain``: the same model where eager mode cannot train it."""
     compiled = torch.compile(model, backend="fuse", options=options)
     plain = plain or model
     errors, of_gradients = [], []

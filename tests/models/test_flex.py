@@ -18,9 +18,7 @@ NAMES = ("Llama", "Mistral", "Gemma2", "BERT")
 
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("dtype, target, inner", [("float32", "reference", "eager"), ("bfloat16", "cpp", "aot_eager")])
-def test_every_site_is_fused_and_no_error_of_results_or_gradients_grows(
-    name: str, dtype: str, target: str, inner: str
-) -> None:
+def test_every_site_is_fused_and_no_error_of_results_or_gradients_grows(name: str, dtype: str, target: str, inner: str) -> None:
     model, number = MODELS[name], getattr(torch, dtype)
     padded = text("right")  # on the left, queries would see nothing: FlexAttention gives 0 for them, eager an average
     network, inputs = prepared(model.build("flex_attention")[0], padded, number)
