@@ -21,12 +21,13 @@ from fuse.passes.read.graph import location, tensor_of
 from fuse.report.site import Site
 
 
-def _copy(function: Any) -> FunctionType:
-    """The same under another identity: what Dynamo puts in the place of a function may call this."""
-    return FunctionType(function.__code__, function.__globals__, function.__name__, function.__defaults__)
+def _accept(query: Tensor, key: Tensor, value: Tensor) -> None:
+    """In the place of the refusal in a torch that has none."""
 
 
-_validated = _copy(flex_attention._validate_device)
+_REFUSAL: Any = getattr(flex_attention, "_validate_device", _accept)
+# The same under another identity, so that what Dynamo puts in its place can call it
+_refuse: Any = FunctionType(_REFUSAL.__code__, _REFUSAL.__globals__, _REFUSAL.__name__)
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
@@ -38,10 +39,10 @@ def _traced_for_fuse() -> bool:
     return getattr(backend, "__module__", "") == "fuse.backend"
 
 
-@torch.compiler.substitute_in_graph(flex_attention._validate_device)
-def _validate_device(query: Tensor, key: Tensor, value: Tensor) -> None:
+@torch.compiler.substitute_in_graph(_REFUSAL, skip_signature_check=True)
+def _refuse_for_others(query: Tensor, key: Tensor, value: Tensor) -> None:
     if query.device.type != "cpu" or not _traced_for_fuse():
-        _validated(query, key, value)
+        _refuse(query, key, value)
 
 
 def refuse_training(gm: GraphModule, sites: Sequence[Site]) -> None:
