@@ -9,12 +9,13 @@ from dataclasses import replace
 import pytest
 import torch
 from decode_specs import DECODING
-from problems import B0, K, Problem, Q, both, const, hide, load, op, problem, symbol
+from problems import B0, K, Problem, Q, both, const, hide, load, op, problem, rand, symbol
 from specs import CASES
 from together import together
 
 from fuse import targets
 from fuse.ir.expr import Expr
+from fuse.ir.spec import Mask
 from fuse.targets.cpp.launch import CppKernel, build, instruction_set
 
 pytestmark = pytest.mark.compiler
@@ -61,6 +62,19 @@ def test_narrower_vectors_from_the_same_source(isa: str) -> None:
 @pytest.mark.parametrize("name", FEW)
 def test_few_queries(name: str, dtype: str) -> None:
     check(DECODING[name](dtype))
+
+
+def test_few_queries_and_keys_under_a_mask_that_is_added() -> None:
+    """gcc 12 left the product with the values out."""
+    mask = rand(4, 4)
+    low = op("le", load(mask, 3, Q, K), const(-30000.0, "float32"))
+    seen = op("not", low)
+
+    def score(s: Expr) -> tuple[Expr, Mask]:
+        added = op("add", s, load(mask, 3, Q, K))
+        return added, Mask(seen, added, None, None, seen, -10000.0)
+
+    check(problem("float32", mask, batch=(1, 2), q_len=4, kv_len=4, qk_dim=8, v_dim=8, score=score))
 
 
 def test_padding_of_many_tiles_is_skipped_or_full_or_partial() -> None:

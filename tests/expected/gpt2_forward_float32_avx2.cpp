@@ -853,6 +853,7 @@ template <int N> static void value_product(const InPlace::Part& part, LaneScratc
     for (int q = 0; q < nq; q++)
         for (int e0 = 0; e0 < DVR; e0 += CHUNK) {
             R* out = w.out_rows + q * DVR + e0;
+            asm("" : "+r"(out));  // else gcc 12 makes it of a place in the scores, loses what it points to, and drops the call
             VR sum[4];
 #pragma GCC unroll 4
             for (int i = 0; i < 4; i++) sum[i] = VR{};
