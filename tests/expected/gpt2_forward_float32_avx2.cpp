@@ -871,10 +871,8 @@ template <int N> static void value_product(const InPlace::Part& part, LaneScratc
 }
 
 static void collect(const InPlace&, LaneScratch& w, int nq) {
-    memset(w.out, 0, sizeof(R) * DV * W);
-    for (int q = 0; q < nq;
-        q++)  // of the rows that there are: gcc takes a loop over all lanes for a promise that there are as many
-        for (int e = 0; e < DV; e++) w.out[e * W + q] = w.out_rows[q * DVR + e];
+    for (int e = 0; e < DV; e++)
+        for (int q = 0; q < W; q++) w.out[e * W + q] = q < nq ? w.out_rows[q * DVR + e] : R(0);
 }
 
 // One block of N * W queries against every key that it may see. EXACT: no tile is skipped and scores are rounded as eager
