@@ -40,6 +40,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: item.path.name != "test_triton_compile.py")  # minutes in one step: beside the others, not after
     if CXX is None:
         for item in items:
             if item.get_closest_marker("compiler"):
