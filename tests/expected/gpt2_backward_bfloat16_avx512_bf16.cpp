@@ -44,6 +44,12 @@ constexpr int D = 64, DV = 64;
 #include <immintrin.h>
 #endif
 
+// gcc 12 may reach one array of a struct by its distance from another, with no pointer as base; its analysis of what functions
+// modify then misses the stores, and their calls are dropped.
+#if defined(__GNUC__) && !defined(__clang__)
+#pragma GCC optimize("no-ipa-modref")
+#endif
+
 template <int BYTES> struct IntOf { typedef int32_t type; };
 template <> struct IntOf<8> { typedef int64_t type; };
 typedef IntOf<sizeof(R)>::type I;

@@ -46,6 +46,12 @@ constexpr int DP = (D + MR - 1) / MR * MR, DC = (D + W - 1) / W * W, EC = (DV + 
 #include <immintrin.h>
 #endif
 
+// gcc 12 may reach one array of a struct by its distance from another, with no pointer as base; its analysis of what functions
+// modify then misses the stores, and their calls are dropped.
+#if defined(__GNUC__) && !defined(__clang__)
+#pragma GCC optimize("no-ipa-modref")
+#endif
+
 template <int BYTES> struct IntOf { typedef int32_t type; };
 template <> struct IntOf<8> { typedef int64_t type; };
 typedef IntOf<sizeof(R)>::type I;

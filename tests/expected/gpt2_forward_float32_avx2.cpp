@@ -43,6 +43,12 @@ constexpr int D = 64, DV = 64, DVP = (DV + MR - 1) / MR * MR;
 #include <immintrin.h>
 #endif
 
+// gcc 12 may reach one array of a struct by its distance from another, with no pointer as base; its analysis of what functions
+// modify then misses the stores, and their calls are dropped.
+#if defined(__GNUC__) && !defined(__clang__)
+#pragma GCC optimize("no-ipa-modref")
+#endif
+
 template <int BYTES> struct IntOf { typedef int32_t type; };
 template <> struct IntOf<8> { typedef int64_t type; };
 typedef IntOf<sizeof(R)>::type I;
@@ -853,7 +859,6 @@ template <int N> static void value_product(const InPlace::Part& part, LaneScratc
     for (int q = 0; q < nq; q++)
         for (int e0 = 0; e0 < DVR; e0 += CHUNK) {
             R* out = w.out_rows + q * DVR + e0;
-            asm("" : "+r"(out));  // else gcc 12 makes it of a place in the scores, loses what it points to, and drops the call
             VR sum[4];
 #pragma GCC unroll 4
             for (int i = 0; i < 4; i++) sum[i] = VR{};
