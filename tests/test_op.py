@@ -163,6 +163,57 @@ def test_a_second_derivative_is_that_of_the_reference(case: str) -> None:
     torch.autograd.gradgradcheck(lambda *_: attention(made, operands), leaves, fast_mode=True)
 
 
+# ---------------------------------------------------------------------------------------- the log-sum-exp as a result
+
+
+def _with_log_sums(dtype: str) -> tuple[Callable[..., Any], list[Tensor]]:
+    """A function of three operands that gives the result and the rows' log-sum-exp."""
+    made = CASES["causal"](dtype)
+    text = made.spec.to_json()
+    return lambda *x: torch.ops.fuse.attention_lse(list(x), made.sizes, text, "reference"), made.operands
+
+
+def _weighed(results: tuple[Tensor, Tensor]) -> Tensor:
+    """The gradient of the log-sum-exp lies across its rows."""
+    out, lse = results
+    return out.square().sum() + (lse.mT * torch.linspace(-1, 1, lse.numel()).view_as(lse.mT)).sum()
+
+
+@pytest.mark.parametrize("asked", [0, 1], ids=["result", "log-sum-exp"])
+def test_many_gradients_at_once_are_those_of_each_result(asked: int) -> None:
+    function, operands = _with_log_sums("float32")
+    leaves = [t.requires_grad_() for t in operands]
+    result = function(*leaves)[asked]
+    many = rand_like(result, 3)
+    found = torch.autograd.grad(result, leaves[:2], many, is_grads_batched=True, retain_graph=True)
+    each = [torch.autograd.grad(result, leaves[:2], one, retain_graph=True) for one in many]
+    torch.testing.assert_close(found, tuple(map(torch.stack, zip(*each, strict=True))), rtol=0, atol=1e-6)
+
+
+def test_each_example_has_its_gradients_through_the_log_sum_exp() -> None:
+    function, operands = _with_log_sums("float32")
+    gradient = torch.func.grad(lambda *x: _weighed(function(*x)), (0, 1, 2))
+    examples = [torch.stack([t, t / 2, 2 * t]) for t in operands]
+    each = [gradient(*(x[i] for x in examples)) for i in range(3)]
+    found = torch.vmap(gradient)(*examples)
+    torch.testing.assert_close(found, tuple(map(torch.stack, zip(*each, strict=True))), rtol=1e-5, atol=1e-5)
+
+
+def test_tangents_and_second_derivatives_of_both_results_are_differences() -> None:
+    function, operands = _with_log_sums("float64")
+    along = [rand_like(t, 1)[0] for t in operands]
+    _, tangents = torch.func.jvp(function, tuple(operands), tuple(along))
+    ahead, behind = (function(*(t + s * a for t, a in zip(operands, along, strict=True))) for s in (1e-6, -1e-6))
+    torch.testing.assert_close(
+        tangents, tuple((a - b) / 2e-6 for a, b in zip(ahead, behind, strict=True)), rtol=1e-5, atol=1e-7
+    )
+    torch.autograd.gradgradcheck(function, [t.requires_grad_() for t in operands], fast_mode=True)
+
+
+def rand_like(t: Tensor, count: int) -> Tensor:
+    return torch.randn(count, *t.shape, dtype=t.dtype, generator=torch.Generator().manual_seed(0))
+
+
 def test_the_tangent_of_a_gradient_says_what_to_do() -> None:
     made = CASES["plain"]("float32")
     q, *others = made.operands

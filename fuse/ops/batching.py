@@ -101,12 +101,13 @@ def legacy_backward_rule(
     grad_out: Tensor, operands: list[Tensor], sizes: list[IntLike], out: Tensor, lse: Tensor, spec: str, target: str,
     wanted: list[bool], grad_lse: Tensor | None = None,
 ) -> list[Tensor]:  # fmt: skip
-    """Under ``is_grads_batched``, which has a vmap of its own: only ``grad_out`` and ``grad_lse`` have examples there."""
+    """Under ``is_grads_batched``, which has a vmap of its own: ``grad_out`` or ``grad_lse`` or both have examples there."""
     level = torch._C._vmapmode_increment_nesting() - 1
     torch._C._vmapmode_decrement_nesting()
-    each = torch._remove_batch_dim(grad_out, level, 1, 0)
-    of_lse = None if grad_lse is None else torch._remove_batch_dim(grad_lse, level, each.shape[0], 0)
+    counted = grad_lse if grad_lse is not None and torch._C._functorch.is_legacy_batchedtensor(grad_lse) else grad_out
+    info = VmapInfo(torch._remove_batch_dim(counted, level, 1, 0).shape[0], "error")
+    each = torch._remove_batch_dim(grad_out, level, info.batch_size, 0)
+    of_lse = None if grad_lse is None else torch._remove_batch_dim(grad_lse, level, info.batch_size, 0)
     dims = (0, [None] * len(operands), None, None, None, None, None, None, 0)
-    info = VmapInfo(each.shape[0], "error")
     grads, _ = backward_rule(info, dims, each, operands, sizes, out, lse, spec, target, wanted, of_lse)
     return [torch._add_batch_dim(g, 0, level) for g in grads]
