@@ -76,7 +76,8 @@ def _fused_site(f: Found) -> Site:
     formula, wanted = score_text(spec.score, names), f.replacement.wanted
     where, module = location(root), module_path(root)
     spec, sizes = for_all_examples(spec, hints, f.replacement.leaves, f.replacement.around)
-    return Site(True, None, where, module, formula, mask, spec, sizes, names, wanted=wanted, steps=f.steps)
+    target = f.replacement.target
+    return Site(True, None, where, module, formula, mask, spec, sizes, names, wanted=wanted, target=target, steps=f.steps)
 
 
 def _user_of(found: Found, live: set[Node], slices: set[Node]) -> str:

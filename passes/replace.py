@@ -34,6 +34,7 @@ class Replacement:
     """A root and the node that now stands for it, with the site's spec as it was emitted.
 
     op      the call of fuse's operator behind it
+    target  who computes it
     beside  other results and what stands for them
     leaves  the nodes behind spec.operands
     made    all nodes that were made for it, in order
@@ -44,6 +45,7 @@ class Replacement:
     root: Node
     result: Node
     op: Node
+    target: str
     beside: tuple[tuple[Node, Node], ...]
     spec: AttentionSpec
     leaves: tuple[Node, ...]
@@ -85,7 +87,7 @@ def insert(
     for old, new in ((root, result), *beside):
         new.meta["example_value"] = old.meta.get("example_value")
     wanted = tuple(flowing and d and trace.flows(x) for x, d in zip(lifted.leaves, differentiable(spec), strict=True))
-    return Replacement(root, result, op, beside, spec, leaves, tuple(emitter.new), wanted, around)
+    return Replacement(root, result, op, target, beside, spec, leaves, tuple(emitter.new), wanted, around)
 
 
 def _results(
