@@ -133,6 +133,16 @@ def test_masks_made_in_the_graph_are_read_for_every_length() -> None:
     assert [site.recovered for site in fuse.report().sites] == [True]
 
 
+def test_a_mask_that_is_an_argument_is_read_for_every_length() -> None:
+    """Sizes of its blocks are numbers of the mask, not sizes that a kernel knows nothing of."""
+    run = compiled(lambda q, k, v, mask: flex_attention(q, k, v, block_mask=mask), dynamic=True)
+    for length in (N, 140):
+        x, mask = heads(2, 2, length), create_block_mask(causal, None, None, length, length, device="cpu", BLOCK_SIZE=32)
+        torch.testing.assert_close(run(*x, mask), attention(*x, (Q >= K)[:length, :length]))
+    (site,) = fuse.report().sites
+    assert site.mask == "kv_indices[q // 32, k // 32] == 2 or kv_indices[q // 32, k // 32] == 1 and k <= q"
+
+
 def test_a_mask_for_another_number_of_heads_is_declined() -> None:
     mask = create_block_mask(causal, 1, 2, N, N, device="cpu")
     compiled(lambda *x: flex_attention(*x, block_mask=mask))(*heads(1, 4, N))

@@ -101,11 +101,13 @@ def _random_factors(total: int, random: object) -> list[int]:
 @pytest.mark.parametrize(
     ("text", "proved"),
     [("S - 1 - q", True), ("q", True), ("q - 1", False), ("S*b + q", True), ("11 - h", True), ("10 - h", False),
-     ("B*S - 1 - S*b - q", True), ("S - 2 - q", False), ("S - B", False)],
+     ("B*S - 1 - S*b - q", True), ("S - 2 - q", False), ("S - B", False), ("FloorDiv(q, 16)", True),
+     ("S - 1 - FloorDiv(q, 16)", True), ("FloorDiv(q, 16) - 1", False), ("FloorDiv(q - 1, 16)", False),
+     ("FloorDiv(S - 1, 16) - FloorDiv(q, 16)", False)],
 )  # fmt: skip
 def test_nonnegative_is_answered_for_all_sizes(text: str, proved: bool) -> None:
     s, axes = space()
-    assert s.nonnegative(sympy.sympify(text, locals=axes | {"S": S, "B": B})) is proved
+    assert s.nonnegative(sympy.sympify(text, locals=axes | {"S": S, "B": B, "FloorDiv": FloorDiv})) is proved
 
 
 def test_linear_finds_the_stride_or_declines() -> None:

@@ -74,9 +74,10 @@ class Space:
                 return sympy.Symbol("unknown", integer=True), sizes
             if isinstance(d, FloorDiv):
                 upper = self.upper(inner)
-                if upper is None or not (upper.is_Integer and n.is_Integer) or not self.nonnegative(inner):
+                if upper is None or not self.nonnegative(inner):
                     return sympy.Symbol("unknown", integer=True), sizes
-                sizes[x] = sympy.Integer(int(upper) // int(n) + 1)
+                known = upper.is_Integer and n.is_Integer
+                sizes[x] = (sympy.Integer(int(upper) // int(n)) if known else upper) + 1  # what is divided, at most
             else:
                 sizes[x] = n
             e = e.subs(d, x)

@@ -93,7 +93,8 @@ def _readable(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
 
 def _listed(block_mask: tuple[Any, ...], batch: torch.Size) -> Callable[..., Tensor]:
     """mask_mod and the lists of blocks as one such function; ``batch``: how many batches and heads there are."""
-    mask_mod, sizes, classes = block_mask[-1], block_mask[_SIZES], _classes(block_mask)
+    # Sizes of blocks are fixed: with them tiles are skipped, and a mask of other blocks is rare
+    mask_mod, sizes, classes = block_mask[-1], tuple(map(int, block_mask[_SIZES])), _classes(block_mask)
     if any(n not in (1, whole) for n, whole in zip(classes.shape, batch, strict=False)):
         raise Declined(UnsupportedShape(f"a BlockMask of {tuple(classes.shape[:2])} for {tuple(batch)} batches and heads"))
 
