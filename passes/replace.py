@@ -193,9 +193,9 @@ class _Emitter:
             return found
         if isinstance(n, (FloorDiv, CleanDiv)):
             return self._call(operator.floordiv, tuple(self.size(x) for x in n.args), {})
-        functions = {"Add": operator.add, "Mul": operator.mul, "Max": torch.sym_max, "Min": torch.sym_min}
+        functions = {"Add": operator.add, "Mul": operator.mul, "Max": torch.sym_max, "Min": torch.sym_min, "Pow": operator.mul}
         if (function := functions.get(type(n).__name__)) is not None:
-            first, *terms = n.args
+            first, *terms = [n.base] * int(n.exp) if n.is_Pow else n.args  # sizes that are equal have one symbol
             out = self.size(first)
             for term in terms:
                 out = self._call(function, (out, self.size(term)), {})

@@ -327,6 +327,23 @@ def test_a_cache_in_pages_is_read(ends: Sequence[int], target: str) -> None:
     close(found, case.plain(q.double(), k.double(), v.double()), case.plain(q, k, v), torch.finfo(torch.float32).eps)
 
 
+@pytest.mark.skipif(not NEW, reason="no block_table in this torch")
+def test_as_many_pages_as_sequences_are_read_where_both_may_vary() -> None:
+    """Sizes that are equal are one size to torch.compile, of which the graph has the square."""
+    case = Paged((0, 1, 2, 3, 4), pages=((0, 3, -1, 0), (-1, 77, -5, 0), (4, 5, 7, 0), (2, 1, 99, 0)))
+    q, k, v = case.tensors
+    lengths, used, pages = cumulative(case.ends), cumulative(case.used), torch.tensor(case.pages, dtype=torch.int32)
+
+    def program(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return varlen_attn(  # type: ignore[no-any-return]
+            q, k, v, lengths, lengths, 1, 24, window_size=(-1, 0), enable_gqa=True, seqused_k=used, block_table=pages
+        )
+
+    out = compiled(program, dynamic=True)(q[:4], k, v)
+    assert [site.reason for site in fuse.report().sites] == [None]
+    torch.testing.assert_close(out, case.plain(q[:4], k, v)[0])
+
+
 # --------------------------------------------------------------------------------------- where it goes, what is declined
 
 
