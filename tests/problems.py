@@ -139,6 +139,16 @@ def mapped(made: Problem) -> Problem:
     return Problem(spec, [*made.operands, cells], made.sizes)
 
 
+def local_keys(kv_len: int) -> Problem:
+    """Local attention: block b0 reads the keys 8 b0 … 8 b0 + kv_len, which overlap where these are more than 8."""
+    base = problem("float32", batch=(3,), q_len=8, kv_len=kv_len)
+    key, value = rand(32, 16, seed=2), rand(32, 16, seed=3)
+    place = op("add", op("mul", B0, 8), K)
+    spec = replace(base.spec, operands=(base.spec.operands[0], Operand(2, "float32"), Operand(2, "float32")),
+                   key=load(key, 1, place, D), value=load(value, 2, place, E))  # fmt: skip
+    return Problem(spec, [base.operands[0], key, value], base.sizes)
+
+
 LOWEST = {name: torch.finfo(getattr(torch, name)).min for name in expr.FLOATS}
 Case = Callable[[str], Problem]
 CASES: dict[str, Case] = {}

@@ -186,6 +186,35 @@ def key_stored_transposed(dtype: str) -> Problem:
     return replace(base, spec=spec, operands=[base.operands[0], key, base.operands[2]])
 
 
+def _flat(dtype: str, rows: Expr | int) -> Problem:
+    """Batches one after the other, as what a linear layer of (batch * position, features) makes: ``rows`` apart."""
+    base = problem(dtype)
+    query, key, value = (t[:, 0].flatten(0, 1) for t in base.operands)
+    place = op("mul", B0, rows)
+    spec = replace(
+        base.spec, operands=(Operand(2, dtype),) * 3, query=load(query, 0, op("add", Q, place), D),
+        key=load(key, 1, op("add", K, place), D), value=load(value, 2, op("add", K, place), E),
+    )  # fmt: skip
+    return Problem(spec, [query, key, value], base.sizes)
+
+
+@case
+def flat_rows(dtype: str) -> Problem:
+    return _flat(dtype, 37)
+
+
+@case
+def flat_rows_of_any_length(dtype: str) -> Problem:
+    return _flat(dtype, Q_LEN)
+
+
+@case
+def one_query_and_one_key_without_their_indices(dtype: str) -> Problem:
+    base = problem(dtype, q_len=1, kv_len=1, qk_dim=1)
+    parts = [replace(x, coords=(B0, B1, const(0), const(0))) for x in (base.spec.query, base.spec.key, base.spec.value)]
+    return replace(base, spec=replace(base.spec, query=parts[0], key=parts[1], value=parts[2]))
+
+
 def _packed(dtype: str, width: int) -> Problem:
     """One projection's output [B, S, 3 * H * D] is query, key and value."""
     base, heads = problem(dtype, qk_dim=width), 3

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 
 import pytest
 import torch
 from gradients import check, floats, grad_out, run
-from problems import B0, B1, D, E, K, Problem, Q, hide, load, op, problem, rand
+from problems import B0, B1, D, E, K, Problem, Q, hide, load, local_keys, op, problem, rand
 from specs import CASES
 from together import asked, narrow, together
 
@@ -66,7 +67,8 @@ def kernel(p: Problem, wanted: Sequence[bool], isa: str) -> CppBackward:
 # Each a path of its own: shapes and strides, tiles that are skipped, rows that are computed again, what terms are summed over.
 GRADIENTS = (
     "no_batch", "three_batch_dimensions", "one_query", "one_key", "empty_batch", "vit_length", "head_dim_80", "head_dim_256",
-    "value_narrower_than_key", "grouped_query", "features_strided", "packed_qkv", "causal_long", "causal_offset",
+    "value_narrower_than_key", "grouped_query", "features_strided", "packed_qkv", "flat_rows", "flat_rows_of_any_length",
+    "one_query_and_one_key_without_their_indices", "causal_long", "causal_offset",
     "causal_more_queries_than_keys", "window", "left_padding_and_causal", "documents", "dense_additive",
     "integer_mask_product", "masked_rows_infinite_fill", "masked_rows_added_fill", "masked_rows_are_zero",
     "two_lowest_masks_overflow", "raised_to_the_largest_number",
@@ -87,6 +89,7 @@ CHOSEN = [(n, "float32", LANES) for n in GRADIENTS]
 CHOSEN += [(n, d, LANES) for n in ("transposed_output", "left_padding_and_causal") for d in ("float16", "bfloat16", "float64")]
 CHOSEN += [(n, "float64", LANES) for n in ("masked_rows_with_low_sinks", "sum_of_products_in_float32")]
 CHOSEN += [("left_padding_and_causal", "float32", isa) for isa in ("avx2", "sse")]
+CHOSEN += [("flat_rows", "bfloat16", LANES), ("one_query_and_one_key_without_their_indices", "bfloat16", LANES)]
 # The matrix core: tails of queries, keys and features, masks, groups, strides, logits without a value, rows computed again.
 MATRIX = ("vit_length", "grouped_query", "features_strided", "causal_long", "window", "documents", "soft_cap_causal",
           "masked_rows_are_zero", "weight_masked_after_softmax", "no_keys", "masked_rows_with_low_sinks",
@@ -218,14 +221,24 @@ def test_a_bias_may_be_read_in_one_way_beside_the_mask_and_in_another_under_it()
     check(p, run(p, kernel(p, floats(p), LANES)), floats(p))
 
 
-def test_overlapping_keys_of_batches_are_left_to_the_reference() -> None:
-    """Local attention: block b0 reads the keys 8 b0 … 8 b0 + kv_len, which overlap."""
-    base = problem("float32", batch=(3,), q_len=8, kv_len=16)
-    key, value = rand(32, 16, seed=2), rand(32, 16, seed=3)
-    place = op("add", op("mul", B0, 8), K)
-    spec = replace(base.spec, operands=(base.spec.operands[0], Operand(2, "float32"), Operand(2, "float32")),
-                   key=load(key, 1, place, D), value=load(value, 2, place, E))  # fmt: skip
-    p = Problem(spec, [base.operands[0], key, value], base.sizes)
+def test_calls_with_overlapping_keys_of_batches_are_left_to_the_reference() -> None:
+    for kv_len, said in (
+        (8, nullcontext()),
+        (16, pytest.warns(RuntimeWarning, match="batch indices share parts of a gradient")),
+    ):
+        p = local_keys(kv_len)
+        backward = targets.backward_kernel(p.spec, "cpp", floats(p))
+        with said:
+            check(p, run(p, backward), floats(p))
+        assert backward.runs.by == "kernel" and ("share parts of" in backward.runs.why) is (kv_len == 16)
+
+
+def test_a_gradient_of_overlapping_features_is_left_to_the_reference() -> None:
+    base = problem("float32", batch=(3,))
+    key = rand(37, 32)
+    spec = replace(base.spec, operands=(base.spec.operands[0], Operand(2, "float32"), base.spec.operands[2]),
+                   key=load(key, 1, K, op("add", op("mul", B0, 8), D)))  # fmt: skip
+    p = Problem(spec, [base.operands[0], key, base.operands[2]], base.sizes)
     with pytest.raises(Unsupported):
         build_backward(p.spec, floats(p), LANES)
     targets.reset()

@@ -8,13 +8,11 @@ from dataclasses import replace
 import pytest
 import torch
 from gradients import check, floats, grad_out, run
-from problems import B0, B1, KV_LEN, LOWEST, Q_LEN, D, E, K, Problem, Q, both, hide, load, op, problem, rand
+from problems import B0, B1, KV_LEN, LOWEST, Q_LEN, D, E, K, Problem, Q, both, hide, load, local_keys, op, problem, rand
 from specs import CASES, RANDOM_CASES
 
-from fuse import targets
 from fuse.ir.expr import Expr, const
 from fuse.ir.spec import Mask, Operand
-from fuse.kernel.destinations import Unsupported
 from fuse.targets import reference
 
 pytest.importorskip("triton", reason="no Triton on this platform")
@@ -27,7 +25,8 @@ from fuse.targets.triton.launch_backward import TritonBackward  # noqa: E402
 # Each a path of its own: shapes and strides, tiles that are skipped, rows that are computed again, what terms are summed over.
 GRADIENTS = (
     "no_batch", "one_query", "one_key", "empty_batch", "head_dim_80", "value_narrower_than_key", "grouped_query",
-    "features_strided", "packed_qkv", "packed_qkv_head_dim_24", "causal_long", "causal_offset",
+    "features_strided", "packed_qkv", "packed_qkv_head_dim_24", "flat_rows", "flat_rows_of_any_length",
+    "one_query_and_one_key_without_their_indices", "causal_long", "causal_offset",
     "causal_more_queries_than_keys", "window", "padding", "left_padding_and_causal", "documents", "dense_additive",
     "masked_rows_infinite_fill", "masked_rows_added_fill", "masked_rows_are_zero", "two_lowest_masks_overflow",
     "raised_to_the_largest_number",
@@ -174,17 +173,12 @@ def test_batch_indices_share_query_key_value_and_bias_each_in_another_way() -> N
     check(p, run(p, kernel(p)), floats(p))
 
 
-def test_what_is_not_supported_is_left_to_the_reference() -> None:
-    """Local attention: block b0 reads the keys 8 b0 … 8 b0 + kv_len, which overlap."""
-    base = problem("float32", batch=(3,), q_len=8, kv_len=16)
-    key, value = rand(32, 16, seed=2), rand(32, 16, seed=3)
-    place = op("add", op("mul", B0, 8), K)
-    spec = replace(base.spec, operands=(base.spec.operands[0], Operand(2, "float32"), Operand(2, "float32")),
-                   key=load(key, 1, place, D), value=load(value, 2, place, E))  # fmt: skip
-    p = Problem(spec, [base.operands[0], key, value], base.sizes)
-    with pytest.raises(Unsupported):
-        kernel(p)
-    check(p, run(p, targets.backward_kernel(p.spec, "triton", floats(p))), floats(p))
+@pytest.mark.parametrize("kv_len", [8, 16])
+def test_calls_with_overlapping_keys_of_batches_are_left_to_the_reference(kv_len: int) -> None:
+    p = local_keys(kv_len)
+    backward = kernel(p)
+    check(p, run(p, backward), floats(p))
+    assert ("share parts of" in backward.runs.why) is (kv_len == 16)
 
 
 def test_training_a_model_calls_the_kernels(monkeypatch: pytest.MonkeyPatch) -> None:

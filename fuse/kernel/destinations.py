@@ -7,10 +7,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from fuse.ir import expr
-from fuse.ir.expr import Apply, Const, Expr, Index, Load
+from fuse.ir.expr import Apply, Const, Expr, Index, Load, Symbol
 from fuse.ir.gradient import Term, gradient
-from fuse.ir.interval import MAX_LENGTH
 from fuse.ir.spec import AttentionSpec
+
+_AXES = {"query": "qd", "key": "kd", "value": "ke"}
 
 
 class Unsupported(ValueError):
@@ -35,14 +36,19 @@ class Destination:
     order: tuple[int, ...]
     dims: tuple[int, ...] = ()
 
+    @property
+    def once(self) -> tuple[str, ...]:
+        """Indices of a matrix that its place does not depend on: they take one value."""
+        read = frozenset().union(*map(expr.axes, self.load.coords))
+        return tuple(axis for axis in _AXES.get(self.name, "") if axis not in read)
+
 
 def destinations(spec: AttentionSpec, wanted: Sequence[bool]) -> tuple[Destination, ...]:
     """In the order in which the kernel takes their addresses. Raises Unsupported."""
     of = gradient(spec, tuple(wanted))
     loads = {"query": spec.query, "key": spec.key, "value": spec.value}
-    extents = {"d": spec.qk_dim, "e": spec.v_dim}
     found = [Destination(name, x, "matrix", tuple(range(len(x.coords)))) for name, x in loads.items() if wanted[x.operand]]
-    if shared := [str(s.load) for s in found if not _separate(s.load, extents)]:
+    if shared := overlapping(found, spec):
         raise Unsupported(f"batch indices share parts of {', '.join(shared)}")
     found += [_term(f"term{i}", term) for i, term in enumerate(of.terms)]
     for to in found:
@@ -52,10 +58,19 @@ def destinations(spec: AttentionSpec, wanted: Sequence[bool]) -> tuple[Destinati
     return tuple(found)
 
 
-def _separate(load: Load, extents: Mapping[str, int]) -> bool:
-    """Whether two batch indices read the same elements or none in common, and no element twice."""
+def overlapping(found: Sequence[Destination], spec: AttentionSpec, sizes: Mapping[str, int] | None = None) -> list[str]:
+    """Of which matrices two batch indices, or two positions of one, write to the same elements without writing to all the same.
+
+    sizes  of a call; without them what is so in every call
+    """
+    extents = {"d": spec.qk_dim, "e": spec.v_dim}
+    extents |= {"q": 1, "k": 1} if sizes is None else {"q": sizes["q_len"], "k": sizes["kv_len"]}
+    return [str(s.load) for s in found if s.kind == "matrix" and not _separate(s, extents, sizes or {})]
+
+
+def _separate(to: Destination, extents: Mapping[str, int], sizes: Mapping[str, int]) -> bool:
     seen: list[str] = []
-    for coord in load.coords:
+    for coord in to.load.coords:
         inner = expr.axes(coord) & {"q", "k", "d", "e"}
         if not inner:
             continue
@@ -64,11 +79,11 @@ def _separate(load: Load, extents: Mapping[str, int]) -> bool:
         if len(moved) != 1 or not isinstance(moved[0], Index):
             return False
         # x + m f(batch): other batch indices are elsewhere where x is less than m
-        steps = [_multiple(x) for x in terms if expr.axes(x) - inner]
-        if steps and not 0 < extents.get(moved[0].axis, MAX_LENGTH) <= math.gcd(*steps):
+        step = math.gcd(*(_multiple(x, sizes) for x in terms if expr.axes(x) - inner))
+        if 0 < step < extents[moved[0].axis]:
             return False
         seen.append(moved[0].axis)
-    return len(seen) == len(set(seen)) == 2
+    return len(seen) == len(set(seen)) and all(extents[axis] <= 1 for axis in to.once)
 
 
 def _terms_of(node: Expr) -> list[Expr]:
@@ -77,10 +92,13 @@ def _terms_of(node: Expr) -> list[Expr]:
     return [node]
 
 
-def _multiple(node: Expr) -> int:
-    """A constant that divides every value of ``node``."""
-    constants = [a.value for a in node.args if isinstance(a, Const)] if isinstance(node, Apply) and node.op == "mul" else []
-    return int(constants[0]) if constants else 1
+def _multiple(node: Expr, sizes: Mapping[str, int]) -> int:
+    """What divides every value of ``node``; 0, which everything divides, for a size that is not known."""
+    if isinstance(node, Apply) and node.op == "mul":
+        return math.prod(_multiple(a, sizes) for a in node.operands)
+    if isinstance(node, Symbol):
+        return sizes.get(node.name, 0)
+    return int(node.value) if isinstance(node, Const) else 1
 
 
 def _term(name: str, term: Term) -> Destination:

@@ -13,6 +13,7 @@ _SAYS: dict[Part, str] = {
     "backward": "fuse computes gradients of attention without its kernels, slowly and in memory of the size of the scores",
     "tile map": "fuse finds the tiles of masks without its kernels, slowly",
 }
+OVERLAPPING = "calls in which batch indices share parts of a gradient"
 _warned: set[tuple[Part, bool]] = set()
 _lock = threading.Lock()
 

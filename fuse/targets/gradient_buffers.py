@@ -10,7 +10,7 @@ from torch import Tensor
 from fuse.ir.expr import Load
 from fuse.ir.interval import Range, in_call, range_of
 from fuse.ir.spec import AttentionSpec
-from fuse.kernel.destinations import Destination
+from fuse.kernel.destinations import Destination, overlapping
 
 
 class GradientBuffers:
@@ -20,6 +20,15 @@ class GradientBuffers:
         self._spec, self._destinations = spec, tuple(destinations)
         self._real: torch.dtype = getattr(torch, spec.lse_dtype)
         self._shared: dict[tuple[int, ...], dict[str, str]] = {}
+        self._apart_in: dict[tuple[int, ...], bool] = {}
+
+    def are_apart(self, sizes: Sequence[int]) -> bool:
+        """Whether in this call no two batch indices share a part of a gradient: else no kernel computes it."""
+        key = tuple(sizes)
+        if key not in self._apart_in:
+            by_name = dict(zip(self._spec.symbols, sizes, strict=True))
+            self._apart_in = {key: not overlapping(self._destinations, self._spec, by_name)}
+        return self._apart_in[key]
 
     def zeros(self, operands: Sequence[Tensor], sizes: Sequence[int]) -> dict[str, Tensor]:
         """A tensor for every destination, by name; one tensor for those that write to different places of an operand."""

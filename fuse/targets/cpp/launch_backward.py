@@ -14,6 +14,7 @@ from fuse.targets import reference
 from fuse.targets.cpp.launch import Built, Library, build_source, instruction_set
 from fuse.targets.cpp.plan import backward_plan, lse_dtype
 from fuse.targets.cpp.render_backward import argument_count, render_backward
+from fuse.targets.fallback_warnings import OVERLAPPING, left_to_reference
 from fuse.targets.gradient_buffers import GradientBuffers
 
 
@@ -45,6 +46,9 @@ class CppBackward:
         grad_lse: Tensor | None = None,
     ) -> list[Tensor]:  # fmt: skip
         """The gradients of the wanted operands, with the layout that ``torch.empty_like`` gives these."""
+        if not self._gradients.are_apart(sizes):
+            self._library.runs = left_to_reference(self.runs, "backward", OVERLAPPING)
+            return reference.attention_backward(self._spec, grad_out, operands, sizes, self._wanted, "eager", grad_lse)
         gradients = self._gradients.zeros(operands, sizes)
         lse = lse.to(self._lse_dtype)  # the reference's, where it stood in for the forward kernel
         arguments = [torch.get_num_threads(), out.data_ptr(), lse.data_ptr(), *out.stride(), *sizes]

@@ -18,7 +18,7 @@ from fuse.kernel.destinations import Destination, destinations
 from fuse.kernel.groups import BatchGroups, groups_of
 from fuse.kernel.source import ENTRY
 from fuse.targets import reference
-from fuse.targets.fallback_warnings import left_to_reference
+from fuse.targets.fallback_warnings import OVERLAPPING, left_to_reference
 from fuse.targets.gradient_buffers import GradientBuffers
 from fuse.targets.triton.arguments import Arguments, strided
 from fuse.targets.triton.copies import Copies
@@ -64,8 +64,13 @@ class TritonBackward:
         Where entries share elements of a tensor in another way than by distance, their order in its sums is not determined; if
         torch is told to be deterministic, the reference computes them.
         """
+        left = None
         if self._shared and torch.are_deterministic_algorithms_enabled():
-            self.runs = left_to_reference(self.runs, "backward", "calls under torch.use_deterministic_algorithms")
+            left = "calls under torch.use_deterministic_algorithms"
+        elif not self._gradients.are_apart(sizes):
+            left = OVERLAPPING
+        if left is not None:
+            self.runs = left_to_reference(self.runs, "backward", left)
             return reference.attention_backward(self._spec, grad_out, operands, sizes, self._wanted, "eager", grad_lse)
         found: list[Tensor] = []
 

@@ -128,6 +128,7 @@ class _Kernel:
             writer = TritonWriter(lambda _, here=here: here, _real(self.spec), self.count)  # type: ignore[misc]
             kind = destination_kind(to)
             offset = writer.offset(to.load, strides=f"s_grad_{to.name}") if kind in PLACED else ""
+            offset += "".join(f" + 0 * {axis}" for axis in to.once)  # as many places as there are values
             names = strides(f"grad_{to.name}", len(to.order)) if kind in PLACED else []
             places.append({"name": to.name, "kind": kind, "strides": names, "place": Text(here.lines, offset)})
         return places
