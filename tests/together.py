@@ -22,6 +22,7 @@ from typing import Any
 
 import pytest
 
+from fuse import targets
 from fuse.kernel.source import ENTRY
 from fuse.report.runs import Runs
 from fuse.targets.cache import entry
@@ -82,18 +83,32 @@ def narrow(vectors: int = 1, decode_queries: int = 0) -> Iterator[None]:
 
     For specs that say what an expression means: how it is written does not depend on either.
     """
-
-    def narrowed(plan: Callable[..., Plan]) -> Callable[..., Plan]:
-        def called(*of: Any) -> Plan:
-            full = plan(*of)
-            return replace(full, vectors=vectors, decode_queries=decode_queries) if full.core == "lanes" else full
-
-        return called
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(launch, "plan", narrowed(launch.plan))
-        patch.setattr(launch_backward, "backward_plan", narrowed(launch_backward.backward_plan))
+    with _planned(lambda full: replace(full, vectors=vectors, decode_queries=decode_queries) if full.core == "lanes" else full):
         yield
+
+
+@contextmanager
+def for_queries(count: int) -> Iterator[None]:
+    """Kernels as they are planned, without the instances that no call of ``count`` queries takes."""
+
+    def taken(full: Plan) -> Plan:
+        few = full.decode_queries if count <= full.decode_queries else 0
+        needed = max(1, -(-count // full.width))
+        return replace(full, vectors=min(full.vectors, needed) if full.core == "lanes" else full.vectors, decode_queries=few)
+
+    with _planned(taken):
+        yield
+
+
+@contextmanager
+def _planned(change: Callable[[Plan], Plan]) -> Iterator[None]:
+    """Plans are changed; kernels of other tests are as they are planned."""
+    with pytest.MonkeyPatch.context() as patch:
+        for module, name in ((launch, "plan"), (launch_backward, "backward_plan")):
+            planned = getattr(module, name)
+            patch.setattr(module, name, lambda *of, planned=planned: change(planned(*of)))
+        yield
+    targets.reset()
 
 
 def asked(request: pytest.FixtureRequest, test: Callable[..., object]) -> list[dict[str, Any]]:
