@@ -16,7 +16,9 @@ from fuse import flex, inner, passes, targets
 from fuse.ops import opaque, warm
 from fuse.ops.attention import parsed
 from fuse.options import Options, resolve
+from fuse.passes.policy import Leave, leave_none
 from fuse.passes.read.graph import State
+from fuse.qualify.judge import Trial
 from fuse.report import check
 from fuse.report.reasons import InternalError
 from fuse.report.site import Reading, Site
@@ -38,14 +40,33 @@ def fuse(
     chosen = resolve(mode, options)
     original = check.keep(gm) if chosen.verify else None
     target = target_of(example_inputs, chosen)
-    reading = Reading(unread=why_unread(example_inputs, chosen)) if target is None else rewrite(gm, target, example_inputs)
-    if target is not None:
-        _prepare(gm, reading.sites, target, chosen.tune)  # builds run beside the inner compiler
-    if chosen.inner == "inductor":
-        flex.refuse_training(gm, reading.sites)
-    call = _compiled(gm, example_inputs, inner.compiler(chosen, patterns=target is None))
+    if target is None:
+        call, reading = inner.compiler(chosen, patterns=True)(gm, example_inputs), _unread(example_inputs, chosen)
+    else:
+        call, reading = _tried(gm, example_inputs, chosen, target)
     compiled.append(replace(reading, sites=tuple(map(_built, reading.sites))))
     return call if original is None else check.against(original, call, reading.sites)
+
+
+def _tried(
+    gm: GraphModule, example_inputs: Sequence[Any], chosen: Options, target: Target
+) -> tuple[Callable[..., Any], Reading]:
+    """``gm`` with its attention fused, compiled; and again without the sites whose kernels turn out wrong or slower."""
+    if chosen.qualify == "never":
+        return _fused(gm, example_inputs, chosen, target, leave_none)
+    trial, before = Trial(chosen.qualify == "always"), check.keep(gm)
+    call, reading = _fused(gm, example_inputs, chosen, target, trial.leave)
+    return _fused(before, example_inputs, chosen, target, trial.leave) if trial.decide() else (call, reading)
+
+
+def _fused(
+    gm: GraphModule, example_inputs: Sequence[Any], chosen: Options, target: Target, leave: Leave
+) -> tuple[Callable[..., Any], Reading]:
+    reading = rewrite(gm, target, example_inputs, leave=leave)
+    _prepare(gm, reading.sites, target, chosen.tune)  # builds run beside the inner compiler
+    if chosen.inner == "inductor":
+        flex.refuse_training(gm, reading.sites)
+    return _compiled(gm, example_inputs, inner.compiler(chosen, patterns=False)), reading
 
 
 def _prepare(gm: GraphModule, sites: Sequence[Site], target: Target, tune: bool) -> None:
@@ -80,6 +101,10 @@ def target_of(example_inputs: Sequence[Any], chosen: Options) -> Target | None:
     return target
 
 
+def _unread(example_inputs: Sequence[Any], chosen: Options) -> Reading:
+    return Reading(unread=why_unread(example_inputs, chosen))
+
+
 def why_unread(example_inputs: Sequence[Any], chosen: Options) -> str:
     """Why ``target_of`` gives nobody."""
     if chosen.disable:
@@ -92,11 +117,16 @@ def _devices(inputs: Sequence[Any]) -> list[str]:
 
 
 def rewrite(
-    gm: GraphModule, target: Target, inputs: Sequence[Any], begins: State | None = None, inside: bool = True
+    gm: GraphModule,
+    target: Target,
+    inputs: Sequence[Any],
+    begins: State | None = None,
+    inside: bool = True,
+    leave: Leave = leave_none,
 ) -> Reading:
     """As ``passes.run``. A defect of a pass must not cost the user more than its fusions."""
     try:
-        reading = passes.run(gm, target.name, inputs, begins, inside)
+        reading = passes.run(gm, target.name, inputs, begins, inside, leave)
     except Exception as error:
         log.warning("a pass failed; attention in this graph may run unfused. Please report this.", exc_info=True)
         return Reading((Site(False, InternalError(f"{type(error).__name__}: {error}"), "", ""),))

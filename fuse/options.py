@@ -15,6 +15,7 @@ from fuse.settings import Settings
 from fuse.targets import registry
 
 INNER = ("inductor", "aot_eager", "eager")
+QUALIFY = ("once", "never", "always")
 SWITCH = {"1": True, "true": True, "on": True, "0": False, "false": False, "off": False, "": False}
 
 
@@ -25,6 +26,8 @@ class Options:
     inner     the compiler of everything that is not attention
     disable   find and rewrite nothing
     verify    run every graph a second time as eager does and compare; slow, for finding out who is wrong
+    qualify   check every kernel on this machine, time it beside what torch has, and leave what is wrong or slower as it was:
+              "once" for each kernel, device, versions and sizes, and keep what was decided; "always" anew; or "never"
     tune      measure which tile sizes are the fastest, on the first calls' operands; kept on disk. For targets with a choice
     mode      Inductor's mode, as torch.compile got it
     inductor  Inductor's own options
@@ -34,6 +37,7 @@ class Options:
     inner: str = "inductor"
     disable: bool = False
     verify: bool = False
+    qualify: str = "once"
     tune: bool = False
     mode: str | None = None
     inductor: Mapping[str, Any] = field(default_factory=dict)
@@ -52,7 +56,7 @@ class Options:
 
 
 CHOICES: dict[str, Callable[[], tuple[str | bool, ...]]] = {
-    "target": lambda: (registry.AUTO, *registry.names()), "inner": lambda: INNER,
+    "target": lambda: (registry.AUTO, *registry.names()), "inner": lambda: INNER, "qualify": lambda: QUALIFY,
     **dict.fromkeys(("disable", "verify", "tune"), lambda: (False, True)),
 }  # fmt: skip
 """By option, the values that it can have."""

@@ -33,8 +33,9 @@ from fuse.passes.find import Candidate, find, is_attention
 from fuse.passes.layout import put_keys_innermost
 from fuse.passes.lift import Lifted, Pass, SiteContext, lift
 from fuse.passes.masks import recover_mask
+from fuse.passes.policy import Leave, Policy, leave_none
 from fuse.passes.read.bodies import Body, bodies
-from fuse.passes.read.graph import State, hidden_subclass, states
+from fuse.passes.read.graph import State, hidden_subclass, operator_name, states
 from fuse.passes.read.trace import Trace, trace
 from fuse.passes.replace import insert, remove
 from fuse.passes.tables import tabulate
@@ -51,25 +52,34 @@ PASSES: tuple[Pass, ...] = (
 )
 
 
-def run(gm: GraphModule, target: str, inputs: Sequence[Any] = (), begins: State | None = None, inside: bool = True) -> Reading:
+def run(
+    gm: GraphModule,
+    target: str,
+    inputs: Sequence[Any] = (),
+    begins: State | None = None,
+    inside: bool = True,
+    leave: Leave = leave_none,
+) -> Reading:
     """Rewrites ``gm``; one Site for every attention that was found, fused or not. Never raises.
 
+    target  who runs what is fused
     inputs  the graph's, if they are known: their types may say more than the graph does
     begins  the state in which ``gm`` will run; None: that of the caller
     inside  with the bodies inside it
+    leave   what is left although it could be fused
     """
     hidden = hidden_subclass(gm.graph, inputs)
-    refused = Declined(Subclass(hidden)) if hidden else None
-    readings = [_never_raises(body, target, refused) for body in bodies(gm, begins) if inside or body.graph is gm.graph]
+    policy = Policy(target, leave, Declined(Subclass(hidden)) if hidden else None)
+    readings = [_never_raises(body, policy) for body in bodies(gm, begins) if inside or body.graph is gm.graph]
     for module in gm.modules():
         if isinstance(module, GraphModule):
             module.recompile()
     return Reading(tuple(s for r in readings for s in r.sites), tuple(o for r in readings for o in r.others))
 
 
-def _never_raises(body: Body, target: str, refused: Declined | None) -> Reading:
+def _never_raises(body: Body, policy: Policy) -> Reading:
     try:
-        return _run_graph(body, target, refused)
+        return _run_graph(body, policy)
     except Exception as e:  # a defect of a pass must not cost the user the model
         return Reading((Site(False, InternalError(f"{type(e).__name__}: {e}"), "", ""),))
 
@@ -90,13 +100,13 @@ class _Told:
             self.sites.append(declined_site(candidate, reason))
 
 
-def _run_graph(body: Body, target: str, refused: Declined | None) -> Reading:
+def _run_graph(body: Body, policy: Policy) -> Reading:
     """The passes on one graph; a composite call in which nothing is fused stays as it was."""
     graph = body.graph
     expansions = expand(graph)
     before = set(graph.nodes)
     try:
-        told = _fuse_sites(body, target, refused, {n for e in expansions for n in (e.call, *(old for old, _ in e.moved))})
+        told = _fuse_sites(body, policy, {n for e in expansions for n in (e.call, *(old for old, _ in e.moved))})
     except Exception:
         for e in expansions:
             e.undo(graph)
@@ -113,17 +123,20 @@ def _run_graph(body: Body, target: str, refused: Declined | None) -> Reading:
     return Reading(sites, tuple(census.others(graph, told.nodes, told.lacking)))
 
 
-def _fuse_sites(body: Body, target: str, refused: Declined | None, kept: set[Node]) -> _Told:
-    """Fuses what can be, if the graph is not ``refused``; of the nodes that nobody reads any more, ``kept`` stay."""
+def _fuse_sites(body: Body, policy: Policy, kept: set[Node]) -> _Told:
+    """Fuses what can be; of the nodes that nobody reads any more, ``kept`` stay."""
     graph, told = body.graph, _Told()
     state_of = states(graph, body.begins)
     candidates = find(graph, state_of)
     found: list[Found] = []
-    for candidate, traced in _traces(graph, candidates, state_of) if refused is None else ((c, refused) for c in candidates):
+    refused = None if policy.refused is None else ((c, policy.refused) for c in candidates)
+    for candidate, traced in refused or _traces(graph, candidates, state_of):
         try:
             if isinstance(traced, Declined):
                 raise traced
-            found.append(_fuse_site(graph, candidate, SiteContext(traced, target), state_of))
+            site = _fuse_site(graph, candidate, SiteContext(traced, policy.target), state_of)
+            _check_wanted(graph, site, policy.leave)
+            found.append(site)
         except Declined as d:
             told.decline(candidate, d.reason)
         except Exception as e:
@@ -176,6 +189,15 @@ def _fuse_site(graph: Graph, candidate: Candidate, context: SiteContext, state_o
         return Found(candidate, lifted, replacement, (*steps, ("insert", replacement.spec)))
     assert declined is not None
     raise declined
+
+
+def _check_wanted(graph: Graph, site: Found, leave: Leave) -> None:
+    """Raises Declined, and takes the op back, where the site is to be left as it is."""
+    anchor, made = site.candidate.anchor, site.replacement
+    reason = leave(made.op, made.wanted, operator_name(anchor) if is_attention(anchor) else "")
+    if reason is not None:
+        remove(graph, made.made)
+        raise Declined(reason)
 
 
 def _verified(by: Pass, lifted: Lifted) -> Lifted:

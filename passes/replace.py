@@ -33,6 +33,7 @@ _RANDOM = ("rand", "dropout", "bernoulli", "normal", "multinomial", "uniform", "
 class Replacement:
     """A root and the node that now stands for it, with the site's spec as it was emitted.
 
+    op      the call of fuse's operator behind it
     beside  other results and what stands for them
     leaves  the nodes behind spec.operands
     made    all nodes that were made for it, in order
@@ -42,6 +43,7 @@ class Replacement:
 
     root: Node
     result: Node
+    op: Node
     beside: tuple[tuple[Node, Node], ...]
     spec: AttentionSpec
     leaves: tuple[Node, ...]
@@ -75,7 +77,7 @@ def insert(
             emitter.undo()
             raise
         first = len(emitter.new)
-        result, beside = _results(emitter, (list(leaves), sizes, in_graph(spec.to_json()), target), lifted.out_dims, lse)
+        op, result, beside = _results(emitter, (list(leaves), sizes, in_graph(spec.to_json()), target), lifted.out_dims, lse)
         if flowing and _may_be_written(graph, root):
             result = emitter.new_call(aten.clone.default, (result,), {})
     for node in emitter.new[first:]:
@@ -83,19 +85,20 @@ def insert(
     for old, new in ((root, result), *beside):
         new.meta["example_value"] = old.meta.get("example_value")
     wanted = tuple(flowing and d and trace.flows(x) for x, d in zip(lifted.leaves, differentiable(spec), strict=True))
-    return Replacement(root, result, beside, spec, leaves, tuple(emitter.new), wanted, around)
+    return Replacement(root, result, op, beside, spec, leaves, tuple(emitter.new), wanted, around)
 
 
 def _results(
     emitter: _Emitter, arguments: tuple[Any, ...], out_dims: Sequence[int], lse: Node | None
-) -> tuple[Node, tuple[tuple[Node, Node], ...]]:
+) -> tuple[Node, Node, tuple[tuple[Node, Node], ...]]:
     """The op, and what has the root's dimensions: the result, and what stands for other nodes."""
     if lse is None:
-        return emitter.permuted(emitter.new_call(torch.ops.fuse.attention.default, arguments, {}), out_dims), ()
+        op = emitter.new_call(torch.ops.fuse.attention.default, arguments, {})
+        return op, emitter.permuted(op, out_dims), ()
     both = emitter.new_call(torch.ops.fuse.attention_lse.default, arguments, {})
     out, rows = (emitter.new_call(operator.getitem, (both, i), {}) for i in (0, 1))
     rows = emitter.permuted(rows, [d for d in out_dims if d != len(out_dims) - 1])
-    return emitter.permuted(out, out_dims), ((lse, emitter.new_call(aten.div.Tensor, (rows, math.log(2)), {})),)
+    return both, emitter.permuted(out, out_dims), ((lse, emitter.new_call(aten.div.Tensor, (rows, math.log(2)), {})),)
 
 
 class _Emitter:

@@ -25,6 +25,7 @@ import torch._dynamo.guards
 
 import fuse
 from fuse.targets import fallback_warnings
+from fuse.targets.cpp import launch
 
 # Else pytest attaches its handler to this logger, which turns on torch's traces: slow, and shown with every failure.
 logging.getLogger("torch.__trace").propagate = True
@@ -67,6 +68,8 @@ def private_cache() -> Iterator[Path]:
         folder = _kept()
         folder.mkdir(parents=True, exist_ok=True)
         patch.setenv("FUSE_CACHE_DIR", str(folder))
+        patch.setattr(launch, "_FLAGS", (*launch._FLAGS, "-include", str(Path(__file__).with_name("poison.h"))))
+        patch.setenv("FUSE_QUALIFY", "never")  # tests of qualification ask for it: others are of kernels, be they fast or not
         yield folder
 
 

@@ -314,6 +314,14 @@ def weight_factor(dtype: str) -> Problem:
 
 
 @case
+def gate_and_bias_of_keys(dtype: str) -> Problem:
+    """The bias's gradient sums over queries, of which a block may have less than lanes."""
+    gate, bias = rand(37, 37, dtype=dtype), rand(37, dtype=dtype)
+    weight = cast(op("mul", Prob(dtype), load(gate, 3, Q, K)), dtype)
+    return problem(dtype, gate, bias, score=lambda s: op("add", s, load(bias, 4, K)), weight=weight)
+
+
+@case
 def weight_masked_after_softmax(dtype: str) -> Problem:
     """Rows that no longer sum to one."""
     weight = op("where", op("le", K, Q), Prob(dtype), const(0.0, dtype))

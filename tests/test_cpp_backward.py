@@ -72,6 +72,7 @@ GRADIENTS = (
     "two_lowest_masks_overflow", "raised_to_the_largest_number",
     "masked_rows_with_sink", "alibi", "t5_bias", "relative_table", "decomposed_positions",
     "soft_cap_causal", "scalar_tensor_scale", "two_extra_logits", "weight_factor", "weight_masked_after_softmax",
+    "gate_and_bias_of_keys",
     "no_keys_beside_a_low_sink", "no_keys_in_a_mapped_mask", "no_queries", "masked_rows_with_low_sinks",
     "masked_rows_with_two_low_sinks", "positions_in_bfloat16", "blocks_by_division_in_float32", "documents_in_float16",
     "score_in_bfloat16_decides", "coordinate_by_way_of_bfloat16", "weight_chosen_in_bfloat16",
@@ -80,6 +81,7 @@ GRADIENTS = (
 PLANNED = (
     "vit_length", "grouped_query", "features_strided", "causal_long", "window", "left_padding_and_causal", "documents",
     "dense_additive", "t5_bias", "relative_table", "two_extra_logits", "weight_factor", "masked_rows_with_low_sinks",
+    "gate_and_bias_of_keys",
 )  # fmt: skip
 CHOSEN = [(n, "float32", LANES) for n in GRADIENTS]
 CHOSEN += [(n, d, LANES) for n in ("transposed_output", "left_padding_and_causal") for d in ("float16", "bfloat16", "float64")]

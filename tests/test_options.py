@@ -18,7 +18,8 @@ def no_variables(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.delenv(name, raising=False)
 
 
-def test_defaults_are_inductor_and_what_the_machine_offers() -> None:
+def test_defaults_are_inductor_and_what_the_machine_offers(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("FUSE_QUALIFY")
     assert resolve(None, None) == Options(target="auto", inner="inductor", disable=False, verify=False)
 
 
@@ -78,6 +79,7 @@ def test_a_misspelt_variable_is_refused(monkeypatch: pytest.MonkeyPatch) -> None
 
 
 def test_variables_of_other_software_are_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("FUSE_QUALIFY")
     monkeypatch.setenv("FUSE_LIBRARY_PATH", "/usr/lib/libfuse.so")  # fusepy
     assert resolve(None, None) == Options()
 

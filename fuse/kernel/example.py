@@ -53,18 +53,24 @@ def row_major(dtype: str, shape: Sequence[int]) -> ExampleTensor:
 def example(spec: AttentionSpec | TileMap, length: int = LENGTH, heads: int = HEADS) -> Example:
     """Operands just large enough for every access of ``spec`` with ``length`` queries and keys."""
     batch = tuple(_BATCH if i == 0 and spec.batch > 1 else heads for i in range(spec.batch))
-    sizes = dict(zip(spec.symbols, (*batch, length, length, *(_EXTRA for _ in spec.extra)), strict=True))
-    leaves = in_call(sizes, {"d": spec.qk_dim, "e": spec.v_dim} if isinstance(spec, AttentionSpec) else {})
+    sizes = (*batch, length, length, *(_EXTRA for _ in spec.extra))
+    operands = (row_major(o.dtype, s) for o, s in zip(spec.operands, extents(spec, sizes), strict=True))
+    return Example(sizes, tuple(operands), row_major(spec.out_dtype, spec.out_shape(sizes)))
+
+
+def extents(spec: AttentionSpec | TileMap, sizes: Sequence[int]) -> list[tuple[int, ...]]:
+    """Shapes of operands just large enough for every access of ``spec`` with these values of its symbols."""
+    symbols = dict(zip(spec.symbols, sizes, strict=True))
+    leaves = in_call(symbols, {"d": spec.qk_dim, "e": spec.v_dim} if isinstance(spec, AttentionSpec) else {})
+    most = 2 * max(symbols["q_len"], symbols["kv_len"]) + _UNKNOWN_EXTENT
     shapes = [[1] * operand.rank for operand in spec.operands]
     for node in walk(*(spec.roots().values() if isinstance(spec, AttentionSpec) else (spec.predicate,))):
         if isinstance(node, Load):
             for dim, coord in enumerate(node.coords):
                 last: int = range_of(coord, leaves).high
                 extent = _UNKNOWN_EXTENT if last == WHOLE["int64"].high else last + 1
-                shapes[node.operand][dim] = max(shapes[node.operand][dim], min(extent, 2 * length + _UNKNOWN_EXTENT))
-    values = tuple(sizes.values())
-    operands = (row_major(o.dtype, s) for o, s in zip(spec.operands, shapes, strict=True))
-    return Example(values, tuple(operands), row_major(spec.out_dtype, spec.out_shape(values)))
+                shapes[node.operand][dim] = max(shapes[node.operand][dim], min(extent, most))
+    return [tuple(shape) for shape in shapes]
 
 
 def example_of_gradients(spec: AttentionSpec, written: Sequence[tuple[int, str, tuple[int, ...]]]) -> Example:

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import SymInt, Tensor
 from torch.fx import GraphModule, Node
+from torch.fx.node import map_arg
 
 from fuse import targets
 from fuse.ops.attention import parsed
@@ -42,17 +43,18 @@ def calls(gm: GraphModule) -> Iterator[ExpectedCall]:
         if isinstance(module, GraphModule):
             ops = (torch.ops.fuse.attention.default, torch.ops.fuse.attention_lse.default)
             for node in (n for op in ops for n in module.graph.find_nodes(op="call_function", target=op)):
-                call = _call(node)
+                call = expected(node)
                 if call is not None and call.key not in seen:
                     seen.add(call.key)
                     yield call
 
 
-def _call(node: Node) -> ExpectedCall | None:
+def expected(node: Node) -> ExpectedCall | None:
+    """The call of one node; None where its shapes are not known."""
     leaves: Any
     sizes: Any
     leaves, sizes, spec, target = node.args
-    fakes = [leaf.meta.get("example_value") for leaf in leaves]
+    fakes = [_fake(leaf) for leaf in leaves]
     values = [_number(n.meta.get("example_value") if isinstance(n, Node) else n) for n in sizes]
     if not fakes or None in values or not all(isinstance(fake, Tensor) for fake in fakes):
         return None
@@ -64,6 +66,17 @@ def _call(node: Node) -> ExpectedCall | None:
         for fake, shape in zip(fakes, shapes, strict=True)
     )
     return ExpectedCall(str(spec), str(target), tuple(metas), tuple(values), fakes[0].device)  # type: ignore[arg-type]
+
+
+def _fake(node: Node) -> Any:
+    """What a node holds; of those that passes have made, what they would."""
+    if "example_value" in node.meta or node.op != "call_function":
+        return node.meta.get("example_value")
+    args, kwargs = map_arg((node.args, node.kwargs), _fake)
+    try:
+        return node.target(*args, **kwargs)  # type: ignore[operator]
+    except Exception:  # of values that nobody knows
+        return None
 
 
 def _number(n: Any) -> int | None:

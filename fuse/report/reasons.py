@@ -122,6 +122,16 @@ class UnreadBody(Reason):
     unblock = "move it out of there"
 
 
+class KernelRefused(Reason):
+    message = "its kernel was refused: {detail}"
+    unblock = "send the kernel's source, which the warning names"
+
+
+class Slower(Reason):
+    message = "left to {detail}"
+    unblock = "nothing: it runs as fast as it can here; qualify='never' fuses it all the same"
+
+
 class InternalError(Reason):
     message = "a pass of fuse failed: {detail}"
     unblock = "report it, with the model; the site runs as it did"

@@ -257,6 +257,12 @@ template <class D, class T> INLINE D element(T x) {
     else return D(x);
 }
 
+// Lanes past the last query repeat it: what they give is dropped or weighs nothing, unless it were no number.
+template <class D> static void repeat_last(D* dst, int ld, int nq, int nk) {
+    for (int k = 0; nq < ld && k < nk; k++)
+        for (int q = nq; q < ld; q++) dst[k * ld + q] = dst[k * ld + nq - 1];
+}
+
 // dst[k * ld + q] = element (q0 + q, k0 + k): the tile of an operand as the lanes of a score program read it.
 // ``offset`` is linear wherever ``inside`` holds at the corners; elsewhere it holds every coordinate within the operand.
 template <class T, class D, class Offset, class Inside>

@@ -256,6 +256,12 @@ template <class D, class T> INLINE D element(T x) {
     else return D(x);
 }
 
+// Lanes past the last query repeat it: what they give is dropped or weighs nothing, unless it were no number.
+template <class D> static void repeat_last(D* dst, int ld, int nq, int nk) {
+    for (int k = 0; nq < ld && k < nk; k++)
+        for (int q = nq; q < ld; q++) dst[k * ld + q] = dst[k * ld + nq - 1];
+}
+
 // dst[k * ld + q] = element (q0 + q, k0 + k): the tile of an operand as the lanes of a score program read it.
 // ``offset`` is linear wherever ``inside`` holds at the corners; elsewhere it holds every coordinate within the operand.
 template <class T, class D, class Offset, class Inside>
@@ -892,7 +898,6 @@ template <int N, bool EXACT, class Keys> static bool block(const Call& c, const 
     int64_t begin = 0, end = c.kv_len, full_begin = 0, full_end = c.kv_len;
     if (!EXACT) end = clamp64(upper_key(c, b, q0 + nq - 1), 0, c.kv_len), full_end = upper_key(c, b, q0);
     const R natural = EXACT ? R(1) : R(0.125), unit = natural * R(1.44269504088896341);
-    // Tiles begin where the first key is visible, unless what is known of them is known for whole tiles.
     for (int64_t k0 = begin - begin % MR; k0 < end; k0 += BK) {
         const int nk = int(min64(BK, end - k0));
         bool full = !EXACT && k0 >= full_begin && k0 + nk <= full_end;

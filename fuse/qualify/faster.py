@@ -1,0 +1,122 @@
+"""Is a kernel faster than what torch has? Both in turn, at the sizes of the call."""
+
+from __future__ import annotations
+
+import math
+import os
+import time
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from fuse.ops.attention import parsed
+from fuse.ops.warm import ExpectedCall
+from fuse.qualify.problem import whole
+from fuse.qualify.torchs_own import sdpa
+
+SDPA, PLAIN = "scaled_dot_product_attention", "plain operations"
+_MARGIN = 1.1  # by how much a kernel has to lose
+_CLEAR = 2.0  # by how much it may win at once
+_ROUNDS, _LEAST, _TRIALS = 5, 2e-3, 2  # in turn; seconds of one round; measurements, all of which it has to lose
+_MEMORY = 0.25  # of what is free: more than that is not taken to hold scores
+Call = Callable[[], object]
+
+
+@dataclass(frozen=True)
+class Times:
+    """Seconds of a call, with its gradients where they are wanted, by fuse and by ``other``."""
+
+    fuse: float
+    other: float
+    name: str
+
+    @property
+    def lost(self) -> bool:
+        return self.fuse > _MARGIN * self.other
+
+    def __str__(self) -> str:
+        return f"{self.name}: {_milliseconds(self.other)}, fuse {_milliseconds(self.fuse)}"
+
+
+def times(call: ExpectedCall, wanted: Sequence[bool], called: bool) -> Times | None:
+    """None where there is nothing to compare with: torch has no such call, or it would need too much memory.
+
+    called  whether the site is a call of SDPA; else its operations are what it is beside
+    """
+    if _bytes_of_scores(call) > _MEMORY * _free(call.device):
+        return None
+    problem = whole(call, wanted)
+    rival = sdpa(problem, wanted)
+    if rival is None:
+        return None
+    ours = _way(lambda *t: torch.ops.fuse.attention(t, problem.sizes, call.spec, call.target), problem.operands, wanted)
+    theirs = _way(rival.attend, rival.matrices, rival.wanted)
+    with nullcontext() if called else sdpa_kernel(SDPBackend.MATH):
+        for _ in range(_TRIALS):
+            found = Times(*_in_turn((ours, theirs), call.device), SDPA if called else PLAIN)
+            if not found.lost:
+                break
+    return found
+
+
+def _way(attend: Callable[..., Tensor], tensors: Sequence[Tensor], wanted: Sequence[bool]) -> Call:
+    """A call, with its gradients where they are wanted."""
+    leaves = [t.detach().requires_grad_(w) for t, w in zip(tensors, wanted, strict=True)]
+    if not any(wanted):
+        return partial(torch.no_grad()(attend), *leaves)
+    grad = torch.ones_like(attend(*leaves))
+    wanting = [t for t in leaves if t.requires_grad]
+    return lambda: torch.autograd.grad(attend(*leaves), wanting, grad)
+
+
+def _in_turn(ways: tuple[Call, Call], device: torch.device) -> tuple[float, float]:
+    """The shortest time of each: what else runs on the machine only ever adds to it. Fuse, the first, may win at once."""
+    seconds = _on_gpu if device.type == "cuda" else _on_cpu
+    for way in ways:
+        seconds(way, 1)
+    best = tuple(seconds(way, 1) for way in ways)
+    for _ in range(_ROUNDS):
+        if best[0] * _CLEAR < best[1]:
+            break
+        best = tuple(min(b, seconds(way, max(1, int(_LEAST / b)))) for b, way in zip(best, ways, strict=True))
+    return best[0], best[1]
+
+
+def _on_cpu(call: Call, count: int) -> float:
+    begin = time.perf_counter()
+    for _ in range(count):
+        call()
+    return (time.perf_counter() - begin) / count
+
+
+def _on_gpu(call: Call, count: int) -> float:
+    """By the device's own clock; that of the current device."""
+    begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    begin.record()
+    for _ in range(count):
+        call()
+    end.record()
+    end.synchronize()
+    seconds: float = begin.elapsed_time(end) / 1e3 / count
+    return max(seconds, 1e-7)
+
+
+def _bytes_of_scores(call: ExpectedCall) -> int:
+    """Of scores, probabilities and their gradients, in float32."""
+    return 4 * 4 * math.prod(call.sizes[: parsed(call.spec).batch + 2])
+
+
+def _free(device: torch.device) -> float:
+    if device.type == "cuda":
+        return float(torch.cuda.mem_get_info(device)[0])
+    known = "SC_AVPHYS_PAGES" in os.sysconf_names
+    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if known else math.inf
+
+
+def _milliseconds(seconds: float) -> str:
+    return f"{seconds * 1e3:.3g} ms"

@@ -1,0 +1,136 @@
+"""A kernel earns its place: it is checked before it is trusted, and timed before it is preferred."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import warnings
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import asdict, dataclass, field
+
+import torch
+from torch.fx import Node
+
+from fuse import targets
+from fuse.memoize import at_forget
+from fuse.ops import warm
+from fuse.ops.attention import parsed
+from fuse.ops.warm import ExpectedCall
+from fuse.qualify import faster, right, verdict
+from fuse.qualify.verdict import Case, Kind, Verdict, case_of
+from fuse.report.reasons import KernelRefused, Reason, Slower
+from fuse.targets import registry
+
+log = logging.getLogger("fuse")
+_KEPT = Verdict("kept")
+_REASONS: dict[Kind, Callable[[str], Reason | None]] = {"kept": lambda why: None, "refused": KernelRefused, "slower": Slower}
+_decided: dict[Case, Verdict] = {}
+at_forget(_decided.clear)
+
+
+@dataclass(frozen=True)
+class Question:
+    """One call, which of its operands want a gradient, and the operator that the site is a call of, or ""."""
+
+    call: ExpectedCall
+    wanted: tuple[bool, ...]
+    written: str
+
+
+@dataclass
+class Trial:
+    """The calls of one graph: what was decided of them before it was read, and what is still to be decided.
+
+    anew  nothing that was decided before counts
+    """
+
+    anew: bool = False
+    _open: dict[Case, Question] = field(default_factory=dict)
+    _own: dict[Case, Verdict] = field(default_factory=dict)
+
+    def leave(self, op: Node, wanted: tuple[bool, ...], written: str) -> Reason | None:
+        """As fuse.passes.policy.Leave."""
+        call = warm.expected(op)
+        if call is None or math.prod(call.sizes) == 0:
+            return None
+        question = Question(call, wanted, written)
+        case = case_of(call, wanted, written)
+        found = self._own.get(case) if self.anew else _known(case)
+        if found is None:
+            self._open[case] = question
+        return None if found is None else _REASONS[found.kind](found.why)
+
+    def decide(self) -> bool:
+        """Decides all that is open, waiting for its kernels; whether anything has to be left."""
+        found = {case: _judge(case, question) for case, question in self._open.items()}
+        self._open.clear()
+        self._own |= found
+        return any(v.kind != "kept" for v in found.values())
+
+
+def _known(case: Case) -> Verdict | None:
+    """What was decided in this process, another of its group, or an earlier run."""
+    if case not in _decided and (found := verdict.read(case)) is not None:
+        _decided[case] = _agreed(case, found)
+    return _decided.get(case)
+
+
+def _judge(case: Case, question: Question) -> Verdict:
+    """Decides, and keeps what was decided."""
+    with _on(question.call.device):
+        found = _decided[case] = _agreed(case, _judged(question.call, question.wanted, question.written))
+    verdict.write(case, found)
+    if found.kind == "refused":
+        source = targets.kernel(parsed(case.spec), case.target).source
+        warnings.warn(
+            f"fuse does not use the kernel {source}: {found.why}. Please send it, with {case.path}.",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+    return found
+
+
+def _judged(call: ExpectedCall, wanted: tuple[bool, ...], written: str) -> Verdict:
+    parts = targets.running(parsed(call.spec), call.target, wanted).values()
+    targets.kernel(parsed(call.spec), call.target)
+    if not registry.named(call.target).generated or any(part.by == "edited kernel" for part in parts):
+        return _KEPT
+    try:
+        wrong = next((f for f in right.findings(call, wanted) if f.wrong), None)
+    except torch.OutOfMemoryError:
+        return _KEPT
+    except Exception as error:
+        return Verdict("refused", f"{type(error).__name__}: {error}")
+    if wrong is not None:
+        return Verdict("refused", str(wrong))
+    return _timed(call, wanted, written)
+
+
+def _timed(call: ExpectedCall, wanted: tuple[bool, ...], written: str) -> Verdict:
+    try:
+        times = faster.times(call, wanted, written == faster.SDPA)
+    except Exception:  # what torch cannot do here is no rival
+        log.debug("nothing could be timed beside a kernel", exc_info=True)
+        return _KEPT
+    if times is None:
+        return _KEPT
+    return Verdict("slower" if times.lost else "kept", str(times))
+
+
+def _on(device: torch.device) -> AbstractContextManager[object]:
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+
+
+def _agreed(case: Case, found: Verdict) -> Verdict:
+    """What the first process of a group decided: all of them run the same kernels."""
+    dist = torch.distributed
+    if not (dist.is_available() and dist.is_initialized()):
+        return found
+    try:
+        store = dist.distributed_c10d._get_default_store()
+        return Verdict(**json.loads(store.compare_set(f"fuse-verdict-{case.key}", "", json.dumps(asdict(found)))))
+    except Exception:  # a store of another kind, or one whose process has ended
+        log.warning("processes of a group could not agree on kernels: each decides for itself", exc_info=True)
+        return found

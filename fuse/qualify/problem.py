@@ -1,0 +1,146 @@
+"""Problems like a site's call: tensors that lie in memory as its operands do, with numbers that its spec can make sense of."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fuse.ir import tile_map
+from fuse.ir.expr import Const, Index, Load, axes, walk
+from fuse.ir.spec import AttentionSpec
+from fuse.kernel.example import extents
+from fuse.ops.attention import parsed
+from fuse.ops.warm import ExpectedCall
+from fuse.targets import reference
+
+# More than a tile of any target, and no multiple of one.
+_LENGTH, _STEP = 149, 13
+_MASKED, _SHARE = -3e4, 0.25  # what a mask that is added holds, and how many of its entries hold it
+_IDS = 4  # documents, or whatever else positions are told apart by
+_GAP = 8  # the most that strides are larger than in a dense tensor
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One call of a spec."""
+
+    spec: AttentionSpec
+    operands: tuple[Tensor, ...]
+    sizes: tuple[int, ...]
+
+
+def small(call: ExpectedCall, wanted: Sequence[bool], seed: int, factor: float = 1.0) -> Problem:
+    """A call with tails in every dimension, masked rows and, by ``factor``, scores of that size."""
+    spec = parsed(call.spec)
+    sizes = _small_sizes(spec, call.sizes)
+    shapes = [_within(shape, t.shape) for shape, t in zip(extents(spec, sizes), call.operands, strict=True)]
+    return _drawn(call, spec, sizes, shapes, wanted, seed, factor)
+
+
+def whole(call: ExpectedCall, wanted: Sequence[bool]) -> Problem:
+    """The call itself, its numbers drawn; boolean masks hide nothing, since nobody knows how much they will."""
+    spec = parsed(call.spec)
+    return _drawn(call, spec, call.sizes, [tuple(t.shape) for t in call.operands], wanted, 0, 1.0, masked=False)
+
+
+def _small_sizes(spec: AttentionSpec, sizes: Sequence[int]) -> tuple[int, ...]:
+    """Sizes that differ stay different, in their order, and equal ones equal; groups of heads become two."""
+    groups = [n.value for n in walk(*spec.roots().values()) if isinstance(n, Const) and isinstance(n.value, int)]
+    batch = [min(n, 2 * max([g for g in groups if 1 < g <= n], default=1)) for n in sizes[: spec.batch]]
+    large = sorted({n for n in sizes[spec.batch :] if n > _LENGTH})
+    return (*batch, *(n if n <= _LENGTH else _LENGTH + _STEP * large.index(n) for n in sizes[spec.batch :]))
+
+
+def _within(shape: Sequence[int], given: Sequence[int]) -> tuple[int, ...]:
+    """No dimension is longer than in the call: where data tell a place, nothing else tells how many there are."""
+    return tuple(map(min, shape, given))
+
+
+def _drawn(
+    call: ExpectedCall, spec: AttentionSpec, sizes: tuple[int, ...], shapes: Sequence[tuple[int, ...]], wanted: Sequence[bool],
+    seed: int, factor: float, masked: bool = True,
+) -> Problem:  # fmt: skip
+    generator = torch.Generator(call.device).manual_seed(seed)
+    use = None if spec.mask is None or spec.mask.tiles is None else tile_map.map_of(spec)
+    loads = [n for n in walk(*spec.roots().values()) if isinstance(n, Load)]
+    operands: list[Tensor] = []
+    for i, (like, shape) in enumerate(zip(call.operands, shapes, strict=True)):
+        if use is not None and i == use.load.operand:
+            symbols = dict(zip(spec.symbols, sizes, strict=True))
+            cells = [operands[j] for j in use.operands], [symbols[name] for name in use.symbols]
+            operands.append(reference.tile_map(use.tile_map, *cells))
+            continue
+        x = laid_out(like, shape, call.device)
+        _fill(_once(x), [n for n in loads if n.operand == i], spec, shapes, generator, masked and not wanted[i])
+        if spec.query.operand == i:
+            _once(x).mul_(factor)
+        operands.append(x)
+    return Problem(spec, tuple(operands), tuple(sizes))
+
+
+def laid_out(like: Tensor, shape: Sequence[int], device: torch.device) -> Tensor:
+    """A tensor of zeros of another shape whose dimensions follow each other in memory as those of ``like`` do: with its gaps,
+    as of a view of a larger tensor, and sharing what it shares."""
+    strides, dense, before = [0] * len(shape), 1, 1
+    for dim in sorted(range(len(shape)), key=lambda d: (like.stride(d), like.shape[d])):
+        if like.stride(dim) == 0 or like.shape[dim] == 1:
+            continue
+        gap = min(like.stride(dim) / before, _GAP) if before else 1
+        strides[dim] = max(1, math.ceil(dense * gap))
+        dense, before = strides[dim] * shape[dim], like.stride(dim) * like.shape[dim]
+    size = 1 + sum((n - 1) * s for n, s in zip(shape, strides, strict=True)) if math.prod(shape) else 0
+    return torch.zeros(size, dtype=like.dtype, device=device).as_strided(list(shape), strides)
+
+
+def _once(x: Tensor) -> Tensor:
+    """Without the entries that share memory with others."""
+    return x[tuple(slice(0, 1 if step == 0 else None) for step in x.stride())]
+
+
+def _fill(
+    x: Tensor, loads: Sequence[Load], spec: AttentionSpec, shapes: Sequence[tuple[int, ...]], generator: torch.Generator,
+    masked: bool,
+) -> None:  # fmt: skip
+    """Numbers in ``x`` that its ``loads`` can make sense of."""
+    of_positions = any(axes(n) & {"q", "k"} for n in loads)
+    if x.dtype == torch.bool:
+        x.copy_(torch.rand(x.shape, generator=generator, device=x.device) > (_SHARE if masked else -1))
+        _hide_a_row(x, loads, not masked)
+    elif x.is_floating_point():
+        x.copy_(torch.randn(x.shape, generator=generator, device=x.device))
+        if masked and _adds_a_mask(loads, spec):
+            x.masked_fill_(torch.rand(x.shape, generator=generator, device=x.device) < _SHARE, _MASKED)
+            _hide_a_row(x, loads, _MASKED)
+    else:
+        high = _places(loads, spec, shapes) or (_IDS if of_positions else _LENGTH)
+        numbers = torch.randint(0, high, tuple(x.shape), generator=generator, device=x.device)
+        x.copy_(numbers.sort(-1).values if of_positions and x.dim() else numbers)
+
+
+def _hide_a_row(x: Tensor, loads: Iterable[Load], hidden: float | bool) -> None:
+    for load in loads:
+        for dim, coord in enumerate(load.coords):
+            if isinstance(coord, Index) and coord.axis == "q" and x.shape[dim] > 1:
+                x.select(dim, 1).fill_(hidden)
+                return
+
+
+def _adds_a_mask(loads: Sequence[Load], spec: AttentionSpec) -> bool:
+    """Is it read by the score alone, at every key?"""
+    matrices = (spec.query, spec.key, spec.value)
+    others = set(walk(spec.weight, *spec.extra_logits))
+    return all("k" in axes(n) and n not in matrices and n not in others for n in loads)
+
+
+def _places(loads: Sequence[Load], spec: AttentionSpec, shapes: Sequence[tuple[int, ...]]) -> int | None:
+    """How many places there are where what is read says at which other tensors are read; None where it says nothing of that."""
+    found = [
+        shapes[n.operand][dim]
+        for n in walk(*spec.roots().values()) if isinstance(n, Load)
+        for dim, coord in enumerate(n.coords) if any(inner in loads for inner in walk(coord))
+    ]  # fmt: skip
+    return min(found, default=None)

@@ -1,0 +1,143 @@
+"""What was decided of a call, and where that is kept: measured once for a kernel, a device, versions and sizes."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import math
+import platform
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from functools import cache
+from importlib import metadata, resources
+from pathlib import Path
+from typing import Literal
+
+import torch
+
+from fuse.ops.warm import ExpectedCall
+from fuse.settings import settings
+from fuse.targets.cache import content, write_atomically
+
+FORMAT = 1
+Kind = Literal["kept", "refused", "slower"]
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """``kind``: the kernels run, were wrong, or are slower than what torch has; ``why``: with figures."""
+
+    kind: Kind
+    why: str = ""
+
+
+@dataclass(frozen=True)
+class Case:
+    """What a verdict is about. Sizes count by their magnitude: half a power of two.
+
+    written  the operator that the site is a call of; "" where it is written out
+    """
+
+    spec: str
+    target: str
+    device: str
+    versions: str
+    wanted: tuple[bool, ...]
+    written: str
+    sizes: tuple[int, ...]
+    layout: tuple[str, ...]
+
+    @property
+    def key(self) -> str:
+        return hashlib.sha256(repr(self).encode()).hexdigest()[:20]
+
+    @property
+    def path(self) -> Path:
+        return settings().cache_dir / self.target / f"verdict-{self.key}.json"
+
+
+def case_of(call: ExpectedCall, wanted: Sequence[bool], written: str) -> Case:
+    layout = tuple(f"{t.dtype} {_order(t)} {_shared(t)}" for t in call.operands)
+    sizes = tuple(map(_magnitude, call.sizes))
+    return Case(call.spec, call.target, device_name(call.device), _versions(), tuple(wanted), written, sizes, layout)
+
+
+def _magnitude(n: int) -> int:
+    """Twice the logarithm to base 2, rounded; small sizes are themselves, below zero."""
+    return -n if n <= 8 else round(2 * math.log2(n))
+
+
+def _order(t: torch.Tensor) -> tuple[int, ...]:
+    steps: tuple[int, ...] = t.stride()
+    return tuple(sorted(range(t.dim()), key=lambda d: (-steps[d], d)))
+
+
+def _shared(t: torch.Tensor) -> tuple[bool, ...]:
+    return tuple(n == 1 or s == 0 for n, s in zip(t.shape, t.stride(), strict=True))
+
+
+def device_name(device: torch.device) -> str:
+    """Which kind of device: another of the same kind decides the same."""
+    if device.type == "cuda":
+        found = torch.cuda.get_device_properties(device)
+        return f"{found.name}, {found.multi_processor_count} multiprocessors"
+    return f"{_processor()}, {torch.get_num_threads()} threads"
+
+
+@cache
+def _processor() -> str:
+    """Its generation, where the system tells."""
+    told = ("vendor_id", "cpu family", "model", "CPU part")
+    with contextlib.suppress(OSError):
+        lines = Path("/proc/cpuinfo").read_text().split("\n\n")[0].splitlines()
+        found = [line.partition(":")[2].strip() for line in lines if line.partition(":")[0].strip() in told]
+        return f"{' '.join(found)} {torch.backends.cpu.get_cpu_capability()}"
+    return f"{platform.machine()} {platform.processor()} {torch.backends.cpu.get_cpu_capability()}"
+
+
+@cache
+def _versions() -> str:
+    """Of whatever may change a kernel or what it is compared with; fuse counts by its own files."""
+    digest = hashlib.sha256()
+    for package in ("fuse", "fuse.passes", "fuse.templates"):  # which an editable installation has in several places
+        for file in sorted(Path(str(resources.files(package))).rglob("*")):
+            if file.suffix in (".py", ".h", ".jinja"):
+                digest.update(file.read_bytes())
+    return f"fuse {digest.hexdigest()[:12]}, torch {torch.__version__}, triton {_triton()}"
+
+
+def _triton() -> str:
+    try:
+        return metadata.version("triton")
+    except metadata.PackageNotFoundError:
+        return "none"
+
+
+# ------------------------------------------------------------------------------------------------------------- on disk
+
+
+def read(case: Case) -> Verdict | None:
+    """None where there is none, or what is there is not whole: it is decided anew."""
+    data = content(case.path)
+    if data is None:
+        return None
+    try:
+        found = json.loads(data)
+        verdict = Verdict(**found["verdict"])
+        return verdict if data.decode() == _text(case, verdict) else None
+    except (ValueError, TypeError, KeyError):
+        return None
+
+
+def write(case: Case, verdict: Verdict) -> None:
+    """A folder that cannot be written to costs the next run a measurement."""
+    with contextlib.suppress(OSError):
+        case.path.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(case.path, _text(case, verdict))
+
+
+def _text(case: Case, verdict: Verdict) -> str:
+    body = {"format": FORMAT, "verdict": asdict(verdict), "of": asdict(case)}
+    digest = hashlib.sha256(json.dumps(body).encode()).hexdigest()
+    return json.dumps({**body, "sha256": digest}, indent=1) + "\n"

@@ -1,0 +1,434 @@
+"""A kernel that is wrong is refused, one that is slower is left, and what was decided is kept; no right kernel is refused."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from problems import B0, B1, K, Problem, Q, hide, load, op, problem, rand
+from specs import CASES, RANDOM_CASES
+from torch import Tensor
+
+import fuse
+from fuse import targets
+from fuse.ir.expr import Const, Expr, Load, apply, const
+from fuse.ir.gradient import Gradient, differentiable
+from fuse.ir.spec import AttentionSpec
+from fuse.ir.tile_map import TileMap
+from fuse.ops.warm import ExpectedCall
+from fuse.qualify import faster, judge, right, torchs_own
+from fuse.qualify.problem import laid_out, small, whole
+from fuse.qualify.verdict import Verdict, case_of, read, write
+from fuse.report.runs import Runs
+from fuse.targets import registry
+from fuse.targets.protocols import Backward, Kernel, MapKernel
+
+CPU = torch.device("cpu")
+
+
+def call_of(p: Problem, target: str) -> ExpectedCall:
+    metas = (torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device="meta") for t in p.operands)
+    return ExpectedCall(p.spec.to_json(), target, tuple(metas), tuple(p.sizes), CPU)
+
+
+def wanted_of(p: Problem) -> tuple[bool, ...]:
+    return tuple(d and t.is_floating_point() for t, d in zip(p.operands, differentiable(p.spec), strict=True))
+
+
+def wrong(p: Problem, target: str, wanted: Sequence[bool]) -> list[str]:
+    return [str(f) for f in right.findings(call_of(p, target), wanted) if f.wrong]
+
+
+# ------------------------------------------------------------------------------------------------------------ right?
+
+
+@pytest.mark.parametrize("name", [name for name, make in {**CASES, **RANDOM_CASES}.items() if 0 not in make("float32").sizes])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_what_is_right_is_not_refused(name: str, dtype: str) -> None:
+    p = {**CASES, **RANDOM_CASES}[name](dtype)
+    assert not wrong(p, "reference", wanted_of(p))
+
+
+@pytest.mark.compiler
+@pytest.mark.parametrize(
+    "name", ["plain", "grouped_query", "packed_qkv", "documents_in_any_order", "dropout", "sinks", "t5_bias"]
+)
+def test_no_right_kernel_is_refused(name: str) -> None:
+    p = {**CASES, **RANDOM_CASES}[name]("float32")
+    assert not wrong(p, "cpp", wanted_of(p)) and targets.kernel(p.spec, "cpp").runs.by == "kernel"
+
+
+def changed(root: Expr, change: Callable[[Expr], Expr]) -> Expr:
+    """``change`` applied to every node, operands first."""
+    args = tuple(changed(a, change) for a in root.args)
+    return change(root.with_args(args) if args else root)
+
+
+def in_spec(change: Callable[[Expr], Expr]) -> Callable[[AttentionSpec], AttentionSpec]:
+    return lambda spec: spec.mapped(lambda root: changed(root, change))
+
+
+def one_more_key(n: Expr) -> Expr:
+    if n is apply("le", K, Q, dtype="bool"):
+        return apply("le", K, op("add", Q, 1), dtype="bool")
+    return op("add", Q, 2) if n is op("add", Q, 1) else n
+
+
+def another_scale(n: Expr) -> Expr:
+    return const(n.value * 1.05, n.dtype) if isinstance(n, Const) and n.value == 0.25 and n.dtype == "float32" else n
+
+
+def no_bias(n: Expr) -> Expr:
+    return const(0.0, n.dtype) if isinstance(n, Load) and n.operand == 3 else n
+
+
+def key_before(spec: AttentionSpec) -> AttentionSpec:
+    *batch, k, d = spec.key.coords
+    return replace(spec, key=Load(spec.key.dtype, 1, (*batch, op("maximum", op("sub", k, 1), 0), d)))
+
+
+def first_group(spec: AttentionSpec) -> AttentionSpec:
+    b, _, k, e = spec.value.coords
+    return replace(spec, value=Load(spec.value.dtype, 2, (b, const(0), k, e)))
+
+
+Results = tuple[Tensor, Tensor]
+
+
+@dataclass(frozen=True)
+class Fault:
+    """What is changed of the spec that a kernel is made of, the sizes it is called with, its results, its gradients."""
+
+    spec: Callable[[AttentionSpec], AttentionSpec] = lambda spec: spec
+    keys: int = 0
+    results: Callable[[Tensor, Tensor, Sequence[Tensor]], Results] = lambda out, lse, operands: (out, lse)
+    gradients: Callable[[list[Tensor]], list[Tensor]] = lambda grads: grads
+
+
+FAULTS = {
+    "a mask off by one": Fault(in_spec(one_more_key)),
+    "another scale": Fault(in_spec(another_scale)),
+    "a bias that is not read": Fault(in_spec(no_bias)),
+    "the key before": Fault(key_before),
+    "the values of another group": Fault(first_group),
+    "a tail that is dropped": Fault(keys=-1),
+    "a last row that is not written": Fault(
+        results=lambda out, lse, _: (out.index_fill(-2, torch.tensor(out.shape[-2] - 1), 0), lse)
+    ),
+    "large scores that overflow": Fault(results=lambda out, lse, x: (out * (torch.nan if x[0].abs().max() > 20 else 1), lse)),
+    "a log-sum-exp in base 2": Fault(results=lambda out, lse, _: (out, lse * 1.442695)),
+    "a gradient without its factor": Fault(gradients=lambda grads: [grads[0] * 4, *grads[1:]]),
+    "a gradient that is added twice": Fault(gradients=lambda grads: [*grads[:2], grads[2] * 2, *grads[3:]]),
+    "a gradient of a bias that is not written": Fault(gradients=lambda grads: [*grads[:3], torch.zeros_like(grads[3])]),
+}
+
+
+@dataclass(frozen=True)
+class FaultyKernel:
+    kernel: Kernel
+    fault: Fault
+    batch: int
+
+    source = Path("faulty.cpp")
+    runs = Runs("kernel", source)
+
+    def _sizes(self, sizes: Sequence[int]) -> list[int]:
+        return [n + self.fault.keys * (i == self.batch + 1) for i, n in enumerate(sizes)]
+
+    def __call__(self, operands: Sequence[Tensor], sizes: Sequence[int]) -> Tensor:
+        return self.forward(operands, sizes)[0]
+
+    def forward(self, operands: Sequence[Tensor], sizes: Sequence[int]) -> Results:
+        return self.fault.results(*self.kernel.forward(operands, self._sizes(sizes)), operands)
+
+
+@dataclass(frozen=True)
+class FaultyBackward:
+    kernel: Backward
+    fault: Fault
+    runs = Runs("kernel", Path("faulty.cpp"))
+
+    def __call__(self, *args: Any) -> list[Tensor]:
+        return self.fault.gradients(self.kernel(*args))
+
+
+@dataclass(frozen=True)
+class FaultyTarget:
+    """Kernels of ``base`` with one fault."""
+
+    base: Any
+    fault: Fault
+    name: str = "faulty"
+    generated: bool = True
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.base, name)
+
+    def forward(self, spec: AttentionSpec) -> Kernel:
+        return FaultyKernel(self.base.forward(self.fault.spec(spec)), self.fault, spec.batch)
+
+    def backward(self, of: Gradient) -> Backward:
+        return FaultyBackward(self.base.backward(of), self.fault)
+
+    def tile_map(self, spec: TileMap) -> MapKernel:
+        found: MapKernel = self.base.tile_map(spec)
+        return found
+
+
+@pytest.fixture
+def faulty(monkeypatch: pytest.MonkeyPatch) -> Callable[[str, Fault], None]:
+    """Registers a target "faulty"."""
+    monkeypatch.setattr(registry, "_targets", dict(registry._targets))
+
+    def register(base: str, fault: Fault) -> None:
+        targets.reset()
+        registry.register(FaultyTarget(registry.named(base), fault))
+
+    return register
+
+
+def grouped(dtype: str = "float32", length: int = 200) -> Problem:
+    """Causal, two groups of two heads, a bias for each head."""
+    bias = rand(4, length, length, dtype=dtype)
+    group = apply("floordiv", B1, const(2), dtype="int64")
+
+    def score(s: Expr) -> Any:
+        return hide(op("add", s, load(bias, 3, B1, Q, K)), op("le", K, Q), upper=op("add", Q, 1))
+
+    return problem(
+        dtype, bias, batch=(2, 4), q_len=length, kv_batch=(2, 2), kv_index=(B0, group), score=score, empty_row="zero"
+    )
+
+
+BASES = ["reference", pytest.param("cpp", marks=pytest.mark.compiler), pytest.param("triton", marks=pytest.mark.triton)]
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+@pytest.mark.parametrize("base", BASES)
+def test_a_kernel_with_a_fault_is_refused(faulty: Callable[[str, Fault], None], base: str, fault: str) -> None:
+    if base == "reference" and "log-sum-exp" in fault:
+        pytest.skip("the reference computes it again")
+    faulty(base, FAULTS[fault])
+    p = grouped(length=200 if base != "triton" else 70)
+    assert wrong(p, "faulty", wanted_of(p))
+    if fault in list(FAULTS)[:8]:
+        assert wrong(p, "faulty", [False] * 4), "without gradients, too"
+
+
+@pytest.mark.parametrize("base", BASES[1:])
+def test_the_same_kernel_without_a_fault_is_not(faulty: Callable[[str, Fault], None], base: str) -> None:
+    faulty(base, Fault())
+    p = grouped(length=200 if base != "triton" else 70)
+    assert not wrong(p, "faulty", wanted_of(p))
+
+
+# ---------------------------------------------------------------------------------------------------------- problems
+
+
+def test_small_problems_lie_in_memory_as_the_operands_do() -> None:
+    packed = torch.empty(2, 512, 3, 8, 64).permute(2, 0, 3, 1, 4)[1]
+    made = laid_out(packed, (2, 2, 149, 64), CPU)
+    assert made.stride() == (149 * 3 * 2 * 64, 64, 3 * 2 * 64, 1)
+    shared = laid_out(torch.empty(1, 8, 512, 64).expand(4, 8, 512, 64), (2, 2, 149, 64), CPU)
+    assert shared.stride(0) == 0
+
+
+def test_small_problems_have_tails_and_keep_what_is_equal() -> None:
+    p = small(call_of(grouped(), "cpp"), [False] * 4, 0)
+    assert p.sizes[2] == p.sizes[3] == 149 and p.sizes[1] == 4
+    longer = small(call_of(problem("float32", q_len=300, kv_len=512), "cpp"), [False] * 3, 0)
+    assert longer.sizes[2] < longer.sizes[3]
+
+
+# ----------------------------------------------------------------------------------------------------------- faster?
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["plain", "unscaled", "packed_qkv", "grouped_query", "causal_long", "dense_additive", "alibi", "documents", "no_batch"],
+)
+def test_sdpa_computes_what_the_spec_says(name: str) -> None:
+    made = CASES[name]("float32")
+    p = whole(call_of(made, "reference"), wanted_of(made))
+    rival = torchs_own.sdpa(p, wanted_of(made))
+    assert rival is not None
+    expected = targets.kernel(p.spec, "reference")(p.operands, p.sizes)
+    torch.testing.assert_close(rival.attend(*rival.matrices), expected)
+
+
+@pytest.mark.parametrize("name", ["soft_cap", "sinks", "weight_factor", "features_strided"])
+def test_what_sdpa_cannot_say_has_no_rival(name: str) -> None:
+    made = CASES[name]("float32")
+    rival = torchs_own.sdpa(whole(call_of(made, "reference"), wanted_of(made)), wanted_of(made))
+    assert (rival is None) == (name != "features_strided")
+
+
+@dataclass(frozen=True)
+class Slow:
+    """Seconds that each call takes longer."""
+
+    seconds: float
+
+    def __call__(self, out: Tensor, lse: Tensor, operands: Sequence[Tensor]) -> Results:
+        time.sleep(self.seconds)
+        return out, lse
+
+
+class Model(torch.nn.Module):
+    def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True)
+
+
+def inputs(length: int = 64) -> list[Tensor]:
+    return [rand(2, 3, length, 16, seed=i) for i in range(3)]
+
+
+@pytest.fixture
+def qualified(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Path]:
+    """Decisions are made, and kept in this folder."""
+    monkeypatch.setenv("FUSE_QUALIFY", "once")
+    monkeypatch.setenv("FUSE_CACHE_DIR", str(tmp_path))
+    yield tmp_path
+    fuse.reset()
+
+
+def compiled(target: str, **options: Any) -> Callable[..., Tensor]:
+    torch._dynamo.reset()
+    return torch.compile(Model(), backend="fuse", options={"target": target, "inner": "eager", **options})
+
+
+def reason() -> str:
+    return str(fuse.report().sites[-1].reason)
+
+
+def test_a_slow_kernel_leaves_the_site_as_it_was(faulty: Callable[[str, Fault], None], qualified: Path) -> None:
+    faulty("reference", Fault(results=Slow(0.01)))
+    torch.testing.assert_close(compiled("faulty")(*inputs()), Model()(*inputs()))
+    assert "left to scaled_dot_product_attention: " in reason() and " ms, fuse " in reason()
+
+
+def test_a_wrong_kernel_leaves_the_site_as_it_was_with_one_warning(
+    faulty: Callable[[str, Fault], None], qualified: Path
+) -> None:
+    faulty("reference", FAULTS["a tail that is dropped"])
+    with pytest.warns(RuntimeWarning, match="Please send it") as heard:
+        torch.testing.assert_close(compiled("faulty")(*inputs()), Model()(*inputs()))
+    assert len(heard) == 1 and "its kernel was refused: error" in reason()
+
+
+def test_a_kernel_that_raises_is_refused(faulty: Callable[[str, Fault], None], qualified: Path) -> None:
+    def fails(out: Tensor, lse: Tensor, operands: Sequence[Tensor]) -> Results:
+        raise RuntimeError("no such instruction")
+
+    faulty("reference", Fault(results=fails))
+    with pytest.warns(RuntimeWarning, match="no such instruction"):
+        torch.testing.assert_close(compiled("faulty")(*inputs()), Model()(*inputs()))
+
+
+def test_gradients_decide_where_they_are_wanted(faulty: Callable[[str, Fault], None], qualified: Path) -> None:
+    faulty("reference", FAULTS["a gradient that is added twice"])
+    leaves = [x.requires_grad_() for x in inputs()]
+    with pytest.warns(RuntimeWarning, match="the gradient of operand 2"):
+        compiled("faulty")(*leaves).sum().backward()
+    expected = torch.autograd.grad(Model()(*leaves).sum(), leaves)
+    for leaf, grad in zip(leaves, expected, strict=True):
+        torch.testing.assert_close(leaf.grad, grad)
+
+
+def test_never_asks_nobody(faulty: Callable[[str, Fault], None], qualified: Path) -> None:
+    faulty("reference", Fault(results=Slow(0.01)))
+    compiled("faulty", qualify="never")(*inputs())
+    assert fuse.report().sites[-1].fused and not list(qualified.rglob("verdict-*"))
+
+
+def test_a_call_whose_scores_do_not_fit_has_no_rival(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(faster, "_free", lambda device: 1000.0)
+    assert faster.times(call_of(grouped(), "reference"), [False] * 4, called=True) is None
+
+
+# -------------------------------------------------------------------------------------------------------- decisions
+
+
+def test_what_was_decided_is_kept(
+    faulty: Callable[[str, Fault], None], qualified: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    faulty("reference", Fault(results=Slow(0.01)))
+    compiled("faulty")(*inputs())
+    first = reason()
+    fuse.reset()
+    monkeypatch.setattr(judge, "_judged", lambda *_: pytest.fail("decided twice"))
+    compiled("faulty")(*inputs())
+    assert reason() == first
+
+
+def test_always_decides_anew(faulty: Callable[[str, Fault], None], qualified: Path) -> None:
+    faulty("reference", Fault(results=Slow(0.01)))
+    compiled("faulty")(*inputs())
+    first = reason()
+    faulty("reference", Fault(results=Slow(0.02)))
+    compiled("faulty", qualify="always")(*inputs())
+    assert reason() != first
+
+
+def decided(folder: Path) -> Path:
+    (found,) = folder.rglob("verdict-*.json")
+    return found
+
+
+@pytest.mark.parametrize("damage", ["", "{", "null", "cut", "edited", "folder"])
+def test_a_decision_that_is_not_whole_is_made_again(qualified: Path, damage: str) -> None:
+    case = case_of(call_of(grouped(), "reference"), [False] * 4, "")
+    write(case, Verdict("slower", "x: 1 ms, fuse 2 ms"))
+    path = decided(qualified)
+    assert read(case) == Verdict("slower", "x: 1 ms, fuse 2 ms") and json.loads(path.read_text())["of"]["target"] == "reference"
+    text = path.read_text()
+    if damage == "folder":
+        path.unlink()
+        path.mkdir()
+    else:
+        path.write_text({"cut": text[:-20], "edited": text.replace("slower", "kept")}.get(damage, damage))
+    assert read(case) is None
+    write(case, Verdict("kept"))
+    assert read(case) == Verdict("kept")
+
+
+def test_other_versions_sizes_and_gradients_are_other_cases() -> None:
+    call = call_of(grouped(), "reference")
+    case = case_of(call, [False] * 4, "")
+    others = [
+        replace(case, versions="fuse 0"),
+        case_of(call, [True] * 4, ""),
+        case_of(call, [False] * 4, faster.SDPA),
+        case_of(call_of(grouped(length=400), "reference"), [False] * 4, ""),
+    ]
+    assert len({c.key for c in (case, *others)}) == 5
+    assert case_of(call_of(grouped(length=201), "reference"), [False] * 4, "").key == case.key
+
+
+def test_two_processes_decide_at_once(qualified: Path) -> None:
+    case = "t.case_of(t.call_of(t.grouped(), 'reference'), [False] * 4, '')"
+    script = f"import sys, test_qualify as t; t.write({case}, t.Verdict(sys.argv[1]))"
+    here = str(Path(__file__).parent)
+    both = [subprocess.Popen([sys.executable, "-c", script, kind], cwd=here) for kind in ("kept", "slower")]
+    assert [p.wait() for p in both] == [0, 0]
+    assert read(case_of(call_of(grouped(), "reference"), [False] * 4, "")) in (Verdict("kept"), Verdict("slower"))
+
+
+def test_processes_of_a_group_take_the_decision_of_the_first(qualified: Path) -> None:
+    dist = torch.distributed
+    case = case_of(call_of(grouped(), "reference"), [False] * 4, "")
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        first, second = Verdict("slower", "x: 1 ms, fuse 2 ms"), Verdict("kept")
+        assert judge._agreed(case, first) == first and judge._agreed(case, second) == first
+    finally:
+        dist.destroy_process_group()
