@@ -32,8 +32,8 @@ logging.getLogger("torch.__trace").propagate = True
 
 # Compiling a graph makes many objects and few cycles: looking for them as often as Python does takes a tenth of the time.
 gc.set_threshold(200_000, 20, 100)
-# Dynamo empties the processor's caches to measure how long the guards of every graph take, which it only logs: a third of the
-# time of small programs.
+# Dynamo empties the processor's caches to measure how long the guards of every graph take, which it only logs: a seventh of
+# the time of small programs.
 torch._dynamo.guards.profile_guard_manager = lambda *of: 0.0
 
 pytest_plugins = ["models.table"]  # here, since the process that prints it collects no tests of its own
