@@ -39,6 +39,7 @@ bench: venv
 	$(BIN)/python benchmarks/cpu_forward.py
 	$(BIN)/python benchmarks/cpu_backward.py
 	$(BIN)/python benchmarks/masks.py
+	$(BIN)/python benchmarks/varlen.py
 	$(BIN)/python benchmarks/cpu_small.py
 	$(BIN)/python benchmarks/cpu_memory.py
 	$(BIN)/python benchmarks/compile_time.py

@@ -16,14 +16,13 @@ from fuse import flex, inner, passes, targets
 from fuse.ops import opaque, warm
 from fuse.ops.attention import parsed
 from fuse.options import Options, resolve
-from fuse.passes.policy import Leave, leave_none
+from fuse.passes.policy import Choose, Leave, leave_none
 from fuse.passes.read.graph import State
 from fuse.qualify.judge import Trial
 from fuse.report import check
 from fuse.report.reasons import InternalError
 from fuse.report.site import Reading, Site
 from fuse.targets import registry
-from fuse.targets.target import Target
 
 log = logging.getLogger("fuse")
 compiled: list[Reading] = []
@@ -39,45 +38,42 @@ def fuse(
     """
     chosen = resolve(mode, options)
     original = check.keep(gm) if chosen.verify else None
-    target = target_of(example_inputs, chosen)
-    if target is None:
-        call, reading = inner.compiler(chosen, patterns=True)(gm, example_inputs), _unread(example_inputs, chosen)
+    if is_read(example_inputs, chosen):
+        call, reading = _tried(gm, example_inputs, chosen)
     else:
-        call, reading = _tried(gm, example_inputs, chosen, target)
+        call, reading = inner.compiler(chosen, patterns=True)(gm, example_inputs), unread(example_inputs, chosen)
     compiled.append(replace(reading, sites=tuple(map(_built, reading.sites))))
     return call if original is None else check.against(original, call, reading.sites)
 
 
-def _tried(
-    gm: GraphModule, example_inputs: Sequence[Any], chosen: Options, target: Target
-) -> tuple[Callable[..., Any], Reading]:
+def _tried(gm: GraphModule, example_inputs: Sequence[Any], chosen: Options) -> tuple[Callable[..., Any], Reading]:
     """``gm`` with its attention fused, compiled; and again without the sites whose kernels turn out wrong or slower."""
     if chosen.qualify == "never":
-        return _fused(gm, example_inputs, chosen, target, leave_none)
+        return _fused(gm, example_inputs, chosen, leave_none)
     trial, before = Trial(chosen.qualify == "always"), check.keep(gm)
-    call, reading = _fused(gm, example_inputs, chosen, target, trial.leave)
-    return _fused(before, example_inputs, chosen, target, trial.leave) if trial.decide() else (call, reading)
+    call, reading = _fused(gm, example_inputs, chosen, trial.leave)
+    return _fused(before, example_inputs, chosen, trial.leave) if trial.decide() else (call, reading)
 
 
-def _fused(
-    gm: GraphModule, example_inputs: Sequence[Any], chosen: Options, target: Target, leave: Leave
-) -> tuple[Callable[..., Any], Reading]:
-    reading = rewrite(gm, target, example_inputs, leave=leave)
-    _prepare(gm, reading.sites, target, chosen.tune)  # builds run beside the inner compiler
+def _fused(gm: GraphModule, example_inputs: Sequence[Any], chosen: Options, leave: Leave) -> tuple[Callable[..., Any], Reading]:
+    reading = rewrite(gm, chosen, example_inputs, leave=leave)
+    _prepare(gm, reading.sites, chosen.tune)  # builds run beside the inner compiler
     if chosen.inner == "inductor":
         flex.refuse_training(gm, reading.sites)
     return _compiled(gm, example_inputs, inner.compiler(chosen, patterns=False)), reading
 
 
-def _prepare(gm: GraphModule, sites: Sequence[Site], target: Target, tune: bool) -> None:
-    specs = [(site.spec, site.wanted) for site in sites if site.recovered and site.spec is not None]
-    targets.prepare((spec for spec, _ in specs), target.name, tune)
-    for spec, wanted in specs:
+def _prepare(gm: GraphModule, sites: Sequence[Site], tune: bool) -> None:
+    found = [(site.spec, site.target, site.wanted) for site in sites if site.recovered and site.spec is not None]
+    for spec, target, _ in found:
+        targets.prepare(spec, target, tune)
+    for spec, target, wanted in found:
         if any(wanted):
-            targets.prepare_backward(spec, target.name, wanted, tune)
-    if target.late:
-        for call in warm.calls(gm):
-            targets.beside(warm.compile_for, call, dict(specs).get(parsed(call.spec), ()))
+            targets.prepare_backward(spec, target, wanted, tune)
+    wanted_of = {(spec, target): wanted for spec, target, wanted in found}
+    for call in warm.calls(gm):
+        if registry.named(call.target).late:
+            targets.beside(warm.compile_for, call, wanted_of.get((parsed(call.spec), call.target), ()))
 
 
 def _compiled(gm: GraphModule, example_inputs: Sequence[Any], compiler: Callable[..., Any]) -> Callable[..., Any]:
@@ -90,35 +86,39 @@ def _compiled(gm: GraphModule, example_inputs: Sequence[Any], compiler: Callable
         return compiler(gm, example_inputs)  # type: ignore[no-any-return]
 
 
-def target_of(example_inputs: Sequence[Any], chosen: Options) -> Target | None:
-    """Who runs what is fused in a graph with such inputs; None for one that fuse does not read: it is the inner compiler's."""
-    if chosen.disable:
-        return None
+def chooser(chosen: Options) -> Choose:
+    """Who computes attention of tensors on a device."""
+
+    def choose(device: torch.device) -> str | None:
+        target = registry.for_device(chosen.target, device)
+        return None if target is None else target.name
+
+    return choose
+
+
+def is_read(example_inputs: Sequence[Any], chosen: Options) -> bool:
+    """Whether fuse looks into a graph with such inputs; one without kernels for any of them is the inner compiler's."""
     devices = _devices(example_inputs)
-    target = registry.for_devices(chosen.target, set(devices))
-    if target is None:
-        _warn_of_devices(frozenset(devices), chosen.target)
-    return target
+    if chosen.disable or not devices or any(map(chooser(chosen), devices)):
+        return not chosen.disable
+    _warn_of_devices(frozenset(d.type for d in devices), chosen.target)
+    return False
 
 
-def _unread(example_inputs: Sequence[Any], chosen: Options) -> Reading:
-    return Reading(unread=why_unread(example_inputs, chosen))
+def unread(example_inputs: Sequence[Any], chosen: Options) -> Reading:
+    """What is to be said of a graph that ``is_read`` denies."""
+    types = sorted({d.type for d in _devices(example_inputs)})
+    why = f"target {chosen.target!r} has no kernels for tensors on {', '.join(types)}"
+    return Reading(unread="fuse is disabled" if chosen.disable else why)
 
 
-def why_unread(example_inputs: Sequence[Any], chosen: Options) -> str:
-    """Why ``target_of`` gives nobody."""
-    if chosen.disable:
-        return "fuse is disabled"
-    return f"target {chosen.target!r} has no kernels for tensors on {', '.join(_devices(example_inputs))}"
-
-
-def _devices(inputs: Sequence[Any]) -> list[str]:
-    return sorted({x.device.type for x in inputs if isinstance(x, torch.Tensor)})
+def _devices(inputs: Sequence[Any]) -> set[torch.device]:
+    return {x.device for x in inputs if isinstance(x, torch.Tensor)}
 
 
 def rewrite(
     gm: GraphModule,
-    target: Target,
+    chosen: Options,
     inputs: Sequence[Any],
     begins: State | None = None,
     inside: bool = True,
@@ -126,11 +126,10 @@ def rewrite(
 ) -> Reading:
     """As ``passes.run``. A defect of a pass must not cost the user more than its fusions."""
     try:
-        reading = passes.run(gm, target.name, inputs, begins, inside, leave)
+        return passes.run(gm, chooser(chosen), inputs, begins, inside, leave)
     except Exception as error:
         log.warning("a pass failed; attention in this graph may run unfused. Please report this.", exc_info=True)
         return Reading((Site(False, InternalError(f"{type(error).__name__}: {error}"), "", ""),))
-    return replace(reading, sites=tuple(replace(site, target=target.name) for site in reading.sites))
 
 
 def _built(site: Site) -> Site:

@@ -76,10 +76,9 @@ def _held(node: Node) -> Any:
 
 def _rewrite(gm: GraphModule, inputs: Sequence[Any], begins: State | None, inside: bool = True) -> Reading:
     chosen = resolve(None, None)
-    target = backend.target_of(inputs, chosen)
-    if target is None:
-        return Reading(unread=backend.why_unread(inputs, chosen))
-    return backend.rewrite(gm, target, inputs, begins, inside)
+    if not backend.is_read(inputs, chosen):
+        return backend.unread(inputs, chosen)
+    return backend.rewrite(gm, chosen, inputs, begins, inside)
 
 
 def _follow(gm: GraphModule, inputs: Sequence[Any], inside: bool = True) -> Reading:

@@ -33,15 +33,24 @@ from fuse.passes.find import Candidate, find, is_attention
 from fuse.passes.layout import put_keys_innermost
 from fuse.passes.lift import Lifted, Pass, SiteContext, lift
 from fuse.passes.masks import recover_mask
-from fuse.passes.policy import Leave, Policy, leave_none
+from fuse.passes.policy import Choose, Leave, Policy, leave_none
 from fuse.passes.read.bodies import Body, bodies
-from fuse.passes.read.graph import State, hidden_subclass, operator_name, states
+from fuse.passes.read.graph import State, hidden_subclass, operator_name, states, tensor_of
 from fuse.passes.read.trace import Trace, trace
 from fuse.passes.replace import insert, remove
 from fuse.passes.tables import tabulate
 from fuse.passes.tiles import map_tiles
 from fuse.passes.transforms import check_transforms
-from fuse.report.reasons import Declined, InternalError, NoScoreProduct, NotSoftmax, Reason, Subclass, UnsupportedShape
+from fuse.report.reasons import (
+    Declined,
+    InternalError,
+    NoScoreProduct,
+    NotSoftmax,
+    OtherDevice,
+    Reason,
+    Subclass,
+    UnsupportedShape,
+)
 from fuse.report.site import Reading, Site
 
 PASSES: tuple[Pass, ...] = (
@@ -54,7 +63,7 @@ PASSES: tuple[Pass, ...] = (
 
 def run(
     gm: GraphModule,
-    target: str,
+    choose: Choose,
     inputs: Sequence[Any] = (),
     begins: State | None = None,
     inside: bool = True,
@@ -62,14 +71,14 @@ def run(
 ) -> Reading:
     """Rewrites ``gm``; one Site for every attention that was found, fused or not. Never raises.
 
-    target  who runs what is fused
+    choose  who runs what is fused
     inputs  the graph's, if they are known: their types may say more than the graph does
     begins  the state in which ``gm`` will run; None: that of the caller
     inside  with the bodies inside it
     leave   what is left although it could be fused
     """
     hidden = hidden_subclass(gm.graph, inputs)
-    policy = Policy(target, leave, Declined(Subclass(hidden)) if hidden else None)
+    policy = Policy(choose, leave, Declined(Subclass(hidden)) if hidden else None)
     readings = [_never_raises(body, policy) for body in bodies(gm, begins) if inside or body.graph is gm.graph]
     for module in gm.modules():
         if isinstance(module, GraphModule):
@@ -134,7 +143,7 @@ def _fuse_sites(body: Body, policy: Policy, kept: set[Node]) -> _Told:
         try:
             if isinstance(traced, Declined):
                 raise traced
-            site = _fuse_site(graph, candidate, SiteContext(traced, policy.target), state_of)
+            site = _fuse_site(graph, candidate, SiteContext(traced, _target(candidate, policy.choose)), state_of)
             _check_wanted(graph, site, policy.leave)
             found.append(site)
         except Declined as d:
@@ -189,6 +198,15 @@ def _fuse_site(graph: Graph, candidate: Candidate, context: SiteContext, state_o
         return Found(candidate, lifted, replacement, (*steps, ("insert", replacement.spec)))
     assert declined is not None
     raise declined
+
+
+def _target(candidate: Candidate, choose: Choose) -> str:
+    """Who computes the site. Raises Declined where nobody has kernels for its tensors."""
+    tensor = next(t for root in candidate.roots if (t := tensor_of(root)) is not None)
+    target = choose(tensor.device)
+    if target is None:
+        raise Declined(OtherDevice(str(tensor.device)))
+    return target
 
 
 def _check_wanted(graph: Graph, site: Found, leave: Leave) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from torch.fx import Graph, Node
@@ -9,7 +10,7 @@ from torch.fx import Graph, Node
 from fuse.ir.spec import AttentionSpec
 from fuse.passes.find import Candidate
 from fuse.passes.lift import Lifted
-from fuse.passes.read.graph import location, module_path, user_name
+from fuse.passes.read.graph import MADE, location, module_path, user_name
 from fuse.passes.read.trace import Seed, size_hint
 from fuse.passes.replace import Replacement, live_nodes, remove, unread_nodes
 from fuse.passes.transforms import for_all_examples
@@ -70,13 +71,25 @@ def declined_site(candidate: Candidate, reason: Reason) -> Site:
 
 def _fused_site(f: Found) -> Site:
     spec, root = f.replacement.spec, f.replacement.root
-    names = {i: user_name(n) for i, n in enumerate(f.replacement.leaves)}
+    names = _names(f.replacement.leaves)
     mask = mask_text(spec.mask.predicate, names) if spec.mask else ""
     hints = [size_hint(n, f.lifted.leaves[0]) for n in f.lifted.sizes]
     formula, wanted = score_text(spec.score, names), f.replacement.wanted
     where, module = location(root), module_path(root)
     spec, sizes = for_all_examples(spec, hints, f.replacement.leaves, f.replacement.around)
-    return Site(True, None, where, module, formula, mask, spec, sizes, names, wanted=wanted, steps=f.steps)
+    target = f.replacement.target
+    return Site(True, None, where, module, formula, mask, spec, sizes, names, wanted=wanted, target=target, steps=f.steps)
+
+
+def _names(leaves: Sequence[Node]) -> dict[int, str]:
+    """What the user's code calls each; tables that were made of one tensor are told apart by primes."""
+    names: dict[int, str] = {}
+    for i, node in enumerate(leaves):
+        name = user_name(node)
+        while MADE in node.meta and name in names.values():
+            name += "'"
+        names[i] = name
+    return names
 
 
 def _user_of(found: Found, live: set[Node], slices: set[Node]) -> str:

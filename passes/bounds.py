@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Set
 from dataclasses import dataclass
 
 import sympy
 from torch.utils._sympy.functions import FloorDiv
 
 from fuse.ir import expr
-from fuse.ir.expr import Apply, Const, Expr, apply, const
+from fuse.ir.expr import Apply, Const, Expr, Load, apply, const
 from fuse.ir.index import IndexExpr, Space, linear, variable
 from fuse.ir.spec import AttentionSpec
 from fuse.passes.read.elements import Reader, spec_reader
@@ -32,9 +32,12 @@ class Bounds:
     residual: Expr | None = None
 
 
-def bounds(spec: AttentionSpec, predicate: Expr) -> Bounds:
-    """The bounds of ``predicate`` over the indices of ``spec``; what has no closed form stays in the residual."""
-    return _bounded(spec_reader(spec), pushed(predicate))
+def bounds(spec: AttentionSpec, predicate: Expr, rising: Set[int] = frozenset()) -> Bounds:
+    """The bounds of ``predicate`` over the indices of ``spec``; what has no closed form stays in the residual.
+
+    rising  operands of one dimension whose elements never decrease along it
+    """
+    return _bounded(spec_reader(spec, rising), pushed(predicate))
 
 
 # ------------------------------------------------------------------------------------- logic, down to comparisons
@@ -237,11 +240,11 @@ def _held(r: Reader, limit: IndexExpr) -> IndexExpr | None:
 
 
 def _never_decreases(r: Reader, e: IndexExpr) -> bool:
-    """Sums of nonnegative multiples of q and of floor divisions of such sums; what is read from tensors is not of q."""
+    """Sums of nonnegative multiples of q, of floor divisions of such sums, and of what is read at q from a rising tensor."""
     for term in sympy.Add.make_args(sympy.expand(e)):
         coefficient, rest = term.as_coeff_Mul()
         if not term.has(_Q):
-            if expr.axes(r.expression(term)) & {"q", "k"}:
+            if expr.axes(r.expression(term)) & {"q", "k"} and not (coefficient > 0 and _rises(r, r.expression(rest))):
                 return False
         elif isinstance(rest, FloorDiv):
             if coefficient < 0 or rest.args[1].has(_Q) or not _never_decreases(r, rest.args[0]):
@@ -249,3 +252,9 @@ def _never_decreases(r: Reader, e: IndexExpr) -> bool:
         elif (parts := linear(term, _Q)) is None or not r.space.nonnegative(parts[0]):
             return False
     return True
+
+
+def _rises(r: Reader, e: Expr) -> bool:
+    while isinstance(e, Apply) and e.op == "cast" and e.dtype == "int64":
+        (e,) = e.operands
+    return isinstance(e, Load) and e.operand in r.rising and e.coords == (expr.index("q"),)

@@ -20,6 +20,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils import _pytree as pytree
 
 from fuse.passes.read.graph import VALUE, operator_name, tensor_of
+from fuse.passes.read.varlen import VARLEN, VARLEN_OUT, by_name, is_varlen
 from fuse.passes.replace import remove
 
 
@@ -47,7 +48,10 @@ def expand(graph: Graph) -> list[Expansion]:
     expansions = []
     for node in list(graph.nodes):
         function = _written_out(node)
-        found = _expand(graph, node, function) if function is not None else _expand_module(graph, node)
+        if is_varlen(node, VARLEN_OUT):
+            found = _expand_varlen_out(graph, node)
+        else:
+            found = _expand(graph, node, function) if function is not None else _expand_module(graph, node)
         if found is not None:
             expansions.append(found)
     return expansions
@@ -77,6 +81,24 @@ def _expand_module(graph: Graph, node: Node) -> Expansion | None:
         remove(graph, reads)
         return None
     return replace(found, nodes=(*reads, *found.nodes), arguments=(called, found.arguments[1]))
+
+
+def _expand_varlen_out(graph: Graph, node: Node) -> Expansion | None:
+    """A call that writes its result into a tensor that it is given: the call that returns it, and a copy."""
+
+    def function(out: Tensor, **given: Any) -> Tensor:
+        result, lse, _ = getattr(torch.ops.torch_attn, VARLEN)(**given)
+        out.copy_(result)
+        return lse  # type: ignore[no-any-return]
+
+    called = node.args, node.kwargs
+    lengths = {"max_q": 0, "max_k": 0}  # only how much memory is taken depends on them, and they would be fixed
+    node.args, node.kwargs = (), by_name(node.target, *called) | lengths
+    found = _expand(graph, node, function)
+    if found is None:
+        node.args, node.kwargs = called
+        return None
+    return replace(found, arguments=called)
 
 
 def _written_out(node: Node) -> Callable[..., Any] | None:

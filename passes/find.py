@@ -12,8 +12,9 @@ from dataclasses import dataclass, replace
 import torch
 from torch.fx import Graph, Node
 
-from fuse.passes.read.flex import is_flex
-from fuse.passes.read.graph import VIEWS, State, operator_name, storage_of, tensor_of, writes
+from fuse.passes.read.flex import FLEX_LSE, is_flex
+from fuse.passes.read.graph import VIEWS, Calls, State, operator_name, storage_of, tensor_of, writes
+from fuse.passes.read.varlen import VARLEN, VARLEN_LSE, is_varlen
 
 # Names bound what is searched, and so the cost of searching; whether it is attention is read, by ``lift``. An unknown name is
 # followed like any other, and what is no attention is found to be none.
@@ -26,7 +27,7 @@ CONTRACTIONS = {"matmul", "__matmul__", "bmm", "mm", "baddbmm", "einsum", "sum",
 PRODUCERS = {
     "linear", "embedding_bag", "layer_norm", "group_norm", "batch_norm", "instance_norm", "rms_norm",
     "native_layer_norm", "lstm", "gru", "rnn_tanh", "interpolate", "grid_sample", "bilinear", "cdist", "addmm",
-    "multi_head_attention_forward", "_transformer_encoder_layer_fwd", ATTENTION, "fft", "rfft", "item", "tolist",
+    "multi_head_attention_forward", "_transformer_encoder_layer_fwd", ATTENTION, VARLEN, "fft", "rfft", "item", "tolist",
     "glu", "gelu", "silu", "pad_sequence", "index_copy_", "index_copy",
 }  # fmt: skip
 # What goes from one level of torch.func to another.
@@ -46,18 +47,27 @@ _SLICE_LIMIT = 600  # nodes of one slice
 
 
 @dataclass(frozen=True)
+class LogSumExp:
+    """A node that holds the log-sum-exp of rows as an operator gives it, and the calls, operators and what they are given
+    beside the tensor, that make it of the natural one in the root's dimensions."""
+
+    node: Node
+    calls: Calls
+
+
+@dataclass(frozen=True)
 class Candidate:
     """
     anchor  the normalisation, or a call of attention as a whole
     roots   nodes whose value may be the attention's result, most likely first
-    lse     a node that holds the rows' log-sum-exp in base 2 beside a root, if somebody reads it
+    lse     beside a root, if somebody reads it
     """
 
     anchor: Node
     roots: tuple[Node, ...]
     nodes: frozenset[Node]
     inputs: frozenset[Node]
-    lse: Node | None = None
+    lse: LogSumExp | None = None
 
 
 def find(graph: Graph, states: Mapping[Node, State]) -> list[Candidate]:
@@ -67,8 +77,8 @@ def find(graph: Graph, states: Mapping[Node, State]) -> list[Candidate]:
     found: dict[Node, Candidate] = {}
     reached: dict[Node, tuple[Node, set[Node]]] = {}
     for node in graph.nodes:
-        if is_flex(node):
-            found |= {c.roots[0]: c for c in _of_flex(node, states, mutations, order)}
+        if _gives_several(node):
+            found |= {c.roots[0]: c for c in _of_results(node, states, mutations, order)}
         if node.op not in ("call_function", "call_method") or tensor_of(node) is None:
             continue
         name = operator_name(node)
@@ -86,21 +96,26 @@ def find(graph: Graph, states: Mapping[Node, State]) -> list[Candidate]:
 
 def is_attention(node: Node) -> bool:
     """Is this attention in one call, whose products ``trace`` writes out?"""
-    return operator_name(node) == ATTENTION or is_flex(node)
+    return operator_name(node) == ATTENTION or _gives_several(node)
 
 
-def _of_flex(
+def _gives_several(node: Node) -> bool:
+    """Is it an operator of attention that gives the result, the log-sum-exp of the rows and something else?"""
+    return is_flex(node) or is_varlen(node)
+
+
+def _of_results(
     node: Node, states: Mapping[Node, State], mutations: Mapping[int, list[Node]], order: Mapping[Node, int]
 ) -> list[Candidate]:
-    """FlexAttention gives the result, the log-sum-exp and the maximum of the rows."""
+    """What reads the result, and the log-sum-exp with it."""
     items = {user.args[1]: user for user in node.users if operator_name(user) == "getitem"}
     if 0 not in items:
         return []
     found = _slice(node, (items[0],), {node}, states, mutations, order)
     lse = items.get(1)
-    if lse is None or order[lse] < order[items[0]]:
+    if lse is None or not lse.users or order[lse] < order[items[0]]:
         return [found]
-    return [replace(found, nodes=found.nodes | {lse}, lse=lse)]
+    return [replace(found, nodes=found.nodes | {lse}, lse=LogSumExp(lse, FLEX_LSE if is_flex(node) else VARLEN_LSE))]
 
 
 def is_contraction(node: Node) -> bool:
@@ -192,7 +207,7 @@ def _is_elementwise_sum(node: Node) -> bool:
 def _is_mask_argument(node: Node, arg: Node) -> bool:
     """Masks, biases and the addend of baddbmm are part of the scores, not of a product."""
     name = operator_name(node)
-    if is_flex(node):
+    if _gives_several(node):
         return arg not in node.args[:3]
     if name == ATTENTION:
         return node.kwargs.get("attn_mask") is arg or (len(node.args) > 3 and node.args[3] is arg)

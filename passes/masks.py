@@ -8,6 +8,8 @@ from fuse.ir.spec import Mask
 from fuse.passes.bounds import bounds, pushed
 from fuse.passes.lift import Lifted, SiteContext
 from fuse.passes.predicate import separate
+from fuse.passes.read.elements import op_name
+from fuse.passes.read.trace import Value
 
 
 def recover_mask(lifted: Lifted, _: SiteContext) -> Lifted:
@@ -17,6 +19,11 @@ def recover_mask(lifted: Lifted, _: SiteContext) -> Lifted:
     if split is None:
         return lifted
     predicate = pushed(split.predicate)
-    found = bounds(spec, predicate)
+    found = bounds(spec, predicate, {i for i, leaf in enumerate(lifted.leaves) if _rises(leaf)})
     mask = Mask(predicate, split.visible, found.lower, found.upper, found.residual, split.fill)
     return replace(lifted, spec=replace(spec, mask=mask))
+
+
+def _rises(leaf: Value) -> bool:
+    """Running maxima never decrease, whatever the data: a table made of them says so to who reads it."""
+    return op_name(leaf) == "cummax" and leaf.output == 0 and len(leaf.shape) == 1

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import operator
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -17,6 +16,7 @@ from fuse.ir.gradient import differentiable
 from fuse.ir.index import IndexExpr
 from fuse.ir.serial import in_graph
 from fuse.ir.spec import AttentionSpec, verify
+from fuse.passes.find import LogSumExp
 from fuse.passes.layout import memory_order
 from fuse.passes.lift import Lifted, SiteContext
 from fuse.passes.read.elements import as_index
@@ -34,6 +34,7 @@ class Replacement:
     """A root and the node that now stands for it, with the site's spec as it was emitted.
 
     op      the call of fuse's operator behind it
+    target  who computes it
     beside  other results and what stands for them
     leaves  the nodes behind spec.operands
     made    all nodes that were made for it, in order
@@ -44,6 +45,7 @@ class Replacement:
     root: Node
     result: Node
     op: Node
+    target: str
     beside: tuple[tuple[Node, Node], ...]
     spec: AttentionSpec
     leaves: tuple[Node, ...]
@@ -58,7 +60,7 @@ class Replacement:
 
 
 def insert(
-    graph: Graph, root: Node, lse: Node | None, lifted: Lifted, context: SiteContext, around: tuple[Transform, ...]
+    graph: Graph, root: Node, lse: LogSumExp | None, lifted: Lifted, context: SiteContext, around: tuple[Transform, ...]
 ) -> Replacement:
     """Emits the op before ``root``; nothing uses it yet. Raises Declined, and leaves the graph as it was, if it cannot.
 
@@ -85,11 +87,11 @@ def insert(
     for old, new in ((root, result), *beside):
         new.meta["example_value"] = old.meta.get("example_value")
     wanted = tuple(flowing and d and trace.flows(x) for x, d in zip(lifted.leaves, differentiable(spec), strict=True))
-    return Replacement(root, result, op, beside, spec, leaves, tuple(emitter.new), wanted, around)
+    return Replacement(root, result, op, target, beside, spec, leaves, tuple(emitter.new), wanted, around)
 
 
 def _results(
-    emitter: _Emitter, arguments: tuple[Any, ...], out_dims: Sequence[int], lse: Node | None
+    emitter: _Emitter, arguments: tuple[Any, ...], out_dims: Sequence[int], lse: LogSumExp | None
 ) -> tuple[Node, Node, tuple[tuple[Node, Node], ...]]:
     """The op, and what has the root's dimensions: the result, and what stands for other nodes."""
     if lse is None:
@@ -98,7 +100,9 @@ def _results(
     both = emitter.new_call(torch.ops.fuse.attention_lse.default, arguments, {})
     out, rows = (emitter.new_call(operator.getitem, (both, i), {}) for i in (0, 1))
     rows = emitter.permuted(rows, [d for d in out_dims if d != len(out_dims) - 1])
-    return both, emitter.permuted(out, out_dims), ((lse, emitter.new_call(aten.div.Tensor, (rows, math.log(2)), {})),)
+    for function, given in lse.calls:
+        rows = emitter.new_call(function, (rows, *given), {})
+    return both, emitter.permuted(out, out_dims), ((lse.node, rows),)
 
 
 class _Emitter:

@@ -76,6 +76,16 @@ def window_of_a_long_cache(dtype: str) -> Problem:
 
 
 @decoding
+def one_query_of_each_sequence(dtype: str) -> Problem:
+    """Packed: the second has no keys, and the bounds are read from tables."""
+    first, end = torch.tensor([0, 90, 90, 210]), torch.tensor([70, 90, 210, 260])
+    bounds = [load(x, i, Q) for i, x in ((3, first), (4, end))]
+    predicate = both(op("le", bounds[0], K), op("lt", K, bounds[1]))
+    return problem(dtype, first, end, batch=(1, 8), kv_batch=(1, 2), kv_index=(B0, op("floordiv", B1, 4)), q_len=4, kv_len=270,
+                   score=lambda s: hide(s, predicate, lower=bounds[0], upper=bounds[1]))  # fmt: skip
+
+
+@decoding
 def sinks_beside_groups(dtype: str) -> Problem:
     sink = rand(8, dtype=dtype)
     return problem(dtype, sink, batch=(2, 8), kv_batch=(2, 2), kv_index=(B0, op("floordiv", B1, 4)), q_len=1, kv_len=200,

@@ -26,7 +26,8 @@ from problems import (
     rand,
 )
 
-from fuse.ir.expr import const, symbol
+from fuse.ir.expr import Expr, const, symbol
+from fuse.ir.spec import Mask
 
 # ------------------------------------------------------------------------------------------------------------- masks
 
@@ -118,6 +119,31 @@ def documents(dtype: str) -> Problem:
     ids = torch.arange(100).div(23, rounding_mode="floor").expand(2, 100)
     predicate = both(op("le", K, Q), op("eq", load(ids, 3, B0, Q), load(ids, 3, B0, K)))
     return problem(dtype, ids, q_len=100, score=lambda s: hide(s, predicate))
+
+
+ENDS = torch.tensor([0, 40, 190, 191, 203])
+PACKED = [ENDS[i : i + 4].repeat_interleave(ENDS.diff()) for i in (0, 1)]
+
+
+def in_sequence(s: Expr) -> tuple[Expr, Mask]:
+    first, end = load(PACKED[0], 3, Q), load(PACKED[1], 4, Q)
+    return hide(s, both(op("le", first, K), op("lt", K, end)), lower=first, upper=end)
+
+
+@case
+def packed_sequences(dtype: str) -> Problem:
+    """Of 40, 150, 1 and 12 tokens: bounds are read from tables."""
+    return problem(dtype, *PACKED, batch=(1, 2), q_len=203, score=in_sequence)
+
+
+@case
+def packed_sequences_without_every_seventh_key(dtype: str) -> Problem:
+    def score(s: Expr) -> tuple[Expr, Mask]:
+        _, whole = in_sequence(s)
+        dilated = op("ne", op("mod", K, 7), 0)
+        return hide(s, both(whole.predicate, dilated), lower=whole.lower, upper=whole.upper, residual=dilated)
+
+    return problem(dtype, *PACKED, batch=(1, 2), q_len=203, score=score)
 
 
 @case

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -15,7 +15,6 @@ import fuse
 from fuse import backend, errors, inner, passes
 from fuse.options import Options
 from fuse.report.site import Reading, Site
-from fuse.targets import registry
 
 SITE = Site(recovered=True, reason=None, where="model.py:7", module="h.0.attn", target="cpp")
 Run = Callable[..., list[Site]]
@@ -100,14 +99,55 @@ def test_disable_runs_no_pass(
 
 
 def test_a_parameter_is_a_tensor_like_others() -> None:
-    assert backend.target_of([torch.nn.Parameter(torch.randn(3)), 7], Options()) is registry.named("cpp")
+    assert backend.is_read([torch.nn.Parameter(torch.randn(3)), 7], Options())
+    assert backend.chooser(Options())(torch.device("cpu")) == "cpp"
 
 
 def test_graphs_on_other_devices_are_left_alone_with_one_warning(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.WARNING, "fuse"):
         for _ in range(2):
-            assert backend.target_of([torch.empty(3, device="meta")], Options()) is None
+            assert not backend.is_read([torch.empty(3, device="meta")], Options())
     assert caplog.text.count("tensors on meta run without fuse") == 1 and "to try" not in caplog.text
+
+
+def test_a_graph_on_two_devices_is_fused_site_by_site(caplog: pytest.LogCaptureFixture) -> None:
+    def attend(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        return (x @ x.mT).softmax(-1) @ x, (y @ y.mT).softmax(-1) @ y
+
+    run = torch.compile(attend, backend="fuse", options={"inner": "eager"})
+    x, y = torch.randn(2, 16, 8), torch.empty(2, 16, 8, device="meta")
+    torch.testing.assert_close(run(x, y)[0], attend(x, y)[0])
+    left, fused = sorted(fuse.report().sites, key=lambda site: site.recovered)
+    assert fused.target == "cpp" and str(left.reason) == "there are no kernels for tensors on meta"
+
+
+class Properties(NamedTuple):
+    major: int
+    minor: int
+    gcnArchName: str = ""
+
+
+@pytest.mark.parametrize(
+    ("found", "hip", "target"),
+    [
+        (Properties(9, 0), None, "triton"), (Properties(7, 5), None, "triton"), (Properties(12, 1), None, "triton"),
+        (Properties(7, 0), None, None), (Properties(13, 0), None, None), (Properties(9, 4, "gfx942:sramecc+"), "7.0", "triton"),
+        (Properties(11, 0, "gfx1100"), "7.0", None),
+    ],
+)  # fmt: skip
+def test_auto_is_triton_on_gpus_that_its_kernels_are_compiled_for(
+    monkeypatch: pytest.MonkeyPatch, found: Properties, hip: str | None, target: str | None
+) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: found)
+    monkeypatch.setattr(torch.version, "hip", hip)
+    monkeypatch.setattr("fuse.targets.triton.target.find_spec", lambda name: name)
+    assert backend.chooser(Options())(torch.device("cuda", 0)) == target
+
+
+def test_auto_leaves_gpus_alone_where_triton_is_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: Properties(9, 0))
+    monkeypatch.setattr("fuse.targets.triton.target.find_spec", lambda name: None)
+    assert backend.chooser(Options())(torch.device("cuda", 0)) is None
 
 
 def test_the_warning_names_the_targets_that_have_kernels_there(caplog: pytest.LogCaptureFixture) -> None:

@@ -19,7 +19,7 @@ from fuse.report.site import Reading, Site
 
 
 def fused(layer: int, **more: Any) -> Site:
-    return Site(True, None, "modeling_gpt2.py:91", f"h.{layer}.attn", "score * 0.125", "k <= q", **more)
+    return Site(True, None, "modeling_gpt2.py:91", f"h.{layer}.attn", "score * 0.125", "k <= q", **{"target": "cpp", **more})
 
 
 DECLINED = Site(False, RandomNumbers("randn"), "model.py:7", "decoder <b>")

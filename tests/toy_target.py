@@ -82,7 +82,10 @@ class ToyKernel:
 
 class ToyTarget:
     name, devices, suffix = "toy", frozenset({"cpu"}), ".py"
-    generated, by_itself, tunable, late = True, False, False, False
+    generated, tunable, late = True, False, False
+
+    def by_itself(self, device: torch.device) -> bool:
+        return False
 
     def lse_dtype(self, spec: AttentionSpec) -> str:
         return spec.lse_dtype

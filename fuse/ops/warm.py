@@ -54,29 +54,31 @@ def expected(node: Node) -> ExpectedCall | None:
     leaves: Any
     sizes: Any
     leaves, sizes, spec, target = node.args
-    fakes = [_fake(leaf) for leaf in leaves]
-    values = [_number(n.meta.get("example_value") if isinstance(n, Node) else n) for n in sizes]
-    if not fakes or None in values or not all(isinstance(fake, Tensor) for fake in fakes):
+    metas, values = [_held(leaf) for leaf in leaves], [_held(n) if isinstance(n, Node) else n for n in sizes]
+    devices = [x.device for leaf in leaves if isinstance(x := leaf.meta.get("example_value"), Tensor)]
+    if not devices or not all(isinstance(m, Tensor) for m in metas) or not all(isinstance(n, int) for n in values):
         return None
-    shapes = [[_number(n) for n in (*fake.shape, *fake.stride())] for fake in fakes]
-    if any(None in shape for shape in shapes):
-        return None
-    metas = (
-        torch.empty_strided(shape[: fake.dim()], shape[fake.dim() :], dtype=fake.dtype, device="meta")  # type: ignore[arg-type]
-        for fake, shape in zip(fakes, shapes, strict=True)
-    )
-    return ExpectedCall(str(spec), str(target), tuple(metas), tuple(values), fakes[0].device)  # type: ignore[arg-type]
+    return ExpectedCall(str(spec), str(target), tuple(metas), tuple(values), devices[0])
 
 
-def _fake(node: Node) -> Any:
-    """What a node holds; of those that passes have made, what they would."""
+def _held(node: Node) -> Any:
+    """What a node holds, a meta tensor or a number, and of those that passes have made, what they would; None if not known."""
     if "example_value" in node.meta or node.op != "call_function":
-        return node.meta.get("example_value")
-    args, kwargs = map_arg((node.args, node.kwargs), _fake)
+        return _hinted(node.meta.get("example_value"))
+    args, kwargs = map_arg((node.args, node.kwargs), _held)
     try:
-        return node.target(*args, **kwargs)  # type: ignore[operator]
+        return node.target(*args, **{**kwargs, **({"device": "meta"} if "device" in kwargs else {})})  # type: ignore[operator]
     except Exception:  # of values that nobody knows
         return None
+
+
+def _hinted(value: Any) -> Any:
+    """With the sizes of the call that was compiled: to ask a symbolic one would fix it."""
+    if not isinstance(value, Tensor):
+        return _number(value)
+    shape = [_number(n) for n in (*value.shape, *value.stride())]
+    rank = value.dim()
+    return None if None in shape else torch.empty_strided(shape[:rank], shape[rank:], dtype=value.dtype, device="meta")  # type: ignore[arg-type]
 
 
 def _number(n: Any) -> int | None:

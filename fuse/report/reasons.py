@@ -122,6 +122,11 @@ class UnreadBody(Reason):
     unblock = "move it out of there"
 
 
+class OtherDevice(Reason):
+    message = "there are no kernels for tensors on {detail}"
+    unblock = "move the model, or choose a target that has kernels there"
+
+
 class KernelRefused(Reason):
     message = "its kernel was refused: {detail}"
     unblock = "send the kernel's source, which the warning names"

@@ -39,9 +39,8 @@ def explain(model: Callable[..., Any], *args: Any, **kwargs: Any) -> Report:
 
     def analyse(gm: GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
         results = _results(gm)  # the passes may replace the nodes that know them
-        target = backend.target_of(example_inputs, chosen)
-        unread = Reading(unread=backend.why_unread(example_inputs, chosen))
-        readings.append(unread if target is None else backend.rewrite(gm, target, example_inputs))
+        is_read = backend.is_read(example_inputs, chosen)
+        readings.append(backend.rewrite(gm, chosen, example_inputs) if is_read else backend.unread(example_inputs, chosen))
         return lambda *_: tuple(map(_stand_in, results))
 
     note = ""

@@ -24,7 +24,7 @@ class Site:
     names     operand number → what the graph calls the tensor
     kernels   target → source of what computes the result, filled in when kernels are built
     wanted    for each operand whether training asks for its gradient
-    target    that the graph was compiled for; "" where it was only analysed
+    target    that computes it; "" where it was left as it is
     steps     the spec after each pass, by the pass's name
     runs      what computes its result ("forward"), its gradients ("backward") and its mask's map ("tile map"), as far as known
     """

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import sys
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, Protocol, TypeVar
 
@@ -82,14 +82,13 @@ def running(spec: AttentionSpec, target: str, wanted: tuple[bool, ...]) -> dict[
     return {part: _runs(future) for part, future in found.items() if future is not None}
 
 
-def prepare(specs: Iterable[AttentionSpec], target: str, tune: bool = False) -> None:
-    """Starts building the kernels of ``specs`` in parallel and returns at once. ``tune``: those that have plans to measure."""
-    for spec in specs:
-        made = _begun(_kernels, (spec, target), kernel_or_reference.forward)
-        if tune:
-            made.add_done_callback(_tune)
-        if (use := _map_of(spec)) is not None:
-            _begun(_map_kernels, (use, target), kernel_or_reference.tile_map)
+def prepare(spec: AttentionSpec, target: str, tune: bool = False) -> None:
+    """Starts building the kernel of ``spec``, beside others, and returns at once. ``tune``: it measures its plans, if any."""
+    made = _begun(_kernels, (spec, target), kernel_or_reference.forward)
+    if tune:
+        made.add_done_callback(_tune)
+    if (use := _map_of(spec)) is not None:
+        _begun(_map_kernels, (use, target), kernel_or_reference.tile_map)
 
 
 def prepare_backward(spec: AttentionSpec, target: str, wanted: tuple[bool, ...], tune: bool = False) -> None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Set
 
+import torch
+
 from fuse.targets.cpp.target import CppTarget
 from fuse.targets.standin import ReferenceTarget
 from fuse.targets.target import Target
@@ -26,19 +28,22 @@ def names() -> tuple[str, ...]:
     return tuple(_targets)
 
 
-def for_devices(name: str, devices: Set[str]) -> Target | None:
-    """The target that options call ``name``, for a graph with tensors on ``devices``; None where it has no kernels there."""
-    return next((t for t in _meant(name) if t.devices is None or devices <= t.devices), None)
+def for_device(name: str, device: torch.device) -> Target | None:
+    """The target that options call ``name``, for tensors on ``device``; None where it has no kernels there."""
+    if name != AUTO:
+        return _targets[name] if _has_kernels(_targets[name], device.type) else None
+    return next((t for t in _targets.values() if _has_kernels(t, device.type) and t.by_itself(device)), None)
 
 
 def devices_of(name: str) -> tuple[str, ...]:
-    """The types of devices that ``for_devices`` has something for."""
-    return tuple(sorted({device for t in _meant(name) for device in t.devices or ()}))
+    """The types of devices that ``for_device`` has something for."""
+    meant = _targets.values() if name == AUTO else (_targets[name],)
+    return tuple(sorted({device for t in meant for device in t.devices or ()}))
 
 
 def others_for(devices: Set[str]) -> tuple[str, ...]:
-    """Targets that have kernels for ``devices``, and have to be asked for."""
-    return tuple(t.name for t in _targets.values() if not t.by_itself and t.devices is not None and devices <= t.devices)
+    """Targets that have kernels for ``devices``."""
+    return tuple(t.name for t in _targets.values() if t.devices is not None and devices <= t.devices)
 
 
 def tunable() -> tuple[str, ...]:
@@ -46,8 +51,8 @@ def tunable() -> tuple[str, ...]:
     return tuple(t.name for t in _targets.values() if t.tunable)
 
 
-def _meant(name: str) -> list[Target]:
-    return [t for t in _targets.values() if t.by_itself] if name == AUTO else [_targets[name]]
+def _has_kernels(target: Target, device: str) -> bool:
+    return target.devices is None or device in target.devices
 
 
 for _target in (CppTarget(), TritonTarget(), ReferenceTarget()):

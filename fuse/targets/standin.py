@@ -68,11 +68,13 @@ class ReferenceTarget:
 
     name: str = "reference"
     devices: None = None
-    by_itself: bool = False
     generated: bool = False
     suffix: str = ""
     tunable: bool = False
     late: bool = False
+
+    def by_itself(self, device: torch.device) -> bool:
+        return False
 
     def lse_dtype(self, spec: AttentionSpec) -> str:
         return spec.lse_dtype

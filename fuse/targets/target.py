@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Protocol
 
+import torch
+
 from fuse.ir.gradient import Gradient
 from fuse.ir.spec import AttentionSpec
 from fuse.ir.tile_map import TileMap
@@ -14,7 +16,6 @@ class Target(Protocol):
     """
     name       as options name it; also the folder of its kernels in the cache
     devices    the types of devices whose tensors its kernels take; None: all
-    by_itself  whether "auto" chooses it for tensors on its devices
     generated  it has kernels of its own; else the reference is what was asked for
     suffix     of its sources, if it is
     tunable    its kernels have plans that can be measured
@@ -28,9 +29,6 @@ class Target(Protocol):
     def devices(self) -> frozenset[str] | None: ...
 
     @property
-    def by_itself(self) -> bool: ...
-
-    @property
     def generated(self) -> bool: ...
 
     @property
@@ -41,6 +39,10 @@ class Target(Protocol):
 
     @property
     def late(self) -> bool: ...
+
+    def by_itself(self, device: torch.device) -> bool:
+        """Whether "auto" chooses it for tensors on ``device``, of a type that it has kernels for."""
+        ...
 
     def lse_dtype(self, spec: AttentionSpec) -> str:
         """What the log-sum-exp of rows is kept in for backward."""

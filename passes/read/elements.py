@@ -6,7 +6,7 @@ that have to be loaded, or reductions and products, which stay as Opaque nodes f
 
 from __future__ import annotations
 
-from collections.abc import Callable, Container, Iterator, Sequence
+from collections.abc import Callable, Container, Iterator, Sequence, Set
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -110,6 +110,7 @@ class Reader:
     held      values that the graph has a node for
     stops     values at which gradients end; none where no gradient is wanted
     seeds     values of random numbers, with what they are functions of
+    rising    leaves of one dimension whose elements never decrease along it
     """
 
     space: Space = field(default_factory=Space)
@@ -119,6 +120,7 @@ class Reader:
     held: Container[Value] = ()
     stops: Container[Value] = ()
     seeds: dict[Value, Value] = field(default_factory=dict)
+    rising: Set[int] = frozenset()
     views_only: bool = False
     _simpler: dict[Value, Value | None] = field(default_factory=dict)
     _atoms: dict[Expr, sympy.Symbol] = field(default_factory=dict)
@@ -255,12 +257,12 @@ class Reader:
         return all(linear(c, x) is not None for c in coords for x in self.inner)
 
 
-def spec_reader(spec: AttentionSpec) -> Reader:
-    """For index algebra on the expressions of a spec: its batch indices, q and k, and their sizes."""
+def spec_reader(spec: AttentionSpec, rising: Set[int] = frozenset()) -> Reader:
+    """For index algebra on the expressions of a spec: its batch indices, q and k, and their sizes; ``rising``: see Reader."""
     space = Space()
     for axis, name in [(f"b{i}", f"B{i}") for i in range(spec.batch)] + [("q", "q_len"), ("k", "kv_len")]:
         space.add(axis, size_symbol(name))
-    return Reader(space, symbols={s.name: s for n in space.sizes.values() for s in n.free_symbols})
+    return Reader(space, symbols={s.name: s for n in space.sizes.values() for s in n.free_symbols}, rising=rising)
 
 
 def index_to_expr(e: IndexExpr, atoms: dict[sympy.Symbol, Expr], space: Space) -> Expr:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -12,10 +13,12 @@ from torch.fx import Node
 from torch.nn.attention.flex_attention import _LARGE_SPARSE_BLOCK_SIZE
 from torch.overrides import TorchFunctionMode
 
+from fuse.passes.read.graph import Calls
 from fuse.report.reasons import Declined, UnsupportedShape
 
 _LISTS, _SIZES = slice(2, 6), slice(-3, -1)  # of the tuple that a BlockMask is in a graph; the last of it is mask_mod
 _PARTIAL, _FULL = 1, 2
+FLEX_LSE: Calls = ((torch.ops.aten.div.Tensor, (math.log(2),)),)  # in base 2
 
 
 def is_flex(node: Node) -> bool:

@@ -30,6 +30,7 @@ NAME = "name in the model"  # of a tensor that a graph has as an input
 # Other subclasses (DTensor, nested tensors, a user's own) have a say in what each op does, so that no reading is a proof.
 PLAIN = (torch.Tensor, torch.nn.Parameter, torch.nn.Buffer, FakeTensor)
 MADE = "made by fuse"  # marks nodes that are no part of the user's program
+Calls = tuple[tuple[torch._ops.OpOverload, tuple[Any, ...]], ...]
 _ENTERS = "_increment_nesting"
 _TORCH = str(Path(torch.__file__).parent)
 _FRAME = re.compile(r'File "(.*)", line (\d+), in (\S+)')
@@ -212,7 +213,7 @@ def user_name(node: Node) -> str:
         node = made.pop()
         if not (MADE in node.meta or operator_name(node) in ("snapshot", "getattr")):
             break
-        made += reversed(node.all_input_nodes)
+        made += reversed([n for n in node.all_input_nodes if not isinstance(n.meta.get(VALUE), torch.SymInt)])
         if operator_name(node) in ("bmm", "mm"):
             left, right = map(user_name, node.all_input_nodes)
             return f"({left} @ {right})"

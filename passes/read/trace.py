@@ -34,6 +34,7 @@ from fuse.passes.read.graph import (  # fmt: skip
     wants_gradient,
 )
 from fuse.passes.read.sdpa import sdpa_as_products
+from fuse.passes.read.varlen import by_name, is_varlen, varlen_as_products
 from fuse.report.reasons import Declined, NotTraceable, Subclass
 
 
@@ -289,6 +290,8 @@ def _run_node(node: Node, env: Mapping[Node, Any]) -> Any:
     args, kwargs = torch.fx.node.map_arg((node.args, node.kwargs), lambda n: env[n])
     if is_flex(node):
         return flex_as_products(*args, **kwargs)
+    if is_varlen(node):
+        return varlen_as_products(**by_name(node.target, args, kwargs))
     if operator_name(node) == "scaled_dot_product_attention":
         return sdpa_as_products(*args, **kwargs)
     if node.op == "call_method":

@@ -36,6 +36,8 @@ def fuse_attention(
     b0 = rest % B0
     q0 = block * BM
     q1 = tl.minimum(q0 + BM, q_len) - 1
+    q0_ok = q0 < q_len
+    q1_ok = q1 < q_len
     q = q0 + tl.arange(0, BM)[:, None]
     q_ok = q < q_len
     row_at = tl.cast(flat_b, tl.int64) * q_len + q

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
+
 from fuse.ir.gradient import Gradient
 from fuse.ir.spec import AttentionSpec
 from fuse.ir.tile_map import TileMap
@@ -17,11 +19,13 @@ from fuse.targets.cpp.plan import lse_dtype, plan
 class CppTarget:
     name: str = NAME
     devices: frozenset[str] = frozenset({"cpu"})
-    by_itself: bool = True
     generated: bool = True
     suffix: str = SUFFIX
     tunable: bool = False
     late: bool = False
+
+    def by_itself(self, device: torch.device) -> bool:
+        return True
 
     def lse_dtype(self, spec: AttentionSpec) -> str:
         return lse_dtype(spec)

@@ -7,6 +7,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
+from importlib.util import find_spec
+
+import torch
 
 from fuse.ir.gradient import Gradient
 from fuse.ir.spec import AttentionSpec
@@ -21,17 +24,21 @@ from fuse.targets.triton.plan import ARCHITECTURES, plan_triton
 # For tests, Triton's interpreter takes tensors on the CPU.
 _INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 _GPU = frozenset({"cuda"})
+_NVIDIA, _AMD = (75, 121), ("gfx90a", "gfx942", "gfx950")  # architectures: from … to, and by name
 
 
 @dataclass(frozen=True)
 class TritonTarget:
     name: str = NAME
     devices: frozenset[str] = _GPU | {"cpu"} if _INTERPRETED else _GPU
-    by_itself: bool = False
     generated: bool = True
     suffix: str = SUFFIX
     tunable: bool = True
     late: bool = not _INTERPRETED
+
+    def by_itself(self, device: torch.device) -> bool:
+        """On a GPU of a kind that kernels are compiled for in tests, where Triton is installed."""
+        return device.type in _GPU and find_spec("triton") is not None and is_known(device)
 
     def lse_dtype(self, spec: AttentionSpec) -> str:
         return spec.lse_dtype
@@ -63,6 +70,16 @@ class TritonTarget:
         except ImportError:
             return _block(spec, "sm_80")
         return _block(spec, current_architecture().name)
+
+
+def is_known(device: torch.device) -> bool:
+    try:
+        found = torch.cuda.get_device_properties(device)
+    except (RuntimeError, AssertionError):  # there is none: a graph may be traced without
+        return False
+    if torch.version.hip is not None:
+        return str(found.gcnArchName).partition(":")[0] in _AMD
+    return _NVIDIA[0] <= 10 * int(found.major) + int(found.minor) <= _NVIDIA[1]
 
 
 @contextmanager
