@@ -56,11 +56,11 @@ GATED = (
     *(f"causal@64/backward:bfloat16:{arch}" for arch in ("sm_80", "sm_90", "sm_100", "gfx942")),
     *(f"causal@128/backward:bfloat16:{arch}" for arch in ("sm_80", "sm_90", "sm_100")),
     *(f"documents_in_any_order@64/backward:bfloat16:{arch}" for arch in ("sm_90", "gfx942")),
-    *(f"documents_in_any_order@128/backward:bfloat16:{arch}" for arch in ("sm_80", "sm_90", "sm_100")),
+    *(f"documents_in_any_order@128/backward:bfloat16:{arch}" for arch in ("sm_80", "sm_100")),
     "mapped_bool@128/backward:bfloat16:sm_90", "relative_table@64/backward:bfloat16:sm_90",
-    *(f"dropout_causal_two_tiles@64{part}:bfloat16:{arch}" for part in ("", "/backward")
-      for arch in ("sm_80", "sm_90", "sm_100")),
-    "dropout_causal_two_tiles@128:bfloat16:sm_90", "dropout@64:bfloat16:sm_90", "head_dim_256:bfloat16:sm_90",
+    *(f"dropout_causal_two_tiles@64:bfloat16:{arch}" for arch in ("sm_80", "sm_90", "sm_100")),
+    *(f"dropout_causal_two_tiles@64/backward:bfloat16:{arch}" for arch in ("sm_80", "sm_100")),
+    "dropout_causal_two_tiles@128:bfloat16:sm_90", "head_dim_256:bfloat16:sm_90",
     "head_dim_80:bfloat16:sm_80",
 )  # fmt: skip
 
