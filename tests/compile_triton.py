@@ -51,7 +51,7 @@ GATED = (
     *(f"heads_71_to_1@128/1:bfloat16:{arch}" for arch in ("sm_80", "gfx942")), "left_padding@128/2:bfloat16:sm_90",
     *(f"documents_in_any_order@128:bfloat16:{arch}" for arch in ("sm_80", "gfx942")),
     "documents_in_any_order@256:bfloat16:sm_90", "causal@128:float16:sm_75",
-    *(f"causal@128:bfloat16:{arch}" for arch in ("sm_86", "sm_120", "gfx90a")),
+    *(f"causal@128:bfloat16:{arch}" for arch in ("sm_86", "sm_120", "sm_121", "gfx90a", "gfx950")),
     "mapped_bool/map:bfloat16:sm_90", "mapped_bool/map:bfloat16:gfx942",
     *(f"causal@64/backward:bfloat16:{arch}" for arch in ("sm_80", "sm_90", "sm_100", "gfx942")),
     *(f"causal@128/backward:bfloat16:{arch}" for arch in ("sm_80", "sm_90", "sm_100")),
