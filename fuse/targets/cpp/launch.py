@@ -8,9 +8,11 @@ import os
 import platform
 import shlex
 import shutil
+import signal
 import struct
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache, partial
@@ -129,8 +131,9 @@ def _depends(command: tuple[str, ...]) -> str:
 
 def _compile(command: tuple[str, ...], source: Path, binary: Path) -> None:
     """OpenMP shares torch's threads; where the compiler lacks it, the kernel runs on one."""
-    failed = _run_compiler((*command, "-fopenmp", str(source), "-o", str(binary), "-lm"))
-    failed = failed and _run_compiler((*command, str(source), "-o", str(binary), "-lm"))
+    end = time.monotonic() + _BUILD_SECONDS
+    failed = _run_compiler((*command, "-fopenmp", str(source), "-o", str(binary), "-lm"), end)
+    failed = failed and _run_compiler((*command, str(source), "-o", str(binary), "-lm"), end)
     if failed:
         raise BuildFailed(failed)
     if _ends_its_process(binary):
@@ -146,14 +149,22 @@ def _ends_its_process(binary: Path) -> bool:
     return done.returncode < 0
 
 
-def _run_compiler(command: tuple[str, ...]) -> str:
-    """Empty, or what went wrong, first errors first."""
+def _run_compiler(command: tuple[str, ...], end: float) -> str:
+    """Empty, or what went wrong, first errors first. At ``end``, of the monotonic clock, it is ended with all that it started."""
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=_BUILD_SECONDS, check=False)
-    except (OSError, subprocess.TimeoutExpired) as error:
+        process = subprocess.Popen(
+            command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, start_new_session=True
+        )
+    except OSError as error:
         return f"the C++ compiler did not run: {error}. {GET_COMPILER}"
-    errors = done.stderr.strip()[:2000] or f"exit status {done.returncode}"
-    return f"{errors}\nsaid {shlex.join(command)}. {OTHER_COMPILER}, or report this" if done.returncode else ""
+    try:
+        errors = process.communicate(timeout=max(0.0, end - time.monotonic()))[1]
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.communicate()
+        return f"{shlex.join(command)} had not ended after {_BUILD_SECONDS} s. {OTHER_COMPILER}"
+    said = errors.strip()[:2000] or f"exit status {process.returncode}"
+    return f"{said}\nsaid {shlex.join(command)}. {OTHER_COMPILER}, or report this" if process.returncode else ""
 
 
 def _load(binary: Path) -> Run:
