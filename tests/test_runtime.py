@@ -308,3 +308,28 @@ threading.Thread(target=outlives).start()
 def test_a_kernel_is_built_in_place_where_the_interpreter_ends(folder: Path) -> None:
     done = subprocess.run([sys.executable, "-c", AT_EXIT], capture_output=True, text=True, check=False)
     assert done.stdout.splitlines() == ["thread True", "exit True"], done.stderr
+
+
+WITHOUT_COMPILER = """
+import torch, fuse
+def attend(x):
+    return torch.relu((x @ x.mT).softmax(-1) @ x) + 1
+x = torch.randn(2, 40, 16, requires_grad=True)
+for inner in ("inductor", "aot_eager", "eager"):
+    torch._dynamo.reset()
+    out = torch.compile(attend, backend="fuse", options={"inner": inner, "qualify": "never"})(x)
+    torch.testing.assert_close((out, *torch.autograd.grad(out.sum(), x)), (attend(x), *torch.autograd.grad(attend(x).sum(), x)))
+print(fuse.report().sites[-1].runs["forward"].by)
+"""
+
+
+def test_without_a_compiler_a_model_runs_with_every_inner_compiler(tmp_path: Path) -> None:
+    folders = {
+        "PATH": str(tmp_path),
+        "FUSE_CACHE_DIR": str(tmp_path / "fuse"),
+        "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "ind"),
+    }
+    env = {name: x for name, x in os.environ.items() if name != "CXX"} | folders
+    done = subprocess.run([sys.executable, "-c", WITHOUT_COMPILER], capture_output=True, text=True, check=False, env=env)
+    assert done.stdout == "reference\n", done.stderr
+    assert done.stderr.count("Inductor has no C++ compiler, so that the graph runs operator by operator. Install g++") == 1

@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fuse.errors import GET_COMPILER
 from fuse.ir.interval import MAX_LENGTH
 from fuse.ir.spec import AttentionSpec
 from fuse.ir.tile_map import TileMap
@@ -35,10 +36,6 @@ from fuse.targets.cpp.render_tile_map import render_tile_map
 from fuse.targets.dump import dumped
 from fuse.targets.fallback_warnings import left_to_reference
 
-GET_COMPILER = (
-    "Install g++ or clang++ (Debian, Ubuntu: apt install g++; Fedora: dnf install gcc-c++; macOS: xcode-select --install; "
-    "conda: conda install cxx-compiler), or set CXX to a C++17 compiler."
-)
 OTHER_COMPILER = "Set CXX to another C++17 compiler"
 _BUILD_SECONDS = 300
 _FLAGS = ("-std=c++17", "-fno-math-errno", "-fno-trapping-math", "-fPIC", "-shared", "-fvisibility=hidden", "-w")
@@ -150,7 +147,7 @@ def _ends_its_process(binary: Path) -> bool:
 
 
 def _run_compiler(command: tuple[str, ...], end: float) -> str:
-    """Empty, or what went wrong, first errors first. At ``end``, of the monotonic clock, it is ended with all that it started."""
+    """Empty, or what went wrong, first errors first. At ``end``, by the monotonic clock, it is ended with what it started."""
     try:
         process = subprocess.Popen(
             command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, start_new_session=True
