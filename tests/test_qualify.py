@@ -346,6 +346,20 @@ def test_gradients_decide_where_they_are_wanted(faulty: Callable[[str, Fault], N
         torch.testing.assert_close(leaf.grad, grad)
 
 
+def test_what_surrounds_the_call_changes_no_decision(qualified: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = []
+
+    def spied(*of: Any) -> Verdict:
+        seen.append((torch.is_autocast_enabled("cpu"), torch.is_grad_enabled()))
+        return Verdict("kept")
+
+    monkeypatch.setattr(judge, "_judged", spied)
+    state = torch.get_rng_state()
+    with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
+        compiled("reference")(*inputs())
+    assert seen == [(False, True)] and torch.equal(torch.get_rng_state(), state)
+
+
 def test_never_asks_nobody(faulty: Callable[[str, Fault], None], qualified: Path) -> None:
     faulty("reference", Fault(results=Slow(0.01)))
     compiled("faulty", qualify="never")(*inputs())

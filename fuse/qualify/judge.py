@@ -79,7 +79,8 @@ def _known(case: Case) -> Verdict | None:
 
 def _judge(case: Case, question: Question) -> Verdict:
     """Decides, and keeps what was decided."""
-    with _on(question.call.device):
+    device = question.call.device
+    with _on(device), torch.autocast(device.type, enabled=False), torch.enable_grad():  # whatever surrounds the user's call
         found = _decided[case] = _agreed(case, _judged(question.call, question.wanted, question.written))
     verdict.write(case, found)
     if found.kind == "refused":
