@@ -21,9 +21,9 @@ $(STAMP): pyproject.toml constraints.txt
 demo: venv
 	$(BIN)/python examples/quickstart.py
 
-# Workers share the cores: threads of their own would wait for each other, spinning.
+# Workers share the cores: threads of their own would wait for each other, spinning. Who has done his half takes from the others.
 test: venv
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist worksteal
 
 lint: venv types
 	$(BIN)/ruff check .

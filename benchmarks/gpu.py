@@ -7,7 +7,8 @@ First every named problem of the tests, in three dtypes, against float64, in man
 timed later is compiled, so that it comes from the caches on disk. Then the rate of products, attention forward and backward
 and whole models, in one process, the most telling first, as many as there is time for. Medians of rounds over all ways.
 A way that fails is reported and the run goes on. Written to benchmarks/results: gpu-NAME.json, and gpu-NAME.md as a table.
-Exit status 1 where a route is wrong.
+A second run on the same device with the same versions goes on where that one ended, unless --anew. Exit status 1 where a route
+is wrong.
 """
 
 from __future__ import annotations
@@ -40,14 +41,19 @@ ENDS = {"correctness": 230.0, "attention": 400.0, "models": 515.0}
 
 @dataclass
 class Run:
-    """What was asked, and what was found so far."""
+    """What was asked, what was found so far, and by an earlier run."""
 
     args: argparse.Namespace
+    before: dict[str, Any] = field(default_factory=dict)
     start: float = field(default_factory=time.monotonic)
     found: dict[str, Any] = field(default_factory=dict)
 
     def until(self, part: str) -> float:
         return self.start + ENDS[part]
+
+    def measured(self, part: str, name: str) -> dict[str, Any] | None:
+        """What an earlier run has measured."""
+        return next((x for x in self.before.get(part, ()) if x["case"] == name and not x["error"]), None)
 
     @property
     def cases(self) -> list[gpu_attention.Case]:
@@ -71,10 +77,11 @@ class Run:
 def check_all(run: Run) -> None:
     """Correctness of every route; what is timed is compiled as soon as the most telling checks are done."""
     args = run.args
-    chosen = [c for c in gpu_checks.every(args.device) if args.only in c[1]]
+    known = run.before.get("correctness", {}).get("right", [])
+    chosen = [c for c in gpu_checks.every(args.device) if args.only in c[1] and " ".join(c) not in known]
     checks = [
         Task(" ".join(c), gpu_checks.check, (*c, args.device), 60)
-        for c in (chosen[:: len(chosen) // 3] if args.tiny else chosen)
+        for c in (chosen[:: max(1, len(chosen) // 3)] if args.tiny else chosen)
     ]
     warm = [] if args.tiny else [Task(t.name, compiled, (t.function, t.arguments), t.seconds) for _, t in run.timed(0)]
     if "correctness" not in args.parts:
@@ -86,8 +93,10 @@ def check_all(run: Run) -> None:
     results = [*outcomes[:telling], *outcomes[telling + len(warm) :]]
     done = [o for o in results if not o.error.startswith(NOT_RUN)]
     failed = [asdict(o) for o in done if o.error]
-    run.found["correctness"] = {"checked": len(done), "failed": failed, "not checked": len(results) - len(done)}
-    print(f"correctness: {len(done) - len(failed)} of {len(done)} are right, {len(results) - len(done)} were not checked")
+    right = [*known, *(o.name for o in done if not o.error)]
+    checked, left = len(right) + len(failed), len(results) - len(done)
+    run.found["correctness"] = {"checked": checked, "failed": failed, "not checked": left, "right": right}
+    print(f"correctness: {len(right)} of {checked} are right, {left} were not checked")
     for outcome in failed:
         print(f"  {outcome['name']}: {outcome['error']}")
 
@@ -123,9 +132,12 @@ def time_all(run: Run) -> None:
     run.found["products"] = {"dtype": dtype, "size": size, "rate": rate.value, "error": rate.error}
     run.found["attention"], run.found["models"] = [], []
     for part, task in run.timed(0.01 if args.tiny else 1.0):
-        outcome = worker.do(task, run.until(part))
-        run.found[part].append(described(task, outcome))
-        print(f"{part}: {task.name}: {outcome.error or 'measured'} ({outcome.seconds:.1f} s)", flush=True)
+        found = run.measured(part, task.name)
+        if found is None:
+            outcome = worker.do(task, run.until(part))
+            found = described(task, outcome)
+            print(f"{part}: {task.name}: {outcome.error or 'measured'} ({outcome.seconds:.1f} s)", flush=True)
+        run.found[part].append(found)
     again = worker.do(Task("products", multiply_rate, (args.device, dtype, size)))
     run.found["products"]["rate at the end"] = again.value
     run.found["device at the end"] = worker.do(Task("device", device_facts, (args.device,))).value
@@ -143,6 +155,15 @@ def described(task: Task, outcome: Outcome) -> dict[str, Any]:
         "took": outcome.seconds,
         **(outcome.value or {}),
     }
+
+
+def earlier(path: Path, versions: dict[str, str]) -> dict[str, Any]:
+    """What a run with these versions has found; empty if there was none."""
+    try:
+        found: dict[str, Any] = json.loads(path.read_text())
+    except (OSError, ValueError):
+        return {}
+    return found if found.get("versions") == versions else {}
 
 
 def versions() -> dict[str, str]:
@@ -163,6 +184,7 @@ def parsed(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
     parser.add_argument("--peers", nargs="*", choices=gpu_attention.PEERS, default=list(gpu_attention.PEERS))
     parser.add_argument("--workers", type=int, default=max(1, (os.cpu_count() or 1) - 2), help="that check and compile")
+    parser.add_argument("--anew", action="store_true", help="forget what an earlier run has found")
     parser.add_argument("--results", type=Path, default=Path(__file__).parent / "results")
     args = parser.parse_args(arguments)
     if args.device == "cuda" and not torch.cuda.is_available():
@@ -178,6 +200,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     print(json.dumps(run.found, indent=1))
     name = re.sub(r"\W+", "-", run.found["device"]["device"]).strip("-")
     args.results.mkdir(parents=True, exist_ok=True)
+    if not args.anew:
+        run.before = earlier(args.results / f"gpu-{name}.json", run.found["versions"])
     try:
         check_all(run)
         time_all(run)

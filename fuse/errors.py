@@ -5,6 +5,11 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable
 
+GET_COMPILER = (
+    "Install g++ or clang++ (Debian, Ubuntu: apt install g++; Fedora: dnf install gcc-c++; macOS: xcode-select --install; "
+    "conda: conda install cxx-compiler), or set CXX to a C++17 compiler."
+)
+
 
 class FuseError(Exception):
     """Base of every mistake that fuse reports to its user."""

@@ -10,15 +10,18 @@ that no graph is handed over that was compiled with the patterns on.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from torch._dynamo import lookup_backend
 from torch._inductor.custom_graph_pass import CustomGraphPass
 from torch._ops import OpOverload
-from torch.fx import Graph
+from torch.fx import Graph, GraphModule
 
+from fuse.errors import GET_COMPILER
 from fuse.options import Options
 
 _library: Any = torch.library.Library("fuse", "FRAGMENT")
@@ -36,8 +39,32 @@ def compiler(chosen: Options, patterns: bool) -> Callable[..., Any]:
         return lambda gm, example_inputs: gm.forward
     if chosen.inner == "aot_eager":
         return lookup_backend("aot_eager")
-    options = dict(chosen.inductor) | ({} if patterns else without_patterns(chosen.inductor))
-    return torch._TorchCompileInductorWrapper(chosen.mode, options, dynamic=None)
+    if patterns:
+        return torch._TorchCompileInductorWrapper(chosen.mode, dict(chosen.inductor), dynamic=None)
+    options = dict(chosen.inductor) | without_patterns(chosen.inductor)
+    return partial(_inductor_or_else, torch._TorchCompileInductorWrapper(chosen.mode, options, dynamic=None))
+
+
+def _inductor_or_else(inductor: Callable[..., Any], gm: GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
+    """Where there is no C++ compiler, "aot_eager" in Inductor's place, with a warning."""
+    try:
+        found: Callable[..., Any] = inductor(gm, example_inputs)
+    except Exception as error:
+        if not any(type(e).__name__ == "InvalidCxxCompiler" for e in _causes(error)):
+            raise
+        warnings.warn(
+            f"Inductor has no C++ compiler, so that the graph runs operator by operator. {GET_COMPILER}",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+        found = lookup_backend("aot_eager")(gm, list(example_inputs))
+    return found
+
+
+def _causes(error: BaseException | None) -> Iterator[BaseException]:
+    while error is not None:
+        yield error
+        error = error.__cause__ or error.__context__
 
 
 def without_patterns(options: Mapping[str, Any]) -> dict[str, Any]:

@@ -28,7 +28,7 @@ import fuse.ops.tile_map  # noqa: F401  they register their ops
 from fuse.ir.spec import InvalidSpec, verify
 from fuse.passes import census
 from fuse.passes.accept import Found, accept, declined_site
-from fuse.passes.expand import expand
+from fuse.passes.expand import Expansion, expand
 from fuse.passes.find import Candidate, find, is_attention
 from fuse.passes.layout import put_keys_innermost
 from fuse.passes.lift import Lifted, Pass, SiteContext, lift
@@ -115,7 +115,7 @@ def _run_graph(body: Body, policy: Policy) -> Reading:
     expansions = expand(graph)
     before = set(graph.nodes)
     try:
-        told = _fuse_sites(body, policy, {n for e in expansions for n in (e.call, *(old for old, _ in e.moved))})
+        told = _fuse_sites(body, policy, expansions)
     except Exception:
         for e in expansions:
             e.undo(graph)
@@ -132,9 +132,11 @@ def _run_graph(body: Body, policy: Policy) -> Reading:
     return Reading(sites, tuple(census.others(graph, told.nodes, told.lacking)))
 
 
-def _fuse_sites(body: Body, policy: Policy, kept: set[Node]) -> _Told:
-    """Fuses what can be; of the nodes that nobody reads any more, ``kept`` stay."""
+def _fuse_sites(body: Body, policy: Policy, expansions: Sequence[Expansion]) -> _Told:
+    """Fuses what can be; calls that were written out stay."""
     graph, told = body.graph, _Told()
+    kept = {n for e in expansions for n in (e.call, *(old for old, _ in e.moved))}
+    calls = {n: e.call for e in expansions for n in e.nodes}
     state_of = states(graph, body.begins)
     candidates = find(graph, state_of)
     found: list[Found] = []
@@ -144,7 +146,7 @@ def _fuse_sites(body: Body, policy: Policy, kept: set[Node]) -> _Told:
             if isinstance(traced, Declined):
                 raise traced
             site = _fuse_site(graph, candidate, SiteContext(traced, _target(candidate, policy.choose)), state_of)
-            _check_wanted(graph, site, policy.leave)
+            _check_wanted(graph, site, policy.leave, calls.get(candidate.anchor, candidate.anchor))
             found.append(site)
         except Declined as d:
             told.decline(candidate, d.reason)
@@ -209,10 +211,11 @@ def _target(candidate: Candidate, choose: Choose) -> str:
     return target
 
 
-def _check_wanted(graph: Graph, site: Found, leave: Leave) -> None:
-    """Raises Declined, and takes the op back, where the site is to be left as it is."""
+def _check_wanted(graph: Graph, site: Found, leave: Leave, call: Node) -> None:
+    """Raises Declined, and takes the op back, where the site is to be left as it is. ``call``: see Leave; or no attention."""
     anchor, made = site.candidate.anchor, site.replacement
-    reason = leave(made.op, made.wanted, operator_name(anchor) if is_attention(anchor) else "")
+    written = anchor if is_attention(anchor) else call if call is not anchor else None
+    reason = leave(made.op, made.wanted, "" if written is None else operator_name(written))
     if reason is not None:
         remove(graph, made.made)
         raise Declined(reason)

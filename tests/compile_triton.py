@@ -51,16 +51,16 @@ GATED = (
     *(f"heads_71_to_1@128/1:bfloat16:{arch}" for arch in ("sm_80", "gfx942")), "left_padding@128/2:bfloat16:sm_90",
     *(f"documents_in_any_order@128:bfloat16:{arch}" for arch in ("sm_80", "gfx942")),
     "documents_in_any_order@256:bfloat16:sm_90", "causal@128:float16:sm_75",
-    *(f"causal@128:bfloat16:{arch}" for arch in ("sm_86", "sm_120", "gfx90a")),
+    *(f"causal@128:bfloat16:{arch}" for arch in ("sm_86", "sm_120", "sm_121", "gfx90a", "gfx950")),
     "mapped_bool/map:bfloat16:sm_90", "mapped_bool/map:bfloat16:gfx942",
     *(f"causal@64/backward:bfloat16:{arch}" for arch in ("sm_80", "sm_90", "sm_100", "gfx942")),
     *(f"causal@128/backward:bfloat16:{arch}" for arch in ("sm_80", "sm_90", "sm_100")),
     *(f"documents_in_any_order@64/backward:bfloat16:{arch}" for arch in ("sm_90", "gfx942")),
-    *(f"documents_in_any_order@128/backward:bfloat16:{arch}" for arch in ("sm_80", "sm_90", "sm_100")),
+    *(f"documents_in_any_order@128/backward:bfloat16:{arch}" for arch in ("sm_80", "sm_100")),
     "mapped_bool@128/backward:bfloat16:sm_90", "relative_table@64/backward:bfloat16:sm_90",
-    *(f"dropout_causal_two_tiles@64{part}:bfloat16:{arch}" for part in ("", "/backward")
-      for arch in ("sm_80", "sm_90", "sm_100")),
-    "dropout_causal_two_tiles@128:bfloat16:sm_90", "dropout@64:bfloat16:sm_90", "head_dim_256:bfloat16:sm_90",
+    *(f"dropout_causal_two_tiles@64:bfloat16:{arch}" for arch in ("sm_80", "sm_90", "sm_100")),
+    *(f"dropout_causal_two_tiles@64/backward:bfloat16:{arch}" for arch in ("sm_80", "sm_100")),
+    "dropout_causal_two_tiles@128:bfloat16:sm_90", "head_dim_256:bfloat16:sm_90",
     "head_dim_80:bfloat16:sm_80",
 )  # fmt: skip
 

@@ -14,8 +14,14 @@ import pytest
 
 # Triton decides when it is imported, which torch may do; tests that compile kernels do so in processes of their own.
 os.environ["TRITON_INTERPRET"] = "1"
+# Inductor starts processes to compile in, each of which imports torch: more than the few graphs of a test take.
+os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
+# Without a cache Inductor builds a program for each set of vector instructions, to see whether the compiler knows them: as
+# many seconds as a test of it takes.
+os.environ.setdefault("TORCHINDUCTOR_VEC_ISA_OK", "1")
 
 import torch
+import torch._dynamo.guards
 
 import fuse
 from fuse.targets import fallback_warnings
@@ -26,6 +32,9 @@ logging.getLogger("torch.__trace").propagate = True
 
 # Compiling a graph makes many objects and few cycles: looking for them as often as Python does takes a tenth of the time.
 gc.set_threshold(200_000, 20, 100)
+# Dynamo empties the processor's caches to measure how long the guards of every graph take, which it only logs: a seventh of
+# the time of small programs.
+torch._dynamo.guards.profile_guard_manager = lambda *of: 0.0
 
 pytest_plugins = ["models.table"]  # here, since the process that prints it collects no tests of its own
 DAYS_KEPT = 7  # kernels of earlier runs: what has changed since leaves its own behind
@@ -41,6 +50,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    gc.freeze()  # modules stay: Dynamo collects after each graph, and would go through all of them
     items.sort(key=lambda item: item.path.name != "test_triton_compile.py")  # minutes in one step: beside the others, not after
     if CXX is None:
         for item in items:

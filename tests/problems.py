@@ -58,6 +58,10 @@ class Problem:
     operands: list[Tensor]
     sizes: list[int]
 
+    @property
+    def q_len(self) -> int:
+        return dict(zip(self.spec.symbols, self.sizes, strict=True))["q_len"]
+
     def check(self, out: Tensor) -> None:
         """Fails unless ``out`` has the promised layout, and errs at most twice as much as eager does, and a few roundings."""
         assert out.shape == self.spec.out_shape(self.sizes)

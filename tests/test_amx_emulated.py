@@ -9,8 +9,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from problems import Problem
 from specs import CASES
-from together import asked, together
+from together import asked, for_queries, together
 
 from fuse.targets.cpp import cpu, launch, render
 from fuse.targets.cpp.plan import backward_plan, plan
@@ -30,9 +31,13 @@ NAMES = (
 @pytest.fixture(scope="module")
 def kernels(request: pytest.FixtureRequest) -> dict[str, launch.CppKernel]:
     names = [params["name"] for params in asked(request, test_emulated_tiles_are_within_twice_the_error_of_eager)]
-    specs = {name: CASES[name]("bfloat16").spec for name in names}
     with together():
-        return {name: launch.CppKernel(spec, launch.build(spec, "amx_emulated")) for name, spec in specs.items()}
+        return {name: kernel(CASES[name]("bfloat16")) for name in names}
+
+
+def kernel(p: Problem) -> launch.CppKernel:
+    with for_queries(p.q_len):
+        return launch.CppKernel(p.spec, launch.build(p.spec, "amx_emulated"))
 
 
 @needs_avx512_bf16

@@ -28,6 +28,8 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     assert done.returncode == 0, done.stdout + done.stderr
     assert "Attention backward, TFLOP/s" in (folder / "gpu-cpu.md").read_text()
     results: dict[str, Any] = json.loads((folder / "gpu-cpu.json").read_text())
+    again = subprocess.run([*command, "--parts", "attention"], capture_output=True, text=True, timeout=300, env=env, check=True)
+    results["again"] = json.loads((folder / "gpu-cpu.json").read_text()), again.stdout
     return results
 
 
@@ -42,6 +44,14 @@ def test_every_part_is_measured(found: dict[str, Any]) -> None:
     assert found["attention"][0]["backward"].keys() == {"fuse", "math", "eager"}
     for model in found["models"]:
         assert model["error"] == "" and model["missing"] == {} and model["seconds"].keys() == {"sdpa, fuse"}
+
+
+@pytest.mark.compiler
+@pytest.mark.models
+def test_a_second_run_goes_on_where_the_first_ended(found: dict[str, Any]) -> None:
+    results, said = found["again"]
+    assert results["attention"] == found["attention"] and "attention: " not in said
+    assert results["correctness"]["right"] == found["correctness"]["right"]
 
 
 @pytest.mark.compiler

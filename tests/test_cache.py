@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import json
 import os
+import stat
 import subprocess
 import sys
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from fuse.targets import lock
 from fuse.targets.cache import BuildFailed, Entry, builds, entry, write_once
 
 PROGRAM = """
@@ -231,3 +234,73 @@ def test_a_source_that_is_read_back_is_written_again_if_it_is_another(folder: Pa
     path = write_once("test", "kernel", ".txt", "text")
     DAMAGES[damage](path)
     assert write_once("test", "kernel", ".txt", "text") == path and path.read_text() == "text"
+
+
+# -------------------------------------------------------------------------------------------------------- whose files
+
+
+@pytest.fixture
+def unchosen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The cache is where it is if nobody chooses another place."""
+    monkeypatch.delenv("FUSE_CACHE_DIR", raising=False)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    return tmp_path / "fuse"
+
+
+def test_folders_are_made_for_the_user_alone_and_closed_where_a_group_could_write(unchosen: Path) -> None:
+    there = made()
+    assert [stat.S_IMODE(f.stat().st_mode) for f in (unchosen, unchosen / "test")] == [0o700, 0o700]
+    for path in (unchosen, unchosen / "test", there.binary):
+        path.chmod(0o777)
+    made()
+    assert not any(f.stat().st_mode & 0o022 for f in (unchosen, unchosen / "test", there.binary))
+
+
+def test_a_folder_that_everybody_can_write_to_is_refused(folder: Path) -> None:
+    made()
+    folder.chmod(0o777)
+    with pytest.raises(BuildFailed, match="everybody can write to .*chmod o-w it, or set FUSE_CACHE_DIR"):
+        made()
+
+
+def test_a_group_may_share_a_folder_that_it_has_chosen(folder: Path) -> None:
+    before = builds.count
+    made()
+    for path in (folder, folder / "test"):
+        path.chmod(0o770)
+    made()
+    assert builds.count == before + 1
+
+
+@pytest.mark.parametrize("whose", ["folder", "library"])
+def test_what_another_user_owns_is_not_loaded(unchosen: Path, monkeypatch: pytest.MonkeyPatch, whose: str) -> None:
+    there, before = made(), builds.count
+    foreign = unchosen if whose == "folder" else there.binary
+    inode, uid = foreign.stat().st_ino, os.getuid()
+    real = Path.stat
+
+    def stat_of(path: Path, **how: Any) -> os.stat_result:
+        found = list(real(path, **how))
+        found[4] = uid + 1 if found[1] == inode else found[4]
+        return os.stat_result(found)
+
+    monkeypatch.setattr(Path, "stat", stat_of)
+    if whose == "folder":
+        with pytest.raises(BuildFailed, match="belongs to another user"):
+            made()
+    else:
+        made()
+        assert builds.count == before + 1
+
+
+def test_who_waits_for_a_lock_is_told_who_holds_it_and_not_for_ever(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(lock, "LIMIT", 0.3)
+    monkeypatch.setattr(lock, "_TOLD", 0.1)
+    told = pytest.raises(lock.Held, match=f"is held by process {os.getpid()} on .* end it, or remove the file")
+    with lock.locked(tmp_path / "x.lock"), caplog.at_level("WARNING", "fuse"), told, lock.locked(tmp_path / "x.lock"):
+        pass
+    assert f"is being built by process {os.getpid()}" in caplog.text
+    with lock.locked(tmp_path / "x.lock"):
+        pass

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 from specs import CASES
-from together import asked, narrow, together
+from together import asked, for_queries, narrow, together
 
 from fuse.targets.cpp import cpu
 from fuse.targets.cpp.launch import CppKernel, build, instruction_set
@@ -38,11 +38,9 @@ Kernels = dict[tuple[str, str], CppKernel]
 
 def kernel(name: str, dtype: str) -> CppKernel:
     """Beside those of PLANNED with two vectors of queries in a block, by dtype with one."""
-    spec = CASES[name](dtype).spec
-    if dtype == "float32" and name in PLANNED:
-        return CppKernel(spec, build(spec, ISA))
-    with narrow(2) if dtype == "float32" else narrow(1, decode_queries=4):
-        return CppKernel(spec, build(spec, ISA))
+    p, single = CASES[name](dtype), dtype == "float32"
+    with for_queries(p.q_len) if single and name in PLANNED else narrow(1 + single, decode_queries=4 * (p.q_len <= 4)):
+        return CppKernel(p.spec, build(p.spec, ISA))
 
 
 @pytest.fixture(scope="module")

@@ -8,7 +8,7 @@ import pytest
 import torch
 from problems import B0, B1, Q_LEN, K, Problem, Q, cast, hide, load, op, problem
 from specs import CASES
-from together import asked, together
+from together import asked, for_queries, together
 from torch import Tensor
 
 from fuse.ir.expr import Expr, const
@@ -45,9 +45,13 @@ NAMES = (
 @pytest.fixture(scope="module")
 def kernels(request: pytest.FixtureRequest) -> dict[str, CppKernel]:
     names = [params["name"] for params in asked(request, test_kernel_is_within_twice_the_error_of_eager)]
-    specs = {name: CASES[name]("bfloat16").spec for name in names}
     with together():
-        return {name: CppKernel(spec, build(spec, "avx512_bf16")) for name, spec in specs.items()}
+        return {name: kernel(CASES[name]("bfloat16")) for name in names}
+
+
+def kernel(p: Problem) -> CppKernel:
+    with for_queries(p.q_len):
+        return CppKernel(p.spec, build(p.spec, "avx512_bf16"))
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -6,7 +6,7 @@ import pytest
 import torch
 from problems import rand
 from specs import RANDOM_CASES
-from together import asked, together
+from together import asked, for_queries, together
 
 from fuse.targets import reference
 from fuse.targets.cpp import cpu
@@ -29,9 +29,14 @@ def runs(isa: str) -> bool:
 @pytest.fixture(scope="module")
 def kernels(request: pytest.FixtureRequest) -> Kernels:
     cases = [(p["name"], p["dtype"], p["isa"]) for p in asked(request, test_what_is_dropped_is_what_the_reference_drops)]
-    specs = {case: RANDOM_CASES[case[0]](case[1]).spec for case in cases if runs(case[2])}
     with together():
-        return {case: CppKernel(spec, build(spec, case[2])) for case, spec in specs.items()}
+        return {case: kernel(*case) for case in cases if runs(case[2])}
+
+
+def kernel(name: str, dtype: str, isa: str) -> CppKernel:
+    p = RANDOM_CASES[name](dtype)
+    with for_queries(p.q_len):
+        return CppKernel(p.spec, build(p.spec, isa))
 
 
 @pytest.mark.parametrize("dtype, isa", sorted(set(WAYS)))

@@ -146,11 +146,12 @@ def test_the_reference_s_gradients_are_slopes(draw: Draw) -> None:
 
 
 @pytest.mark.compiler
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_kernels_have_the_reference_s_gradients(dtype: str) -> None:
+@pytest.mark.parametrize("dtype, count", [("float32", 8), ("bfloat16", 4)])
+def test_kernels_have_the_reference_s_gradients(dtype: str, count: int) -> None:
+    """In bfloat16, which is another type to load and to round to, the first of the same programs."""
     found: list[Problem] = []
 
-    @settings(derandomize=True, max_examples=8, deadline=None, database=None)
+    @settings(derandomize=True, max_examples=count, deadline=None, database=None)
     @given(draws)
     def collect(draw: Draw) -> None:
         found.append(made(draw, dtype))

@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 import threading
+import time
 import warnings
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -265,3 +266,70 @@ def test_a_backward_kernel_that_nobody_has_asked_for_gives_way(monkeypatch: pyte
         targets.backward_kernel(spec, "cpp", wanted)
     forward, backward = priorities
     assert backward > forward == os.getpriority(os.PRIO_PROCESS, 0)
+
+
+@pytest.mark.compiler
+def test_a_compiler_that_hangs_is_ended_with_what_it_started(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    script, child = tmp_path / "c++", tmp_path / "child"
+    script.write_text(f"#!/bin/sh\nsleep 600 & echo $! > {child}\nwait\n")
+    script.chmod(0o755)
+    monkeypatch.setenv("CXX", str(script))
+    monkeypatch.setattr(launch, "_BUILD_SECONDS", 1)
+    begin = time.monotonic()
+    with pytest.raises(BuildFailed, match="had not ended after 1 s. Set CXX"):
+        launch.build(CASES["unscaled"]("float32").spec)
+    assert time.monotonic() - begin < 10
+    with pytest.raises(ProcessLookupError):
+        for _ in range(50):  # its parent is gone: whoever inherits it takes a moment
+            os.kill(int(child.read_text()), 0)
+            time.sleep(0.1)
+
+
+AT_EXIT = """
+import atexit, threading, time, torch, fuse
+def attend(x):
+    return (x @ x.mT * 0.25).softmax(-1) @ x
+def last(where):
+    x = torch.randn(2, 40, 16)
+    done = torch.compile(attend, backend="fuse", options={"inner": "eager", "qualify": "never"})(x)
+    torch.testing.assert_close(done, attend(x))
+    print(where, fuse.report().sites[-1].fused)
+def outlives():
+    time.sleep(1)
+    last("thread")
+atexit.register(last, "exit")
+threading.Thread(target=outlives).start()
+"""
+
+
+@pytest.mark.compiler
+def test_a_kernel_is_built_in_place_where_the_interpreter_ends(folder: Path) -> None:
+    done = subprocess.run([sys.executable, "-c", AT_EXIT], capture_output=True, text=True, check=False)
+    assert done.stdout.splitlines() == ["thread True", "exit True"], done.stderr
+
+
+WITHOUT_COMPILER = """
+import torch, fuse
+def attend(x):
+    return torch.relu((x @ x.mT).softmax(-1) @ x) + 1
+x = torch.randn(2, 40, 16, requires_grad=True)
+for inner in ("inductor", "aot_eager", "eager"):
+    torch._dynamo.reset()
+    out = torch.compile(attend, backend="fuse", options={"inner": inner, "qualify": "never"})(x)
+    torch.testing.assert_close((out, *torch.autograd.grad(out.sum(), x)), (attend(x), *torch.autograd.grad(attend(x).sum(), x)))
+print(fuse.report().sites[-1].runs["forward"].by)
+"""
+
+
+def test_without_a_compiler_a_model_runs_with_every_inner_compiler(tmp_path: Path) -> None:
+    folders = {
+        "PATH": str(tmp_path),
+        "FUSE_CACHE_DIR": str(tmp_path / "fuse"),
+        "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "ind"),
+    }
+    env = {name: x for name, x in os.environ.items() if name != "CXX"} | folders
+    done = subprocess.run([sys.executable, "-c", WITHOUT_COMPILER], capture_output=True, text=True, check=False, env=env)
+    assert done.stdout == "reference\n", done.stderr
+    assert done.stderr.count("Inductor has no C++ compiler, so that the graph runs operator by operator. Install g++") == 1

@@ -19,8 +19,6 @@ from spellings import (
 )
 from together import narrow
 
-from fuse import targets
-
 TOPICS = (softmaxes, products, scales, masks, biases, layouts, composites, regions, near_misses, near_miss_masks)
 
 
@@ -64,7 +62,6 @@ def test_near_miss_on_a_kernel(name: str) -> None:
     """
     with narrow():
         check(name, target="cpp")
-    targets.reset()  # kernels of other tests are as they are planned
 
 
 @pytest.mark.parametrize("name", TRAINED)

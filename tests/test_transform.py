@@ -20,9 +20,14 @@ from torch._inductor.utils import fresh_cache
 from torch.export import Dim, ExportedProgram, export
 from torch.fx import GraphModule, symbolic_trace
 from torch.fx.experimental.proxy_tensor import make_fx
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.nn.functional import scaled_dot_product_attention
 
 import fuse
+
+open_sizes = pytest.mark.skipif(
+    not hasattr(ShapeEnv, "error_on_new_guards"), reason=f"torch {torch.__version__} cannot keep the sizes of a program open"
+)
 
 
 @pytest.fixture(autouse=True)
@@ -61,6 +66,7 @@ def as_it_is(program: ExportedProgram) -> ExportedProgram:
 # ----------------------------------------------------------------------------------------------------- exported programs
 
 
+@open_sizes
 @pytest.mark.parametrize("sdpa", [False, True])
 @pytest.mark.parametrize("form", [as_it_is, ExportedProgram.run_decompositions])
 def test_a_program_keeps_its_sizes_signature_and_state(form: Callable[..., ExportedProgram], sdpa: bool) -> None:
@@ -79,6 +85,7 @@ def test_a_program_keeps_its_sizes_signature_and_state(form: Callable[..., Expor
     assert not any("fuse" in str(n.target) for n in program.graph.nodes)
 
 
+@open_sizes
 def test_a_size_that_a_program_leaves_open_is_not_fixed() -> None:
     q, k, v = heads()
     program = export(Attend(), (q, k, v), dynamic_shapes={name: {3: Dim.DYNAMIC} for name in "qkv"})
@@ -103,6 +110,7 @@ class Detached(nn.Module):
         return (q @ k.mT + slope + bias.detach()).softmax(-1) @ v
 
 
+@open_sizes
 def test_gradients_stop_where_the_model_stops_them() -> None:
     inputs = [x.double().requires_grad_() for x in (*heads(), torch.randn(9, 9))]
     fused, report = fuse.transform(export(Detached(), tuple(x.detach() for x in inputs)))
@@ -129,6 +137,7 @@ for load in loads:
 """
 
 
+@open_sizes
 @pytest.mark.compiler
 def test_a_program_is_packaged_and_runs_in_a_new_process(tmp_path: Path) -> None:
     """Which has to import fuse: torch says so by the name of the operator."""
@@ -143,6 +152,7 @@ def test_a_program_is_packaged_and_runs_in_a_new_process(tmp_path: Path) -> None
     assert "Could not find schema for fuse::attention" in done.stderr
 
 
+@open_sizes
 @pytest.mark.compiler  # of what it prints, the target decides a part
 def test_the_tutorial_prints_what_it_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     section = (Path(__file__).parents[1] / "docs/tutorial.md").read_text().partition("## Exported programs")[2]
@@ -171,6 +181,7 @@ class Parts(nn.Module):
         return self.attention(y, y, y, need_weights=False)[0], self.router(x).softmax(-1)
 
 
+@open_sizes
 def test_a_traced_module_is_checked_and_can_be_pickled() -> None:
     model, x = Parts().eval(), torch.randn(2, 40, 64)
     fused, report = fuse.transform(symbolic_trace(model), x)

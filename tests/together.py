@@ -4,7 +4,7 @@ with together():
     kernels = [CppKernel(spec, build(spec)) for spec in specs]  # may be called when all is built: behind the block
 
 What is built is what a user gets, text and flags; only that each kernel stands in a namespace of its own, and that ``narrow``
-leaves instances out.
+leaves instances out and optimises no more than for AVX2.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from typing import Any
 
 import pytest
 
+from fuse import targets
 from fuse.kernel.source import ENTRY
 from fuse.report.runs import Runs
 from fuse.targets.cache import entry
@@ -30,6 +31,7 @@ from fuse.targets.cpp.launch import Built
 from fuse.targets.cpp.plan import Plan
 
 MANY = 8  # kernels of a library: more of them leave nothing to a second core
+LANES = ("avx512", "avx2", "neon", "sse")  # instruction sets of the lanes core
 PART = """#define {entry} {entry}_{number}
 namespace part_{number} {{
 #line 1 "{name}"
@@ -47,6 +49,7 @@ class Kernel:
 
     name: str
     isa: str
+    flags: tuple[str, ...]
     text: str
     run: Any = field(default=None, repr=False)
 
@@ -61,7 +64,7 @@ def together() -> Iterator[None]:
     wanted: list[Kernel] = []
 
     def later(name: str, isa: str, rendered: str) -> Built:
-        kernel = Kernel(name, isa, rendered)
+        kernel = Kernel(name, isa, launch._ISA_FLAGS[isa], rendered)
         wanted.append(kernel)
         return Built(Path(name), kernel, Runs("kernel", Path(name)))
 
@@ -69,31 +72,50 @@ def together() -> Iterator[None]:
         for module in (launch, launch_backward):
             patch.setattr(module, "build_source", later)
         yield
-    by_isa: defaultdict[str, list[Kernel]] = defaultdict(list)
+    alike: defaultdict[tuple[str, ...], list[Kernel]] = defaultdict(list)
     for kernel in wanted:
-        by_isa[kernel.isa].append(kernel)
+        alike[kernel.isa, *kernel.flags].append(kernel)
     with ThreadPoolExecutor(2) as pool:
-        list(pool.map(_build, [k[i : i + MANY] for k in by_isa.values() for i in range(0, len(k), MANY)]))
+        list(pool.map(_build, [k[i : i + MANY] for k in alike.values() for i in range(0, len(k), MANY)]))
 
 
 @contextmanager
 def narrow(vectors: int = 1, decode_queries: int = 0) -> Iterator[None]:
     """Blocks of the lanes core have no more vectors of queries, and decoding no way of its own: half as much to compile.
 
-    For specs that say what an expression means: how it is written does not depend on either.
+    For specs that say what an expression means: how it is written does not depend on either. So -O2 does, which AVX2 has.
     """
-
-    def narrowed(plan: Callable[..., Plan]) -> Callable[..., Plan]:
-        def called(*of: Any) -> Plan:
-            full = plan(*of)
-            return replace(full, vectors=vectors, decode_queries=decode_queries) if full.core == "lanes" else full
-
-        return called
-
+    flags = {isa: tuple("-O2" if flag == "-O3" else flag for flag in launch._ISA_FLAGS[isa]) for isa in LANES}
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(launch, "plan", narrowed(launch.plan))
-        patch.setattr(launch_backward, "backward_plan", narrowed(launch_backward.backward_plan))
+        patch.setattr(launch, "_ISA_FLAGS", launch._ISA_FLAGS | flags)
+        with _planned(
+            lambda full: replace(full, vectors=vectors, decode_queries=decode_queries) if full.core == "lanes" else full
+        ):
+            yield
+
+
+@contextmanager
+def for_queries(count: int) -> Iterator[None]:
+    """Kernels as they are planned, without the instances that no call of ``count`` queries takes."""
+
+    def taken(full: Plan) -> Plan:
+        few = full.decode_queries if count <= full.decode_queries else 0
+        needed = max(1, -(-count // full.width))
+        return replace(full, vectors=min(full.vectors, needed) if full.core == "lanes" else full.vectors, decode_queries=few)
+
+    with _planned(taken):
         yield
+
+
+@contextmanager
+def _planned(change: Callable[[Plan], Plan]) -> Iterator[None]:
+    """Plans are changed; kernels of other tests are as they are planned."""
+    with pytest.MonkeyPatch.context() as patch:
+        for module, name in ((launch, "plan"), (launch_backward, "backward_plan")):
+            planned = getattr(module, name)
+            patch.setattr(module, name, lambda *of, planned=planned: change(planned(*of)))
+        yield
+    targets.reset()
 
 
 def asked(request: pytest.FixtureRequest, test: Callable[..., object]) -> list[dict[str, Any]]:
@@ -103,8 +125,8 @@ def asked(request: pytest.FixtureRequest, test: Callable[..., object]) -> list[d
 
 
 def _build(kernels: list[Kernel]) -> None:
-    isa = kernels[0].isa
-    command = (*launch.cxx_compiler(), *launch._FLAGS, *launch._ISA_FLAGS[isa])
+    isa, flags = kernels[0].isa, kernels[0].flags
+    command = (*launch.cxx_compiler(), *launch._FLAGS, *flags)
     build = partial(launch._compile, command)
     library = entry("cpp", f"together_{isa}", ".cpp", _text(kernels), launch._depends(command), build, ctypes.CDLL).loaded
     for number, kernel in enumerate(kernels):

@@ -55,10 +55,18 @@ def expected(node: Node) -> ExpectedCall | None:
     sizes: Any
     leaves, sizes, spec, target = node.args
     metas, values = [_held(leaf) for leaf in leaves], [_held(n) if isinstance(n, Node) else n for n in sizes]
-    devices = [x.device for leaf in leaves if isinstance(x := leaf.meta.get("example_value"), Tensor)]
+    devices = [device for leaf in leaves if (device := _device(leaf)) is not None]
     if not devices or not all(isinstance(m, Tensor) for m in metas) or not all(isinstance(n, int) for n in values):
         return None
     return ExpectedCall(str(spec), str(target), tuple(metas), tuple(values), devices[0])
+
+
+def _device(node: Node) -> torch.device | None:
+    """Where a tensor is, or what it is made of."""
+    value = node.meta.get("example_value")
+    if isinstance(value, Tensor):
+        return value.device
+    return next((device for x in node.all_input_nodes if (device := _device(x)) is not None), None)
 
 
 def _held(node: Node) -> Any:

@@ -24,6 +24,8 @@ from fuse.report.reasons import KernelRefused, Reason, Slower
 from fuse.targets import registry
 
 log = logging.getLogger("fuse")
+# Operators that SDPA does not stand for: nothing is timed beside them.
+_WITH_KERNELS = ("flex_attention", "_varlen_attn", "_varlen_attn_out")
 _KEPT = Verdict("kept")
 _REASONS: dict[Kind, Callable[[str], Reason | None]] = {"kept": lambda why: None, "refused": KernelRefused, "slower": Slower}
 _decided: dict[Case, Verdict] = {}
@@ -43,10 +45,12 @@ class Question:
 class Trial:
     """The calls of one graph: what was decided of them before it was read, and what is still to be decided.
 
-    anew  nothing that was decided before counts
+    anew   nothing that was decided before counts
+    asked  whoever chose the target wants it wherever it is right
     """
 
     anew: bool = False
+    asked: bool = False
     _open: dict[Case, Question] = field(default_factory=dict)
     _own: dict[Case, Verdict] = field(default_factory=dict)
 
@@ -55,6 +59,8 @@ class Trial:
         call = warm.expected(op)
         if call is None or math.prod(call.sizes) == 0:
             return None
+        if call.device.type == "cuda" and written in _WITH_KERNELS and not self.asked:
+            return Slower(f"{written}, which has kernels of its own on GPUs")
         question = Question(call, wanted, written)
         case = case_of(call, wanted, written)
         found = self._own.get(case) if self.anew else _known(case)
@@ -79,7 +85,8 @@ def _known(case: Case) -> Verdict | None:
 
 def _judge(case: Case, question: Question) -> Verdict:
     """Decides, and keeps what was decided."""
-    with _on(question.call.device):
+    device = question.call.device
+    with _on(device), torch.autocast(device.type, enabled=False), torch.enable_grad():  # whatever surrounds the user's call
         found = _decided[case] = _agreed(case, _judged(question.call, question.wanted, question.written))
     verdict.write(case, found)
     if found.kind == "refused":

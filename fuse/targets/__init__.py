@@ -42,7 +42,8 @@ class _Runs(Protocol):
 
 S = TypeVar("S")
 K = TypeVar("K")
-R = TypeVar("R", bound=_Runs)
+R = TypeVar("R")
+Made = TypeVar("Made", bound=_Runs)
 _kernels: dict[tuple[AttentionSpec, str], Future[Kernel]] = {}
 _map_kernels: dict[tuple[TileMap, str], Future[MapKernel]] = {}
 _backward_kernels: dict[tuple[Gradient, str], Future[Backward]] = {}
@@ -120,7 +121,7 @@ def _map_of(spec: AttentionSpec) -> TileMap | None:
     return use.tile_map
 
 
-def _given(future: Future[R], target: str, part: Part) -> R:
+def _given(future: Future[Made], target: str, part: Part) -> Made:
     made = future.result()
     if made.runs.by == "reference" and registry.named(target).generated:
         fallback_warnings.warn_once(part, made.runs.why)
@@ -139,14 +140,24 @@ def _begun(
 ) -> Future[K]:
     with _lock:
         if key not in futures:
-            futures[key] = _pool(later).submit(make, *key)
+            futures[key] = _submitted(later, make, *key)
         return futures[key]
 
 
 def beside(function: Callable[..., None], *arguments: object) -> Future[None]:
     """Runs ``function`` after the builds that were begun, in parallel."""
     with _lock:
-        return _pool(later=True).submit(function, *arguments)
+        return _submitted(True, function, *arguments)
+
+
+def _submitted(later: bool, function: Callable[..., R], *arguments: Any) -> Future[R]:
+    """Run by a thread of the pool, or here where the interpreter ends and starts none."""
+    try:
+        return _pool(later).submit(function, *arguments)
+    except RuntimeError:
+        done: Future[R] = Future()
+        done.set_result(function(*arguments))
+        return done
 
 
 def _pool(later: bool) -> ThreadPoolExecutor:

@@ -21,11 +21,8 @@ from pathlib import Path
 from typing import Generic, TypeVar
 
 from fuse.settings import settings
-
-try:
-    import fcntl
-except ImportError:  # not a POSIX system: two processes may then build the same entry, and either result is right
-    fcntl = None  # type: ignore[assignment]
+from fuse.targets.lock import Held, locked
+from fuse.targets.private import NotPrivate, check_folders, check_private, make_private
 
 FORMAT = 1  # of manifests
 T = TypeVar("T")
@@ -66,10 +63,11 @@ def entry(target: str, name: str, suffix: str, source: str, depends: str, build:
     """
     key = hashlib.sha256(f"{depends}\0{source}".encode()).hexdigest()[:20]
     folder = settings().cache_dir / target
+    _refuse_what_others_write(folder)
     wanted = _Wanted(folder / f"{name}-{key}{suffix}", source, depends)
     found = wanted.kept(load)
     if found is None:
-        with _told(folder), _locked(wanted.path.with_suffix(".lock")):
+        with _told(folder), locked(wanted.path.with_suffix(".lock")):
             found = wanted.kept(load) or wanted.built(build, load)
     return found
 
@@ -97,7 +95,8 @@ class _Wanted:
         binary, manifest = content(self.binary), content(self.manifest)
         if binary is None or manifest != self._described(binary).encode():
             return None
-        with contextlib.suppress(BuildFailed):  # right, but not for this machine any more: it lacks a library, say
+        with contextlib.suppress(BuildFailed, NotPrivate):  # right, but not for this machine any more: it lacks a library, say
+            check_private(self.binary)
             return Entry(self.path, self.binary, load(self.binary))
         return None
 
@@ -135,6 +134,7 @@ def write_once(target: str, name: str, suffix: str, source: str) -> Path:
     """A file with the text ``source``, whose compiler keeps its results elsewhere. Raises BuildFailed."""
     folder = settings().cache_dir / target
     path = folder / f"{name}_{hashlib.sha256(source.encode()).hexdigest()[:20]}{suffix}"
+    _refuse_what_others_write(folder)
     if content(path) != source.encode():
         with _told(folder):
             write_atomically(path, source)
@@ -184,24 +184,22 @@ def _remove(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
+def _refuse_what_others_write(folder: Path) -> None:
+    try:
+        check_folders(folder)
+    except NotPrivate as error:
+        raise BuildFailed(str(error)) from error
+
+
 @contextlib.contextmanager
 def _told(folder: Path) -> Iterator[None]:
     """Makes ``folder``. What the system refuses there is something that the user can change."""
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        make_private(folder)
         yield
+    except Held as error:
+        raise BuildFailed(str(error)) from error
     except OSError as error:
         raise BuildFailed(
             f"{error}. Kernels are kept in {folder}: make it writable, or set FUSE_CACHE_DIR to a folder that is"
         ) from error
-
-
-@contextlib.contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    """One builder at a time, among threads and processes: every opening of the file holds its own lock."""
-    if path.exists() and not path.is_file():
-        _remove(path)
-    with path.open("w") as file:
-        if fcntl is not None:
-            fcntl.flock(file, fcntl.LOCK_EX)
-        yield

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
+from together import for_queries
 
 import fuse
-from models import MODELS, decoders, encoders, pairs, text  # noqa: F401  (they register the models)
+from models import LENGTH, MODELS, decoders, encoders, pairs, text  # noqa: F401  (they register the models)
 from models.decoders import hf, llama_like
 from models.measure import Case, Record, measure_gradients, prepared, trained
 
@@ -30,7 +31,8 @@ def cases() -> list[Case]:
 def test_no_error_of_results_or_of_gradients_of_all_parameters_grows(case: Case, record_property: Record) -> None:
     network, inputs = case.prepared()
     inner = "aot_eager" if case.target == "cpp" else "eager"
-    measured = measure_gradients(network, inputs, target=case.target, inner=inner)
+    with for_queries(LENGTH):
+        measured = measure_gradients(network, inputs, target=case.target, inner=inner)
     case.assert_fused(measured, record_property)
     measured.errors.assert_no_farther()
     measured.gradients.assert_no_farther(MARGIN)

@@ -8,9 +8,11 @@ import os
 import platform
 import shlex
 import shutil
+import signal
 import struct
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache, partial
@@ -20,6 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fuse.errors import GET_COMPILER
 from fuse.ir.interval import MAX_LENGTH
 from fuse.ir.spec import AttentionSpec
 from fuse.ir.tile_map import TileMap
@@ -33,10 +36,6 @@ from fuse.targets.cpp.render_tile_map import render_tile_map
 from fuse.targets.dump import dumped
 from fuse.targets.fallback_warnings import left_to_reference
 
-GET_COMPILER = (
-    "Install g++ or clang++ (Debian, Ubuntu: apt install g++; Fedora: dnf install gcc-c++; macOS: xcode-select --install; "
-    "conda: conda install cxx-compiler), or set CXX to a C++17 compiler."
-)
 OTHER_COMPILER = "Set CXX to another C++17 compiler"
 _BUILD_SECONDS = 300
 _FLAGS = ("-std=c++17", "-fno-math-errno", "-fno-trapping-math", "-fPIC", "-shared", "-fvisibility=hidden", "-w")
@@ -129,8 +128,9 @@ def _depends(command: tuple[str, ...]) -> str:
 
 def _compile(command: tuple[str, ...], source: Path, binary: Path) -> None:
     """OpenMP shares torch's threads; where the compiler lacks it, the kernel runs on one."""
-    failed = _run_compiler((*command, "-fopenmp", str(source), "-o", str(binary), "-lm"))
-    failed = failed and _run_compiler((*command, str(source), "-o", str(binary), "-lm"))
+    end = time.monotonic() + _BUILD_SECONDS
+    failed = _run_compiler((*command, "-fopenmp", str(source), "-o", str(binary), "-lm"), end)
+    failed = failed and _run_compiler((*command, str(source), "-o", str(binary), "-lm"), end)
     if failed:
         raise BuildFailed(failed)
     if _ends_its_process(binary):
@@ -146,14 +146,22 @@ def _ends_its_process(binary: Path) -> bool:
     return done.returncode < 0
 
 
-def _run_compiler(command: tuple[str, ...]) -> str:
-    """Empty, or what went wrong, first errors first."""
+def _run_compiler(command: tuple[str, ...], end: float) -> str:
+    """Empty, or what went wrong, first errors first. At ``end``, by the monotonic clock, it is ended with what it started."""
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=_BUILD_SECONDS, check=False)
-    except (OSError, subprocess.TimeoutExpired) as error:
+        process = subprocess.Popen(
+            command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, start_new_session=True
+        )
+    except OSError as error:
         return f"the C++ compiler did not run: {error}. {GET_COMPILER}"
-    errors = done.stderr.strip()[:2000] or f"exit status {done.returncode}"
-    return f"{errors}\nsaid {shlex.join(command)}. {OTHER_COMPILER}, or report this" if done.returncode else ""
+    try:
+        errors = process.communicate(timeout=max(0.0, end - time.monotonic()))[1]
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.communicate()
+        return f"{shlex.join(command)} had not ended after {_BUILD_SECONDS} s. {OTHER_COMPILER}"
+    said = errors.strip()[:2000] or f"exit status {process.returncode}"
+    return f"{said}\nsaid {shlex.join(command)}. {OTHER_COMPILER}, or report this" if process.returncode else ""
 
 
 def _load(binary: Path) -> Run:
