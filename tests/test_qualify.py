@@ -24,7 +24,7 @@ import fuse
 from fuse import targets
 from fuse.ir.expr import Const, Expr, Load, apply, const
 from fuse.ir.gradient import Gradient, differentiable
-from fuse.ir.spec import AttentionSpec
+from fuse.ir.spec import AttentionSpec, Mask
 from fuse.ir.tile_map import TileMap
 from fuse.ops.warm import ExpectedCall
 from fuse.qualify import faster, judge, right, torchs_own
@@ -69,6 +69,20 @@ def test_what_is_right_is_not_refused(number: int) -> None:
 def test_no_right_kernel_is_refused(name: str) -> None:
     p = {**CASES, **RANDOM_CASES}[name]("float32")
     assert not wrong(p, "cpp", wanted_of(p)) and targets.kernel(p.spec, "cpp").runs.by == "kernel"
+
+
+@pytest.mark.compiler
+def test_places_that_are_computed_in_another_way_under_a_mask_are_the_same_places() -> None:
+    """As DeBERTa's: drawn apart, the score that is seen would be another function than the score."""
+    table, places = rand(3, 20), torch.arange(37 * 37).reshape(37, 37) % 20
+
+    def score(s: Expr) -> tuple[Expr, Mask]:
+        under, beside = (op("add", s, load(table, 3, B1, load(places, i, Q, K))) for i in (4, 5))
+        made, mask = hide(under, op("ne", op("mod", op("add", Q, K), 3), 0), -1e30)
+        return made, replace(mask, visible=beside)
+
+    p = problem("float32", table, places, places.clone(), score=score)
+    assert not wrong(p, "cpp", wanted_of(p))
 
 
 def changed(root: Expr, change: Callable[[Expr], Expr]) -> Expr:

@@ -79,7 +79,21 @@ def _drawn(
         if spec.query.operand == i:
             _once(x).mul_(factor)
         operands.append(x)
+    for made, given in _read_twice(spec):
+        if operands[made].shape == operands[given].shape and operands[made].dtype == operands[given].dtype:
+            operands[made] = operands[given]
     return Problem(spec, tuple(operands), tuple(sizes))
+
+
+def _read_twice(spec: AttentionSpec) -> Iterable[tuple[int, int]]:
+    """Operands that the visible score reads in the place of the score's: the same, computed in fewer steps under the mask."""
+    if spec.mask is None:
+        return ()
+    score, visible = ([n.operand for n in walk(e) if isinstance(n, Load)] for e in (spec.score, spec.mask.visible))
+    elsewhere = {n.operand for n in walk(spec.query, spec.key, spec.value, spec.mask.predicate) if isinstance(n, Load)}
+    simpler = [i for i in dict.fromkeys(visible) if i not in score and i not in elsewhere]
+    longer = [i for i in dict.fromkeys(score) if i not in visible and i not in elsewhere]
+    return zip(simpler, longer, strict=True) if len(simpler) == len(longer) else ()
 
 
 def laid_out(like: Tensor, shape: Sequence[int], device: torch.device) -> Tensor:
