@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from fuse.targets.triton.plan import ARCHITECTURES
+from fuse.targets.triton.plan import architecture
 
 pytest.importorskip("triton", reason="no Triton on this platform")
 pytestmark = pytest.mark.triton
@@ -53,7 +53,7 @@ def test_no_kernel_for_nvidia_spills_registers(found: Kernels) -> None:
 
 
 def test_shared_memory_fits(found: Kernels) -> None:
-    limits = {name: ARCHITECTURES[name.split()[0].split(":")[2]].shared for name in found}
+    limits = {name: architecture(name.split()[0].split(":")[2]).shared for name in found}
     assert {name: kernel["shared"] for name, kernel in found.items() if kernel["shared"] > limits[name]} == {}
 
 
