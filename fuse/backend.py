@@ -41,7 +41,7 @@ def fuse(
     if is_read(example_inputs, chosen):
         call, reading = _tried(gm, example_inputs, chosen)
     else:
-        call, reading = inner.compiler(chosen, patterns=True)(gm, example_inputs), unread(example_inputs, chosen)
+        call, reading = _compiled(gm, example_inputs, chosen, (), patterns=True), unread(example_inputs, chosen)
     compiled.append(replace(reading, sites=tuple(map(_built, reading.sites))))
     return call if original is None else check.against(original, call, reading.sites)
 
@@ -58,9 +58,7 @@ def _tried(gm: GraphModule, example_inputs: Sequence[Any], chosen: Options) -> t
 def _fused(gm: GraphModule, example_inputs: Sequence[Any], chosen: Options, leave: Leave) -> tuple[Callable[..., Any], Reading]:
     reading = rewrite(gm, chosen, example_inputs, leave=leave)
     _prepare(gm, reading.sites, chosen.tune)  # builds run beside the inner compiler
-    if chosen.inner == "inductor":
-        flex.refuse_training(gm, reading.sites)
-    return _compiled(gm, example_inputs, inner.compiler(chosen, patterns=False)), reading
+    return _compiled(gm, example_inputs, chosen, reading.sites, patterns=False), reading
 
 
 def _prepare(gm: GraphModule, sites: Sequence[Site], tune: bool) -> None:
@@ -71,13 +69,19 @@ def _prepare(gm: GraphModule, sites: Sequence[Site], tune: bool) -> None:
         if any(wanted):
             targets.prepare_backward(spec, target, wanted, tune)
     wanted_of = {(spec, target): wanted for spec, target, wanted in found}
-    for call in warm.calls(gm):
-        if registry.named(call.target).late:
+    late = {target for _, target, _ in found if registry.named(target).late}
+    for call in warm.calls(gm) if late else ():
+        if call.target in late:
             targets.beside(warm.compile_for, call, wanted_of.get((parsed(call.spec), call.target), ()))
 
 
-def _compiled(gm: GraphModule, example_inputs: Sequence[Any], compiler: Callable[..., Any]) -> Callable[..., Any]:
+def _compiled(
+    gm: GraphModule, example_inputs: Sequence[Any], chosen: Options, sites: Sequence[Site], patterns: bool
+) -> Callable[..., Any]:
     """What the inner compiler makes of ``gm``, again without derivatives that it cannot trace if that is what stopped it."""
+    if chosen.inner == "inductor":
+        flex.refuse_training(gm, sites)
+    compiler = inner.compiler(chosen, patterns)
     try:
         return compiler(gm, example_inputs)  # type: ignore[no-any-return]
     except (DataDependentOutputException, DynamicOutputShapeException):
@@ -98,9 +102,11 @@ def chooser(chosen: Options) -> Choose:
 
 def is_read(example_inputs: Sequence[Any], chosen: Options) -> bool:
     """Whether fuse looks into a graph with such inputs; one without kernels for any of them is the inner compiler's."""
+    if chosen.disable:
+        return False
     devices = _devices(example_inputs)
-    if chosen.disable or not devices or any(map(chooser(chosen), devices)):
-        return not chosen.disable
+    if not devices or any(map(chooser(chosen), devices)):
+        return True
     _warn_of_devices(frozenset(d.type for d in devices), chosen.target)
     return False
 

@@ -131,6 +131,18 @@ def causal_mask(s: Expr) -> tuple[Expr, Mask]:
     return hide(s, op("le", K, Q), upper=op("add", Q, 1))
 
 
+def bias_read_in_two_ways() -> Problem:
+    """In one way beside the mask and in another under it, as where what the mask says has simplified the place in a table."""
+    table, places = rand(3, 20), torch.arange(37 * 37).reshape(37, 37) % 20
+
+    def score(s: Expr) -> tuple[Expr, Mask]:
+        under, beside = (op("add", s, load(table, 3, B1, load(places, i, Q, K))) for i in (4, 5))
+        made, mask = hide(under, op("ne", op("mod", op("add", Q, K), 3), 0), -1e30)
+        return made, replace(mask, visible=beside)
+
+    return problem("float32", table, places, places.clone(), score=score)
+
+
 def mapped(made: Problem) -> Problem:
     """With a map of the residual's tiles as last operand."""
     use, mask = tile_map.map_of(made.spec), made.spec.mask

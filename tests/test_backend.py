@@ -153,7 +153,9 @@ def test_auto_leaves_gpus_alone_where_triton_is_not_installed(monkeypatch: pytes
 def test_the_warning_names_the_targets_that_have_kernels_there(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.WARNING, "fuse"):
         backend._warn_of_devices(frozenset({"cuda"}), "cpp")
-    assert "target 'cpp' has kernels for cpu. For those there is target 'triton' to try." in caplog.text
+        backend._warn_of_devices(frozenset({"cuda"}), "auto")  # a GPU that auto does not take
+    for target in ("cpp", "auto"):
+        assert f"target {target!r} has kernels for cpu. For those there is target 'triton' to try." in caplog.text
 
 
 def test_mode_and_options_reach_inductor() -> None:

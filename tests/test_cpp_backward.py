@@ -9,13 +9,12 @@ from dataclasses import replace
 import pytest
 import torch
 from gradients import check, floats, grad_out, run
-from problems import B0, B1, D, E, K, Problem, Q, hide, load, local_keys, op, problem, rand
+from problems import B0, D, E, K, Problem, Q, bias_read_in_two_ways, load, local_keys, op, problem, rand
 from specs import CASES
 from together import asked, narrow, together
 
 from fuse import targets
-from fuse.ir.expr import Expr
-from fuse.ir.spec import Mask, Operand
+from fuse.ir.spec import Operand
 from fuse.kernel.destinations import Unsupported
 from fuse.targets import reference
 from fuse.targets.cpp import cpu
@@ -208,16 +207,8 @@ def test_a_query_that_all_batches_share_is_summed_over_them() -> None:
     check(p, run(p, kernel(p, floats(p), LANES)), floats(p))
 
 
-def test_a_bias_may_be_read_in_one_way_beside_the_mask_and_in_another_under_it() -> None:
-    """As where the place in a table was simplified by what the mask says: gradients of both ways add up."""
-    table, places = rand(3, 20), torch.arange(37 * 37).reshape(37, 37) % 20
-
-    def score(s: Expr) -> tuple[Expr, Mask]:
-        under, beside = (op("add", s, load(table, 3, B1, load(places, i, Q, K))) for i in (4, 5))
-        made, mask = hide(under, op("ne", op("mod", op("add", Q, K), 3), 0), -1e30)
-        return made, replace(mask, visible=beside)
-
-    p = problem("float32", table, places, places.clone(), score=score)
+def test_gradients_of_a_bias_that_is_read_in_two_ways_add_up() -> None:
+    p = bias_read_in_two_ways()
     check(p, run(p, kernel(p, floats(p), LANES)), floats(p))
 
 

@@ -210,6 +210,12 @@ def test_what_is_left_to_inductor_says_why_it_does_not_train() -> None:
         compiled(lambda *x: flex_attention(*x, block_mask=mask), "inductor")(*(x.requires_grad_() for x in heads(1, 4, N)))
 
 
+def test_training_is_refused_as_by_torch_where_fuse_is_disabled() -> None:
+    run = torch.compile(flex_attention, backend="fuse", options={"disable": True})
+    with pytest.raises(Exception, match="does not support the backward of FlexAttention on CPU"):
+        run(*(x.requires_grad_() for x in heads(1, 1, 16)))
+
+
 def test_results_lie_in_memory_as_eager_s_do() -> None:
     """The result has the query's order of dimensions, which ``view`` relies on; so has that of SDPA."""
 

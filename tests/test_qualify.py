@@ -14,8 +14,8 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from faulty_target import FAULTS, Fault, FaultyTarget, Results
-from problems import B0, B1, K, Problem, Q, hide, load, op, problem, rand
+from faulty_target import FAULTS, Fault, FaultyKernel, FaultyTarget, Results
+from problems import B0, B1, K, Problem, Q, bias_read_in_two_ways, hide, load, op, problem, rand
 from specs import CASES, RANDOM_CASES
 from torch import Tensor
 from torch.nn.attention.flex_attention import flex_attention
@@ -25,12 +25,12 @@ import fuse
 from fuse import targets
 from fuse.ir.expr import Expr, apply, const
 from fuse.ir.gradient import differentiable
-from fuse.ir.spec import Mask
 from fuse.ops.warm import ExpectedCall
 from fuse.qualify import faster, judge, right, torchs_own
 from fuse.qualify.problem import laid_out, small, whole
 from fuse.qualify.verdict import Verdict, case_of, read, write
-from fuse.targets import registry
+from fuse.report.runs import Runs
+from fuse.targets import reference, registry
 
 CPU = torch.device("cpu")
 
@@ -62,7 +62,7 @@ def test_what_is_right_is_not_refused(number: int) -> None:
 
 @pytest.mark.compiler
 @pytest.mark.parametrize(
-    "name", ["plain", "grouped_query", "packed_qkv", "documents_in_any_order", "dropout", "sinks", "t5_bias"]
+    "name", ["plain", "grouped_query", "packed_qkv", "documents_in_any_order", "mapped_bool", "dropout", "sinks", "t5_bias"]
 )
 def test_no_right_kernel_is_refused(name: str) -> None:
     p = {**CASES, **RANDOM_CASES}[name]("float32")
@@ -72,14 +72,7 @@ def test_no_right_kernel_is_refused(name: str) -> None:
 @pytest.mark.compiler
 def test_places_that_are_computed_in_another_way_under_a_mask_are_the_same_places() -> None:
     """As DeBERTa's: drawn apart, the score that is seen would be another function than the score."""
-    table, places = rand(3, 20), torch.arange(37 * 37).reshape(37, 37) % 20
-
-    def score(s: Expr) -> tuple[Expr, Mask]:
-        under, beside = (op("add", s, load(table, 3, B1, load(places, i, Q, K))) for i in (4, 5))
-        made, mask = hide(under, op("ne", op("mod", op("add", Q, K), 3), 0), -1e30)
-        return made, replace(mask, visible=beside)
-
-    p = problem("float32", table, places, places.clone(), score=score)
+    p = bias_read_in_two_ways()
     assert not wrong(p, "cpp", wanted_of(p))
 
 
@@ -321,6 +314,35 @@ def test_always_decides_anew(faulty: Callable[[str, Fault], None], qualified: Pa
     assert reason() != first
 
 
+@pytest.mark.parametrize("by", ["edited kernel", "reference"])
+def test_what_no_generated_kernel_showed_is_not_kept(
+    faulty: Callable[[str, Fault], None], qualified: Path, monkeypatch: pytest.MonkeyPatch, by: Any
+) -> None:
+    """An edit goes away again, and a compiler may be installed."""
+    monkeypatch.setattr(FaultyKernel, "runs", Runs(by))
+    faulty("reference", Fault(results=Slow(0.01)))
+    compiled("faulty")(*inputs())
+    assert fuse.report().sites[-1].recovered == (by == "edited kernel") and not list(qualified.rglob("verdict-*"))
+
+
+def test_a_kernel_that_there_is_no_memory_to_check_is_not_used_and_nothing_is_kept(
+    faulty: Callable[[str, Fault], None], qualified: Path
+) -> None:
+    def full(out: Tensor, lse: Tensor, operands: Sequence[Tensor]) -> Results:
+        raise torch.OutOfMemoryError
+
+    faulty("reference", Fault(results=full))
+    torch.testing.assert_close(compiled("faulty")(*inputs()), Model()(*inputs()))
+    assert "no memory to check it" in reason() and not list(qualified.rglob("verdict-*"))
+
+
+def test_the_map_of_a_mask_is_checked(monkeypatch: pytest.MonkeyPatch) -> None:
+    p = CASES["mapped_bool"]("float32")
+    assert not wrong(p, "reference", wanted_of(p))
+    monkeypatch.setattr(right.targets, "map_kernel", lambda spec, target: lambda *given: 0 * reference.tile_map(spec, *given))
+    assert any("the map of its mask" in said for said in wrong(p, "reference", wanted_of(p)))
+
+
 def decided(folder: Path) -> Path:
     (found,) = folder.rglob("verdict-*.json")
     return found
@@ -343,7 +365,12 @@ def test_a_decision_that_is_not_whole_is_made_again(qualified: Path, damage: str
     assert read(case) == Verdict("kept")
 
 
-def test_other_versions_sizes_and_gradients_are_other_cases() -> None:
+def apart(x: Tensor) -> Tensor:
+    """The same as a part of a larger tensor: twice as far from row to row."""
+    return torch.empty(*x.shape[:-1], 2 * x.shape[-1], device="meta")[..., : x.shape[-1]]
+
+
+def test_other_versions_sizes_layouts_compilers_and_gradients_are_other_cases(monkeypatch: pytest.MonkeyPatch) -> None:
     call = call_of(grouped(), "reference")
     case = case_of(call, [False] * 4, "")
     others = [
@@ -351,8 +378,12 @@ def test_other_versions_sizes_and_gradients_are_other_cases() -> None:
         case_of(call, [True] * 4, ""),
         case_of(call, [False] * 4, faster.SDPA),
         case_of(call_of(grouped(length=400), "reference"), [False] * 4, ""),
+        case_of(replace(call, operands=(apart(call.operands[0]), *call.operands[1:])), [False] * 4, ""),
+        case_of(replace(call, target="cpp"), [False] * 4, ""),
     ]
-    assert len({c.key for c in (case, *others)}) == 5
+    monkeypatch.setenv("CXX", "c++ -g")
+    others.append(case_of(replace(call, target="cpp"), [False] * 4, ""))
+    assert len({c.key for c in (case, *others)}) == 8
     assert case_of(call_of(grouped(length=201), "reference"), [False] * 4, "").key == case.key
 
 

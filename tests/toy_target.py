@@ -87,6 +87,9 @@ class ToyTarget:
     def by_itself(self, device: torch.device) -> bool:
         return False
 
+    def toolchain(self) -> str:
+        return ""
+
     def lse_dtype(self, spec: AttentionSpec) -> str:
         return spec.lse_dtype
 

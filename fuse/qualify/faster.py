@@ -16,10 +16,11 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from fuse.ops.attention import parsed
 from fuse.ops.warm import ExpectedCall
+from fuse.passes.find import ATTENTION
 from fuse.qualify.problem import whole
 from fuse.qualify.torchs_own import sdpa
 
-SDPA, PLAIN = "scaled_dot_product_attention", "plain operations"
+SDPA, PLAIN = ATTENTION, "plain operations"
 _MARGIN = 1.1  # by how much a kernel has to lose
 _CLEAR = 2.0  # by how much it may win at once
 _ROUNDS, _LEAST, _TRIALS = 5, 2e-3, 2  # in turn; seconds of one round; measurements, all of which it has to lose

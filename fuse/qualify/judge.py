@@ -6,7 +6,7 @@ import json
 import logging
 import math
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, field
 
@@ -18,15 +18,18 @@ from fuse.memoize import at_forget
 from fuse.ops import warm
 from fuse.ops.attention import parsed
 from fuse.ops.warm import ExpectedCall
+from fuse.passes.read.varlen import VARLEN, VARLEN_OUT
 from fuse.qualify import faster, right, verdict
+from fuse.qualify.problem import map_used
 from fuse.qualify.verdict import Case, Kind, Verdict, case_of
 from fuse.report.reasons import KernelRefused, Reason, Slower
+from fuse.report.runs import Runs
 from fuse.targets import registry
 
 log = logging.getLogger("fuse")
 # Operators that SDPA does not stand for: nothing is timed beside them.
-_WITH_KERNELS = ("flex_attention", "_varlen_attn", "_varlen_attn_out")
-_KEPT = Verdict("kept")
+_WITH_KERNELS = ("flex_attention", VARLEN, VARLEN_OUT)
+_KEPT, _UNCHECKED = Verdict("kept"), Verdict("refused", "there was no memory to check it")
 _REASONS: dict[Kind, Callable[[str], Reason | None]] = {"kept": lambda why: None, "refused": KernelRefused, "slower": Slower}
 _decided: dict[Case, Verdict] = {}
 at_forget(_decided.clear)
@@ -85,9 +88,11 @@ def _known(case: Case) -> Verdict | None:
 
 def _judge(case: Case, question: Question) -> Verdict:
     """Decides, and keeps what was decided."""
-    device = question.call.device
+    call, wanted, device = question.call, question.wanted, question.call.device
     with _on(device), torch.autocast(device.type, enabled=False), torch.enable_grad():  # whatever surrounds the user's call
-        found = _decided[case] = _agreed(case, _judged(question.call, question.wanted, question.written))
+        found = _decided[case] = _agreed(case, _judged(call, wanted, question.written))
+    if found == _UNCHECKED or any(part.by != "kernel" for part in _running(call, wanted)):
+        return found  # it says nothing of the kernel that another run will have
     verdict.write(case, found)
     if found.kind == "refused":
         source = targets.kernel(parsed(case.spec), case.target).source
@@ -100,19 +105,28 @@ def _judge(case: Case, question: Question) -> Verdict:
 
 
 def _judged(call: ExpectedCall, wanted: tuple[bool, ...], written: str) -> Verdict:
-    parts = targets.running(parsed(call.spec), call.target, wanted).values()
-    targets.kernel(parsed(call.spec), call.target)
-    if not registry.named(call.target).generated or any(part.by == "edited kernel" for part in parts):
+    if not registry.named(call.target).generated or any(part.by == "edited kernel" for part in _running(call, wanted)):
         return _KEPT
     try:
         wrong = next((f for f in right.findings(call, wanted) if f.wrong), None)
     except torch.OutOfMemoryError:
-        return _KEPT
+        return _UNCHECKED
     except Exception as error:
         return Verdict("refused", f"{type(error).__name__}: {error}")
     if wrong is not None:
         return Verdict("refused", str(wrong))
     return _KEPT if written in _WITH_KERNELS else _timed(call, wanted, written)
+
+
+def _running(call: ExpectedCall, wanted: tuple[bool, ...]) -> Iterable[Runs]:
+    """What computes it, when that is built."""
+    spec = parsed(call.spec)
+    targets.kernel(spec, call.target)
+    if (use := map_used(spec)) is not None:
+        targets.map_kernel(use.tile_map, call.target)
+    if any(wanted):
+        targets.backward_kernel(spec, call.target, wanted)
+    return targets.running(spec, call.target, wanted).values()
 
 
 def _timed(call: ExpectedCall, wanted: tuple[bool, ...], written: str) -> Verdict:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -65,14 +65,12 @@ def _drawn(
     seed: int, factor: float, masked: bool = True,
 ) -> Problem:  # fmt: skip
     generator = torch.Generator(call.device).manual_seed(seed)
-    use = None if spec.mask is None or spec.mask.tiles is None else tile_map.map_of(spec)
+    use = map_used(spec)
     loads = [n for n in walk(*spec.roots().values()) if isinstance(n, Load)]
     operands: list[Tensor] = []
     for i, (like, shape) in enumerate(zip(call.operands, shapes, strict=True)):
         if use is not None and i == use.load.operand:
-            symbols = dict(zip(spec.symbols, sizes, strict=True))
-            cells = [operands[j] for j in use.operands], [symbols[name] for name in use.symbols]
-            operands.append(reference.tile_map(use.tile_map, *cells))
+            operands.append(reference.tile_map(use.tile_map, *of_map(use, spec, operands, sizes)))
             continue
         x = laid_out(like, shape, call.device)
         _fill(_once(x), [n for n in loads if n.operand == i], spec, shapes, generator, masked and not wanted[i])
@@ -83,6 +81,21 @@ def _drawn(
         if operands[made].shape == operands[given].shape and operands[made].dtype == operands[given].dtype:
             operands[made] = operands[given]
     return Problem(spec, tuple(operands), tuple(sizes))
+
+
+def map_used(spec: AttentionSpec) -> tile_map.Use | None:
+    """The map of tiles that the spec reads, by the operand that has it."""
+    tiles = None if spec.mask is None else spec.mask.tiles
+    use = None if tiles is None else tile_map.map_of(spec)
+    return None if tiles is None or use is None else replace(use, load=tiles)
+
+
+def of_map(
+    use: tile_map.Use, spec: AttentionSpec, operands: Sequence[Tensor], sizes: Sequence[int]
+) -> tuple[list[Tensor], list[int]]:
+    """The operands and sizes of a map, from those of the spec."""
+    symbols = dict(zip(spec.symbols, sizes, strict=True))
+    return [operands[j] for j in use.operands], [symbols[name] for name in use.symbols]
 
 
 def _read_twice(spec: AttentionSpec) -> Iterable[tuple[int, int]]:
@@ -97,8 +110,15 @@ def _read_twice(spec: AttentionSpec) -> Iterable[tuple[int, int]]:
 
 
 def laid_out(like: Tensor, shape: Sequence[int], device: torch.device) -> Tensor:
-    """A tensor of zeros of another shape whose dimensions follow each other in memory as those of ``like`` do: with its gaps,
-    as of a view of a larger tensor, and sharing what it shares."""
+    """A tensor of zeros of another shape that lies in memory as ``like`` does."""
+    strides = strides_as(like, shape)
+    size = 1 + sum((n - 1) * s for n, s in zip(shape, strides, strict=True)) if math.prod(shape) else 0
+    return torch.zeros(size, dtype=like.dtype, device=device).as_strided(list(shape), strides)
+
+
+def strides_as(like: Tensor, shape: Sequence[int]) -> list[int]:
+    """Of a tensor of another shape whose dimensions follow each other in memory as those of ``like`` do: with its gaps, as of a
+    view of a larger tensor, and sharing what it shares."""
     strides, dense, before = [0] * len(shape), 1, 1
     for dim in sorted(range(len(shape)), key=lambda d: (like.stride(d), like.shape[d])):
         if like.stride(dim) == 0 or like.shape[dim] == 1:
@@ -106,8 +126,7 @@ def laid_out(like: Tensor, shape: Sequence[int], device: torch.device) -> Tensor
         gap = min(like.stride(dim) / before, _GAP) if before else 1
         strides[dim] = max(1, math.ceil(dense * gap))
         dense, before = strides[dim] * shape[dim], like.stride(dim) * like.shape[dim]
-    size = 1 + sum((n - 1) * s for n, s in zip(shape, strides, strict=True)) if math.prod(shape) else 0
-    return torch.zeros(size, dtype=like.dtype, device=device).as_strided(list(shape), strides)
+    return strides
 
 
 def _once(x: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fuse import targets
 from fuse.ops.warm import ExpectedCall
-from fuse.qualify.problem import Problem, small
+from fuse.qualify.problem import Problem, map_used, of_map, small
 from fuse.targets import reference
 
 # Eager's error is one draw of rounding errors, a kernel's another: they are seldom so many times apart. Where scores are large,
@@ -60,7 +60,7 @@ def findings(call: ExpectedCall, wanted: Sequence[bool]) -> Iterator[Finding]:
 
 @dataclass(frozen=True)
 class _Part:
-    """The result or one of the gradients: as it is in float64, and as eager has it."""
+    """The result, one of the gradients, or the map of the mask's tiles: as it is in float64, and as eager has it."""
 
     name: str
     exact: Tensor
@@ -89,6 +89,9 @@ def _asked(p: Problem, wanted: tuple[bool, ...]) -> _Asked:
         of = (reference.attention_backward(p.spec, grad, p.operands, p.sizes, wanted, how) for how in ("exact", "eager"))
         numbers = [i for i, w in enumerate(wanted) if w]
         parts += [_Part(f"the gradient of operand {i}", *both) for i, *both in zip(numbers, *of, strict=True)]
+    if (use := map_used(p.spec)) is not None:
+        cells = p.operands[use.load.operand].double()
+        parts.append(_Part("the map of its mask", cells, cells))
     return _Asked(p, wanted, grad, tuple(parts))
 
 
@@ -96,12 +99,14 @@ def _answers(asked: _Asked, target: str) -> Iterator[Tensor]:
     """The kernels' results, in the order of the parts."""
     p = asked.problem
     kernel = targets.kernel(p.spec, target)
-    if not any(asked.wanted):
+    if any(asked.wanted):
+        out, lse = kernel.forward(p.operands, p.sizes)
+        yield out
+        yield from targets.backward_kernel(p.spec, target, asked.wanted)(asked.grad_out, p.operands, p.sizes, out, lse)
+    else:
         yield kernel(p.operands, p.sizes)
-        return
-    out, lse = kernel.forward(p.operands, p.sizes)
-    yield out
-    yield from targets.backward_kernel(p.spec, target, asked.wanted)(asked.grad_out, p.operands, p.sizes, out, lse)
+    if (use := map_used(p.spec)) is not None:
+        yield targets.map_kernel(use.tile_map, target)(*of_map(use, p.spec, p.operands, p.sizes)).double()
 
 
 def _compared(part: _Part, found: Tensor, eager: float, times: int) -> Finding:

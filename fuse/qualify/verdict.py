@@ -17,10 +17,13 @@ from typing import Literal
 import torch
 
 from fuse.ops.warm import ExpectedCall
+from fuse.qualify.problem import strides_as
 from fuse.settings import settings
+from fuse.targets import registry
 from fuse.targets.cache import content, write_atomically
 
 FORMAT = 1
+_FEW = 16  # of each dimension of a tensor whose strides stand for a layout, whatever the sizes
 Kind = Literal["kept", "refused", "slower"]
 
 
@@ -58,23 +61,16 @@ class Case:
 
 
 def case_of(call: ExpectedCall, wanted: Sequence[bool], written: str) -> Case:
-    layout = tuple(f"{t.dtype} {_order(t)} {_shared(t)}" for t in call.operands)
+    layout = tuple(f"{t.dtype} {strides_as(t, [_FEW] * t.dim())}" for t in call.operands)
     sizes = tuple(map(_magnitude, call.sizes))
-    return Case(call.spec, call.target, device_name(call.device), _versions(), tuple(wanted), written, sizes, layout)
+    built = hashlib.sha256(registry.named(call.target).toolchain().encode()).hexdigest()[:12]
+    versions = f"{_versions()}, toolchain {built}"
+    return Case(call.spec, call.target, device_name(call.device), versions, tuple(wanted), written, sizes, layout)
 
 
 def _magnitude(n: int) -> int:
     """Twice the logarithm to base 2, rounded; small sizes are themselves, below zero."""
     return -n if n <= 8 else round(2 * math.log2(n))
-
-
-def _order(t: torch.Tensor) -> tuple[int, ...]:
-    steps: tuple[int, ...] = t.stride()
-    return tuple(sorted(range(t.dim()), key=lambda d: (-steps[d], d)))
-
-
-def _shared(t: torch.Tensor) -> tuple[bool, ...]:
-    return tuple(n == 1 or s == 0 for n, s in zip(t.shape, t.stride(), strict=True))
 
 
 def device_name(device: torch.device) -> str:

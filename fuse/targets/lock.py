@@ -32,8 +32,10 @@ def locked(path: Path) -> Iterator[None]:
 
     Raises Held after LIMIT seconds.
     """
-    if path.exists() and not path.is_file():
-        shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    elif path.exists() and not path.is_file():
+        path.unlink()
     with path.open("a+") as file:
         if fcntl is not None:
             _wait(file, path)

@@ -17,7 +17,8 @@ def make_private(folder: Path) -> None:
     """Makes ``folder``, for the user alone. Raises OSError where that cannot be."""
     if folder.is_dir():
         return
-    make_private(folder.parent) if not folder.parent.exists() else None
+    if not folder.parent.exists():
+        make_private(folder.parent)
     folder.mkdir(mode=0o700, exist_ok=True)
 
 

@@ -37,8 +37,8 @@ def for_device(name: str, device: torch.device) -> Target | None:
 
 def devices_of(name: str) -> tuple[str, ...]:
     """The types of devices that ``for_device`` has something for."""
-    meant = _targets.values() if name == AUTO else (_targets[name],)
-    return tuple(sorted({device for t in meant for device in t.devices or ()}))
+    types = {device for t in _targets.values() for device in t.devices or ()}
+    return tuple(sorted(device for device in types if for_device(name, torch.device(device)) is not None))
 
 
 def others_for(devices: Set[str]) -> tuple[str, ...]:

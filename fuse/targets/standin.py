@@ -76,6 +76,9 @@ class ReferenceTarget:
     def by_itself(self, device: torch.device) -> bool:
         return False
 
+    def toolchain(self) -> str:
+        return ""
+
     def lse_dtype(self, spec: AttentionSpec) -> str:
         return spec.lse_dtype
 

@@ -44,6 +44,10 @@ class Target(Protocol):
         """Whether "auto" chooses it for tensors on ``device``, of a type that it has kernels for."""
         ...
 
+    def toolchain(self) -> str:
+        """What its kernels depend on beside their source and the versions of torch and Triton: a compiler, say."""
+        ...
+
     def lse_dtype(self, spec: AttentionSpec) -> str:
         """What the log-sum-exp of rows is kept in for backward."""
         ...

@@ -111,13 +111,25 @@ def build_tile_map(spec: TileMap, isa: str | None = None) -> Built:
 
 def build_source(name: str, isa: str, rendered: str) -> Built:
     """Raises BuildFailed, which names the file that somebody edited where it is not ours."""
-    source, command = dumped(name, rendered, SUFFIX), (*cxx_compiler(), *_FLAGS, *_ISA_FLAGS[isa])
+    source, command = dumped(name, rendered, SUFFIX), _command(isa)
     text = source.text if source.edited is None else f"#line 1 {json.dumps(str(source.edited))}\n{source.text}"
     try:
         found = entry(NAME, name, SUFFIX, text, _depends(command), partial(_compile, command), _load)
     except BuildFailed as error:
         raise source.refused(error) from error
     return Built(found.source, found.loaded, source.runs(found.source))
+
+
+def toolchain() -> str:
+    """What kernels are built by on this machine, and for which processor."""
+    try:
+        return _depends(_command(instruction_set()))
+    except BuildFailed as error:
+        return str(error)
+
+
+def _command(isa: str) -> tuple[str, ...]:
+    return (*cxx_compiler(), *_FLAGS, *_ISA_FLAGS[isa])
 
 
 def _depends(command: tuple[str, ...]) -> str:

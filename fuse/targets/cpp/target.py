@@ -10,7 +10,7 @@ from fuse.ir.gradient import Gradient
 from fuse.ir.spec import AttentionSpec
 from fuse.ir.tile_map import TileMap
 from fuse.targets.cpp import NAME, SUFFIX
-from fuse.targets.cpp.launch import CppKernel, CppTileMap, build, build_tile_map, instruction_set
+from fuse.targets.cpp.launch import CppKernel, CppTileMap, build, build_tile_map, instruction_set, toolchain
 from fuse.targets.cpp.launch_backward import CppBackward, build_backward
 from fuse.targets.cpp.plan import lse_dtype, plan
 
@@ -26,6 +26,9 @@ class CppTarget:
 
     def by_itself(self, device: torch.device) -> bool:
         return True
+
+    def toolchain(self) -> str:
+        return toolchain()
 
     def lse_dtype(self, spec: AttentionSpec) -> str:
         return lse_dtype(spec)

@@ -40,6 +40,9 @@ class TritonTarget:
         """On a GPU of a kind that kernels are compiled for in tests, where Triton is installed."""
         return device.type in _GPU and find_spec("triton") is not None and is_known(device)
 
+    def toolchain(self) -> str:
+        return ""
+
     def lse_dtype(self, spec: AttentionSpec) -> str:
         return spec.lse_dtype
 
