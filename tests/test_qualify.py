@@ -62,7 +62,20 @@ def test_what_is_right_is_not_refused(number: int) -> None:
 
 @pytest.mark.compiler
 @pytest.mark.parametrize(
-    "name", ["plain", "grouped_query", "packed_qkv", "documents_in_any_order", "mapped_bool", "dropout", "sinks", "t5_bias"]
+    "name",
+    [
+        "plain",
+        "grouped_query",
+        "packed_qkv",
+        "documents_in_any_order",
+        "mapped_bool",
+        "packed_sequences",
+        "one_key",
+        "head_dim_80",
+        "dropout",
+        "sinks",
+        "t5_bias",
+    ],
 )
 def test_no_right_kernel_is_refused(name: str) -> None:
     p = {**CASES, **RANDOM_CASES}[name]("float32")

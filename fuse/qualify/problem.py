@@ -20,6 +20,7 @@ from fuse.targets import reference
 # More than a tile of any target, and no multiple of one.
 _LENGTH, _STEP = 149, 13
 _MASKED, _SHARE = -3e4, 0.25  # what a mask that is added holds, and how many of its entries hold it
+_SPAN = 40  # keys of one query, where a table says which
 _IDS = 4  # documents, or whatever else positions are told apart by
 _GAP = 8  # the most that strides are larger than in a dense tensor
 
@@ -148,6 +149,10 @@ def _fill(
         if masked and _adds_a_mask(loads, spec):
             x.masked_fill_(torch.rand(x.shape, generator=generator, device=x.device) < _SHARE, _MASKED)
             _hide_a_row(x, loads, _MASKED)
+    elif (upper := _limits_keys(loads, spec)) is not None:
+        for dim in _of_queries(loads):
+            along = torch.arange(x.shape[dim], device=x.device) // _SPAN * _SPAN + _SPAN * upper
+            x.copy_(along.view([-1 if d == dim else 1 for d in range(x.dim())]))
     else:
         high = _places(loads, spec, shapes) or (_IDS if of_positions else _LENGTH)
         numbers = torch.randint(0, high, tuple(x.shape), generator=generator, device=x.device)
@@ -155,11 +160,21 @@ def _fill(
 
 
 def _hide_a_row(x: Tensor, loads: Iterable[Load], hidden: float | bool) -> None:
-    for load in loads:
-        for dim, coord in enumerate(load.coords):
-            if isinstance(coord, Index) and coord.axis == "q" and x.shape[dim] > 1:
-                x.select(dim, 1).fill_(hidden)
-                return
+    for dim in [d for d in _of_queries(loads) if x.shape[d] > 1][:1]:
+        x.select(dim, 1).fill_(hidden)
+
+
+def _of_queries(loads: Iterable[Load]) -> list[int]:
+    """Dimensions of queries."""
+    return [d for n in loads for d, coord in enumerate(n.coords) if isinstance(coord, Index) and coord.axis == "q"]
+
+
+def _limits_keys(loads: Sequence[Load], spec: AttentionSpec) -> bool | None:
+    """Whether what is read of each query is where its keys end; False: where they begin; None: neither."""
+    for upper, root in ((True, spec.mask and spec.mask.upper), (False, spec.mask and spec.mask.lower)):
+        if root and any(n in loads and "q" in axes(n) for n in walk(root)):
+            return upper
+    return None
 
 
 def _adds_a_mask(loads: Sequence[Load], spec: AttentionSpec) -> bool:
