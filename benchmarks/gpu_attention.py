@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+import inspect
 import math
 import warnings
 from collections.abc import Callable
@@ -19,7 +21,8 @@ import fuse
 
 BACKENDS = {"flash": SDPBackend.FLASH_ATTENTION, "cudnn": SDPBackend.CUDNN_ATTENTION,
             "efficient": SDPBackend.EFFICIENT_ATTENTION, "math": SDPBackend.MATH}  # fmt: skip
-PEERS = (*BACKENDS, "flex", "inductor", "eager")
+PACKAGES = {"flash-attn": "flash_attn", "flash-attn-4": "flash_attn.cute"}  # which have flash_attn_func, where installed
+PEERS = (*BACKENDS, *PACKAGES, "flex", "inductor", "eager")
 COMPILED = ("flex", "inductor")
 WINDOW, CAP, DOCUMENTS = 1024, 50.0, 8
 SCORES = 5e9  # bytes of all scores: ways that keep them are left out beyond
@@ -160,6 +163,29 @@ def _sdpa(backend: str, c: Case, x: Inputs) -> Call:
     return call
 
 
+def _flash_attn(name: str, c: Case, x: Inputs) -> Call:
+    """One of the two packages, which take (batch, length, heads, width). Documents of one length are so many more batches."""
+    function = importlib.import_module(PACKAGES[name]).flash_attn_func
+    given: dict[str, Any] = {"causal": c.kind not in ("full", "decode")}
+    if c.kind == "window":
+        given["window_size"] = (WINDOW - 1, 0)
+    if c.kind == "soft-cap":
+        given["softcap"] = CAP
+    if c.kind == "alibi":
+        if "alibi_slopes" not in inspect.signature(function).parameters:
+            raise NotImplementedError(f"{name} has no ALiBi")
+        given["alibi_slopes"] = x.slopes.flatten().float()
+    parts = DOCUMENTS if c.kind == "documents" else 1
+
+    def call() -> Tensor:
+        apart = (t.transpose(1, 2).unflatten(1, (parts, -1)).flatten(0, 1) for t in (x.query, x.key, x.value))
+        out = function(*apart, **given)
+        out = out[0] if isinstance(out, tuple) else out  # the other is the log-sum-exp
+        return out.unflatten(0, (-1, parts)).flatten(1, 2).transpose(1, 2)  # type: ignore[no-any-return]
+
+    return call
+
+
 def _flex(c: Case, x: Inputs) -> Call:
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
@@ -184,6 +210,8 @@ def way(name: str, c: Case, x: Inputs) -> Call:
         raise MemoryError(f"not run: scores of {scores / 1e9:.0f} GB")
     if name in BACKENDS:
         return _sdpa(name, c, x)
+    if name in PACKAGES:
+        return _flash_attn(name, c, x)
     if name == "flex":
         return _flex(c, x)
     if name == "eager":

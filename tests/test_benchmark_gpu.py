@@ -7,14 +7,17 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
+import torch
+from torch import Tensor
 
 BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
 sys.path.insert(0, str(BENCHMARKS))
 
-from gpu_attention import CASES, Case  # noqa: E402
+from gpu_attention import CASES, PACKAGES, Case, Inputs, _visible, attention, way  # noqa: E402
 from workers import Task, Worker, do_all  # noqa: E402
 
 
@@ -60,6 +63,37 @@ def test_a_peer_that_is_missing_has_a_reason(found: dict[str, Any]) -> None:
     assert all(case["missing"].keys() == {"cudnn"} and case["missing"]["cudnn"] for case in found["attention"])
 
 
+def _flash_attn_func(
+    q: Tensor, k: Tensor, v: Tensor, causal: bool = False, window_size: tuple[int, int] = (-1, -1), softcap: float = 0.0,
+    alibi_slopes: Tensor | None = None,
+) -> tuple[Tensor, None]:  # fmt: skip
+    """What the packages document, (batch, length, heads, width), written out."""
+    q, k, v = (t.transpose(1, 2).repeat_interleave(q.shape[2] // t.shape[2], 1) for t in (q, k, v))
+    row, column = torch.arange(q.shape[2])[:, None], torch.arange(k.shape[2])
+    scores = q @ k.mT * q.shape[-1] ** -0.5
+    scores = softcap * torch.tanh(scores / softcap) if softcap else scores
+    scores = scores if alibi_slopes is None else scores - alibi_slopes[:, None, None] * (row - column).abs()
+    hidden = (column > row) & causal | (column < row - window_size[0]) & (window_size[0] >= 0)
+    return (scores.masked_fill(hidden, -torch.inf).softmax(-1) @ v).transpose(1, 2), None
+
+
+@pytest.mark.parametrize("kind", ["full", "causal", "window", "alibi", "soft-cap", "documents", "decode"])
+@pytest.mark.parametrize("package", PACKAGES)
+def test_flash_attn_is_asked_for_what_the_case_computes(package: str, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    module: Any = ModuleType(PACKAGES[package])
+    module.flash_attn_func = _flash_attn_func
+    monkeypatch.setitem(sys.modules, PACKAGES[package], module)
+    case = Case(kind, 1536, 16, 4, 2, 2, 1 if kind == "decode" else 1536, "float32")
+    x = Inputs.make(case, "cpu", gradients=False)
+    torch.testing.assert_close(way(package, case, x)(), attention(kind, x))
+
+
+def test_flash_attn_that_is_not_installed_is_missing() -> None:
+    case = Case("causal", 64, 16, 4, 2, 2, 64, "float32")
+    with pytest.raises(ModuleNotFoundError, match="flash_attn"):
+        way("flash-attn", case, Inputs.make(case, "cpu", gradients=False))
+
+
 def test_a_task_that_fails_hangs_or_dies_costs_only_itself() -> None:
     tasks = [
         Task("raises", eval, ("1 / 0",)), Task("dies", eval, ("__import__('os').abort()",)),
@@ -76,9 +110,6 @@ def test_no_task_begins_after_the_time_is_over() -> None:
 
 @pytest.mark.parametrize("kind", ["causal", "window", "documents"])
 def test_operations_are_those_of_visible_scores(kind: str) -> None:
-    import torch
-    from gpu_attention import _visible
-
     case = Case(kind, 2048, 64, 1, 1, 1, 2048)
     k = torch.arange(2048)
     seen = _visible(kind, k[:, None], k, k // 256).sum().item()
