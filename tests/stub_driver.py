@@ -7,6 +7,9 @@ launched()                       # the files of every kernel that was launched s
 
 from __future__ import annotations
 
+import re
+import subprocess
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +20,7 @@ from triton.runtime import driver
 
 from fuse.targets.triton.plan import ARCHITECTURES, architecture
 
+_TOOL = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
 _loaded: list[dict[str, Path]] = []
 _names = list(ARCHITECTURES)
 
@@ -29,9 +33,11 @@ class StubDriver(DriverBase):
         self.launcher_cls = lambda source, metadata: self.launch
         self.utils = self
         self.launches = 0
+        self.programs: list[int] = []  # of each launch
 
-    def launch(self, *_: Any) -> None:
+    def launch(self, programs: int, *_: Any) -> None:
         self.launches += 1
+        self.programs.append(programs)
 
     def get_current_target(self) -> GPUTarget:
         name = self.arch.name
@@ -47,7 +53,17 @@ class StubDriver(DriverBase):
         return {"max_shared_mem": self.arch.shared}
 
     def load_binary(self, name: str, binary: bytes, shared: int, device: int) -> tuple[int, int, int, int, int]:
-        return 0, 0, 0, 0, 1024  # module, function, registers, spills, threads of a program at most
+        return 0, 0, 0, self.spills(binary), 1024  # module, function, registers, spills, threads of a program at most
+
+    def spills(self, binary: bytes) -> int:
+        """Words of a thread in memory, as NVIDIA's driver counts them."""
+        if self.arch.units == "mfma":
+            return 0
+        with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+            file.write(binary)
+            file.flush()
+            usage = subprocess.run([_TOOL, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
+        return int(re.search(r"STACK:(\d+)", usage)[1]) // 4
 
     def unload_module(self, module: int) -> None:
         """From Triton 3.9 on, when a kernel is freed."""

@@ -57,6 +57,15 @@ def test_a_plan_that_a_device_has_no_resources_for_gives_way_to_the_next(found: 
     assert shared <= 24 * 1024
 
 
+@pytest.mark.parametrize(("spills", "loaded", "rows"), [("none", 1, 0), ("two", 3, 2), ("all", 3, 2), ("more and more", 3, 0)])
+def test_a_plan_that_spills_gives_way_to_one_that_spills_less(
+    spills: str, loaded: int, rows: int, found: dict[str, Any]
+) -> None:
+    """``rows``: by the number of the plan that is taken, and stays."""
+    (first, again), blocks = found["spilling"][spills], found["plans"]
+    assert first == [loaded, blocks[rows]] and again == [0, blocks[rows]]
+
+
 def test_what_a_graph_will_launch_is_compiled_beforehand(found: dict[str, Any]) -> None:
     """Forward and the three kernels of gradients; two attentions that are alike share them."""
     by_backend, by_step = found["compiled beforehand"]

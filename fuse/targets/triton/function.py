@@ -18,6 +18,14 @@ class CannotCompile(RuntimeError):
     """Triton failed at a kernel; the message says how."""
 
 
+class Spilled(RuntimeError):
+    """A kernel was compiled whose threads keep ``count`` words in memory for want of registers: launched again, it runs."""
+
+    def __init__(self, count: int) -> None:
+        super().__init__(f"{count} registers are spilled")
+        self.count = count
+
+
 # What keeps a kernel from being launched, whatever its operands hold.
 REFUSALS = (CannotCompile, OutOfResources, BuildFailed)
 # A product and a sum become one instruction: Triton 3.9 warns where nobody says whether, later ones will not do it unasked.
@@ -33,10 +41,12 @@ class Function:
     Triton finds the kernel that it compiled by taking every argument apart. Here what it found is kept by the arguments'
     integers and the alignment of the tensors, which is all that it depends on: dtypes belong to the function, and the shapes
     of tiles to its constants. On AMD it also depends on the sizes of tensors, and Triton's own way is taken.
+
+    replans  the first launch of a kernel that spills raises Spilled: whoever launches may have another plan
     """
 
-    def __init__(self, function: Any) -> None:
-        self._function, self._names = function, tuple(function.arg_names)
+    def __init__(self, function: Any, replans: bool = False) -> None:
+        self._function, self._names, self._replans = function, tuple(function.arg_names), replans
         self._compiled: dict[tuple[object, ...], Any] = {}
 
     def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
@@ -71,6 +81,7 @@ class Function:
                 if len(self._compiled) == _MOST:
                     self._compiled.clear()
                 self._compiled[key] = compiled
+                self._check_spills(compiled)
         compiled[(*grid, 1, 1)[:3]](*arguments, *[constants[name] for name in self._names[len(arguments) :]])
 
     def _compile(self, grid: tuple[int, ...], arguments: Sequence[Any], constants: dict[str, Any]) -> Any:
@@ -78,3 +89,8 @@ class Function:
             return self._function.warmup(*arguments, grid=grid, **constants, **_FUSION)
         except Exception as error:  # of many kinds: of Triton's language, of LLVM, of an assembler
             raise CannotCompile(f"Triton cannot compile {self._function.__name__}: {error}") from error
+
+    def _check_spills(self, compiled: Any) -> None:
+        """Only the driver knows, once the kernel is loaded: how many there are differs between versions of Triton."""
+        if self._replans and compiled.run is not None and compiled.n_spills:
+            raise Spilled(compiled.n_spills)

@@ -33,7 +33,7 @@ class TritonKernel:
         name = f"attention_{spec.out_dtype}_{spec.qk_dim}x{spec.v_dim}"
         plan = plan_triton(spec, current_architecture())
         module = module or made(name, render_triton(spec, plan))
-        self.source, self.runs, self.function = module.source, module.runs, module.function(ENTRY)
+        self.source, self.runs, self.function = module.source, module.runs, module.function(ENTRY, replans=True)
         self._runs, self._arguments = sharing.runs(spec), Arguments(spec)
         self._copies = Copies(spec, ("query", "key", "value"), plan.described)
         self._tiles = TritonTiles(spec, "q")

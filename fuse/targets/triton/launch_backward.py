@@ -29,6 +29,7 @@ from fuse.targets.triton.plan_backward import Launch, TritonBackwardPlan, candid
 from fuse.targets.triton.plan_choice import PlanChoice
 from fuse.targets.triton.render_backward import COPIED, destination_kind, render_backward, written_by
 
+_PLANNED = ("keys", "queries")  # of the kernels: the others have one plan each
 _MOST = 64  # tables of groups that are kept, by batch sizes: while a CUDA graph is captured, none can be copied to the device
 
 
@@ -53,7 +54,7 @@ class TritonBackward:
         module = module or made(name, render_backward(spec, wanted, rendered))
         self.source, self.runs = module.source, module.runs
         names = ["rows", "keys", "queries", *(["distances"] if written_by("k - q", self._destinations) else [])]
-        self.functions = {name: module.function(f"{ENTRY}_{name}") for name in names}
+        self.functions = {name: module.function(f"{ENTRY}_{name}", name in _PLANNED) for name in names}
 
     def __call__(
         self, grad_out: Tensor, operands: Sequence[Tensor], sizes: Sequence[int], out: Tensor, lse: Tensor,

@@ -27,7 +27,7 @@ class TritonDecode:
         self.plans = PlanChoice(partial(plan_decode.plans, spec))
         name = f"decode_{spec.out_dtype}_{spec.qk_dim}x{spec.v_dim}"
         module = made(name, render_decode(spec, plan_decode.plans(spec, current_architecture())[0]))
-        self.source, self.function, self.merge = module.source, module.function(ENTRY), module.function(MERGE)
+        self.source, self.function, self.merge = module.source, module.function(ENTRY, replans=True), module.function(MERGE)
 
     def attend(self, route: Route, sizes: Sequence[int], out: Tensor, lse: Tensor | None, given: dict[str, Any]) -> None:
         """Writes ``out``, and ``lse`` where it is wanted. ``given``: the arguments that the forward kernel has, too."""

@@ -18,10 +18,11 @@ from fuse.report.runs import Runs
 from fuse.targets.cache import BuildFailed, write_once
 from fuse.targets.dump import dumped
 from fuse.targets.triton import NAME, SUFFIX
-from fuse.targets.triton.function import REFUSALS, Function
+from fuse.targets.triton.function import REFUSALS, Function, Spilled
 from fuse.targets.triton.plan import ARCHITECTURES, Architecture, architecture
 
 P = TypeVar("P")  # a plan
+_SPILLING = 3  # plans: each is compiled, in seconds
 
 
 class _Source(SourceFileLoader):
@@ -40,10 +41,10 @@ class Module:
     content: ModuleType
     runs: Runs = Runs("kernel")
 
-    def function(self, name: str) -> Function:
-        """Raises BuildFailed."""
+    def function(self, name: str, replans: bool = False) -> Function:
+        """As Function has it. Raises BuildFailed."""
         try:
-            return Function(getattr(self.content, name))
+            return Function(getattr(self.content, name), replans)
         except AttributeError as error:
             raise BuildFailed(f"{self.source} has no function {name}") from error
 
@@ -68,15 +69,34 @@ def load_module(path: Path) -> ModuleType:
 
 
 def launched(plans: tuple[P, ...], launch: Callable[[P], None]) -> tuple[P, ...]:
-    """Launches with the first plan that is not refused, and gives the plans from that one on."""
+    """Launches with the first plan that is not refused and spills nothing, and gives the plans from that one on.
+
+    Where _SPILLING plans spill, or all that are not refused, it is the one that spills least.
+    """
+    spilled: dict[P, int] = {}
+    for number, plan in enumerate(plans):
+        if len(spilled) == _SPILLING:
+            break
+        try:
+            launch(plan)
+            return plans[number:]
+        except Spilled as spills:
+            spilled[plan] = spills.count
+        except REFUSALS:  # the planner's model is no proof
+            if number == len(plans) - 1 and not spilled:
+                raise
+    least = min(spilled, key=spilled.__getitem__)
+    despite_spills(least, launch)
+    return plans[plans.index(least) :]
+
+
+def despite_spills(plan: P, launch: Callable[[P], None]) -> None:
+    """``launch(plan)``, whose kernels may each say once that they spill."""
     while True:
         try:
-            launch(plans[0])
-            return plans
-        except REFUSALS:  # the planner's model is no proof
-            if len(plans) == 1:
-                raise
-            plans = plans[1:]
+            return launch(plan)
+        except Spilled:
+            continue
 
 
 def current_architecture() -> Architecture:

@@ -20,6 +20,7 @@ from fuse.settings import settings
 from fuse.targets.cache import content, write_atomically
 from fuse.targets.triton import NAME
 from fuse.targets.triton.function import REFUSALS
+from fuse.targets.triton.module import despite_spills
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
@@ -68,7 +69,7 @@ def fastest(subject: Subject, plans: Sequence[P], launch: Callable[[P], None], c
     for number, plan in enumerate(plans):
         _show(subject, number, len(plans))
         try:
-            launch(plan)
+            despite_spills(plan, launch)
             found[plan] = clock(lambda plan=plan: launch(plan))  # type: ignore[misc]
         except REFUSALS:
             if number == len(plans) - 1 and not found:
