@@ -76,6 +76,7 @@ FAULTS = {
     "a last row that is not written": Fault(
         results=lambda out, lse, _: (out.index_fill(-2, torch.tensor(out.shape[-2] - 1), 0), lse)
     ),
+    "a result that is not written": Fault(results=lambda out, lse, _: (torch.empty_like(out), lse)),
     "large scores that overflow": Fault(results=lambda out, lse, x: (out * (torch.nan if x[0].abs().max() > 20 else 1), lse)),
     "a log-sum-exp in base 2": Fault(results=lambda out, lse, _: (out, lse * 1.442695)),
     "a gradient without its factor": Fault(gradients=lambda grads: [grads[0] * 4, *grads[1:]]),

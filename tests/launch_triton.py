@@ -24,6 +24,8 @@ from torch.fx import GraphModule
 from triton.runtime import JITFunction
 
 from fuse import backend, targets
+from fuse.ops.warm import ExpectedCall
+from fuse.qualify import right
 from fuse.targets import reference, registry
 from fuse.targets.triton import copies
 from fuse.targets.triton.launch import TritonKernel
@@ -99,6 +101,14 @@ def spilling(counts: Sequence[int]) -> list[Any]:
     return found
 
 
+def unlaunched() -> list[str]:
+    """What qualification finds of kernels that a device does not run."""
+    made = problem("float32", batch=(1, 2), q_len=40, qk_dim=16)
+    metas = tuple(t.to("meta") for t in made.operands)
+    call = ExpectedCall(made.spec.to_json(), "triton", metas, tuple(made.sizes), torch.device("cpu"))
+    return [str(finding) for finding in right.findings(call, (True, True, True)) if finding.wrong]
+
+
 def refused() -> list[Any]:
     """(whether results and gradients are those of the reference, warnings) where Triton compiles nothing."""
     made = problem("bfloat16", batch=(1, 2), q_len=40, qk_dim=16)
@@ -151,6 +161,7 @@ def main() -> None:
     driver = with_driver("sm_90")
     found["compiled beforehand"] = beforehand(driver, compilations)
     found["fused sums"] = sum(facts["compile"]["enable_fp_fusion"] for facts in compilations) / len(compilations)
+    found["not launched"] = unlaunched()
     found["refused"] = refused()
     print(json.dumps(found))
 

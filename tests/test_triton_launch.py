@@ -72,6 +72,12 @@ def test_what_a_graph_will_launch_is_compiled_beforehand(found: dict[str, Any]) 
     assert by_backend == [4, 0] and by_step[0] == 0 and by_step[1] >= 8
 
 
+def test_a_kernel_that_a_device_does_not_run_is_refused(found: dict[str, Any]) -> None:
+    """Whatever an answer before it has left in memory: the result and the gradients of two problems."""
+    assert [finding[:9] for finding in found["not launched"] if "of the result" in finding] == ["error inf"] * 2
+    assert len(found["not launched"]) == 8
+
+
 def test_products_and_sums_become_one_instruction_whatever_tritons_default(found: dict[str, Any]) -> None:
     assert found["fused sums"] == 1
 

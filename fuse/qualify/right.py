@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from fuse import targets
 from fuse.ops.warm import ExpectedCall
@@ -100,18 +102,33 @@ def _asked(p: Problem, wanted: tuple[bool, ...]) -> _Asked:
     return _Asked(p, wanted, grad, tuple(parts))
 
 
-def _answers(asked: _Asked, target: str) -> Iterator[Tensor]:
+class _FilledWithNaN(TorchDispatchMode):
+    """Memory that is taken holds no numbers: what a kernel does not write could be what an answer before it has left there."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        made = func(*args, **(kwargs or {}))
+        if "empty" in func.overloadpacket.__name__ and isinstance(made, Tensor):
+            if made.is_floating_point():
+                made.fill_(torch.nan)
+            elif made.dtype == torch.uint8:  # a map; other integers may be places in memory
+                made.fill_(255)
+        return made
+
+
+def _answers(asked: _Asked, target: str) -> list[Tensor]:
     """The kernels' results, in the order of the parts."""
-    p = asked.problem
+    p, use = asked.problem, map_used(asked.problem.spec)
     kernel = targets.kernel(p.spec, target)
-    if any(asked.wanted):
-        out, lse = kernel.forward(p.operands, p.sizes)
-        yield out
-        yield from targets.backward_kernel(p.spec, target, asked.wanted)(asked.grad_out, p.operands, p.sizes, out, lse)
-    else:
-        yield kernel(p.operands, p.sizes)
-    if (use := map_used(p.spec)) is not None:
-        yield targets.map_kernel(use.tile_map, target)(*of_map(use, p.spec, p.operands, p.sizes)).double()
+    with _FilledWithNaN():
+        if any(asked.wanted):
+            out, lse = kernel.forward(p.operands, p.sizes)
+            backward = targets.backward_kernel(p.spec, target, asked.wanted)
+            found = [out, *backward(asked.grad_out, p.operands, p.sizes, out, lse)]
+        else:
+            found = [kernel(p.operands, p.sizes)]
+        if use is not None:
+            found.append(targets.map_kernel(use.tile_map, target)(*of_map(use, p.spec, p.operands, p.sizes)).double())
+    return found
 
 
 def _compared(part: _Part, found: Tensor, allowed: float, size: float) -> Finding:
