@@ -4,10 +4,10 @@ BIN := .venv/bin
 STAMP := .venv/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test lint types bench clean
+.PHONY: help venv demo test fuzz lint types bench clean
 
 help:
-	@echo "make demo | test | lint | bench | venv | clean"
+	@echo "make demo | test | fuzz | lint | bench | venv | clean"
 
 venv: $(STAMP)
 
@@ -24,6 +24,12 @@ demo: venv
 # Workers share the cores: threads of their own would wait for each other, spinning. Who has done his half takes from the others.
 test: venv
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist worksteal
+
+# 10,000 new random programs; what fails is printed as Python that runs. The same again: make fuzz SEED=…
+SEED := $(or $(SEED),$(shell date +%s))
+fuzz: venv
+	@echo "SEED=$(SEED)"
+	OMP_NUM_THREADS=1 FUSE_FUZZ=deep FUSE_FUZZ_SEED=$(SEED) $(BIN)/python -m pytest -n auto --dist worksteal tests/test_fuzz.py
 
 lint: venv types
 	$(BIN)/ruff check .

@@ -7,17 +7,24 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from fuzz.masks import forms
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 from programs import heads, pass_over
-from random_masks import forms
 from torch import Tensor
 
 from fuse.ir.spec import AttentionSpec
 from fuse.report.sparsity import Coverage, coverage
 
 Predicate = Callable[[Tensor, Tensor], Tensor]
-PREDICATES = forms(of_data=False).map(lambda form: lambda q, k: form(q, k, {}))
+
+
+def predicate(form: str) -> Predicate:
+    found: Predicate = eval(f"lambda i, j, n, m: {form}", {"torch": torch})
+    return lambda q, k: found(q, k, len(q), len(k))  # type: ignore[call-arg]
+
+
+PREDICATES = forms(data=False).map(predicate)
 
 
 def masked(keep: Predicate, q_len: int, kv_len: int) -> tuple[AttentionSpec, tuple[int, ...]] | None:

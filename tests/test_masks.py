@@ -3,20 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections import Counter
 from collections.abc import Callable
 
 import pytest
 import torch
-from hypothesis import Phase, given, settings
-from hypothesis import strategies as st
 from programs import attend, heads, pass_over
-from random_masks import Case, cases
 from torch import Tensor
 
 from fuse.ir.spec import AttentionSpec
 from fuse.ir.text import to_text
-from fuse.targets import reference
 
 N = 9
 MIN = torch.finfo(torch.float32).min
@@ -256,37 +251,3 @@ def test_two_masks_are_one_predicate() -> None:
 
     lower, upper, residual = bounds(pass_over(program, *heads(N), torch.arange(18).reshape(2, N) // 4).spec)
     assert (lower, upper) == ("", "1 + q") and residual.count("[b0, ") == 2
-
-
-# ------------------------------------------------------------------------------------------------------- random masks
-
-EXAMPLES, TOGETHER = 100, 5  # programs, and cases in each of them
-
-
-def test_random_masks_in_random_spellings_are_as_in_eager() -> None:
-    """500 cases, each as eager in float64; what is said of a mask is true; and hardly a mask is missed."""
-    count: Counter[str] = Counter()
-
-    @settings(max_examples=EXAMPLES, derandomize=True, deadline=None, phases=[Phase.explicit, Phase.generate])
-    @given(st.lists(cases(), min_size=TOGETHER, max_size=TOGETHER))
-    def check(drawn: list[Case]) -> None:
-        torch._dynamo.reset()
-
-        def program(given: list[dict[str, Tensor]]) -> list[Tensor]:
-            return [case.attend(g) for case, g in zip(drawn, given, strict=True)]
-
-        inputs = [case.given() for case in drawn]
-        passed = pass_over(program, inputs)
-        for got, expected in zip(passed.result, program(inputs), strict=True):
-            torch.testing.assert_close(got, expected, equal_nan=True, rtol=1e-9, atol=1e-9)
-        for call in passed.calls:
-            reference.check_mask(call.spec, call.operands, call.sizes)
-        visible = [bool(g["mask"].any()) for g in inputs]  # a mask that hides everything leaves no scores to find
-        hiding = sum(not bool(g["mask"].all()) for g in inputs) - visible.count(False)
-        count["cases"] += len(drawn)
-        count["not fused"] += visible.count(True) - len(passed.calls)
-        count["missed"] += max(0, hiding - sum(call.spec.mask is not None for call in passed.calls))
-
-    check()
-    assert count["cases"] == 500
-    assert count["not fused"] <= 5 and count["missed"] <= 5, count

@@ -1,0 +1,157 @@
+"""What a program must give: eager's values, gradients, errors, aliases and writes, no farther from float64 than eager is."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._dynamo.exc import TorchDynamoException
+from torch.utils._pytree import tree_leaves
+
+from fuzz.program import Program
+
+Function = Callable[..., Any]
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """Of one call.
+
+    named    the results, the inputs as they were left, and the gradients of all that wants one, or None
+    facts    what must be eager's exactly: dtypes, whether gradients flow, who shares memory with whom, who was written to
+    error    that was raised, if any; ``backward``: by autograd
+    """
+
+    named: dict[str, Tensor | None] = field(default_factory=dict)
+    facts: dict[str, Any] = field(default_factory=dict)
+    error: Exception | None = None
+    backward: bool = False
+
+
+def called(function: Function, program: Program, lengths: tuple[int, int], wide: bool = False) -> Outcome:
+    inputs = program.drawn(lengths, wide)
+    tensors = {f"input {i}": x for i, x in enumerate(inputs) if isinstance(x, Tensor)}
+    modules = {f"parameter {n}": t for x in inputs if isinstance(x, nn.Module) for n, t in x.named_parameters()}
+    leaves = {n: x.requires_grad_(program.training) for n, x in (tensors | modules).items() if x.is_floating_point()}
+    given = [x.clone() if isinstance(x, Tensor) else x for x in inputs]  # leaves must not be written to
+    before = _versions(given)
+    try:
+        with torch.set_grad_enabled(program.training):
+            found = [x for x in tree_leaves(function(*given)) if isinstance(x, Tensor)]
+    except Exception as error:
+        return Outcome(error=error)
+    results = {f"result {i}": x for i, x in enumerate(found)}
+    left = {f"{n} afterwards": given[int(n.split()[1])] for n in tensors}
+    facts = _facts(results, left)
+    facts["written"] = [
+        n for n, x, old in zip(range(len(given)), given, before, strict=True) if getattr(x, "_version", 0) > old
+    ]
+    try:
+        gradients = _gradients(found, list(leaves.values())) if program.training else []
+    except Exception as error:
+        return Outcome(error=error, backward=True)
+    named = {f"the gradient of {n}": g for n, g in zip(leaves, gradients, strict=False)}
+    return Outcome({n: x.detach() for n, x in (results | left).items()} | named, facts)
+
+
+def _versions(inputs: Sequence[Any]) -> list[int]:
+    return [x._version if isinstance(x, Tensor) else 0 for x in inputs]
+
+
+def _facts(results: dict[str, Tensor], left: dict[str, Tensor]) -> dict[str, Any]:
+    names, tensors = zip(*(results | left).items(), strict=True)
+    memory = [x.untyped_storage().data_ptr() if x.numel() else -i for i, x in enumerate(tensors)]
+    return {
+        "shapes": [tuple(x.shape) for x in results.values()],
+        "dtypes": [x.dtype for x in results.values()],
+        "gradients flow": [x.requires_grad for x in results.values()],
+        "memory is shared": [(a, b) for i, a in enumerate(names) for j, b in enumerate(names[:i]) if memory[i] == memory[j]],
+    }
+
+
+def _gradients(results: Sequence[Tensor], leaves: Sequence[Tensor]) -> Sequence[Tensor | None]:
+    wanted = [x for x in results if x.requires_grad]
+    generator = torch.Generator().manual_seed(9)
+    seeds = [torch.randn(x.shape, generator=generator, dtype=torch.float64).to(x.dtype) for x in wanted]
+    return torch.autograd.grad(wanted, leaves, seeds, allow_unused=True) if wanted and leaves else [None] * len(leaves)
+
+
+# ------------------------------------------------------------------------------------------------------------- judgement
+
+
+def judge(program: Program, exact: Outcome, eager: Outcome, found: Outcome) -> str:
+    """What is wrong with ``found``; "" where nothing is."""
+    if eager.error is not None:
+        return _judged_error(eager, found)
+    if exact.error is not None:
+        return ""  # says nothing of other dtypes
+    if found.error is not None:
+        refused = isinstance(found.error, NotImplementedError) and "flex" in program.text  # by PyTorch, where it is not fused
+        return "" if refused else f"raises {type(found.error).__name__}: {found.error}"
+    for name, fact in eager.facts.items():
+        if found.facts[name] != fact:
+            return f"{name}: {found.facts[name]}, eager's {fact}"
+    bars = _Bars(program, exact)
+    for name in eager.named:
+        if wrong := bars.wrong(name, exact.named[name], eager.named[name], found.named[name]):
+            return f"{name}: {wrong}"
+    return ""
+
+
+def _judged_error(eager: Outcome, found: Outcome) -> str:
+    """The same kind is raised. What autograd refuses since it was written to, a compiled program may have kept."""
+    if eager.backward or isinstance(found.error, (type(eager.error), TorchDynamoException)):
+        return ""
+    raised = f"raises {type(found.error).__name__}: {found.error}" if found.error else "raises nothing"
+    return f"{raised}, eager {type(eager.error).__name__}: {eager.error}"
+
+
+class _Bars:
+    """How far from float64 a tensor may be."""
+
+    def __init__(self, program: Program, exact: Outcome) -> None:
+        rounded = [program.dtype, *(["float32"] if "torch.float32" in program.text else [])]
+        rounded += ["bfloat16"] if "autocast" in program.text else []
+        self._eps = max(1e-13, *(torch.finfo(getattr(torch, x)).eps for x in rounded))  # float64 is what is exact here
+        # A row that is NaN gives NaN to all gradients, of which eager's masked_fill keeps some: docs/numerics.md
+        self._nan_rows = any(x is not None and bool(x.isnan().any()) for n, x in exact.named.items() if "result" in n)
+        # A kernel subtracts the largest score of a row, though the program does not
+        self._finite = "= s.exp()" in program.text
+        gradients = [x for n, x in exact.named.items() if "gradient" in n and x is not None]
+        self._gradients = max([1.0, *(_largest(x) for x in gradients)])
+        self._entries = max([1, *(x.numel() for x in exact.named.values() if x is not None)])
+
+    def wrong(self, name: str, exact: Tensor | None, eager: Tensor | None, found: Tensor | None) -> str:
+        if eager is None or found is None or exact is None:
+            other = found if eager is None else eager
+            return "" if other is None or not other.any() else "is none, or should be"
+        if not eager.is_floating_point():
+            return "" if torch.equal(eager, found) else "is not eager's"
+        if (found.shape, found.dtype) != (eager.shape, eager.dtype):
+            return f"{found.dtype} {tuple(found.shape)}, eager's {eager.dtype} {tuple(eager.shape)}"
+        e, s, x = exact.double(), eager.double(), found.double()
+        of_gradient = "gradient" in name
+        if (x.isnan() & ~s.isnan()).any() and not (of_gradient and self._nan_rows):
+            return f"NaN where eager has none, in {int((x.isnan() & ~s.isnan()).sum())} of {x.numel()}"
+        if (s.isnan() & e.isnan() & ~x.isnan()).any() and not (self._finite or of_gradient and self._nan_rows):
+            return "no NaN where eager has NaN"
+        scale = self._gradients if of_gradient else max(1.0, _largest(e))
+        terms = max(32.0, math.sqrt(self._entries / max(1, x.numel())) if of_gradient else 0.0)
+        error, allowed = _distance(x, e), 2 * _distance(s, e) + terms * self._eps * scale
+        return "" if error <= allowed else f"error {error:.3g}, allowed {allowed:.3g}"
+
+
+def _largest(x: Tensor) -> float:
+    finite = x.double()[x.isfinite()].abs()
+    return float(finite[finite < 1e6].max()) if (finite < 1e6).any() else 0.0
+
+
+def _distance(x: Tensor, e: Tensor) -> float:
+    """The largest difference; infinities that are equal have none, and NaN is spoken of elsewhere."""
+    if not x.numel():
+        return 0.0
+    return float(torch.where((x == e) | x.isnan() | e.isnan(), 0.0, (x - e).abs()).max())

@@ -1,0 +1,69 @@
+"""Programs that were wrong once, or raised, under a name that says why; all are as in eager now."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from fuzz.program import Program
+
+
+@dataclass(frozen=True)
+class Known:
+    program: Program
+    target: str = "reference"
+    fused: bool = True
+
+
+def heads(
+    *lines: str, q: str = "randn(2, 33, 2, 24)", k: str = "randn(2, 33, 2, 24)", v: str = "randn(2, 33, 2, 24)", **more: str
+) -> Program:
+    """Trained attention of heads beside features; ``lines`` make ``out`` of ``q``, ``k``, ``v`` and of what ``more`` draws."""
+    given = {"x0": q, "x1": k, "x2": v, **more}
+    body = ("q, k, v = (x.transpose(1, 2) for x in (x0, x1, x2))", *lines, "return out.transpose(1, 2).flatten(2)")
+    return Program(tuple(given.items()), body, training=True)
+
+
+ATTEND = "out = (q @ k.mT * 0.2).softmax(-1) @ v"
+_ONE_ELEMENT = "randn(2, 1, 4, 1)"
+KNOWN = {
+    "features that are no power of two": Known(
+        heads(ATTEND, q="randn(2, 33, 4, 24)", k="randn(2, 33, 4, 24)", v="randn(2, 33, 4, 24)"), "triton"
+    ),
+    "packed side by side": Known(
+        Program(
+            (("x", "randn(2, 33, 170)"),),
+            (
+                "q, k, v = (t.unflatten(-1, (2, -1)).transpose(1, 2) for t in x.split([80, 80, 10], -1))",
+                ATTEND,
+                "return out.transpose(1, 2).flatten(2)",
+            ),
+            training=True,
+        ),
+        "triton",
+    ),
+    "one key": Known(heads(ATTEND, k="randn(2, 1, 2, 24)", v="randn(2, 1, 2, 24)"), "triton"),
+    "one query and one key": Known(
+        heads(ATTEND, q="randn(2, 1, 2, 24)", k="randn(2, 1, 2, 24)", v="randn(2, 1, 2, 24)"), "triton"
+    ),
+    "one of everything": Known(heads(ATTEND, q=_ONE_ELEMENT, k=_ONE_ELEMENT, v=_ONE_ELEMENT), "triton"),
+    "a gate of rows of a batch": Known(
+        heads("out = ((q @ k.mT * 0.2).softmax(-1) * x3) @ v", x3="randn(2, 1, 33, 1)"), "triton"
+    ),
+    "a bias for all of a batch": Known(
+        heads(
+            "out = (q @ k.mT * 0.2 + x3).softmax(-1) @ v",
+            q="randn(2, 100, 1, 24)", k="randn(2, 100, 1, 24)", v="randn(2, 100, 1, 24)", x3="randn(1, 100, 100)",
+        ),
+        "triton",
+    ),
+    "a sink of -100 in rows that see nothing": Known(
+        heads(
+            "i, j = torch.arange(33)[:, None], torch.arange(33)",
+            "s = torch.where((i % 2 == 0) & (j <= i + 16), q @ k.mT * 0.2, -math.inf)",
+            "sink = (x3 - 100).view(1, 2, 1, 1).expand(2, -1, 33, 1)",
+            "out = torch.cat([s, sink], -1).softmax(-1)[..., :-1] @ v",
+            x3="randn(2)",
+        ),
+        "triton",
+    ),
+}  # fmt: skip
