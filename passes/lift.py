@@ -7,6 +7,7 @@ by its mathematics. Everything else that the element depends on becomes an opera
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -22,6 +23,7 @@ from fuse.ir.philox import drawn_in
 from fuse.ir.spec import AttentionSpec, Operand
 from fuse.ir.text import to_text
 from fuse.passes.lookups import hoist_lookups
+from fuse.passes.predicate import separate
 from fuse.passes.read import pointwise, views  # noqa: F401  the readers register themselves
 from fuse.passes.read.elements import POLYNOMIAL, PRODUCTS, Opaque, Reader, as_index, dims, may_wrap, op_name
 from fuse.passes.read.random import with_scaled_choices
@@ -146,6 +148,8 @@ class _Lift:
         name, v = found.name, found.value
         if name in PRODUCTS:
             left, right = v.args[1:3] if name in ("baddbmm", "addmm") else v.args[:2]
+            if left.dtype != right.dtype:  # tracing lets it pass, eager refuses it
+                raise Declined(UnsupportedType(f"a product of {left.dtype} and {right.dtype}"))
             t = self.r.space.add(over, dims(left)[-1])
             batch, (i, j) = coords[:-2], coords[-2:]
             return Product(v, ((left, (*batch, i, t)), (right, (*batch, t, j))), t)
@@ -311,6 +315,8 @@ class _Lift:
             weight=weight, empty_row="zero" if softmax.safe else "nan", out_dtype=self.out.dtype,
             out_order=tuple(range(len(batch) + 2)), extra=extra,
         )  # fmt: skip
+        if softmax.rounded and (hidden := separate(spec.score, spec.batch)) is not None and hidden.fill > -math.inf:
+            raise Declined(NotSoftmax(f"the logarithm of a number of keys is rounded away beside a score of {hidden.fill:g}"))
         order = [*batch, q, e]
         out_dims = tuple(order.index(x) for x in self.axes)
         all_sizes = (*sizes, *(self.r.symbols[s] for s in others))

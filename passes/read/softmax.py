@@ -18,12 +18,17 @@ _SINK_LIMIT = 8  # extra positions of the softmax that have no key
 
 @dataclass(frozen=True)
 class Softmax:
-    """weight(p) with p = softmax over k of score, ``extra_logits`` joining; ``safe``: rows without a score give zeros."""
+    """weight(p) with p = softmax over k of score, ``extra_logits`` joining.
+
+    safe     rows without a score give zeros
+    rounded  probabilities are exp(score - logsumexp), of which a row of equal and very low scores has one each
+    """
 
     score: Expr
     extra_logits: tuple[Expr, ...]
     weight: Expr
     safe: bool
+    rounded: bool = False
 
 
 @dataclass(frozen=True)
@@ -266,7 +271,7 @@ def _by_logsumexp(r: Reader, weights: Expr, k: sympy.Symbol) -> Softmax:
         if isinstance(inner, Apply) and inner.op == "sub":
             x, m = inner.operands
             if _reduces(r, _uncast(m), x, k, ("logsumexp",)):
-                return _finish(x, (), weights, n, False)
+                return replace(_finish(x, (), weights, n, False), rounded=True)
     raise Declined(NotSoftmax("exp without a sum over the keys"))
 
 

@@ -66,4 +66,20 @@ KNOWN = {
         ),
         "triton",
     ),
+    "log-sum-exp of rows whose scores are the lowest number": Known(
+        heads(
+            "hidden = torch.arange(33) > torch.arange(33)[:, None] - 2",
+            "s = (q @ k.mT * 0.2).masked_fill(hidden, torch.finfo(torch.float32).min)",
+            "out = torch.exp(s - s.logsumexp(-1, keepdim=True)) @ v",
+        ),
+        fused=False,
+    ),
+    "a product of two dtypes, which eager refuses": Known(
+        Program(
+            (("q", "randn(9, 8)"), ("k", "randn(9, 8)"), ("v", "randn(9, 8)")),
+            ("return ((q @ k.mT).float().softmax(-1)) @ v",),
+            dtype="float16",
+        ),
+        fused=False,
+    ),
 }  # fmt: skip

@@ -149,5 +149,6 @@ def weighed(d: Draft) -> None:
     """What follows the softmax."""
     if d.often(30):
         d.write(f"p = p * {broadcast(d)}" if d.often(50) else d.one(*WEIGHTS))
-    if any("s.to(torch.float32)" in line for line in d.lines):
+    promoted = ("s.to(torch.float32)", "* 0.125", "0.125 *")
+    if d.dtype != "float32" and any(text in line for line in d.lines for text in promoted):
         d.write("p = p.to(v.dtype)")
