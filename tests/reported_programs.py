@@ -100,7 +100,7 @@ def attention(
         visible &= listed[..., : score.shape[-2], : score.shape[-1]] & block_mask.mask_mod(*places)
     some = visible.any(-1, keepdim=True)
     score = score.masked_fill(~visible, -math.inf).masked_fill(~some, 0.0)
-    result = (score.softmax(-1) @ value).masked_fill(~some, 0.0)
+    result = (score.softmax(-1).to(value.dtype) @ value).masked_fill(~some, 0.0)
     return (result, score.logsumexp(-1).masked_fill(~some[..., 0], -math.inf)) if return_lse else result
 
 

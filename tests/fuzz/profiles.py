@@ -40,9 +40,9 @@ class Share:
 
 
 SHARES = {
-    "reference": Share("reference", 210, Limits(length=33, features=64), 70),
-    "cpp": Share("cpp", 36, Limits(), 18),
-    "triton": Share("triton", 48, Limits(length=40, features=64), 24),
+    "reference": Share("reference", 216, Limits(length=33, features=64), 72),
+    "cpp": Share("cpp", 24, Limits(), 24),
+    "triton": Share("triton", 54, Limits(length=40, features=64), 27),
     "inductor": Share("reference", 6, Limits(length=33, features=64, inner="inductor"), 6, fused=0.5, masked=0.0),
 }
 PROGRAMS = {"ci": 300, "deep": int(os.environ.get("FUSE_FUZZ_PROGRAMS", "10000"))}[PROFILE]
