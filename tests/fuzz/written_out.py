@@ -67,7 +67,7 @@ def step(d: Draft) -> str:
         "s = torch.tanh(s / 5) * 5", "s = s.clamp(-2, 2)", "s = F.leaky_relu(s, 0.1)", "s = s.abs()", "s = -s", "s = s / 0.7",
         "s = torch.where(j % 2 == 0, s, s * 0.5)", "s = s.contiguous()", "s = s.clone()", "s = s.to(torch.float32)",
         "s = s.mT.contiguous().mT", "s = s.sigmoid()", "s = torch.where(i == j, 1.5, s)", "s = s.flatten().view_as(s)",
-        "s = F.softplus(s)", "s = s.relu() - 0.5 * s", "s = s + 1000",
+        "s = F.softplus(s)", "s = s.relu() - 0.5 * s", "s = s + 100",
     )  # fmt: skip
 
 
