@@ -156,7 +156,9 @@ def main() -> None:
             warmed([t.to(device) for t in made.operands], made.sizes)
             found[f"{kind}, {device}"] = (len(compilations) - before[0], driver.launches - before[1])
     found["shared"] = on_a_small_device()
-    found["plans"] = [p.block_q for p in candidates(problem("bfloat16", batch=(1, 1), q_len=1024, qk_dim=64).spec, ARCHITECTURES["sm_86"])]
+    found["plans"] = [
+        p.block_q for p in candidates(problem("bfloat16", batch=(1, 1), q_len=1024, qk_dim=64).spec, ARCHITECTURES["sm_86"])
+    ]
     found["spilling"] = {name: spilling(counts) for name, counts in SPILLS.items()}
     driver = with_driver("sm_90")
     found["compiled beforehand"] = beforehand(driver, compilations)

@@ -8,7 +8,8 @@ from pathlib import Path
 
 from fuse.report.runs import Runs
 from fuse.settings import settings
-from fuse.targets.cache import BuildFailed, content, write_atomically
+from fuse.targets.cache import BuildFailed
+from fuse.targets.files import content, write_atomically
 
 
 @dataclass(frozen=True)
