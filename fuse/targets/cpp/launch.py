@@ -52,12 +52,12 @@ _ISA_FLAGS = {
 _LOADS, _LIVES = b"loads", b", lives"
 _PROBE = f"""
 import ctypes, os, sys
-os.write(1, {_LOADS})
+os.write(1, {_LOADS!r})
 try:
     ctypes.CDLL(sys.argv[1])
 except OSError:
     pass
-os.write(1, {_LIVES})
+os.write(1, {_LIVES!r})
 os._exit(0)
 """
 _PROBE_SECONDS = 60
@@ -162,6 +162,8 @@ def _compile(command: tuple[str, ...], source: Path, binary: Path) -> None:
     failed = failed and _run_compiler((*command, str(source), "-o", str(binary), "-lm"), end)
     if failed:
         raise BuildFailed(failed)
+    if not binary.exists():
+        raise BuildFailed(f"{shlex.join(command)} made no library of {source}, and said that all went well. {OTHER_COMPILER}")
     if _ends_its_process(binary):
         raise BuildFailed(f"{shlex.join(command)} made a library of {source} that ends or stops its process. {OTHER_COMPILER}")
 
