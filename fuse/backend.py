@@ -84,7 +84,7 @@ def _compiled(
 ) -> Callable[..., Any]:
     """What the inner compiler makes of ``gm``, again without derivatives that it cannot trace if that is what stopped it."""
     if chosen.inner == "inductor":
-        flex.refuse_training(gm, sites)
+        flex.refuse_on_cpu(gm, sites)
     compiler = inner.compiler(chosen, patterns)
     try:
         return compiler(gm, example_inputs)  # type: ignore[no-any-return]

@@ -1,7 +1,8 @@
-"""Training of FlexAttention on CPUs: torch refuses it before a graph is handed over, since it has no kernel there. fuse has.
+"""Training of FlexAttention on CPUs, and the maximum of its rows: torch refuses them before a graph is handed over, since it
+has no kernel there. fuse has.
 
-The refusal is a function that Dynamo traces. While a graph is traced for fuse another one stands for it; for other backends,
-and outside of torch.compile, it is what it was.
+Refusals are functions that Dynamo traces. While a graph is traced for fuse others stand for them; for other backends, and
+outside of torch.compile, they are what they were.
 """
 
 from __future__ import annotations
@@ -25,9 +26,12 @@ def _accept(query: Tensor, key: Tensor, value: Tensor) -> None:
     """In the place of the refusal in a torch that has none."""
 
 
+_OUTPUT_MAX, _KERNEL_OPTIONS = "OUTPUT_MAX", 6  # an option, and which argument of the operator options are
 _REFUSAL: Any = getattr(flex_attention, "_validate_device", _accept)
-# The same under another identity, so that what Dynamo puts in its place can call it
+_OPTIONS: Any = flex_attention._apply_kernel_options
+# The same under other identities, so that what Dynamo puts in their place can call them
 _refuse: Any = FunctionType(_REFUSAL.__code__, _REFUSAL.__globals__, _REFUSAL.__name__)
+_options: Any = FunctionType(_OPTIONS.__code__, _OPTIONS.__globals__, _OPTIONS.__name__)
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
@@ -45,13 +49,34 @@ def _refuse_for_others(query: Tensor, key: Tensor, value: Tensor) -> None:
         _refuse(query, key, value)
 
 
-def refuse_training(gm: GraphModule, sites: Sequence[Site]) -> None:
-    """Raises NotImplementedError, as torch would have, where a call that wants gradients on a CPU is left to Inductor."""
+@torch.compiler.substitute_in_graph(_OPTIONS, skip_signature_check=True)
+def _options_of_call(
+    query: Tensor, key: Tensor, value: Tensor, return_lse: bool, kernel_options: Any, return_aux: Any = None
+) -> Any:
+    if return_aux is None or not return_aux.max_scores or query.device.type != "cpu" or not _traced_for_fuse():
+        return _options(query, key, value, return_lse, kernel_options, return_aux)
+    options = _options(query, key, value, return_lse, kernel_options, flex_attention.AuxRequest(lse=return_aux.lse))
+    options[_OUTPUT_MAX] = True
+    return options
+
+
+def refuse_on_cpu(gm: GraphModule, sites: Sequence[Site]) -> None:
+    """Raises NotImplementedError, as torch would have, where a call that it refuses is left to Inductor."""
     for module in gm.modules():
         for node in module.graph.nodes if isinstance(module, GraphModule) else ():
-            if is_flex(node) and any(map(_trains_on_cpu, node.args[:3])):
+            if is_flex(node) and (refused := _refused(node)):
                 why = next((f" fuse left it, since {s.reason}." for s in sites if s.reason and s.where == location(node)), "")
-                raise NotImplementedError(f"Inductor does not support the backward of FlexAttention on CPU.{why}")
+                raise NotImplementedError(f"Inductor does not support {refused} on CPU.{why}")
+
+
+def _refused(node: Node) -> str:
+    """What of a call Inductor has no kernel for."""
+    if any(map(_trains_on_cpu, node.args[:3])):
+        return "the backward of FlexAttention"
+    options: Any = node.args[_KERNEL_OPTIONS]
+    query = tensor_of(node.args[0]) if isinstance(node.args[0], Node) else None
+    on_cpu = query is not None and query.device.type == "cpu"
+    return "the maximum of FlexAttention's rows" if on_cpu and options.get(_OUTPUT_MAX) else ""
 
 
 def _trains_on_cpu(operand: Any) -> bool:

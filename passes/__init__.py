@@ -196,7 +196,7 @@ def _fuse_site(graph: Graph, candidate: Candidate, context: SiteContext, state_o
         for each in PASSES:
             lifted = _verified(each, each(lifted, context))
             steps.append((each.__name__, lifted.spec))
-        replacement = insert(graph, root, candidate.lse, lifted, context, state_of[root].transforms)
+        replacement = insert(graph, root, candidate.rows, lifted, context, state_of[root].transforms)
         return Found(candidate, lifted, replacement, (*steps, ("insert", replacement.spec)))
     assert declined is not None
     raise declined

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
+from typing import Literal
 
 import torch
 from torch.fx import Graph, Node
 
-from fuse.passes.read.flex import FLEX_LSE, is_flex
+from fuse.passes.read.flex import IN_BASE_2, is_flex
 from fuse.passes.read.graph import VIEWS, Calls, State, operator_name, storage_of, tensor_of, writes
 from fuse.passes.read.varlen import VARLEN, VARLEN_LSE, is_varlen
 
@@ -42,16 +43,20 @@ _LEVELS = (
     "_make_dual",
     "_autograd",
 )
+# Which results of operators of attention are statistics of rows
+_FLEX_ROWS: Mapping[int, tuple[Literal["lse", "max"], Calls]] = {1: ("lse", IN_BASE_2), 2: ("max", IN_BASE_2)}
+_VARLEN_ROWS: Mapping[int, tuple[Literal["lse", "max"], Calls]] = {1: ("lse", VARLEN_LSE)}
 _FORWARD_LIMIT = 64  # nodes between a normalisation and its contraction
 _SLICE_LIMIT = 600  # nodes of one slice
 
 
 @dataclass(frozen=True)
-class LogSumExp:
-    """A node that holds the log-sum-exp of rows as an operator gives it, and the calls, operators and what they are given
-    beside the tensor, that make it of the natural one in the root's dimensions."""
+class RowStatistic:
+    """A node that holds the log-sum-exp or the maximum of rows as an operator gives it, and the calls, operators and what they
+    are given beside the tensor, that make it of that of the scores in the root's dimensions."""
 
     node: Node
+    kind: Literal["lse", "max"]
     calls: Calls
 
 
@@ -60,14 +65,14 @@ class Candidate:
     """
     anchor  the normalisation, or a call of attention as a whole
     roots   nodes whose value may be the attention's result, most likely first
-    lse     beside a root, if somebody reads it
+    rows    beside a root: what of it somebody reads
     """
 
     anchor: Node
     roots: tuple[Node, ...]
     nodes: frozenset[Node]
     inputs: frozenset[Node]
-    lse: LogSumExp | None = None
+    rows: tuple[RowStatistic, ...] = ()
 
 
 def find(graph: Graph, states: Mapping[Node, State]) -> list[Candidate]:
@@ -107,15 +112,15 @@ def _gives_several(node: Node) -> bool:
 def _of_results(
     node: Node, states: Mapping[Node, State], mutations: Mapping[int, list[Node]], order: Mapping[Node, int]
 ) -> list[Candidate]:
-    """What reads the result, and the log-sum-exp with it."""
+    """What reads the result, and the log-sum-exp and the maximum with it."""
     items = {user.args[1]: user for user in node.users if operator_name(user) == "getitem"}
     if 0 not in items:
         return []
     found = _slice(node, (items[0],), {node}, states, mutations, order)
-    lse = items.get(1)
-    if lse is None or not lse.users or order[lse] < order[items[0]]:
-        return [found]
-    return [replace(found, nodes=found.nodes | {lse}, lse=LogSumExp(lse, FLEX_LSE if is_flex(node) else VARLEN_LSE))]
+    known = _FLEX_ROWS if is_flex(node) else _VARLEN_ROWS
+    read = [i for i in known if i in items and items[i].users and order[items[i]] > order[items[0]]]
+    rows = tuple(RowStatistic(items[i], *known[i]) for i in read)
+    return [replace(found, nodes=found.nodes.union(of.node for of in rows), rows=rows)]
 
 
 def is_contraction(node: Node) -> bool:

@@ -16,7 +16,7 @@ from fuse.ir.gradient import differentiable
 from fuse.ir.index import IndexExpr
 from fuse.ir.serial import in_graph
 from fuse.ir.spec import AttentionSpec, verify
-from fuse.passes.find import LogSumExp
+from fuse.passes.find import RowStatistic
 from fuse.passes.layout import memory_order
 from fuse.passes.lift import Lifted, SiteContext
 from fuse.passes.read.elements import as_index
@@ -70,11 +70,16 @@ class Replacement:
 
 
 def insert(
-    graph: Graph, root: Node, lse: LogSumExp | None, lifted: Lifted, context: SiteContext, around: tuple[Transform, ...]
+    graph: Graph,
+    root: Node,
+    rows: Sequence[RowStatistic],
+    lifted: Lifted,
+    context: SiteContext,
+    around: tuple[Transform, ...],
 ) -> Replacement:
     """Emits the op before ``root``; nothing uses it yet. Raises Declined, and leaves the graph as it was, if it cannot.
 
-    lse  see Candidate
+    rows  see Candidate
     """
     spec = replace(lifted.spec, out_order=tuple(lifted.out_dims[d] for d in memory_order(root)))
     verify(spec)
@@ -89,7 +94,7 @@ def insert(
             emitter.undo()
             raise
         first = len(emitter.new)
-        op, result, beside = _results(emitter, (list(leaves), sizes, in_graph(spec.to_json()), target), lifted.out_dims, lse)
+        op, result, beside = _results(emitter, (list(leaves), sizes, in_graph(spec.to_json()), target), lifted.out_dims, rows)
         if flowing and _may_be_written(graph, root):
             result = emitter.new_call(aten.clone.default, (result,), {})
     for node in emitter.new[first:]:
@@ -101,18 +106,27 @@ def insert(
 
 
 def _results(
-    emitter: _Emitter, arguments: tuple[Any, ...], out_dims: Sequence[int], lse: LogSumExp | None
+    emitter: _Emitter, arguments: tuple[Any, ...], out_dims: Sequence[int], rows: Sequence[RowStatistic]
 ) -> tuple[Node, Node, tuple[tuple[Node, Node], ...]]:
     """The op, and what has the root's dimensions: the result, and what stands for other nodes."""
-    if lse is None:
-        op = emitter.new_call(torch.ops.fuse.attention.default, arguments, {})
-        return op, emitter.permuted(op, out_dims), ()
-    both = emitter.new_call(torch.ops.fuse.attention_lse.default, arguments, {})
-    out, rows = (emitter.new_call(operator.getitem, (both, i), {}) for i in (0, 1))
-    rows = emitter.permuted(rows, [d for d in out_dims if d != len(out_dims) - 1])
-    for function, given in lse.calls:
-        rows = emitter.new_call(function, (rows, *given), {})
-    return both, emitter.permuted(out, out_dims), ((lse.node, rows),)
+    found: dict[str, Node] = {}
+    if any(of.kind == "lse" for of in rows):
+        op = emitter.new_call(torch.ops.fuse.attention_lse.default, arguments, {})
+        out, found["lse"] = (emitter.new_call(operator.getitem, (op, i), {}) for i in (0, 1))
+    else:
+        op = out = emitter.new_call(torch.ops.fuse.attention.default, arguments, {})
+    if any(of.kind == "max" for of in rows):
+        found["max"] = emitter.new_call(torch.ops.fuse.attention_max.default, arguments[:-1], {})
+    beside = ((of.node, _as_given(emitter, found[of.kind], out_dims, of)) for of in rows)
+    return op, emitter.permuted(out, out_dims), tuple(beside)
+
+
+def _as_given(emitter: _Emitter, rows: Node, out_dims: Sequence[int], of: RowStatistic) -> Node:
+    """What the op says of rows as the operator that it stands for does."""
+    node = emitter.permuted(rows, [d for d in out_dims if d != len(out_dims) - 1])
+    for function, given in of.calls:
+        node = emitter.new_call(function, (node, *given), {})
+    return node
 
 
 class _Emitter:

@@ -22,6 +22,8 @@ os.environ.setdefault("TORCHINDUCTOR_VEC_ISA_OK", "1")
 
 import torch
 import torch._dynamo.guards
+from headers import header
+from together import quick_flags
 
 import fuse
 from fuse.targets import fallback_warnings
@@ -47,6 +49,7 @@ def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "models: needs transformers, and minutes")
     if "PYTEST_XDIST_WORKER" not in os.environ:
         _forget_old_kernels()
+        header(_kept())  # before workers need it
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -68,9 +71,18 @@ def private_cache() -> Iterator[Path]:
         folder = _kept()
         folder.mkdir(parents=True, exist_ok=True)
         patch.setenv("FUSE_CACHE_DIR", str(folder))
-        patch.setattr(launch, "_FLAGS", (*launch._FLAGS, "-include", str(Path(__file__).with_name("poison.h"))))
+        patch.setattr(launch, "_FLAGS", (*launch._FLAGS, "-include", str(header(folder))))
         patch.setenv("FUSE_QUALIFY", "never")  # tests of qualification ask for it: others are of kernels, be they fast or not
         yield folder
+
+
+@pytest.fixture(scope="module", autouse=True)
+def optimisation(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Kernels are optimised as a user's in the tests of C++ kernels, elsewhere as AVX2's are on every machine: a third less."""
+    with pytest.MonkeyPatch.context() as patch:
+        if not request.path.name.startswith("test_cpp"):
+            patch.setattr(launch, "_ISA_FLAGS", launch._ISA_FLAGS | quick_flags())
+        yield
 
 
 def _kept() -> Path:

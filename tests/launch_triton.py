@@ -33,6 +33,7 @@ from fuse.targets.triton.plan import ARCHITECTURES, candidates
 from fuse.targets.triton.target import TritonTarget
 
 SPILLS = {"none": [0], "two": [13, 85, 0], "all": [85, 13, 4], "more and more": [4, 13, 85]}
+LONG = problem("bfloat16", batch=(1, 1), q_len=1024, qk_dim=64)
 MADE = problem("bfloat16", batch=(1, 2), q_len=64, qk_dim=32)
 
 
@@ -92,11 +93,10 @@ def spilling(counts: Sequence[int]) -> list[Any]:
     """(kernels that are loaded, rows of a program that is launched) by two calls; ``counts``: what loaded kernels spill."""
     driver, left = with_driver("sm_86"), iter(counts)
     driver.spills = lambda binary: next(left)
-    made = problem("bfloat16", batch=(1, 1), q_len=1024, qk_dim=64)
-    kernel, found = TritonKernel(made.spec), []
+    kernel, found = TritonKernel(LONG.spec), []
     launched()
     for _ in range(2):
-        kernel(made.operands, made.sizes)
+        kernel(LONG.operands, LONG.sizes)
         found.append((len(launched()), 1024 // driver.programs[-1]))
     return found
 
@@ -156,9 +156,7 @@ def main() -> None:
             warmed([t.to(device) for t in made.operands], made.sizes)
             found[f"{kind}, {device}"] = (len(compilations) - before[0], driver.launches - before[1])
     found["shared"] = on_a_small_device()
-    found["plans"] = [
-        p.block_q for p in candidates(problem("bfloat16", batch=(1, 1), q_len=1024, qk_dim=64).spec, ARCHITECTURES["sm_86"])
-    ]
+    found["plans"] = [plan.block_q for plan in candidates(LONG.spec, ARCHITECTURES["sm_86"])]
     found["spilling"] = {name: spilling(counts) for name, counts in SPILLS.items()}
     driver = with_driver("sm_90")
     found["compiled beforehand"] = beforehand(driver, compilations)

@@ -16,6 +16,8 @@ import fuse
 N = 200
 Q, K = torch.arange(N)[:, None], torch.arange(N)
 Attend = Callable[..., Any]
+LENGTHS = torch.tensor([150, 90])  # of two texts; then nothing is seen
+PADDED = create_block_mask(lambda b, h, q, k: (q < LENGTHS[b]) & (k < LENGTHS[b]), 2, None, N, N, device="cpu")
 
 
 def heads(batch: int, count: int, length: int, dim: int = 16) -> list[Tensor]:
@@ -155,17 +157,15 @@ def test_a_mask_for_another_number_of_heads_is_declined() -> None:
 
 def test_the_log_sum_exp_has_a_gradient_and_rows_that_see_nothing_have_none() -> None:
     """Attention sinks as transformers writes them: the result times sigmoid(log-sum-exp - sink)."""
-    lengths = torch.tensor([150, 90])
     sinks = nn.Parameter(torch.randn(4))
-    padded = create_block_mask(lambda b, h, q, k: (q < lengths[b]) & (k < lengths[b]), 2, None, N, N, device="cpu")
-    inside = (lengths[:, None, None, None] > Q) & (lengths[:, None, None, None] > K)
+    inside = (LENGTHS[:, None, None, None] > Q) & (LENGTHS[:, None, None, None] > K)
 
     def with_sinks(out: Tensor, lse: Tensor) -> tuple[Tensor, Tensor]:
         return out * torch.sigmoid(lse - sinks[:, None])[..., None], lse
 
     def program(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         kv = k[:, :2], v[:, :2]
-        out, aux = flex_attention(q, *kv, block_mask=padded, enable_gqa=True, return_aux=AuxRequest(lse=True))
+        out, aux = flex_attention(q, *kv, block_mask=PADDED, enable_gqa=True, return_aux=AuxRequest(lse=True))
         return with_sinks(out, aux.lse)
 
     def plain(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
@@ -176,6 +176,50 @@ def test_the_log_sum_exp_has_a_gradient_and_rows_that_see_nothing_have_none() ->
         return with_sinks(attention(q, k, v, inside), lse)
 
     check(program, plain, heads(2, 4, N), [sinks])
+
+
+@pytest.mark.parametrize("lse", [False, True])
+@pytest.mark.parametrize(("inner", "dynamic"), [("aot_eager", None), ("inductor", None), ("eager", True)])
+def test_the_largest_score_of_each_row_is_given_beside_the_result_and_has_no_gradient(
+    lse: bool, inner: str, dynamic: bool | None
+) -> None:
+    """Which no other backend has on CPUs. Optimisers that clip queries and keys by it ask for it."""
+
+    def program(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, ...]:
+        asked = AuxRequest(lse=lse, max_scores=True)
+        out, aux = flex_attention(q, k[:, :2], v[:, :2], cap, PADDED, enable_gqa=True, return_aux=asked)
+        return (out, aux.max_scores, *([aux.lse] if lse else []))
+
+    def cap(s: Tensor, *at: Tensor) -> Tensor:
+        return 5 * torch.tanh(s / 5)
+
+    x = [t.requires_grad_() for t in heads(2, 4, N)]
+    out, largest, *rest = compiled(program, inner, dynamic=dynamic)(*x)
+    (site,) = fuse.report().sites
+    assert site.recovered and not largest.requires_grad and largest.dtype == torch.float32
+    inside = (LENGTHS[:, None, None, None] > Q) & (LENGTHS[:, None, None, None] > K)
+    k, v = (t[:, :2].repeat_interleave(2, 1) for t in x[1:])
+    score, sees = cap(x[0] @ k.mT / 4), inside.any(-1, keepdim=True)
+    seen = score.masked_fill(~inside, -math.inf)
+    torch.testing.assert_close(largest, seen.amax(-1).detach())
+    if lse:
+        torch.testing.assert_close(rest[0], seen.logsumexp(-1))
+    expected = torch.where(sees, score.masked_fill(~inside & sees, -math.inf).softmax(-1) @ v, 0)
+    for got, grad in zip(*(torch.autograd.grad(y.sin().sum(), x) for y in (out, expected)), strict=True):
+        torch.testing.assert_close(got, grad)
+
+
+def test_other_backends_refuse_the_largest_score_on_cpus_as_before() -> None:
+    run = torch.compile(lambda *x: flex_attention(*x, return_aux=AuxRequest(max_scores=True)), backend="eager")
+    with pytest.raises(Exception, match="max scores is not supported on CPU"):
+        run(*heads(1, 4, N))
+
+
+def test_what_is_left_to_inductor_says_why_it_has_no_largest_score() -> None:
+    mask = create_block_mask(causal, 1, 2, N, N, device="cpu")
+    run = compiled(lambda *x: flex_attention(*x, block_mask=mask, return_aux=AuxRequest(max_scores=True)), "inductor")
+    with pytest.raises(Exception, match=r"does not support the maximum.*fuse left it, since a BlockMask of \(1, 2\)"):
+        run(*heads(1, 4, N))
 
 
 @pytest.mark.compiler

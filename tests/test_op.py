@@ -199,6 +199,18 @@ def test_each_example_has_its_gradients_through_the_log_sum_exp() -> None:
     torch.testing.assert_close(found, tuple(map(torch.stack, zip(*each, strict=True))), rtol=1e-5, atol=1e-5)
 
 
+def test_the_largest_score_passes_opcheck_is_that_of_each_example_and_of_no_keys_none() -> None:
+    made = CASES["causal"]("float32")
+    text, op = made.spec.to_json(), torch.ops.fuse.attention_max
+    torch.library.opcheck(op.default, (trained(made), made.sizes, text))
+    examples = [torch.stack([t, t / 2, 2 * t]) for t in made.operands]
+    each = torch.stack([op([x[i] for x in examples], made.sizes, text) for i in range(3)])
+    torch.testing.assert_close(torch.vmap(lambda *x: op(list(x), made.sizes, text))(*examples), each)
+    q, k, v = made.operands
+    none = op([q, k[..., :0, :], v[..., :0, :]], [*made.sizes[:-1], 0], text)
+    assert none.shape == q.shape[:-1] and bool(none.isneginf().all())
+
+
 def test_tangents_and_second_derivatives_of_both_results_are_differences() -> None:
     function, operands = _with_log_sums("float64")
     along = [rand_like(t, 1)[0] for t in operands]

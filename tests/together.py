@@ -58,6 +58,11 @@ class Kernel:
         return code
 
 
+def quick_flags() -> dict[str, tuple[str, ...]]:
+    """-O2 for every instruction set."""
+    return {isa: tuple("-O2" if flag == "-O3" else flag for flag in flags) for isa, flags in launch._ISA_FLAGS.items()}
+
+
 @contextmanager
 def together() -> Iterator[None]:
     """What ``build`` and ``build_backward`` are asked for inside is built at the end. Raises BuildFailed there."""
@@ -85,9 +90,8 @@ def narrow(vectors: int = 1, decode_queries: int = 0) -> Iterator[None]:
 
     For specs that say what an expression means: how it is written does not depend on either. So -O2 does, which AVX2 has.
     """
-    flags = {isa: tuple("-O2" if flag == "-O3" else flag for flag in launch._ISA_FLAGS[isa]) for isa in LANES}
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(launch, "_ISA_FLAGS", launch._ISA_FLAGS | flags)
+        patch.setattr(launch, "_ISA_FLAGS", launch._ISA_FLAGS | {isa: quick_flags()[isa] for isa in LANES})
         with _planned(
             lambda full: replace(full, vectors=vectors, decode_queries=decode_queries) if full.core == "lanes" else full
         ):

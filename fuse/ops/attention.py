@@ -1,6 +1,7 @@
 """``fuse::attention``, the one op that the passes put into a graph, and the two that it runs as where gradients are needed.
 
-``fuse::attention_lse`` is the same with the rows' log-sum-exp as a second result, for code that merges parts of the keys.
+``fuse::attention_lse`` is the same with the rows' log-sum-exp as a second result, for code that merges parts of the keys;
+``fuse::attention_max`` gives the largest score of each row, by the reference: who asks for it watches a training run.
 ``fuse::attention`` has an autograd kernel: with gradients it is ``fuse::attention_forward``, whose backward is
 ``fuse::attention_backward``; without, it stays what it is. So AOTAutograd, Inductor and checkpoint policies see plain ops.
 The spec travels as text: torch's graph caches are keyed on it, and a graph with the op in it can be saved. Defined with
@@ -33,6 +34,7 @@ _library: Any = torch.library.Library("fuse", "DEF")
 for _schema in (
     "attention(Tensor[] operands, SymInt[] sizes, str spec, str target) -> Tensor",
     "attention_lse(Tensor[] operands, SymInt[] sizes, str spec, str target) -> (Tensor, Tensor)",
+    "attention_max(Tensor[] operands, SymInt[] sizes, str spec) -> Tensor",
     "attention_forward(Tensor[] operands, SymInt[] sizes, str spec, str target) -> (Tensor, Tensor)",
     "attention_backward(Tensor grad_out, Tensor[] operands, SymInt[] sizes, Tensor out, Tensor lse, str spec, str target, "
     "bool[] wanted, Tensor? grad_lse=None) -> Tensor[]",
@@ -79,6 +81,12 @@ def _attention_lse(operands: list[Tensor], sizes: list[int], spec: str, target: 
     return out, _log_sum(out, lse, spec)
 
 
+def _attention_max(operands: list[Tensor], sizes: list[int], spec: str) -> Tensor:
+    from fuse.targets import reference
+
+    return reference.attention_max(parsed(spec), operands, sizes)
+
+
 def _log_sum(out: Tensor, lse: Tensor, spec: str) -> Tensor:
     """Log-sum-exp to base e as others know it. Kernels have infinity for a row that sees nothing: its probabilities are 0."""
     nothing = (lse == math.inf) & ~out[..., 0].isnan()
@@ -117,6 +125,11 @@ def _fake_forward(operands: list[Tensor], sizes: list[IntLike], spec: str, targe
 def _fake_lse(operands: list[Tensor], sizes: list[IntLike], spec: str, target: str) -> tuple[Tensor, Tensor]:
     parsed_spec, out = parsed(spec), _fake(operands, sizes, spec, target)
     return out, out.new_empty(parsed_spec.lse_shape(sizes), dtype=getattr(torch, parsed_spec.lse_dtype))
+
+
+def _fake_max(operands: list[Tensor], sizes: list[IntLike], spec: str) -> Tensor:
+    parsed_spec = parsed(spec)
+    return operands[0].new_empty(parsed_spec.lse_shape(sizes), dtype=getattr(torch, parsed_spec.lse_dtype))
 
 
 def _fake_backward(
@@ -219,6 +232,13 @@ def _lse_autograd(operands: list[Tensor], sizes: list[int], spec: str, target: s
     return result
 
 
+def _max_autograd(operands: list[Tensor], sizes: list[int], spec: str) -> Tensor:
+    """Has no gradient, as that of FlexAttention."""
+    with torch._C._AutoDispatchBelowAutograd():
+        result: Tensor = torch.ops.fuse.attention_max.default(operands, sizes, spec)
+        return result
+
+
 def _autograd(op: Any, operands: list[Tensor], sizes: list[int], spec: str, target: str, with_lse: bool) -> Any:
     """Runs eagerly and while AOTAutograd traces."""
     if _any_gradient(operands, _differentiable(spec)) or _any_tangent(operands):
@@ -251,6 +271,7 @@ def _register(name: str, kernel: Any, autograd: Any, fake: Any, batching_rule: A
 
 _register("attention", _attention, _attention_autograd, _fake, batching.attention_rule)
 _register("attention_lse", _attention_lse, _lse_autograd, _fake_lse, batching.lse_rule)
+_register("attention_max", _attention_max, _max_autograd, _fake_max, batching.max_rule)
 _register("attention_forward", _forward, None, _fake_forward, batching.forward_rule)
 _register("attention_backward", _backward, _backward_autograd, _fake_backward, batching.backward_rule)
 _library.impl("attention_backward", batching.legacy_backward_rule, "Batched")

@@ -48,6 +48,11 @@ def attention_rule(
     return torch.ops.fuse.attention.default(examples_first(operands, in_dims[0]), all_sizes, text, target), _batch(spec)
 
 
+def max_rule(info: VmapInfo, in_dims: Any, operands: list[Tensor], sizes: list[IntLike], spec: str) -> tuple[Tensor, int]:
+    text, all_sizes = batched_call(spec, sizes, in_dims[0], info.batch_size)
+    return torch.ops.fuse.attention_max.default(examples_first(operands, in_dims[0]), all_sizes, text), _batch(spec)
+
+
 def lse_rule(info: VmapInfo, in_dims: Any, *call: Any) -> tuple[tuple[Tensor, Tensor], tuple[int, int]]:
     return _two_results(torch.ops.fuse.attention_lse.default, info, in_dims, *call)
 

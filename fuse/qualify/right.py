@@ -119,7 +119,7 @@ def _answers(asked: _Asked, target: str) -> list[Tensor]:
     """The kernels' results, in the order of the parts."""
     p, use = asked.problem, map_used(asked.problem.spec)
     kernel = targets.kernel(p.spec, target)
-    with _FilledWithNaN():
+    with _FilledWithNaN():  # type: ignore[no-untyped-call]
         if any(asked.wanted):
             out, lse = kernel.forward(p.operands, p.sizes)
             backward = targets.backward_kernel(p.spec, target, asked.wanted)

@@ -57,6 +57,22 @@ def attention_with_lse(
     return out, lse
 
 
+def attention_max(spec: AttentionSpec, operands: Sequence[Tensor], sizes: Sequence[int]) -> Tensor:
+    """The largest score of each row as eager computes scores, dense, of shape ``spec.lse_shape(sizes)`` in ``spec.lse_dtype``.
+
+    -inf in a row that sees no key.
+    """
+    call = _call(spec, operands, sizes, "eager")
+    found = torch.full(spec.lse_shape(sizes), -math.inf, dtype=call.dtype(spec.lse_dtype), device=call.device)
+    if call.kv_len == 0:
+        return found
+    with torch.no_grad(), torch.autocast(call.device.type, enabled=False):
+        key = call.key()
+        for rows in call.blocks():
+            found[..., slice(*rows)] = call.score(rows, key)[1].amax(-1).to(found.dtype)
+    return found
+
+
 def attention_backward(
     spec: AttentionSpec,
     grad_out: Tensor,
@@ -190,10 +206,14 @@ class _Call:
         for start in range(0, self.q_len, rows):
             yield start, min(start + rows, self.q_len)
 
-    def softmax(self, rows: Extent, key: Tensor) -> _Softmax:
+    def score(self, rows: Extent, key: Tensor) -> tuple[Tensor, Tensor]:
+        """The products of queries and keys, and what becomes of them."""
         raw = self.query(rows) @ key.mT
         score = self.entries(self.spec.score, rows, {Score: raw})
-        score = score.expand(*score.shape[:-1], self.kv_len)
+        return raw, score.expand(*score.shape[:-1], self.kv_len)
+
+    def softmax(self, rows: Extent, key: Tensor) -> _Softmax:
+        raw, score = self.score(rows, key)
         extra = [self.entries(x, rows, {}).to(score.dtype) for x in self.spec.extra_logits]
         logits = torch.cat((score, *extra), -1)
         prob, lse = logits.softmax(-1), logits.to(self.dtype(self.spec.lse_dtype)).logsumexp(-1)

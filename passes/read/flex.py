@@ -18,7 +18,7 @@ from fuse.report.reasons import Declined, UnsupportedShape
 
 _LISTS, _SIZES = slice(2, 6), slice(-3, -1)  # of the tuple that a BlockMask is in a graph; the last of it is mask_mod
 _PARTIAL, _FULL = 1, 2
-FLEX_LSE: Calls = ((torch.ops.aten.div.Tensor, (math.log(2),)),)  # in base 2
+IN_BASE_2: Calls = ((torch.ops.aten.div.Tensor, (math.log(2),)),)  # of what is in base e
 
 
 def is_flex(node: Node) -> bool:

@@ -786,12 +786,21 @@ template <int N, class Keys> static void load_queries(const Keys&, const BatchIn
         for (int i = nq; i < N * W; i++) w.query[d * N * W + i] = 0;
     memset(w.out, 0, sizeof(R) * DVP * N * W);
 }
+// Rows i … of the tile behind, which is read next: whole heads are streamed from memory that others share, too.
+template <class Part> INLINE void prefetch_next(const Part& part, int i) {
+    constexpr int LINE = 64 / int(sizeof(R));
+#pragma GCC unroll 1
+    for (int x = 0; x < MR * D; x += LINE) __builtin_prefetch(part.key + (BK + i) * D + x, 0, 2);
+#pragma GCC unroll 1
+    for (int x = 0; x < MR * DVP; x += LINE) __builtin_prefetch(part.value + (BK + i) * DVP + x, 0, 2);
+}
 template <int N, class Part> static void score_product(const Part& part, LaneScratch& w, int, int nk) {
     for (int d = 0; d < D; d += TERMS)
         for (int i = 0; i < nk; i += MR) {
             R* scores = w.scores + i * N * W;
             const R *key = part.key + i * D + d, *query = w.query + d * N * W;
             const int terms = D - d < TERMS ? D - d : TERMS;
+            if (d == 0) prefetch_next(part, i);
             if (d == 0) multiply<N, D, 1, DROPPED>(scores, key, query, terms, nullptr);
             else multiply<N, D, 1, KEPT>(scores, key, query, terms, nullptr);
         }
