@@ -8,7 +8,10 @@ from fuse.inductor import inductor_configs
 from fuse.options import Options
 from fuse.report.report import Report, explain, report, reset
 from fuse.report.site import Site
+from fuse.trainer import make_known
 from fuse.transform import Transformed, transform
+
+make_known()
 
 __all__ = [
     "FuseError",

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import shutil
 import sys
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -17,7 +19,7 @@ from fuse import models
 from fuse.errors import FuseError, NoDevice
 from fuse.report.report import explain
 from fuse.settings import settings
-from fuse.targets import registry
+from fuse.targets import registry, upkeep
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -54,7 +56,12 @@ def _parser() -> argparse.ArgumentParser:
     sub.set_defaults(run=_kernels)
 
     sub = commands.add_parser("cache", help="say where kernels are kept and how much they take")
-    sub.add_argument("--clear", action="store_true", help="delete them; they are built again when they are needed")
+    doing = sub.add_mutually_exclusive_group()
+    doing.add_argument("--clear", action="store_true", help="delete them; they are built again when they are needed")
+    about = "read all of it, and say what is broken, left over, or open to others; exit status 1 where something is broken"
+    doing.add_argument("--check", action="store_true", help=about)
+    about = "delete what is broken, left over, or was not used for DAYS, if given; what is being built stays"
+    doing.add_argument("--prune", type=_days, nargs="?", const=math.inf, metavar="DAYS", help=about)
     sub.set_defaults(run=_cache)
     return parser
 
@@ -124,7 +131,44 @@ def _cache(args: argparse.Namespace) -> int:
     if args.clear:
         for target in registry.names():  # never the folder itself, which may hold files of others
             shutil.rmtree(folder / target, ignore_errors=True)
-    return 0
+    if args.prune is not None:
+        return _prune(args.prune)
+    return _check() if args.check else 0
+
+
+def _check() -> int:
+    found = [(item, upkeep.examine(item)) for item in upkeep.items()]
+    for item, finding in found:
+        if finding.state != "whole":
+            print(f"    {finding.state:<11}{item.folder.name}/{item.name}: {finding.why}")
+    accesses = list(upkeep.accesses())
+    for access in accesses:
+        print(f"    open       {access.path}: {access.refused or f'{access.who} can write to it'}")
+    count = Counter(finding.state for _, finding in found)
+    print("   ", ", ".join(f"{count[state]} {state}" for state in ("whole", "broken", "left over", "in use")))
+    if count["broken"] or count["left over"]:
+        print("python -m fuse cache --prune deletes what is broken or left over; kernels are built again when they are needed")
+    return int(bool(count["broken"]) or any(access.refused for access in accesses))
+
+
+def _prune(days: float) -> int:
+    freed, failed = 0, False
+    for removal in upkeep.prune(days):
+        freed, failed = freed + removal.size, failed or bool(removal.failed)
+        about = f"not deleted: {removal.failed}" if removal.failed else removal.why
+        print(f"    {removal.item.folder.name}/{removal.item.name}: {about}")
+    print(f"    {freed / 2**20:.1f} MB freed")
+    return int(failed)
+
+
+def _days(text: str) -> float:
+    try:
+        days = float(text)
+    except ValueError:
+        days = -1.0
+    if not days >= 0:
+        raise argparse.ArgumentTypeError(f"{text!r} is no number of days: give 30, say, or 0 for all")
+    return days
 
 
 def _suffixes() -> set[str]:

@@ -30,7 +30,11 @@ compiled: list[Reading] = []
 
 
 def fuse(
-    gm: GraphModule, example_inputs: Sequence[Any], *, mode: str | None = None, options: Mapping[str, Any] | None = None
+    gm: GraphModule,
+    example_inputs: Sequence[Any],
+    *,
+    mode: str | None = None,
+    options: Mapping[str, Any] | Options | None = None,
 ) -> Callable[..., Any]:
     """Fuses the attention in ``gm`` and hands all of it to the inner compiler.
 

@@ -54,6 +54,10 @@ class InvalidVariable(FuseError):
     message = "environment variable {name}={value!r} is not valid; allowed: {allowed}.{hint}"
 
 
+class NoHome(FuseError):
+    message = "{value} cannot be found, since the user has no home directory: set {name} to a folder, or HOME."
+
+
 class VerificationFailed(FuseError):
     message = (
         "FUSE_VERIFY: output {index} of a fused graph differs from eager: relative error {error:.3g}, allowed {allowed:.3g}. "

@@ -62,13 +62,18 @@ CHOICES: dict[str, Callable[[], tuple[str | bool, ...]]] = {
 """By option, the values that it can have."""
 
 
-def resolve(mode: str | None, given: Mapping[str, Any] | None) -> Options:
-    """Options from what torch.compile passes on; raises a FuseError for a name or a value that is not allowed."""
+def resolve(mode: str | None, given: Mapping[str, Any] | Options | None) -> Options:
+    """Options from what torch.compile passes on; raises a FuseError for a name or a value that is not allowed.
+
+    Options that are made already are whole: no variable counts beside them.
+    """
     _reject_unknown_variables()
+    if isinstance(given, Options):
+        _reject_unknown_options(given.inductor)
+        return given
     own = {**_from_environment(), **{k: v for k, v in (given or {}).items() if k in CHOICES}}
     inductor = {k: v for k, v in (given or {}).items() if k not in CHOICES}
-    if inductor:
-        _reject_unknown_options(inductor)
+    _reject_unknown_options(inductor)
     return Options(**own, mode=None if mode == "default" else mode, inductor=inductor)
 
 
@@ -98,6 +103,8 @@ def _reject_unknown_variables() -> None:
 
 
 def _reject_unknown_options(given: Mapping[str, Any]) -> None:
+    if not given:
+        return
     from torch._inductor import config
 
     known = {name.replace("-", "_") for name in config.get_config_copy()}

@@ -6,7 +6,7 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
-from fuse.errors import InvalidVariable
+from fuse.errors import InvalidVariable, NoHome
 
 
 @dataclass(frozen=True)
@@ -21,14 +21,17 @@ class Settings:
 
 
 def settings() -> Settings:
-    default = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")) / "fuse"
+    default = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "fuse"
     cache = os.environ.get("FUSE_CACHE_DIR") or default
     dump = os.environ.get("FUSE_DUMP")
     return Settings(_folder("FUSE_CACHE_DIR", Path(cache)), _folder("FUSE_DUMP", Path(dump)) if dump else None)
 
 
 def _folder(variable: str, path: Path) -> Path:
-    path = path.expanduser().absolute()
+    try:
+        path = path.expanduser().absolute()
+    except RuntimeError as error:
+        raise NoHome(name=variable, value=str(path)) from error
     if path.exists() and not path.is_dir():
         raise InvalidVariable(name=variable, value=str(path), allowed="a folder, which may not exist yet", hint="")
     return path

@@ -10,7 +10,7 @@ from torch.fx import Graph, Node
 from fuse.ir.spec import AttentionSpec
 from fuse.passes.find import Candidate
 from fuse.passes.lift import Lifted
-from fuse.passes.read.graph import MADE, location, module_path, user_name
+from fuse.passes.read.graph import MADE, location, module_path, operator_name, user_name
 from fuse.passes.read.trace import Seed, size_hint
 from fuse.passes.replace import Replacement, live_nodes, remove, unread_nodes
 from fuse.passes.transforms import for_all_examples
@@ -99,7 +99,7 @@ def _user_of(found: Found, live: set[Node], slices: set[Node]) -> str:
     while queue:
         node = queue.pop(0)
         if node in live and node not in slices:
-            return "the graph's output" if node.op == "output" else node.name
+            return "the graph's output" if node.op == "output" else f"{operator_name(node)} ({location(node)})"
         queue += [u for u in node.users if u not in seen and u is not found.replacement.root]
         seen.update(node.users)
     return "another computation"

@@ -26,6 +26,7 @@ from fuse.passes.lookups import hoist_lookups
 from fuse.passes.predicate import separate
 from fuse.passes.read import pointwise, views  # noqa: F401  the readers register themselves
 from fuse.passes.read.elements import POLYNOMIAL, PRODUCTS, Opaque, Reader, as_index, dims, may_wrap, op_name
+from fuse.passes.read.graph import reached_from
 from fuse.passes.read.random import with_scaled_choices
 from fuse.passes.read.softmax import DeferredNormalisation, Softmax, recognise
 from fuse.passes.read.trace import Trace, Value
@@ -199,7 +200,7 @@ class _Lift:
     # ------------------------------------------------------------------------------------------------- the score
 
     def _score(self, softmax: Softmax, q: sympy.Symbol, k: sympy.Symbol) -> tuple[Expr, Value, Load, Load, sympy.Symbol]:
-        opaque = _summed_into(softmax.score)
+        opaque = _last_first(_summed_into(softmax.score))
         for candidate in opaque:
             product = self.product(candidate, "d")
             if product is None or (sides := self._query_and_key(product, q, k)) is None:
@@ -360,6 +361,15 @@ def _summed_into(score: Expr) -> list[Opaque]:
             seen[node] = None
             stack.extend(node.args)
     return [n for n in seen if isinstance(n, Opaque)]
+
+
+def _last_first(products: list[Opaque]) -> list[Opaque]:
+    """Those first on which fewer of the others depend: what is added to the score has to be there before it."""
+    if len(products) < 2:
+        return products
+    origins = [p.value.origin for p in products]
+    behind = {p: sum(o in reached_from(p.value.origin) for o in origins) for p in products}
+    return sorted(products, key=behind.__getitem__)
 
 
 def _as_float(score: Expr) -> Expr:

@@ -20,9 +20,19 @@ from fuse.passes.find import RowStatistic
 from fuse.passes.layout import memory_order
 from fuse.passes.lift import Lifted, SiteContext
 from fuse.passes.read.elements import as_index
-from fuse.passes.read.graph import MADE, Transform, location, operator_name, storage_of, tensor_of, writes
+from fuse.passes.read.graph import (
+    MADE,
+    Transform,
+    location,
+    operator_name,
+    reached_from,
+    storage_of,
+    tensor_of,
+    user_name,
+    writes,
+)
 from fuse.passes.read.trace import Seed, Trace, Value
-from fuse.report.reasons import Declined, Mutated, NotTraceable, UnsupportedShape
+from fuse.report.reasons import Declined, Mutated, NotTraceable, ScoresUsed, UnsupportedShape
 
 aten = torch.ops.aten  # programs of torch.export hold nothing else
 _SEED_OF = "seed of fuse"  # marks the seed of what a node draws
@@ -131,7 +141,7 @@ class _Emitter:
         self.around = around  # values of a transform's level are not to be had outside of it
         self.saves = flowing  # operands are kept for the backward pass, in which they must be what they were
         # What is computed from the scores, if only from their shape, would keep them alive
-        self.of_scores = _reached_from(scores)
+        self.of_scores = reached_from(scores)
         self.order = {n: i for i, n in enumerate(graph.nodes)}
         self.made: dict[Value, Node] = {}
         self.new: list[Node] = []
@@ -155,10 +165,10 @@ class _Emitter:
             at, root = self.order[writer], self.order[self.root]
             if writer in self.trace.ran and node in self.trace.ran:
                 if at > root:
-                    raise Declined(Mutated(node.name, location(writer)))
+                    raise Declined(Mutated(user_name(node), location(writer)))
             elif readers and min(readers) < at < root:  # an input of the trace stands for what it held when it was read
                 if max(r for r in readers if r < root) > at:
-                    raise Declined(Mutated(node.name, location(writer)))
+                    raise Declined(Mutated(user_name(node), location(writer)))
                 with self.graph.inserting_before(writer):
                     return self.new_call(torch.ops.fuse.snapshot.default, (node,), {})
             elif self.saves and at > root:
@@ -181,6 +191,9 @@ class _Emitter:
         if value.literal is not None:
             return self._call(aten.full.default, ([], value.literal), {"dtype": value.meta.dtype, "device": value.meta.device})
         if value.op is None or torch.Tag.nondeterministic_seeded in value.op.tags:
+            node = self.trace.node_of.get(value)
+            if node in self.of_scores:
+                raise Declined(ScoresUsed(operator_name(node), location(node)))
             raise Declined(NotTraceable("a tensor that the graph does not hold"))
         args, kwargs = self._arguments(value.args), self._arguments(dict(value.kwargs))
         node = self._call(value.op, args, kwargs)
@@ -268,17 +281,6 @@ def _difference(a: torch.SymInt, b: IndexExpr) -> int | None:
     """a - b where that is a number."""
     off = sympy.expand(as_index(a) - b)
     return int(off) if off.is_Integer else None
-
-
-def _reached_from(node: Node | None) -> set[Node]:
-    seen: set[Node] = set()
-    stack = [] if node is None else [node]
-    while stack:
-        n = stack.pop()
-        if n not in seen:
-            seen.add(n)
-            stack.extend(n.users)
-    return seen
 
 
 def live_nodes(graph: Graph, slices: Iterable[Node], replaced: Mapping[Node, Node]) -> set[Node]:

@@ -15,7 +15,7 @@ import fuse.passes
 
 # From the ground up; what a module imports stands on its own level or below.
 LEVELS = (
-    ("errors", "settings", "memoize", "assumptions"),
+    ("errors", "settings", "memoize", "assumptions", "trainer"),
     ("ir",),
     ("report.reasons", "report.runs", "report.site", "report.wording"),
     ("kernel",),

@@ -272,6 +272,15 @@ def test_a_group_may_share_a_folder_that_it_has_chosen(folder: Path) -> None:
     assert builds.count == before + 1
 
 
+@pytest.mark.parametrize(("cache", "folders", "files"), [(0o2770, 0o2770, 0o660), (0o770, 0o770, 0o660), (0o700, 0o700, 0o600)])
+def test_what_is_made_in_a_shared_folder_is_the_groups_too(folder: Path, cache: int, folders: int, files: int) -> None:
+    folder.chmod(cache)
+    made()
+    write_once("test", "module", ".py", "x = 1\n")
+    assert stat.S_IMODE((folder / "test").stat().st_mode) == folders
+    assert {stat.S_IMODE(path.stat().st_mode) for path in (folder / "test").iterdir()} == {files}
+
+
 @pytest.mark.parametrize("whose", ["folder", "library"])
 def test_what_another_user_owns_is_not_loaded(unchosen: Path, monkeypatch: pytest.MonkeyPatch, whose: str) -> None:
     there, before = made(), builds.count

@@ -20,6 +20,7 @@ from specs import CASES
 
 from fuse import targets
 from fuse.ir import tile_map as tiles
+from fuse.kernel.source import ENTRY
 from fuse.report.runs import Runs
 from fuse.targets import reference
 from fuse.targets.cpp import launch
@@ -159,6 +160,23 @@ def test_a_compiler_that_makes_no_kernel_and_says_it_did_leaves_no_entry(folder:
     assert {path.suffix for path in folder.iterdir()} <= {".cpp", ".lock"}
     instead.rename(folder.with_name("gone"))
     assert in_a_child("forward") == ("kernel", 1)
+
+
+@pytest.mark.parametrize("does", ["__builtin_trap()", "_exit(0)", "for (;;) pause()"])
+def test_a_library_that_ends_or_stops_the_process_that_loads_it_is_never_loaded(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, does: str
+) -> None:
+    monkeypatch.setattr(launch, "_PROBE_SECONDS", 2)
+    source = folder.with_name("harmful.cpp")
+    entry = f'extern "C" __attribute__((visibility("default"))) int {ENTRY}(const long*) {{ return 0; }}'
+    source.write_text(f"#include <unistd.h>\n__attribute__((constructor)) void loaded() {{ {does}; }}\n{entry}\n")
+    monkeypatch.delenv("CXX")
+    command = [*launch.cxx_compiler(), "-shared", "-fPIC", source, "-o", folder.with_name("instead")]
+    monkeypatch.setenv("CXX", str(folder.with_name("compiler")))
+    subprocess.run(command, check=True)
+    assert in_a_child("forward") == ("reference", 0)
+    with pytest.warns(RuntimeWarning, match="made a library of .* that ends or stops its process. Set CXX to another"):
+        assert forward().by == "reference"
 
 
 def test_what_says_that_no_kernel_was_made_names_its_source_and_what_to_do(folder: Path, libraries: Path) -> None:

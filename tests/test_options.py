@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from fuse import errors
 from fuse.options import Options, resolve
@@ -39,6 +41,17 @@ def test_inductor_options_and_mode_are_passed_through() -> None:
     chosen = resolve("reduce-overhead", {"max_autotune": True, "triton.cudagraphs": False})
     assert chosen.mode == "reduce-overhead"
     assert chosen.inductor == {"max_autotune": True, "triton.cudagraphs": False}
+
+
+def test_options_that_are_made_already_are_taken_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FUSE_INNER", "aot_eager")
+    chosen = Options(target="reference", inner="eager")
+    assert resolve(None, chosen) == chosen
+    x = torch.randn(2, 8, 4)
+    attention = torch.compile(lambda q: (q @ q.mT).softmax(-1) @ q, backend="fuse", options=chosen)
+    torch.testing.assert_close(attention(x), (x @ x.mT).softmax(-1) @ x)
+    with pytest.raises(errors.UnknownOption, match="'max_autotunee'"):
+        resolve(None, Options(inductor={"max_autotunee": True}))
 
 
 def test_an_unknown_option_is_refused_with_the_closest_name() -> None:
@@ -102,6 +115,22 @@ def test_cache_and_dump_folders_come_from_the_environment(monkeypatch: pytest.Mo
     monkeypatch.setenv("FUSE_CACHE_DIR", str(tmp_path / "cache"))
     monkeypatch.setenv("FUSE_DUMP", str(tmp_path / "dump"))
     assert (settings().cache_dir, settings().dump) == (tmp_path / "cache", tmp_path / "dump")
+
+
+@pytest.mark.parametrize("variable", ["FUSE_CACHE_DIR", "FUSE_DUMP"])
+def test_without_a_home_directory_the_variable_to_set_is_named(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, variable: str
+) -> None:
+    """As for a user whom the system does not know, in a container say."""
+
+    def unknown(path: str) -> str:
+        return path
+
+    monkeypatch.setattr(os.path, "expanduser", unknown)
+    monkeypatch.setenv("FUSE_CACHE_DIR", str(tmp_path))
+    monkeypatch.setenv(variable, "~/kernels")
+    with pytest.raises(errors.NoHome, match=f"~/kernels.*no home directory: set {variable} to a folder, or HOME"):
+        settings()
 
 
 def test_a_dump_folder_that_is_a_file_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

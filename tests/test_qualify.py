@@ -29,6 +29,7 @@ from fuse.ops.warm import ExpectedCall
 from fuse.qualify import faster, judge, right, torchs_own
 from fuse.qualify.problem import laid_out, small, whole
 from fuse.qualify.verdict import Verdict, case_of, read, write
+from fuse.report.reasons import KernelRefused
 from fuse.report.runs import Runs
 from fuse.targets import reference, registry
 
@@ -87,6 +88,25 @@ def test_places_that_are_computed_in_another_way_under_a_mask_are_the_same_place
     """As DeBERTa's: drawn apart, the score that is seen would be another function than the score."""
     p = bias_read_in_two_ways()
     assert not wrong(p, "cpp", wanted_of(p))
+
+
+@pytest.mark.compiler
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shared", ["query, key and value", "query and key", "query and value"])
+def test_one_tensor_may_be_several_operands(
+    shared: str, dtype: torch.dtype, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its scores would be large twice over, its gradients sums of terms that cancel."""
+    monkeypatch.setenv("FUSE_CACHE_DIR", str(tmp_path))
+    x, y = (torch.randn(2, 40, 16).to(dtype).requires_grad_() for _ in range(2))
+
+    def program(x: Tensor, y: Tensor) -> Tensor:
+        key, value = (x if name in shared else y for name in ("key", "value"))
+        return (x @ key.mT * 0.25).masked_fill(torch.ones(40, 40).triu(1) > 0, -torch.inf).softmax(-1) @ value
+
+    torch.compile(program, backend="fuse", options={"inner": "aot_eager", "qualify": "once"})(x, y)
+    (site,) = fuse.report().sites
+    assert not isinstance(site.reason, KernelRefused), site.reason
 
 
 @pytest.fixture

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -90,6 +91,79 @@ def test_layers_of_one_model_share_a_line() -> None:
     assert text.splitlines()[0] == "13 attention sites, 12 fused"
     assert "12  yes    modeling_gpt2.py:91  k <= q  h.{0..11}.attn" in text
     assert "score       score * 0.125" in text
+
+
+def test_one_site_at_several_lengths_is_one_line() -> None:
+    run = torch.compile(lambda x: (x @ x.mT).softmax(-1) @ x, backend="fuse", options={"inner": "eager", "target": "reference"})
+    for n in (8, 16, 24):
+        run(torch.randn(2, n, 16))
+    shown = str(fuse.report())
+    assert shown.startswith("2 attention sites") and shown.count("test_report.py") == 1 and "\n      2  no " in shown
+
+
+class Biased(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("bias", torch.randn(24, 24))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (x @ x.mT + self.bias).softmax(-1) @ x
+
+
+SOME_BIAS = torch.randn(24, 24)
+
+
+class Holder:
+    """What holds tensors and modules, and is none."""
+
+    def __init__(self) -> None:
+        self.module, self.modules, self.offset = Biased(), [Biased(), Biased()], torch.randn(24, 24)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return self.modules[1](self.module((x @ x.mT + self.offset).softmax(-1) @ x))
+
+
+def of_globals(x: Tensor) -> Tensor:
+    return (x @ x.mT + SOME_BIAS).softmax(-1) @ x
+
+
+def in_closures() -> Callable[[Tensor], Tensor]:
+    module, offset = Biased(), torch.randn(24, 24)
+    return lambda x: module((x @ x.mT + offset).softmax(-1) @ x)
+
+
+CLOSED = in_closures()
+
+
+@pytest.mark.parametrize(
+    ("program", "formulas", "modules"),
+    [
+        (Holder(), [f"score + {x}[q, k]" for x in ("offset", "module.bias", "modules.bias")], ["", "module", "modules.1"]),
+        (of_globals, ["score + SOME_BIAS[q, k]"], [""]),
+        (in_closures(), ["score + offset[q, k]", "score + module.bias[q, k]"], ["", "module"]),
+        (lambda x: CLOSED(x), ["score + CLOSED[q, k]", "score + CLOSED.bias[q, k]"], ["", "CLOSED"]),
+        (lambda x, y=SOME_BIAS: (x @ x.mT + y.view(24, 24).flip(0).cumsum(0)).softmax(-1) @ x, ["score + cumsum[q, k]"], [""]),
+    ],
+    ids=["held", "global", "closure", "closure of a global", "made"],
+)  # fmt: skip
+def test_names_are_those_of_the_program(program: Callable[..., Any], formulas: list[str], modules: list[str]) -> None:
+    sites = fuse.explain(program, torch.randn(2, 24, 32)).sites
+    assert ([site.formula for site in sites], [site.module for site in sites]) == (formulas, modules)
+
+
+def test_a_module_of_torch_that_is_compiled_itself_is_known_by_its_class() -> None:
+    layer = nn.TransformerEncoderLayer(32, 2, 64, batch_first=True)
+    sites = fuse.explain(nn.TransformerEncoder(layer, 2, enable_nested_tensor=False), torch.randn(2, 24, 32)).sites
+    assert [(site.where, site.module) for site in sites] == [("MultiheadAttention", f"layers.{i}.self_attn") for i in (0, 1)]
+
+
+def test_what_else_uses_the_probabilities_is_named_as_it_is_written() -> None:
+    def program(x: Tensor) -> tuple[Tensor, Tensor]:
+        p = (x @ x.mT).softmax(-1)
+        return p @ x, p.view(2, -1).sum()
+
+    (site,) = fuse.explain(program, torch.randn(2, 24, 32)).sites
+    assert re.fullmatch(r"the probabilities are also used by view \(test_report\.py:\d+\)", str(site.reason))
 
 
 def test_a_declined_site_says_why_and_what_would_help() -> None:

@@ -109,6 +109,39 @@ def test_without_a_compiler_nothing_is_called_fused(folder: Path, monkeypatch: p
     assert ">no<" in page and "reference: no C++ compiler was found" in page and ">yes<" not in page
 
 
+@pytest.mark.parametrize(
+    ("variable", "value", "says"),
+    [
+        (
+            "CXX",
+            "nowhere -O2",
+            r"CXX='nowhere -O2': there is no program 'nowhere' that can be run. Unset it, or: Install g\+\+",
+        ),
+        ("CXX", 'g++ "', 'CXX=g\\+\\+ " is no command: No closing quotation. Correct or unset it'),
+        ("CXX", "{folder}/garbage", "the C.. compiler did not run: .*Exec format error: '{folder}/garbage'. Install g"),
+        ("CXX", "true", "/true -std.* made no library of .*cpp, and said that all went well. Set CXX to another"),
+        ("FUSE_CACHE_DIR", "{folder}/garbage", "FUSE_CACHE_DIR='{folder}/garbage' is not valid; allowed: a folder"),
+        (
+            "FUSE_CACHE_DIR",
+            "/proc/nowhere",
+            "Kernels are kept in /proc/nowhere/cpp: make it writable, or set FUSE_CACHE_DIR to",
+        ),
+        ("FUSE_DUMP", "{folder}/garbage", "FUSE_DUMP='{folder}/garbage' is not valid; allowed: a folder"),
+        ("FUSE_DUMP", "/proc/nowhere", "FUSE_DUMP='/proc/nowhere' cannot be written to: .*Set another folder, or unset it"),
+    ],
+)
+def test_a_variable_that_is_wrong_is_named_with_its_value_and_what_to_do(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, variable: str, value: str, says: str
+) -> None:
+    (folder / "garbage").write_text("garbage")
+    (folder / "garbage").chmod(0o755)
+    monkeypatch.setenv("FUSE_CACHE_DIR", str(folder / "cache"))
+    monkeypatch.setenv(variable, value.replace("{folder}", str(folder)))
+    with pytest.warns(RuntimeWarning, match=says.replace("{folder}", str(folder))) as told:
+        assert ran().runs["forward"].by == "reference"
+    assert not any("please report" in str(w.message) for w in told)
+
+
 def test_target_reference_is_told_before_and_after_without_a_warning(monkeypatch: pytest.MonkeyPatch) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error", RuntimeWarning)

@@ -213,6 +213,9 @@ def test_source_says_what_it_is_and_runs_alone(name: str, tmp_path: Path) -> Non
     subprocess.run(build.replace("c++ ", "g++ "), shell=True, check=True)
     printed = subprocess.run([binary, "1"], capture_output=True, text=True, check=True).stdout
     assert " ms, sum of the result " in printed and "nan" not in printed
+    for arguments, status in ((["--help"], 0), (["many"], 1), (["0"], 1), (["1", "2"], 1)):
+        done = subprocess.run([binary, *arguments], capture_output=True, text=True)
+        assert (done.returncode, done.stdout) == (status, f"usage: {binary} [threads]\n")
 
 
 @pytest.mark.compiler

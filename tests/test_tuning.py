@@ -21,6 +21,7 @@ import triton_interpreter  # noqa: E402, F401  mends the interpreter
 from triton.runtime.errors import OutOfResources  # noqa: E402
 
 from fuse.__main__ import main  # noqa: E402
+from fuse.targets import records  # noqa: E402
 from fuse.targets.triton import tuning  # noqa: E402
 from fuse.targets.triton.launch import TritonKernel  # noqa: E402
 from fuse.targets.triton.launch_backward import TritonBackward  # noqa: E402
@@ -92,6 +93,19 @@ def test_a_broken_file_is_ignored(text: str) -> None:
     assert recorded(SUBJECT, PLANS) is None
 
 
+@pytest.mark.parametrize("body", [{}, {"fastest": 3}, {"fastest": {"block_q": 64}}])
+def test_a_file_that_says_something_else_is_ignored(body: dict[str, object]) -> None:
+    records.write(SUBJECT.path, body)
+    assert recorded(SUBJECT, PLANS) is None
+
+
+def test_a_result_that_was_changed_is_measured_again() -> None:
+    bench = Bench({128: 3e-3, 64: 1e-3})
+    fastest(SUBJECT, PLANS, bench.launch, bench.clock)
+    SUBJECT.path.write_text(SUBJECT.path.read_text().replace('"block_q": 64', '"block_q": 128'))
+    assert recorded(SUBJECT, PLANS) is None
+
+
 @pytest.mark.parametrize("there", [Path.mkdir, os.mkfifo], ids=["folder", "pipe"])
 def test_what_is_no_file_is_ignored_and_makes_room(there: Callable[[Path], None]) -> None:
     SUBJECT.path.parent.mkdir(parents=True)
@@ -113,8 +127,7 @@ def test_a_result_that_cannot_be_kept_costs_no_call(
 
 
 def test_a_plan_that_is_no_candidate_any_more_is_ignored() -> None:
-    SUBJECT.path.parent.mkdir(parents=True)
-    SUBJECT.path.write_text(json.dumps({"fastest": asdict(replace(PLANS[0], stages=9))}))
+    records.write(SUBJECT.path, {"fastest": asdict(replace(PLANS[0], stages=9))})
     assert recorded(SUBJECT, PLANS) is None
 
 

@@ -27,11 +27,12 @@ _GAP = 8  # the most that strides are larger than in a dense tensor
 
 @dataclass(frozen=True)
 class Problem:
-    """One call of a spec."""
+    """One call of a spec. ``terms``: how large those are of which gradients are sums."""
 
     spec: AttentionSpec
     operands: tuple[Tensor, ...]
     sizes: tuple[int, ...]
+    terms: float = 1.0
 
 
 def small(call: ExpectedCall, wanted: Sequence[bool], seed: int, factor: float = 1.0) -> Problem:
@@ -68,6 +69,7 @@ def _drawn(
     generator = torch.Generator(call.device).manual_seed(seed)
     use = map_used(spec)
     loads = [n for n in walk(*spec.roots().values()) if isinstance(n, Load)]
+    scales = _scales(spec, factor)
     operands: list[Tensor] = []
     for i, (like, shape) in enumerate(zip(call.operands, shapes, strict=True)):
         if use is not None and i == use.load.operand:
@@ -75,13 +77,18 @@ def _drawn(
             continue
         x = laid_out(like, shape, call.device)
         _fill(_once(x), [n for n in loads if n.operand == i], spec, shapes, generator, masked and not wanted[i])
-        if spec.query.operand == i:
-            _once(x).mul_(factor)
+        _once(x).mul_(scales.get(i, 1.0))
         operands.append(x)
     for made, given in _read_twice(spec):
         if operands[made].shape == operands[given].shape and operands[made].dtype == operands[given].dtype:
             operands[made] = operands[given]
-    return Problem(spec, tuple(operands), tuple(sizes))
+    query, key, value = (scales.get(load.operand, 1.0) for load in (spec.query, spec.key, spec.value))
+    return Problem(spec, tuple(operands), tuple(sizes), value * max(query, key))
+
+
+def _scales(spec: AttentionSpec, factor: float) -> dict[int, float]:
+    """By what operands are multiplied, so that scores are ``factor`` times as large: one tensor may be queries and keys."""
+    return {spec.query.operand: factor if spec.query.operand != spec.key.operand else math.sqrt(factor)}
 
 
 def map_used(spec: AttentionSpec) -> tile_map.Use | None:

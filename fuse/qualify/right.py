@@ -58,7 +58,7 @@ def findings(call: ExpectedCall, wanted: Sequence[bool]) -> Iterator[Finding]:
         others = [_asked(small(call, wanted, other, factor), tuple(wanted)).parts for other in seeds]
         for i, (part, found) in enumerate(zip(asked.parts, _answers(asked, call.target), strict=True)):
             eager = max([part.eager_error, *(parts[i].eager_error for parts in others)])
-            yield _compared(part, found, times * eager, 1.0 if part.of_result else factor)
+            yield _compared(part, found, times * eager, 1.0 if part.of_result else asked.problem.terms)
 
 
 @dataclass(frozen=True)

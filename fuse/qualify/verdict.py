@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import json
 import math
 import platform
 from collections.abc import Sequence
@@ -12,15 +11,15 @@ from dataclasses import asdict, dataclass
 from functools import cache
 from importlib import metadata, resources
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 
 from fuse.ops.warm import ExpectedCall
 from fuse.qualify.problem import strides_as
 from fuse.settings import settings
-from fuse.targets import registry
-from fuse.targets.cache import content, write_atomically
+from fuse.targets import records, registry
+from fuse.targets.sealed import sealed
 
 FORMAT = 1
 _FEW = 16  # of each dimension of a tensor whose strides stand for a layout, whatever the sizes
@@ -114,26 +113,20 @@ def _triton() -> str:
 
 
 def read(case: Case) -> Verdict | None:
-    """None where there is none, or what is there is not whole: it is decided anew."""
-    data = content(case.path)
-    if data is None:
-        return None
+    """None where there is none, or what is there is not whole or of another case: it is decided anew."""
     try:
-        found = json.loads(data)
+        found = records.read(case.path) or {}
         verdict = Verdict(**found["verdict"])
-        return verdict if data.decode() == _text(case, verdict) else None
-    except (ValueError, TypeError, KeyError):
+        return verdict if sealed(found) == sealed(_body(case, verdict)) else None
+    except (TypeError, KeyError):
         return None
 
 
 def write(case: Case, verdict: Verdict) -> None:
     """A folder that cannot be written to costs the next run a measurement."""
     with contextlib.suppress(OSError):
-        case.path.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(case.path, _text(case, verdict))
+        records.write(case.path, _body(case, verdict))
 
 
-def _text(case: Case, verdict: Verdict) -> str:
-    body = {"format": FORMAT, "verdict": asdict(verdict), "of": asdict(case)}
-    digest = hashlib.sha256(json.dumps(body).encode()).hexdigest()
-    return json.dumps({**body, "sha256": digest}, indent=1) + "\n"
+def _body(case: Case, verdict: Verdict) -> dict[str, Any]:
+    return {"format": FORMAT, "verdict": asdict(verdict), "of": asdict(case)}

@@ -43,7 +43,7 @@ class ProbabilitiesUsed(Reason):
 
 
 class ScoresUsed(Reason):
-    message = "the score program needs all scores of a row at once, in {detail}"
+    message = "all scores of a row are needed at once, in {detail}"
     unblock = "nothing yet: a selection or reduction over the scores has to see them all"
 
 

@@ -106,10 +106,15 @@ class Report:
         return sum(site.recovered for site in self.sites)
 
     def groups(self) -> list[SiteGroup]:
-        """Sites that differ in nothing but the module path, which is what the layers of a model are."""
-        alike: dict[str, list[Site]] = {}
+        """Sites of which the same is to be said, but for the module path: layers of a model, or one at several lengths."""
+        same: dict[str, list[Site]] = {}
         for site in self.sites:
-            alike.setdefault(repr(replace(site, module="", spec=None, names={}, steps=())), []).append(site)
+            same.setdefault(repr(replace(site, module="", spec=None, names={}, steps=())), []).append(site)
+        alike: dict[tuple[object, ...], list[Site]] = {}
+        for sites in same.values():
+            site = sites[0]
+            said = site.fused, site.where, site.mask, *SiteGroup(site, 1, "").details
+            alike.setdefault(said, []).extend(sites)
         return [SiteGroup(sites[0], len(sites), merge_paths([site.module for site in sites])) for sites in alike.values()]
 
     def __str__(self) -> str:

@@ -8,11 +8,7 @@ process or a full disk left half done, and what was cut short or overwritten sin
 from __future__ import annotations
 
 import contextlib
-import hashlib
-import json
 import os
-import shutil
-import stat
 import tempfile
 import threading
 from collections.abc import Callable, Iterator
@@ -21,10 +17,13 @@ from pathlib import Path
 from typing import Generic, TypeVar
 
 from fuse.settings import settings
+from fuse.targets import artifacts
+from fuse.targets.files import content, mark_used, remove, share, write_atomically
 from fuse.targets.lock import Held, locked
+from fuse.targets.manifest import digest, key, manifest
 from fuse.targets.private import NotPrivate, check_folders, check_private, make_private
+from fuse.targets.stored import BUILDING, LIBRARY, LOCK, MANIFEST
 
-FORMAT = 1  # of manifests
 T = TypeVar("T")
 
 
@@ -61,13 +60,12 @@ def entry(target: str, name: str, suffix: str, source: str, depends: str, build:
     load     makes of a binary what its user needs; raises BuildFailed where it is not that
     Raises BuildFailed, and what ``build`` raises; nothing that a later run would take is left behind then.
     """
-    key = hashlib.sha256(f"{depends}\0{source}".encode()).hexdigest()[:20]
     folder = settings().cache_dir / target
     _refuse_what_others_write(folder)
-    wanted = _Wanted(folder / f"{name}-{key}{suffix}", source, depends)
+    wanted = _Wanted(folder / f"{name}-{key(source, depends)}{suffix}", source, depends)
     found = wanted.kept(load)
     if found is None:
-        with _told(folder), locked(wanted.path.with_suffix(".lock")):
+        with _told(folder), locked(wanted.path.with_suffix(LOCK)):
             found = wanted.kept(load) or wanted.built(build, load)
     return found
 
@@ -82,30 +80,33 @@ class _Wanted:
 
     @property
     def binary(self) -> Path:
-        return self.path.with_suffix(".so")
+        return self.path.with_suffix(LIBRARY)
 
     @property
     def manifest(self) -> Path:
-        return self.path.with_suffix(".json")
+        return self.path.with_suffix(MANIFEST)
 
     def kept(self, load: Callable[[Path], T]) -> Entry[T] | None:
         """What an earlier run has left, if every byte of it is as it was then and it can be loaded."""
         if content(self.path) != self.source.encode():
             return None
-        binary, manifest = content(self.binary), content(self.manifest)
-        if binary is None or manifest != self._described(binary).encode():
+        binary = content(self.binary)
+        if binary is None or content(self.manifest) != (told := self._described(binary)):
             return None
         with contextlib.suppress(BuildFailed, NotPrivate):  # right, but not for this machine any more: it lacks a library, say
             check_private(self.binary)
-            return Entry(self.path, self.binary, load(self.binary))
+            found = Entry(self.path, self.binary, load(self.binary))
+            mark_used(self.manifest)
+            self._keep(binary, told)
+            return found
         return None
 
     def built(self, build: Build, load: Callable[[Path], T]) -> Entry[T]:
         """What is not whole goes first, so that a failed build leaves nothing; it is loaded before it is given its name."""
         for path in (self.manifest, self.binary):
-            _remove(path)
+            remove(path)
         write_atomically(self.path, self.source)
-        with tempfile.TemporaryDirectory(dir=self.path.parent, prefix=".build-") as scratch:
+        with tempfile.TemporaryDirectory(dir=self.path.parent, prefix=f"{BUILDING}{self.path.stem}-") as scratch:
             made = Path(scratch) / self.binary.name
             build(self.path, made)
             data = content(made)
@@ -117,71 +118,36 @@ class _Wanted:
                 raise BuildFailed(f"what was built of {self.path} cannot be used: {error}") from error
             with made.open("rb") as file:
                 os.fsync(file.fileno())
+            share(made, self.path.parent)
             os.replace(made, self.binary)
-        write_atomically(self.manifest, self._described(data))
+        write_atomically(self.manifest, told := self._described(data))
         with _count_lock:
             builds.count += 1
+        self._keep(data, told)
         return Entry(self.path, self.binary, loaded)
 
-    def _described(self, binary: bytes) -> str:
-        """The manifest, a function of what it describes: whoever has that compares texts, and reads none that may be broken."""
-        files = {self.path.name: self.source.encode(), self.binary.name: binary}
-        digests = {name: {"size": len(data), "sha256": hashlib.sha256(data).hexdigest()} for name, data in files.items()}
-        return json.dumps({"format": FORMAT, "files": digests, "depends": self.depends.splitlines()}, indent=1) + "\n"
+    def _described(self, binary: bytes) -> bytes:
+        return manifest(self._files(binary), self.depends).encode()
+
+    def _files(self, binary: bytes) -> dict[str, bytes]:
+        return {self.path.name: self.source.encode(), self.binary.name: binary}
+
+    def _keep(self, binary: bytes, described: bytes) -> None:
+        artifacts.keep(self.path.parent.name, self.path.stem, {**self._files(binary), self.manifest.name: described})
 
 
 def write_once(target: str, name: str, suffix: str, source: str) -> Path:
     """A file with the text ``source``, whose compiler keeps its results elsewhere. Raises BuildFailed."""
     folder = settings().cache_dir / target
-    path = folder / f"{name}_{hashlib.sha256(source.encode()).hexdigest()[:20]}{suffix}"
+    data = source.encode()
+    path = folder / f"{name}_{digest(data)}{suffix}"
     _refuse_what_others_write(folder)
-    if content(path) != source.encode():
+    if content(path) != data:
         with _told(folder):
-            write_atomically(path, source)
+            write_atomically(path, data)
+    mark_used(path)
+    artifacts.keep(target, path.name, {path.name: data})
     return path
-
-
-def content(path: Path) -> bytes | None:
-    """What a file holds; None where there is none, or something else in its place."""
-    try:
-        return path.read_bytes() if stat.S_ISREG(path.stat().st_mode) else None
-    except OSError:
-        return None
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """Readers see the old text or the new, never a part, even if the machine stops; what else is in its place is removed."""
-    if path.is_dir():
-        _remove(path)
-    with tempfile.NamedTemporaryFile(
-        "w", dir=path.parent, prefix=".write-", encoding="utf-8", newline="", delete=False
-    ) as file:
-        try:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-            os.replace(file.name, path)
-        except BaseException:
-            os.unlink(file.name)
-            raise
-    _sync(path.parent)
-
-
-def _sync(folder: Path) -> None:
-    """Makes names last, where the system can do that."""
-    with contextlib.suppress(OSError):
-        handle = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
-
-
-def _remove(path: Path) -> None:
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)
 
 
 def _refuse_what_others_write(folder: Path) -> None:

@@ -8,7 +8,8 @@ from pathlib import Path
 
 from fuse.report.runs import Runs
 from fuse.settings import settings
-from fuse.targets.cache import BuildFailed, content, write_atomically
+from fuse.targets.cache import BuildFailed
+from fuse.targets.files import content, write_atomically
 
 
 @dataclass(frozen=True)
@@ -38,8 +39,7 @@ def dumped(name: str, rendered: str, suffix: str) -> DumpedSource:
     path = folder / f"{name}-{hashlib.sha256(rendered.encode()).hexdigest()[:12]}{suffix}"
     try:
         if not path.exists():
-            folder.mkdir(parents=True, exist_ok=True)
-            write_atomically(path, rendered)
+            _written(folder, path, rendered)
         data = content(path)
         if data is None:
             raise OSError("it is no file")
@@ -47,3 +47,14 @@ def dumped(name: str, rendered: str, suffix: str) -> DumpedSource:
     except (OSError, UnicodeDecodeError) as error:
         raise BuildFailed(f"FUSE_DUMP: {path} is no source that can be read and written: {error}. Move it away") from error
     return DumpedSource(text, None if text == rendered else path)
+
+
+def _written(folder: Path, path: Path, text: str) -> None:
+    """Raises BuildFailed."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        write_atomically(path, text)
+    except OSError as error:
+        raise BuildFailed(
+            f"FUSE_DUMP={str(folder)!r} cannot be written to: {error}. Set another folder, or unset it"
+        ) from error

@@ -33,6 +33,11 @@ MADE = "made by fuse"  # marks nodes that are no part of the user's program
 Calls = tuple[tuple[torch._ops.OpOverload, tuple[Any, ...]], ...]
 _ENTERS = "_increment_nesting"
 _TORCH = str(Path(torch.__file__).parent)
+# Of Dynamo's names for where a tensor or a module comes from: scopes, torch's own "self" and "fn", and what holds others.
+_NO_NAMES = ("L", "G", "_parameters", "_buffers", "_modules", "__closure__", "cell_contents")
+_NO_MODULES = re.compile(
+    r"^[LG]\['(?:self|fn)'\]\.?|^[LG](?=\[)|_modules\['?([^'\]]+)'?\]|\._modules|\.__closure__\[\d+\]\.cell_contents"
+)
 _FRAME = re.compile(r'File "(.*)", line (\d+), in (\S+)')
 
 
@@ -197,13 +202,29 @@ def is_state(node: Node) -> bool:
     return ("_buffers" in path or "_parameters" in path) and storage is not None and storage not in written
 
 
+def reached_from(node: Node | None) -> set[Node]:
+    """``node`` and all that depends on it."""
+    seen: set[Node] = set()
+    stack = [] if node is None else [node]
+    while stack:
+        n = stack.pop()
+        if n not in seen:
+            seen.add(n)
+            stack.extend(n.users)
+    return seen
+
+
 def location(node: Node) -> str:
-    """ "file.py:line" of the innermost user frame, where frames inside torch are the user's call, or the node's own name where
-    its tracer kept none.
+    """ "file.py:line" of the innermost user frame, where frames inside torch are the user's call. Where the tracer kept none,
+    as for a module of torch that was compiled itself, the name of the module's class, or the node's own.
     """
     frames = [f for f in _FRAME.findall(node.meta.get("stack_trace") or node.stack_trace or "") if not f[0].startswith("<")]
     frames = [f for f in frames if not f[0].startswith(_TORCH)] or frames
-    return f"{Path(frames[-1][0]).name}:{frames[-1][1]}" if frames else f"%{node.name}"
+    if frames:
+        return f"{Path(frames[-1][0]).name}:{frames[-1][1]}"
+    stack: Mapping[str, Any] = node.meta.get("nn_module_stack") or {}
+    kind = list(stack.values())[-1][1] if stack else None
+    return str(getattr(kind, "__name__", kind or f"%{node.name}"))
 
 
 def user_name(node: Node) -> str:
@@ -222,8 +243,10 @@ def user_name(node: Node) -> str:
     source = getattr(node, "_dynamo_source", None)
     path = str(node.meta.get(NAME) or getattr(source, "name", "") or "")
     words = re.findall(r"\w+", path)
-    named = [w for w in words if not w.isdigit() and w not in ("L", "_parameters", "_buffers", "_modules")]
-    return ".".join(named[-2:] if named[-1] in ("weight", "bias") else named[-1:]) if named else node.name
+    named = [w for w in words if not w.isdigit() and w not in _NO_NAMES]
+    if named:
+        return ".".join(named[-2:] if named[-1] in ("weight", "bias") else named[-1:])
+    return node.name if node.op == "placeholder" else operator_name(node)
 
 
 def module_path(node: Node) -> str:
@@ -232,5 +255,5 @@ def module_path(node: Node) -> str:
     if not stack:
         return ""
     path = str(list(stack.values())[-1][0])
-    path = re.sub(r"L\['self'\]\.?|_modules\['?([^'\]]+)'?\]|\._modules", lambda m: m.group(1) or "", path)
+    path = _NO_MODULES.sub(lambda m: m.group(1) or "", path)
     return re.sub(r"\[['\"]?(\w+)['\"]?\]", r".\1", path).strip(".").replace("..", ".")

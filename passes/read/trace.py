@@ -218,7 +218,8 @@ def _as_trace(
         value = recorder.value(tensor)
         expected = node.meta.get("example_value")
         if isinstance(expected, torch.Tensor) and (expected.dtype != tensor.dtype or expected.dim() != tensor.dim()):
-            detail = f"{node.name} is {tensor.dtype} {tuple(tensor.shape)}, Dynamo has {expected.dtype} {tuple(expected.shape)}"
+            here, theirs = (f"{x.dtype} {tuple(x.shape)}" for x in (tensor, expected))
+            detail = f"{user_name(node)} is {here}, Dynamo has {theirs}"
             raise Declined(NotTraceable(detail, location(node)))
         value_of[node] = value
         node_of.setdefault(value, node)

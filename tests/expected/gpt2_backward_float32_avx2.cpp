@@ -1383,6 +1383,7 @@ extern "C" __attribute__((visibility("default"))) int fuse_attention(const int64
 #include <algorithm>
 #include <chrono>
 #include <cstdio>
+#include <string>
 #include <vector>
 
 struct Tensor {
@@ -1412,6 +1413,11 @@ struct Tensor {
 };
 
 int main(int count, char** texts) {
+    const int64_t threads = count > 1 ? atoll(texts[1]) : 1;
+    if (count > 2 || threads < 1) {
+        printf("usage: %s [threads]\n", texts[0]);
+        return count != 2 || std::string(texts[1]) != "--help";
+    }
     const std::vector<int64_t> sizes = { 1, 8, 512, 512 };  // B0, B1, q_len, kv_len
     std::vector<Tensor> operands, more;
     operands.push_back(Tensor::random<float>({ 1, 8, 512, 64 }, { 0, 1, 2, 3 }, true));
@@ -1423,7 +1429,7 @@ int main(int count, char** texts) {
     more.push_back(Tensor::random<float>({ 1, 8, 512, 64 }, { 0, 1, 2, 3 }, true));
     Tensor out = Tensor::random<float>({ 1, 8, 512, 64 }, { 0, 1, 2, 3 }, true);
     Tensor lse = Tensor::random<Lse>({ 1, 8, 512 }, { 0, 1, 2 }, true);
-    std::vector<int64_t> arguments = {count > 1 ? atoll(texts[1]) : 1, (int64_t)out.bytes.data(), (int64_t)lse.bytes.data()};
+    std::vector<int64_t> arguments = {threads, (int64_t)out.bytes.data(), (int64_t)lse.bytes.data()};
     const auto append = [&](const std::vector<int64_t>& more) { arguments.insert(arguments.end(), more.begin(), more.end()); };
     append(out.stride);
     append(sizes);

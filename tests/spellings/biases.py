@@ -275,3 +275,13 @@ def holes_filled_with_numbers(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> 
 @spelling(extra=lambda: (rand(9, 4, seed=5), rand(9, 5, seed=6)))
 def joined_along_the_keys(q: Tensor, k: Tensor, v: Tensor, left: Tensor, right: Tensor) -> Tensor:
     return attend(scores(q, k) + torch.cat((left, right), -1), v)
+
+
+@spelling(3)
+def scores_of_earlier_layers(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Residual attention: each layer adds its scores to the last one's, of whose result they are made."""
+    earlier: Tensor | float = 0.0
+    for _ in range(3):
+        earlier = scores(q, k) + earlier
+        q = attend(earlier, v)
+    return q

@@ -56,6 +56,12 @@ def sum_broadcast_the_wrong_way(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 @spelling(0, reason="ScoresUsed")
+def values_made_of_the_scores(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    s = scores(q, k)
+    return s.softmax(-1) @ (s.sin() @ v)
+
+
+@spelling(0, reason="ScoresUsed")
 def max_of_another_dimension(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     s = scores(q, k)
     e = (s - s.amax(-2, keepdim=True)).exp()

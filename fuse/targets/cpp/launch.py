@@ -48,8 +48,19 @@ _ISA_FLAGS = {
     "neon": ("-O3", "-mcpu=native"),
     "sse": ("-O3",),
 }
-# A library that was cut short ends the process that loads it by a signal.
-_PROBE = "import ctypes, sys; ctypes.CDLL(sys.argv[1])"
+# Loading a library may end the process: by a signal where it was cut short, or by what it does then.
+_LOADS, _LIVES = b"loads", b", lives"
+_PROBE = f"""
+import ctypes, os, sys
+os.write(1, {_LOADS!r})
+try:
+    ctypes.CDLL(sys.argv[1])
+except OSError:
+    pass
+os.write(1, {_LIVES!r})
+os._exit(0)
+"""
+_PROBE_SECONDS = 60
 _LONG: dict[Part, str] = {
     "forward": f"calls of more than {MAX_LENGTH} positions",
     "backward": f"calls of more than {MAX_LENGTH} positions, or with sums of more than 1 GiB,",
@@ -68,14 +79,20 @@ class Built:
 
 
 def cxx_compiler() -> tuple[str, ...]:
-    """The C++ compiler as the start of a command: $CXX, g++, clang++ or c++. Raises BuildFailed where there is none."""
-    for name in (os.environ.get("CXX"), "g++", "clang++", "c++"):
-        try:
-            words = shlex.split(name or "")
-        except ValueError as error:
-            raise BuildFailed(f"CXX={name} is no command: {error}. Correct or unset it") from error
-        if words and (found := shutil.which(words[0])):
-            return (found, *words[1:])
+    """The C++ compiler as the start of a command: $CXX if that is set, else g++, clang++ or c++.
+
+    Raises BuildFailed where there is none: another than the one that was asked for is not taken in its place.
+    """
+    chosen = os.environ.get("CXX")
+    try:
+        asked = shlex.split(chosen or "")
+    except ValueError as error:
+        raise BuildFailed(f"CXX={chosen} is no command: {error}. Correct or unset it") from error
+    for name, *options in [asked] if asked else [["g++"], ["clang++"], ["c++"]]:
+        if found := shutil.which(name):
+            return (found, *options)
+    if asked:
+        raise BuildFailed(f"CXX={chosen!r}: there is no program {asked[0]!r} that can be run. Unset it, or: {GET_COMPILER}")
     raise BuildFailed(f"no C++ compiler was found. {GET_COMPILER}")
 
 
@@ -145,17 +162,24 @@ def _compile(command: tuple[str, ...], source: Path, binary: Path) -> None:
     failed = failed and _run_compiler((*command, str(source), "-o", str(binary), "-lm"), end)
     if failed:
         raise BuildFailed(failed)
+    if not binary.exists():
+        raise BuildFailed(f"{shlex.join(command)} made no library of {source}, and said that all went well. {OTHER_COMPILER}")
     if _ends_its_process(binary):
-        raise BuildFailed(f"{shlex.join(command)} made a library of {source} that ends its process. {OTHER_COMPILER}")
+        raise BuildFailed(f"{shlex.join(command)} made a library of {source} that ends or stops its process. {OTHER_COMPILER}")
 
 
 def _ends_its_process(binary: Path) -> bool:
-    """Asks a process that may be ended. Whether the library is of use is not asked: only torch's process has torch's OpenMP."""
+    """Asks a process that may be ended, or wait for ever. Whether the library is of use is not asked: only torch's process has
+    torch's OpenMP.
+    """
+    command = [sys.executable, "-ISc", _PROBE, str(binary)]
     try:
-        done = subprocess.run([sys.executable, "-ISc", _PROBE, binary], capture_output=True, timeout=60, check=False)
-    except (OSError, subprocess.TimeoutExpired):  # an embedded Python, which is no program
+        said = subprocess.run(command, capture_output=True, timeout=_PROBE_SECONDS, check=False).stdout
+    except subprocess.TimeoutExpired as late:
+        said = late.stdout or b""
+    except OSError:  # an embedded Python, which is no program
         return False
-    return done.returncode < 0
+    return said == _LOADS
 
 
 def _run_compiler(command: tuple[str, ...], end: float) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import statistics
 import time
@@ -24,6 +25,7 @@ _SMALL = 40, 2
 
 def run(file: str) -> None:
     """Prints the median time of the kernels in ``file``, and a checksum of what they give."""
+    argparse.ArgumentParser(description="Runs a kernel on random tensors; prints its median time and a checksum.").parse_args()
     path, lines = Path(file), _header(Path(file))
     spec = AttentionSpec.from_json(lines["spec"])
     made, device = (example(spec), "cuda") if torch.cuda.is_available() else (example(spec, *_SMALL), "cpu")

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, TypeVar
 import torch
 
 from fuse.settings import settings
-from fuse.targets.cache import content, write_atomically
+from fuse.targets import records
 from fuse.targets.triton import NAME
 from fuse.targets.triton.function import REFUSALS
 from fuse.targets.triton.module import despite_spills
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from _typeshed import DataclassInstance
 
 log = logging.getLogger("fuse")
-VERSION = 1
+VERSION = 2
 Clock = Callable[[Callable[[], None]], float]
 P = TypeVar("P", bound="DataclassInstance")  # a plan, which is frozen
 _ROUNDS, _ENOUGH = 7, 2e-3  # batches of launches, and the seconds that one takes
@@ -52,12 +52,9 @@ class Subject:
 
 
 def recorded(subject: Subject, plans: Sequence[P]) -> P | None:
-    """The result of an earlier run, if it is one of ``plans``; a file that cannot be read is none."""
-    try:
-        fastest = json.loads(content(subject.path) or b"")["fastest"]
-    except (ValueError, TypeError, KeyError, RecursionError):
-        return None
-    return next((plan for plan in plans if asdict(plan) == fastest), None)
+    """The result of an earlier run, if it is one of ``plans``; a file that is not whole is none."""
+    found = records.read(subject.path) or {}
+    return next((plan for plan in plans if asdict(plan) == found.get("fastest")), None)
 
 
 def fastest(subject: Subject, plans: Sequence[P], launch: Callable[[P], None], clock: Clock) -> P:
@@ -84,10 +81,8 @@ def _keep(subject: Subject, found: dict[P, float], best: P) -> None:
     """What cannot be kept costs the next process a measurement, and nobody a call."""
     measured = [{**asdict(plan), "seconds": seconds} for plan, seconds in found.items()]
     facts = {"kernel": subject.kernel.name, "device": subject.device, "sizes": subject.sizes, **_versions()}
-    text = json.dumps({**facts, "fastest": asdict(best), "measured": measured}, indent=1) + "\n"
     try:
-        subject.path.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(subject.path, text)
+        records.write(subject.path, {**facts, "fastest": asdict(best), "measured": measured})
     except OSError as error:
         log.warning("what was measured is not kept: %s. FUSE_CACHE_DIR can be set to a folder that is writable.", error)
 
