@@ -77,7 +77,8 @@ def _drawn(
             continue
         x = laid_out(like, shape, call.device)
         _fill(_once(x), [n for n in loads if n.operand == i], spec, shapes, generator, masked and not wanted[i])
-        _once(x).mul_(scales.get(i, 1.0))
+        if i in scales:
+            _once(x).mul_(scales[i])
         operands.append(x)
     for made, given in _read_twice(spec):
         if operands[made].shape == operands[given].shape and operands[made].dtype == operands[given].dtype:

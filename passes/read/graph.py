@@ -246,7 +246,7 @@ def user_name(node: Node) -> str:
     named = [w for w in words if not w.isdigit() and w not in _NO_NAMES]
     if named:
         return ".".join(named[-2:] if named[-1] in ("weight", "bias") else named[-1:])
-    return node.name if node.op == "placeholder" else operator_name(node)
+    return node.name if node.op == "placeholder" else re.sub(r"_\d+$", "", node.name)  # a variable's, or the operator's
 
 
 def module_path(node: Node) -> str:

@@ -72,7 +72,7 @@ def deberta_v2(attention: str) -> tuple[nn.Module, Inputs]:
     return hf.DebertaV2Model(hf.DebertaV2Config(**config)), text("right")
 
 
-@model("XLNet", sites=1, masks=("non_tgt_mask_1[q, k] != 1",), implementations=EAGER_ONLY)
+@model("XLNet", sites=1, masks=("non_tgt_mask[q, k] != 1",), implementations=EAGER_ONLY)
 def xlnet(attention: str) -> tuple[nn.Module, Inputs]:
     """Relative positions by a shift of the scores; texts along the first dimension."""
     config = hf.XLNetConfig(
