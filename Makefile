@@ -4,7 +4,7 @@ BIN := .venv/bin
 STAMP := .venv/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test fuzz lint types bench clean
+.PHONY: help venv demo test fuzz sanitize lint types bench clean
 
 help:
 	@echo "make demo | test | fuzz | lint | bench | venv | clean"
@@ -30,6 +30,12 @@ SEED := $(or $(SEED),$(shell date +%s))
 fuzz: venv
 	@echo "SEED=$(SEED)"
 	OMP_NUM_THREADS=1 FUSE_FUZZ=deep FUSE_FUZZ_SEED=$(SEED) $(BIN)/python -m pytest -n auto --dist worksteal tests/test_fuzz.py
+
+# C++ kernels that gcc watches: a read or write beside an operand, or what C++ does not define, ends the process of its test.
+sanitize: venv
+	LD_PRELOAD=$(shell gcc -print-file-name=libasan.so) ASAN_OPTIONS=detect_leaks=0 FUSE_TEST_SANITIZE=1 \
+	FUSE_TEST_CACHE=build/sanitized OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist worksteal \
+	tests/test_cpp.py tests/test_cpp_backward.py tests/test_cpp_bf16.py tests/test_cpp_dropout.py tests/test_cpp_shapes.py
 
 lint: venv types
 	$(BIN)/ruff check .

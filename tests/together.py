@@ -58,9 +58,11 @@ class Kernel:
         return code
 
 
-def quick_flags() -> dict[str, tuple[str, ...]]:
-    """-O2 for every instruction set."""
-    return {isa: tuple("-O2" if flag == "-O3" else flag for flag in flags) for isa, flags in launch._ISA_FLAGS.items()}
+def quick_flags(level: str = "-O2") -> dict[str, tuple[str, ...]]:
+    """For every instruction set, optimised no more than that."""
+    return {
+        isa: tuple(min(flag, level) if flag[:2] == "-O" else flag for flag in flags) for isa, flags in launch._ISA_FLAGS.items()
+    }
 
 
 @contextmanager
