@@ -3,15 +3,22 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
+from fuzz import masks
+from fuzz.program import Program
+from hypothesis import Phase, given, settings
+from hypothesis import strategies as st
 from programs import attend, heads, pass_over
 from torch import Tensor
 
 from fuse.ir.spec import AttentionSpec
 from fuse.ir.text import to_text
+from fuse.targets import reference
 
 N = 9
 MIN = torch.finfo(torch.float32).min
@@ -251,3 +258,63 @@ def test_two_masks_are_one_predicate() -> None:
 
     lower, upper, residual = bounds(pass_over(program, *heads(N), torch.arange(18).reshape(2, N) // 4).spec)
     assert (lower, upper) == ("", "1 + q") and residual.count("[b0, ") == 2
+
+
+# ------------------------------------------------------------------------------------------------------- random masks
+
+EXAMPLES, TOGETHER = 100, 5  # programs, and cases in each of them
+HOW = ("spelt",) * 7 + ("sdpa", "added")
+
+
+@st.composite
+def cases(draw: st.DrawFn) -> tuple[Program, Program]:
+    """Attention under one or two masks in float64, and the function that gives what it lets be seen."""
+    texts, how = draw(st.lists(masks.forms(), min_size=1, max_size=2)), draw(st.sampled_from(HOW))
+    given = {"skipped": f"randn({draw(st.integers(1, 99))})", "q": "randn(2, 2, n, 4)", "k": "randn(2, 2, m, 4)"}
+    given |= {"v": "randn(2, 2, m, 4)"} | {name: masks.DATA[name].replace("B", "2") for t in texts for name in masks.read(t)}
+    both = " & ".join(f"({text})" for text in texts)
+    lines = ["n, m = q.shape[2], k.shape[2]", "i, j = torch.arange(n)[:, None], torch.arange(m)", "s = q @ k.mT / 2"]
+    seen = (*lines, f"return ({both}).expand(2, 1, n, m)")
+    if how == "spelt":
+        for text in texts:
+            lines += [f"keep = {text}", f"s = {draw(st.sampled_from(masks.SPELLINGS)).format(keep='keep')}"]
+        lines += ["return s.softmax(-1) @ v"]
+    else:
+        fill = draw(st.sampled_from(("-math.inf", "torch.finfo(torch.float32).min")))
+        mask = f"({both}).expand(2, 1, n, m)"
+        mask = mask if how == "sdpa" else f"torch.where({mask}, 0.25, {fill}).double()"
+        lines += [f"return F.scaled_dot_product_attention(q, k, v, attn_mask={mask})"]
+    lengths = ((draw(st.integers(1, 7)), draw(st.integers(1, 7))),)
+    made: Any = [Program(tuple(given.items()), tuple(body), lengths, "float64") for body in (lines, seen)]
+    return made[0], made[1]
+
+
+def test_random_masks_in_random_spellings_are_as_in_eager() -> None:
+    """500 cases, each as eager in float64; what is said of a mask is true; and hardly a mask is missed."""
+    count: Counter[str] = Counter()
+
+    @settings(max_examples=EXAMPLES, derandomize=True, deadline=None, database=None, phases=[Phase.explicit, Phase.generate])
+    @given(st.lists(cases(), min_size=TOGETHER, max_size=TOGETHER))
+    def check(drawn: list[tuple[Program, Program]]) -> None:
+        torch._dynamo.reset()
+        functions = [attention.function() for attention, _ in drawn]
+        inputs = [attention.drawn(attention.lengths[0]) for attention, _ in drawn]
+
+        def program(given: list[list[Tensor]]) -> list[Tensor]:
+            return [function(*x) for function, x in zip(functions, given, strict=True)]
+
+        passed = pass_over(program, inputs)
+        for got, expected in zip(passed.result, program(inputs), strict=True):
+            torch.testing.assert_close(got, expected, equal_nan=True, rtol=1e-9, atol=1e-9)
+        for call in passed.calls:
+            reference.check_mask(call.spec, call.operands, call.sizes)
+        seen = [visible.function()(*x) for (_, visible), x in zip(drawn, inputs, strict=True)]
+        visible = [bool(x.any()) for x in seen]  # a mask that hides everything leaves no scores to find
+        hiding = sum(not bool(x.all()) for x in seen) - visible.count(False)
+        count["cases"] += len(drawn)
+        count["not fused"] += visible.count(True) - len(passed.calls)
+        count["missed"] += max(0, hiding - sum(call.spec.mask is not None for call in passed.calls))
+
+    check()
+    assert count["cases"] == 500
+    assert count["not fused"] <= 5 and count["missed"] <= 5, count
