@@ -40,10 +40,8 @@ torch._dynamo.guards.profile_guard_manager = lambda *of: 0.0
 
 pytest_plugins = ["models.table"]  # here, since the process that prints it collects no tests of its own
 DAYS_KEPT = 7  # kernels of earlier runs: what has changed since leaves its own behind
-# Of `make sanitize`: what a kernel reads or writes beside its operands, and what C++ does not define, ends the process. Lanes
-# behind a tile's last key may hold bytes that are no bool; what is made of them is dropped.
-_SANITIZED = ("-fsanitize=address,undefined", "-fno-sanitize=bool", "-fno-sanitize-recover=all", "-g1")
-SANITIZERS = _SANITIZED if "FUSE_TEST_SANITIZE" in os.environ else ()
+# Of `make sanitize`: what a kernel reads or writes beside its operands, and what C++ does not define, ends the process.
+SANITIZERS = ("-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-g1") if "FUSE_TEST_SANITIZE" in os.environ else ()
 CXX = shutil.which("g++") or shutil.which("clang++")
 
 

@@ -728,8 +728,12 @@ template <class T> INLINE VI along_int(const Along<T>& a, int n) {
 template <class T> INLINE VL along_long(const Along<T>& a, int n) {
     VL v; for (int i = 0; i < W; i++) v[i] = a.at[n + i]; return v;
 }
+// Behind the last key a copy may hold bytes that are no bool: they are read as bytes, and what is made of them is dropped.
 template <class T> INLINE VI along_bool(const Along<T>& a, int n) {
     VI v; for (int i = 0; i < W; i++) v[i] = -I(a.at[n + i] != 0); return v;
+}
+INLINE VI along_bool(const Along<bool>& a, int n) {
+    VI v; for (int i = 0; i < W; i++) v[i] = -I(((const unsigned char*)a.at)[n + i] != 0); return v;
 }
 
 // Where a tile's keys are found in operands that are read at a place of their own.
