@@ -197,7 +197,7 @@ class _Emitter:
             raise Declined(NotTraceable("a tensor that the graph does not hold"))
         args, kwargs = self._arguments(value.args), self._arguments(dict(value.kwargs))
         node = self._call(value.op, args, kwargs)
-        if len(value.op._schema.returns) > 1 or "[]" in str(value.op._schema.returns[0].type):
+        if len(value.op._schema.returns) > 1 or isinstance(value.op._schema.returns[0].type, torch.ListType):
             node = self._call(operator.getitem, (node, value.output), {})
         return self._call(aten.detach.default, (node,), {}) if value in self.trace.stops else node
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from fuse.ir import expr
 from fuse.ir.expr import Apply, Const, Expr, Index, Load, Symbol
 from fuse.ir.gradient import Term, gradient
+from fuse.ir.grid import Grid
 from fuse.ir.spec import AttentionSpec
 
 _AXES = {"query": "qd", "key": "kd", "value": "ke"}
@@ -98,7 +99,8 @@ def _multiple(node: Expr, sizes: Mapping[str, int]) -> int:
         return math.prod(_multiple(a, sizes) for a in node.operands)
     if isinstance(node, Symbol):
         return sizes.get(node.name, 0)
-    return int(node.value) if isinstance(node, Const) else 1
+    of_sizes = all(isinstance(n, (Apply, Const, Symbol)) for n in expr.walk(node)) and sizes.keys() >= set(expr.symbols(node))
+    return int(Grid.over({}, sizes, ()).evaluate(node)) if of_sizes else 1
 
 
 def _term(name: str, term: Term) -> Destination:

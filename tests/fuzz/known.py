@@ -66,6 +66,24 @@ KNOWN = {
         ),
         "triton",
     ),
+    "a part of a split that is written to": Known(
+        Program(
+            (("x", "randn(2, 9, 48)"),),
+            ("q, k, v = x.split([16, 16, 16], -1)", "q.mul_(0.5)", "return F.scaled_dot_product_attention(q, k, v)"),
+        ),
+    ),
+    "batches that follow each other, of half a size each": Known(
+        Program(
+            (("q", "randn(2, 1, n, 16)"), ("k", "randn(2 * m, 1, 16)"), ("v", "randn(2, 1, m, 8)")),
+            (
+                "k = k.unflatten(0, (2, -1)).permute(0, 2, 1, 3)",
+                "return F.scaled_dot_product_attention(q, k, v)",
+            ),
+            lengths=((30, 33), (20, 25)),
+            training=True,
+        ),
+        "triton",
+    ),
     "log-sum-exp of rows whose scores are the lowest number": Known(
         heads(
             "hidden = torch.arange(33) > torch.arange(33)[:, None] - 2",
