@@ -41,6 +41,11 @@ class Share:
     narrow: bool = True
 
 
+def least(part: float, count: int) -> float:
+    """So many of ``count`` are that ``part`` of them; in ``deep``, whose programs are new each time, but for chance (3 σ)."""
+    return part * count - (3 * (part * (1 - part) * count) ** 0.5 if PROFILE == "deep" else 0)
+
+
 SHARES = {
     "reference": Share("reference", 204, Limits(length=33, features=64), 72),
     "cpp": Share("cpp", 24, Limits(), 24),
