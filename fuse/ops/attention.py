@@ -40,6 +40,8 @@ for _schema in (
     "bool[] wanted, Tensor? grad_lse=None) -> Tensor[]",
     "attention_in_python(Tensor[] operands, SymInt[] sizes, str spec, str target) -> Tensor",
     "attention_forward_in_python(Tensor[] operands, SymInt[] sizes, str spec, str target) -> (Tensor, Tensor)",
+    "attention_backward_in_python(Tensor grad_out, Tensor[] operands, SymInt[] sizes, Tensor out, Tensor lse, str spec, "
+    "str target, bool[] wanted, Tensor? grad_lse=None) -> Tensor[]",
 ):
     _library.define(_schema, tags=_TAGS)
 
@@ -62,19 +64,23 @@ def _differentiable(text: str) -> tuple[bool, ...]:
 @memoize
 def _kernel(text: str, target: str) -> Any:
     from fuse import targets
-    from fuse.targets.protocols import Direct
 
-    found = targets.kernel(parsed(text), target)
-    if isinstance(found, Direct):
-        found.known_as(text)
-    return found
+    return _known_as(text, targets.kernel(parsed(text), target))
 
 
 @memoize
 def _backward_kernel(text: str, target: str, wanted: tuple[bool, ...]) -> Any:
     from fuse import targets
 
-    return targets.backward_kernel(parsed(text), target, wanted)
+    return _known_as(text, targets.backward_kernel(parsed(text), target, wanted))
+
+
+def _known_as(text: str, kernel: Any) -> Any:
+    from fuse.targets.protocols import Direct
+
+    if isinstance(kernel, Direct):
+        kernel.known_as(text)
+    return kernel
 
 
 def _attention(operands: list[Tensor], sizes: list[int], spec: str, target: str) -> Tensor:
@@ -280,8 +286,10 @@ _register("attention_lse", _attention_lse, _lse_autograd, _fake_lse, batching.ls
 _register("attention_max", _attention_max, _max_autograd, _fake_max, batching.max_rule)
 _register("attention_forward", _forward, None, _fake_forward, batching.forward_rule)
 _register("attention_backward", _backward, _backward_autograd, _fake_backward, batching.backward_rule)
-# What these are called by has taken the place of the two without "in_python", on CPUs: templates/cpp/op.cpp.
+# What these are called by has taken the place of those without "in_python", on CPUs: templates/cpp/op.cpp.
 _library.impl("attention_in_python", _attention, "CompositeExplicitAutograd")
 _library.impl("attention_in_python", _attention_autograd, "Autograd")
 _library.impl("attention_forward_in_python", _forward, "CompositeExplicitAutograd")
+_library.impl("attention_backward_in_python", _backward, "CompositeExplicitAutograd")
+_library.impl("attention_backward_in_python", _backward_autograd, "Autograd")
 _library.impl("attention_backward", batching.legacy_backward_rule, "Batched")
