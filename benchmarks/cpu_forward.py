@@ -1,10 +1,12 @@
-"""Attention forward on the CPU: fuse beside torch's SDPA, eager, Inductor and FlexAttention, in one interleaved run.
+"""Attention forward on the CPU, in one interleaved run: fuse beside torch's SDPA, eager, Inductor and FlexAttention, and
+beside OpenVINO and ONNX Runtime where they are installed.
 
     python benchmarks/cpu_forward.py [--threads 1] [--only causal] [--dtypes float32 bfloat16] [--peers sdpa]
 
 Inputs are [B, S, H, D].transpose(1, 2), as Hugging Face models have them, 12 heads. Each way is compiled on its own, with
 ``dynamic=False``; rounds take every way once, so that a busy spell of the machine meets all of them; medians of processor
-time (all threads) and of wall time. Ratios are time of the other way over time of fuse: above 1 fuse is faster.
+time (all threads) and of wall time. Ratios are time of the other way over time of fuse: above 1 fuse is faster. "share" is
+fuse's rate, of the multiply-adds that the mask leaves, over that of a product of two matrices of 1024 x 1024.
 The result is kept under benchmarks/results/. Exit status 1 where fuse misses a bar; the bars of bfloat16 are for AMX.
 """
 
@@ -15,17 +17,20 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+import cpu_peers
 import machine
 import torch
 import torch.nn.functional as F
-from timing import Run, Times, is_whole, keep, measure, working
+from timing import Run, Times, is_whole, keep, measure, repeated, working
 from torch import Tensor
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
 from fuse.targets.cpp import compiler
 
 HEADS = 12
-PEERS = ("sdpa", "eager", "inductor", "flex")
+_SQUARE = 1024
+_REPEATED = 5e8  # multiply-adds of a round, some milliseconds
+PEERS = ("sdpa", "eager", "inductor", "flex", "openvino", "ort")
 
 
 @dataclass(frozen=True)
@@ -36,6 +41,11 @@ class Case:
     length: int
     width: int
     bars: dict[str, float]
+
+    @property
+    def work(self) -> float:
+        """Multiply-adds of both products, where the mask hides nothing or half."""
+        return HEADS * self.length**2 * self.width * (1 if self.kind in ("causal", "alibi", "model mask") else 2)
 
     @property
     def name(self) -> str:
@@ -124,28 +134,56 @@ def ways(kind: str, x: Inputs, peers: list[str]) -> dict[str, Run]:
         "eager": lambda: lambda: attention(kind, x),
         "inductor": lambda: _compiled("inductor", kind, x),
         "flex": lambda: flex(kind, x),
+        "openvino": lambda: cpu_peers.openvino(kind, (x.query, x.key, x.value)),
+        "ort": lambda: cpu_peers.onnxruntime(kind, (x.query, x.key, x.value)),
+        "product": lambda: square(x.query.dtype),
     }
-    return working({name: makers[name] for name in ("fuse", *peers)})
+    return working({name: makers[name] for name in ("fuse", *peers, "product")})
+
+
+def square(dtype: torch.dtype) -> Run:
+    a, b = (torch.randn(_SQUARE, _SQUARE).to(dtype) for _ in range(2))
+    return lambda: a @ b
 
 
 def _compiled(backend: str, kind: str, x: Inputs) -> Run:
-    run = torch.compile(lambda x: attention(kind, x), backend=backend, dynamic=False)
-    return lambda: run(x)
+    """Given tensors, as layers are: what holds them would be guarded, too."""
+    given = {name: tensor for name, tensor in vars(x).items() if tensor.numel()}
+    missing = {name: tensor for name, tensor in vars(x).items() if name not in given}
+
+    def layer(**tensors: Tensor) -> Tensor:
+        return attention(kind, Inputs(**tensors, **missing))
+
+    run = torch.compile(layer, backend=backend, dynamic=False)
+    return lambda: run(**given)
 
 
-def report(case: Case, dtype: str, times: dict[str, Times], peers: Sequence[str] = PEERS) -> dict[str, object]:
-    ratios = {name: t.processor / times["fuse"].processor for name, t in times.items() if name != "fuse"}
+def report(case: Case, dtype: str, times: dict[str, Times], count: int = 1, peers: Sequence[str] = PEERS) -> dict[str, object]:
+    """``count``: calls in each of the times."""
+    ratios = {name: t.processor / times["fuse"].processor for name, t in times.items() if name not in ("fuse", "product")}
+    share = (
+        times["product"].processor / _SQUARE**3 * case.work * count / times["fuse"].processor
+        if "product" in times
+        else math.nan
+    )
     bar = case.bars.get(dtype)
     applies = dtype != "bfloat16" or compiler.instruction_set() == "amx"
     missed = bool(bar and applies and "sdpa" in ratios and ratios["sdpa"] < bar)
     shown = "".join(f"{ratios[name]:9.2f}" if name in ratios else f"{'-':>9}" for name in peers)
     wanted = f"{bar:.2f}{'' if applies else ' (AMX)'}" if bar else ""
-    print(
-        f"{dtype:9} {case.name:26} {times['fuse'].processor * 1e3:9.2f}{shown}   {wanted}{' missed' if missed else ''}",
-        flush=True,
-    )
-    measured = {name: {"processor": t.processor, "wall": t.wall} for name, t in times.items()}
-    return {"case": case.name, "dtype": dtype, "seconds": measured, "ratios": ratios, "bar": bar, "missed": missed}
+    took = f"{times['fuse'].processor / count * 1e3:9.2f}"
+    print(f"{dtype:9} {case.name:26} {took}{shown}{share:8.2f}   {wanted}{' missed' if missed else ''}", flush=True)
+    calls = {name: 1 if name == "product" else count for name in times}
+    measured = {name: {"processor": t.processor / calls[name], "wall": t.wall / calls[name]} for name, t in times.items()}
+    return {
+        "case": case.name,
+        "dtype": dtype,
+        "seconds": measured,
+        "ratios": ratios,
+        "share": share,
+        "bar": bar,
+        "missed": missed,
+    }
 
 
 def begin(description: str | None, peers: Sequence[str]) -> tuple[argparse.Namespace, dict[str, object], bool]:
@@ -161,7 +199,7 @@ def begin(description: str | None, peers: Sequence[str]) -> tuple[argparse.Names
     facts = machine.facts()
     print("\n".join(f"{name}: {value}" for name, value in facts.items()))
     names = "".join(f"{name:>9}" for name in peers)
-    print(f"\n{'':36} {'fuse ms':>9}{names}   bar (SDPA)   [time of each / time of fuse]")
+    print(f"\n{'':36} {'fuse ms':>9}{names}   share   bar (SDPA)   [time of each / time of fuse]")
     return args, facts, is_whole(parser, args)
 
 
@@ -174,7 +212,9 @@ def main() -> int:
                 torch._dynamo.reset()
                 with torch.inference_mode():
                     runs = ways(case.kind, Inputs.make(case, getattr(torch, dtype)), args.peers)
-                    results.append(report(case, dtype, measure(runs, args.seconds)))
+                    count = max(1, int(_REPEATED / case.work))
+                    many = {name: run if name == "product" else repeated(run, count) for name, run in runs.items()}
+                    results.append(report(case, dtype, measure(many, args.seconds), count))
     if whole:
         keep("cpu_forward", facts, results)
     return int(any(r["missed"] for r in results))

@@ -10,7 +10,7 @@ fuse's: above 1 fuse is faster.
 from __future__ import annotations
 
 import argparse
-from typing import Any
+from functools import partial
 
 import machine
 import timing
@@ -31,15 +31,6 @@ def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     return F.scaled_dot_product_attention(query, key, value)
 
 
-def repeated(run: Any, inputs: tuple[Tensor, ...], count: int) -> timing.Run:
-    def rounds() -> Tensor:
-        for _ in range(count):
-            out: Tensor = run(*inputs)
-        return out
-
-    return rounds
-
-
 def ratio(shape: tuple[int, int, int, int], width: int, dtype: torch.dtype, seconds: float) -> tuple[float, float]:
     """Inductor's time over fuse's, and fuse's in microseconds."""
     batch, heads, queries, keys = shape
@@ -48,7 +39,7 @@ def ratio(shape: tuple[int, int, int, int], width: int, dtype: torch.dtype, seco
     key, value = (torch.randn(batch, keys, heads, width).to(dtype).transpose(1, 2) for _ in range(2))
     count = max(1, int(_REPEATED / (batch * heads * queries * keys * width + 1e5)))
     ways = {name: torch.compile(attend, backend=name, dynamic=False) for name in ("fuse", "inductor")}
-    runs = {name: repeated(way, (query, key, value), count) for name, way in ways.items()}
+    runs = {name: timing.repeated(partial(way, query, key, value), count) for name, way in ways.items()}
     for run in runs.values():
         run()
     times = timing.measure(runs, seconds)

@@ -142,15 +142,6 @@ def way(p: Point, x: Inputs, run: Callable[[Inputs], Tensor], backend: str) -> t
     return lambda: torch.autograd.grad(compiled(x), (x.query, x.key, x.value), grad)[0]
 
 
-def repeated(run: timing.Run, count: int) -> timing.Run:
-    def rounds() -> Tensor:
-        for _ in range(count):
-            out = run()
-        return out
-
-    return rounds
-
-
 def measured(p: Point, threads: int, seconds: float) -> tuple[float, dict[str, float]]:
     """The ratio, and microseconds of every way."""
     torch._dynamo.reset()
@@ -164,7 +155,7 @@ def measured(p: Point, threads: int, seconds: float) -> tuple[float, dict[str, f
         begin = time.perf_counter()
         runs["fuse"]()
         count = max(1, int(2e-3 / (time.perf_counter() - begin)))  # of a round: some milliseconds
-        runs = {name: repeated(run, count) for name, run in runs.items()}
+        runs = {name: timing.repeated(run, count) for name, run in runs.items()}
         ratio, found = _timed(runs, threads, seconds)
         if ratio < BAR:
             ratio, found = _timed(runs, threads, 3 * seconds)

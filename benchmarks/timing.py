@@ -39,6 +39,17 @@ def working(runs: dict[str, Callable[[], Run | None]]) -> dict[str, Run]:
     return found
 
 
+def repeated(run: Run, count: int) -> Run:
+    """``count`` calls as one: what the last way left in the caches is then not what is measured."""
+
+    def rounds() -> Tensor:
+        for _ in range(count):
+            out = run()
+        return out
+
+    return rounds
+
+
 def measure(runs: dict[str, Run], seconds: float, enough: float = float("inf")) -> dict[str, Times]:
     """Rounds over all ways until ``seconds`` are over, at least three; a way that has taken ``enough`` seconds sits out."""
     taken: dict[str, list[tuple[float, float]]] = {name: [] for name in runs}
