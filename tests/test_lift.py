@@ -22,6 +22,14 @@ def test_grouped_heads_are_an_index_map_not_a_copy() -> None:
     assert [o.rank for o in spec.operands] == [4, 4, 4]
 
 
+def test_of_heads_and_positions_that_share_a_value_the_positions_are_the_queries() -> None:
+    def program(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return torch.einsum("bhqk,bkd->bhqd", torch.einsum("bhqd,bkd->bhqk", q, k).softmax(-1), v)
+
+    spec = pass_over(program, torch.randn(2, 6, 9, 16), torch.randn(2, 9, 16), torch.randn(2, 9, 16)).spec
+    assert to_text(spec.query).endswith("[b0, b1, q, d]") and to_text(spec.key).endswith("[b0, k, d]")
+
+
 def test_a_packed_projection_is_one_operand() -> None:
     def program(x: Tensor) -> Tensor:
         q, k, v = x.view(2, 9, 3, 4, 16).permute(2, 0, 3, 1, 4).unbind(0)

@@ -80,6 +80,8 @@ def test_small_calls_have_no_map() -> None:
     q, k, v = heads()
     mask = torch.ones(N, N, dtype=torch.bool)
     assert not maps(pass_over(attend, q[..., :1, :], k, v, mask[:1]).graph)
+    few_queries, few_keys = heads()[0][..., :5, :], torch.ones(5, 3 * N, dtype=torch.bool)
+    assert not maps(pass_over(attend, few_queries, *(x.repeat(1, 1, 3, 1) for x in (k, v)), few_keys).graph)
 
 
 def test_what_is_read_from_no_tensor_of_both_positions_has_no_map() -> None:

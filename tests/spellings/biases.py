@@ -254,6 +254,12 @@ def table_with_a_row_that_learns_nothing(q: Tensor, k: Tensor, v: Tensor, table:
     return attend(scores(q, k) + F.embedding(i - i[:, None] + 8, table, padding_idx=3).permute(2, 0, 1), v)
 
 
+@spelling(extra=lambda: (rand(17, 3, seed=5),))
+def table_whose_first_row_learns_nothing(q: Tensor, k: Tensor, v: Tensor, table: Tensor) -> Tensor:
+    i = torch.arange(9)
+    return attend(scores(q, k) + F.embedding(i - i[:, None] + 8, table, padding_idx=0).permute(2, 0, 1), v)
+
+
 @spelling(extra=lambda: (rand(3, 1, 1, seed=5),))
 def distance_in_blocks_as_a_float(q: Tensor, k: Tensor, v: Tensor, slope: Tensor) -> Tensor:
     i = torch.arange(9.0)

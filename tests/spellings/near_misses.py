@@ -227,6 +227,12 @@ def standardised_scores(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return ((s - s.mean(-1, keepdim=True)) / s.std(-1, keepdim=True)).softmax(-1) @ v
 
 
+@spelling(0, reason="ScoresUsed")
+def sink_of_the_scores(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    s = scores(q, k)
+    return torch.cat((s, s.mean(-1, keepdim=True)), -1).softmax(-1)[..., :-1] @ v
+
+
 @spelling(0)
 def sink_not_removed(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     s = torch.cat((scores(q, k), torch.zeros(2, 3, 9, 1)), -1)
