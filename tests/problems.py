@@ -165,6 +165,14 @@ def local_keys(kv_len: int) -> Problem:
     return Problem(spec, [base.operands[0], key, value], base.sizes)
 
 
+def one_key_for_all(kv_len: int) -> Problem:
+    """Every position has the same key, as where one is expanded; its gradient is a sum over them."""
+    base = problem("float32", kv_len=kv_len)
+    key = base.operands[1][:, :, :1].contiguous()
+    spec = replace(base.spec, key=load(key, 1, B0, B1, const(0), D))
+    return Problem(spec, [base.operands[0], key, base.operands[2]], base.sizes)
+
+
 LOWEST = {name: torch.finfo(getattr(torch, name)).min for name in expr.FLOATS}
 Case = Callable[[str], Problem]
 CASES: dict[str, Case] = {}

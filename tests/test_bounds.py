@@ -97,4 +97,6 @@ def test_blocks_of_two_sizes_are_no_bounds() -> None:
         keep = op("eq", op("floordiv", K, n), op("floordiv", Q, size))
         spec = problem("float32", symbols={"n": 2, "m": 3}, score=lambda s: op("where", keep, s, -math.inf)).spec  # noqa: B023
         found = bounds.bounds(spec, keep)
-        assert (found.lower is not None, found.upper is not None, found.residual is keep) == ((size is n,) * 2 + (size is not n,))
+        assert (found.lower is not None, found.upper is not None, found.residual is keep) == (
+            (size is n,) * 2 + (size is not n,)
+        )

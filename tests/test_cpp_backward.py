@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 
 import pytest
 import torch
 from gradients import check, floats, grad_out, run
-from problems import B0, D, E, K, Problem, Q, bias_read_in_two_ways, load, local_keys, op, problem, rand
+from problems import B0, D, E, K, Problem, Q, bias_read_in_two_ways, load, local_keys, one_key_for_all, op, problem, rand
 from specs import CASES
 from together import asked, narrow, together
 
@@ -212,16 +212,15 @@ def test_gradients_of_a_bias_that_is_read_in_two_ways_add_up() -> None:
     check(p, run(p, kernel(p, floats(p), LANES)), floats(p))
 
 
-def test_calls_with_overlapping_keys_of_batches_are_left_to_the_reference() -> None:
-    for kv_len, said in (
-        (8, nullcontext()),
-        (16, pytest.warns(RuntimeWarning, match="batch indices share parts of a gradient")),
-    ):
-        p = local_keys(kv_len)
+@pytest.mark.parametrize("keys, apart, shared", [(local_keys, 8, 16), (one_key_for_all, 1, 20)])
+def test_calls_with_overlapping_keys_are_left_to_the_reference(keys: Callable[[int], Problem], apart: int, shared: int) -> None:
+    left = pytest.warns(RuntimeWarning, match="batch indices share parts of a gradient")
+    for kv_len, said in ((apart, nullcontext()), (shared, left)):
+        p = keys(kv_len)
         backward = targets.backward_kernel(p.spec, "cpp", floats(p))
         with said:
             check(p, run(p, backward), floats(p))
-        assert backward.runs.by == "kernel" and ("share parts of" in backward.runs.why) is (kv_len == 16)
+        assert backward.runs.by == "kernel" and ("share parts of" in backward.runs.why) is (kv_len == shared)
 
 
 def test_a_gradient_of_overlapping_features_is_left_to_the_reference() -> None:

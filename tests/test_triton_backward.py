@@ -8,7 +8,26 @@ from dataclasses import replace
 import pytest
 import torch
 from gradients import check, floats, grad_out, run
-from problems import B0, B1, KV_LEN, LOWEST, Q_LEN, D, E, K, Problem, Q, both, hide, load, local_keys, op, problem, rand
+from problems import (
+    B0,
+    B1,
+    KV_LEN,
+    LOWEST,
+    Q_LEN,
+    D,
+    E,
+    K,
+    Problem,
+    Q,
+    both,
+    hide,
+    load,
+    local_keys,
+    one_key_for_all,
+    op,
+    problem,
+    rand,
+)
 from specs import CASES, RANDOM_CASES
 
 from fuse.ir.expr import Expr, const
@@ -173,12 +192,11 @@ def test_batch_indices_share_query_key_value_and_bias_each_in_another_way() -> N
     check(p, run(p, kernel(p)), floats(p))
 
 
-@pytest.mark.parametrize("kv_len", [8, 16])
-def test_calls_with_overlapping_keys_of_batches_are_left_to_the_reference(kv_len: int) -> None:
-    p = local_keys(kv_len)
+@pytest.mark.parametrize("p, left", [(local_keys(8), False), (local_keys(16), True), (one_key_for_all(20), True)])
+def test_calls_with_overlapping_keys_are_left_to_the_reference(p: Problem, left: bool) -> None:
     backward = kernel(p)
     check(p, run(p, backward), floats(p))
-    assert ("share parts of" in backward.runs.why) is (kv_len == 16)
+    assert ("share parts of" in backward.runs.why) is left
 
 
 def test_training_a_model_calls_the_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
