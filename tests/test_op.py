@@ -222,6 +222,19 @@ def test_tangents_and_second_derivatives_of_both_results_are_differences() -> No
     torch.autograd.gradgradcheck(function, [t.requires_grad_() for t in operands], fast_mode=True)
 
 
+def test_whatever_comes_of_the_log_sum_exp_of_a_row_that_sees_nothing_goes_nowhere() -> None:
+    """It is minus infinity, of which many functions have no derivative: two parts that see nothing are merged to NaN."""
+    made = CASES["causal_more_queries_than_keys"]("float32")
+    leaves = trained(made)
+    out, lse = torch.ops.fuse.attention_lse(leaves, made.sizes, made.spec.to_json(), "reference")
+    assert bool(lse.isneginf().any())
+    nothing = torch.where(lse.isneginf(), 0.0, 1.0)
+    found, expected = (
+        torch.autograd.grad((out, lse), leaves, (out, of_rows), retain_graph=True) for of_rows in (nothing / nothing, nothing)
+    )
+    torch.testing.assert_close(found, expected, rtol=0, atol=0)
+
+
 def rand_like(t: Tensor, count: int) -> Tensor:
     return torch.randn(count, *t.shape, dtype=t.dtype, generator=torch.Generator().manual_seed(0))
 

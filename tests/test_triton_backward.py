@@ -48,7 +48,7 @@ GRADIENTS = (
     "one_query_and_one_key_without_their_indices", "causal_long", "causal_offset",
     "causal_more_queries_than_keys", "window", "padding", "left_padding_and_causal", "documents", "dense_additive",
     "masked_rows_infinite_fill", "masked_rows_added_fill", "masked_rows_are_zero", "two_lowest_masks_overflow",
-    "raised_to_the_largest_number",
+    "raised_to_the_largest_number", "row_of_a_low_bias",
     "masked_rows_with_sink", "alibi", "soft_cap_causal", "scalar_tensor_scale", "two_extra_logits", "weight_factor",
     "weight_masked_after_softmax", "relative_table", "t5_bias", "decomposed_positions",
 )  # fmt: skip
@@ -173,8 +173,9 @@ def test_gradients_of_the_result_may_be_expanded() -> None:
     assert all(torch.equal(a, b) for a, b in zip(found, dense, strict=True))
 
 
-def test_a_tensor_that_is_query_key_and_value_gets_their_sum() -> None:
-    base = problem("float32")
+@pytest.mark.parametrize("batch", [(2, 3), (1, 3), (1, 1)])
+def test_a_tensor_that_is_query_key_and_value_gets_their_sum(batch: tuple[int, int]) -> None:
+    base = problem("float32", batch=batch)
     x = base.operands[0]
     query, key, value = (load(x, 0, *base.spec.query.coords[:2], *at) for at in ((Q, D), (K, D), (K, E)))
     spec = replace(base.spec, operands=(Operand(4, "float32"),), query=query, key=key, value=value)

@@ -275,6 +275,14 @@ def additive_mask_of_ten_thousand_in_bfloat16(q: Tensor, k: Tensor, v: Tensor, m
     return (scores(q, k) + mask).softmax(-1) @ v
 
 
+@spelling(
+    1, dtype=torch.bfloat16, extra=lambda: (torch.zeros(9, 9, dtype=torch.bfloat16).index_fill(0, torch.tensor([2]), -4e3),)
+)
+def row_of_thousands_under_a_mask_in_bfloat16(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
+    """The same far above what the mask fills in."""
+    return (scores(q, k) + bias).masked_fill(torch.ones(9, 9).triu(1).bool(), torch.finfo(q.dtype).min).softmax(-1) @ v
+
+
 # ------------------------------------------------------------------------------------------------ conditions that are data
 
 
