@@ -30,7 +30,7 @@ from problems import (
 )
 from specs import CASES, RANDOM_CASES
 
-from fuse.ir.expr import Expr, const
+from fuse.ir.expr import Expr, const, symbol
 from fuse.ir.spec import Mask, Operand
 from fuse.targets import reference
 
@@ -191,6 +191,15 @@ def test_batch_indices_share_query_key_value_and_bias_each_in_another_way() -> N
                    operands=(Operand(3, "float32"), Operand(3, "float32"), *base.spec.operands[2:]))  # fmt: skip
     p = Problem(spec, [query, key, value, bias], base.sizes)
     check(p, run(p, kernel(p)), floats(p))
+
+
+def test_batch_indices_are_grouped_anew_where_a_number_of_the_call_says_what_they_share() -> None:
+    """One kernel, of groups of two and then of three."""
+    backward = None
+    for n in (2, 3):
+        p = problem("float32", batch=(6,), kv_batch=(6 // n,), kv_index=(op("floordiv", B0, symbol("n")),), symbols={"n": n})
+        backward = backward or kernel(p)
+        check(p, run(p, backward), floats(p))
 
 
 @pytest.mark.parametrize("p, left", [(local_keys(8), False), (local_keys(16), True), (one_key_for_all(20), True)])
