@@ -173,6 +173,13 @@ def one_key_for_all(kv_len: int) -> Problem:
     return Problem(spec, [base.operands[0], key, base.operands[2]], base.sizes)
 
 
+def crossed_heads() -> Problem:
+    """Of four heads the first two share a key, and every second one a value."""
+    base = problem("float32", batch=(2, 4), kv_batch=(2, 2), kv_index=(B0, op("floordiv", B1, 2)))
+    value = load(base.operands[2], 2, B0, op("mod", B1, 2), K, E)
+    return replace(base, spec=replace(base.spec, value=value))
+
+
 LOWEST = {name: torch.finfo(getattr(torch, name)).min for name in expr.FLOATS}
 Case = Callable[[str], Problem]
 CASES: dict[str, Case] = {}

@@ -121,6 +121,18 @@ def head_dim_256(dtype: str) -> Problem:
 
 
 @case
+def head_dim_7(dtype: str) -> Problem:
+    """Sums of products are made in two parts, which are not alike."""
+    return problem(dtype, qk_dim=7, v_dim=9)
+
+
+@case
+def head_dim_136(dtype: str) -> Problem:
+    """In parts of 64, of which the last one is short."""
+    return problem(dtype, batch=(1, 1), qk_dim=136, v_dim=3, q_len=20)
+
+
+@case
 def value_wider_than_key(dtype: str) -> Problem:
     return problem(dtype, qk_dim=16, v_dim=40)
 

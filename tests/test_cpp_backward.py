@@ -9,7 +9,22 @@ from dataclasses import replace
 import pytest
 import torch
 from gradients import check, floats, grad_out, run
-from problems import B0, D, E, K, Problem, Q, bias_read_in_two_ways, load, local_keys, one_key_for_all, op, problem, rand
+from problems import (
+    B0,
+    D,
+    E,
+    K,
+    Problem,
+    Q,
+    bias_read_in_two_ways,
+    crossed_heads,
+    load,
+    local_keys,
+    one_key_for_all,
+    op,
+    problem,
+    rand,
+)
 from specs import CASES
 from together import asked, narrow, together
 
@@ -67,6 +82,7 @@ def kernel(p: Problem, wanted: Sequence[bool], isa: str) -> CppBackward:
 GRADIENTS = (
     "no_batch", "three_batch_dimensions", "one_query", "one_key", "empty_batch", "vit_length", "head_dim_80", "head_dim_256",
     "value_narrower_than_key", "grouped_query", "features_strided", "packed_qkv", "flat_rows", "flat_rows_of_any_length",
+    "head_dim_7", "shared_keys_and_own_values",
     "one_query_and_one_key_without_their_indices", "causal_long", "causal_offset",
     "causal_more_queries_than_keys", "window", "left_padding_and_causal", "documents", "dense_additive",
     "integer_mask_product", "masked_rows_infinite_fill", "masked_rows_added_fill", "row_of_a_low_bias", "masked_rows_are_zero",
@@ -90,8 +106,9 @@ CHOSEN += [(n, "float64", LANES) for n in ("masked_rows_with_low_sinks", "sum_of
 CHOSEN += [("left_padding_and_causal", "float32", isa) for isa in ("avx2", "sse")]
 CHOSEN += [("flat_rows", "bfloat16", LANES), ("one_query_and_one_key_without_their_indices", "bfloat16", LANES)]
 # The matrix core: tails of queries, keys and features, masks, groups, strides, logits without a value, rows computed again.
-MATRIX = ("vit_length", "grouped_query", "features_strided", "causal_long", "window", "documents", "soft_cap_causal",
-          "masked_rows_are_zero", "weight_masked_after_softmax", "no_keys", "masked_rows_with_low_sinks",
+MATRIX = ("vit_length", "head_dim_7", "grouped_query", "shared_keys_and_own_values", "features_strided", "causal_long",
+          "window", "documents", "soft_cap_causal", "masked_rows_are_zero", "weight_masked_after_softmax", "no_keys",
+          "masked_rows_with_low_sinks",
           "positions_in_bfloat16", "score_in_bfloat16_decides")  # fmt: skip
 EMULATED = ("cross_attention", "head_dim_80", "value_narrower_than_key", "left_padding_and_causal", "two_extra_logits")
 CHOSEN += [(n, "bfloat16", "avx512_bf16") for n in MATRIX] + [(n, "bfloat16", "amx_emulated") for n in EMULATED]
@@ -211,6 +228,13 @@ def test_a_query_that_all_batches_share_is_summed_over_them() -> None:
 def test_gradients_of_a_bias_that_is_read_in_two_ways_add_up() -> None:
     p = bias_read_in_two_ways()
     check(p, run(p, kernel(p, floats(p), LANES)), floats(p))
+
+
+def test_heads_that_share_keys_and_values_crosswise_are_left_to_the_reference() -> None:
+    p = crossed_heads()
+    backward = kernel(p, floats(p), LANES)
+    with pytest.warns(RuntimeWarning, match="left to the reference"):
+        check(p, run(p, backward), floats(p))
 
 
 @pytest.mark.parametrize("keys, apart, shared", [(local_keys, 8, 16), (one_key_for_all, 1, 20)])

@@ -29,7 +29,13 @@ SCORES: dict[str, Callable[[Expr], object]] = {
     ),
 }  # fmt: skip
 
-FEW = ("values_with_strided_features", "no_keys_yet", "low_sinks_beside_rows_of_padding", "cache_by_positions_in_bfloat16")
+FEW = (
+    "scores_that_grow_along_the_cache",
+    "values_with_strided_features",
+    "no_keys_yet",
+    "low_sinks_beside_rows_of_padding",
+    "cache_by_positions_in_bfloat16",
+)
 
 
 def check(made: Problem) -> torch.Tensor:

@@ -20,6 +20,7 @@ from problems import (
     Problem,
     Q,
     both,
+    crossed_heads,
     hide,
     load,
     local_keys,
@@ -200,6 +201,11 @@ def test_batch_indices_are_grouped_anew_where_a_number_of_the_call_says_what_the
         p = problem("float32", batch=(6,), kv_batch=(6 // n,), kv_index=(op("floordiv", B0, symbol("n")),), symbols={"n": n})
         backward = backward or kernel(p)
         check(p, run(p, backward), floats(p))
+
+
+def test_heads_share_keys_and_values_crosswise() -> None:
+    p = crossed_heads()
+    check(p, run(p, kernel(p)), floats(p))
 
 
 @pytest.mark.parametrize("p, left", [(local_keys(8), False), (local_keys(16), True), (one_key_for_all(20), True)])

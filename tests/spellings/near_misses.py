@@ -250,6 +250,12 @@ def probabilities_reversed(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 @spelling(0, reason="WeightNotLinear")
+def probabilities_cut_to_integers(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    p = scores(q, k).softmax(-1)
+    return (p * 3).long().to(q.dtype) @ v
+
+
+@spelling(0, reason="WeightNotLinear")
 def probabilities_sharpened(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     p = scores(q, k).softmax(-1) ** 2
     return p @ v
