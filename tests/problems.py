@@ -165,6 +165,16 @@ def local_keys(kv_len: int) -> Problem:
     return Problem(spec, [base.operands[0], key, value], base.sizes)
 
 
+def amid_nan(p: Problem) -> Problem:
+    """Every operand of floats is a part of a tensor that holds no numbers around it."""
+
+    def placed(t: Tensor) -> Tensor:
+        around = torch.full([n + 2 for n in t.shape], math.nan, dtype=t.dtype)
+        return around[tuple(slice(1, n + 1) for n in t.shape)].copy_(t)
+
+    return replace(p, operands=[placed(t) if t.is_floating_point() else t for t in p.operands])
+
+
 def one_key_for_all(kv_len: int) -> Problem:
     """Every position has the same key, as where one is expanded; its gradient is a sum over them."""
     base = problem("float32", kv_len=kv_len)

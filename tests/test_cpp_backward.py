@@ -16,6 +16,7 @@ from problems import (
     K,
     Problem,
     Q,
+    amid_nan,
     bias_read_in_two_ways,
     crossed_heads,
     load,
@@ -223,6 +224,15 @@ def test_a_query_that_all_batches_share_is_summed_over_them() -> None:
                    operands=(Operand(3, "float32"), *base.spec.operands[1:]))  # fmt: skip
     p = Problem(spec, [query, *base.operands[1:]], base.sizes)
     check(p, run(p, kernel(p, floats(p), LANES)), floats(p))
+
+
+@pytest.mark.parametrize("dtype, isa", [("float32", LANES), ("bfloat16", "avx512_bf16")])
+def test_what_lies_around_operands_is_not_read(dtype: str, isa: str) -> None:
+    if not runs(isa):
+        pytest.skip("no matrix core")
+    for name in ("cross_attention", "head_dim_7"):
+        p = amid_nan(CASES[name](dtype))
+        check(p, run(p, kernel(p, floats(p), isa)), floats(p))
 
 
 def test_gradients_of_a_bias_that_is_read_in_two_ways_add_up() -> None:

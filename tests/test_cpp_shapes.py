@@ -9,7 +9,7 @@ from dataclasses import replace
 import pytest
 import torch
 from decode_specs import DECODING
-from problems import B0, K, Problem, Q, both, const, hide, load, op, problem, rand, symbol
+from problems import B0, K, Problem, Q, amid_nan, both, const, hide, load, op, problem, rand, symbol
 from specs import CASES
 from together import together
 
@@ -36,6 +36,10 @@ FEW = (
     "low_sinks_beside_rows_of_padding",
     "cache_by_positions_in_bfloat16",
 )
+
+
+# No number of queries, keys or features is a multiple of what is taken together.
+AMID = ("cross_attention", "head_dim_7", "dense_additive", "one_key")
 
 
 def check(made: Problem) -> torch.Tensor:
@@ -113,6 +117,12 @@ def test_result_does_not_depend_on_the_number_of_threads() -> None:
     torch.set_num_threads(threads)
     assert torch.equal(results[0], results[1])
     assert torch.equal(results[0], results[2])
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("name", AMID)
+def test_what_lies_around_operands_is_not_read(name: str, dtype: str) -> None:
+    check(amid_nan(CASES[name](dtype)))
 
 
 def test_not_a_number_spreads_as_in_eager() -> None:

@@ -19,6 +19,7 @@ from problems import (
     K,
     Problem,
     Q,
+    amid_nan,
     both,
     crossed_heads,
     hide,
@@ -40,6 +41,7 @@ pytestmark = [pytest.mark.triton, pytest.mark.filterwarnings("ignore:.*encounter
 
 import triton_interpreter  # noqa: E402, F401  mends the interpreter
 
+from fuse.targets.triton.launch import TritonKernel  # noqa: E402
 from fuse.targets.triton.launch_backward import TritonBackward  # noqa: E402
 
 # Each a path of its own: shapes and strides, tiles that are skipped, rows that are computed again, what terms are summed over.
@@ -163,6 +165,13 @@ def test_backward_drops_what_forward_dropped() -> None:
     exact = reference.attention_backward(p.spec, grad_out(p), p.operands, p.sizes, floats(p))
     for x, e in zip(found, exact, strict=True):
         torch.testing.assert_close(x.double(), e, rtol=0, atol=8 * torch.finfo(x.dtype).eps * float(e.abs().amax()))
+
+
+@pytest.mark.parametrize("name", ["cross_attention", "head_dim_7", "dense_additive"])
+def test_what_lies_around_operands_is_not_read(name: str) -> None:
+    p = amid_nan(CASES[name]("float32"))
+    p.check(TritonKernel(p.spec)(p.operands, p.sizes))
+    check(p, run(p, kernel(p)), floats(p))
 
 
 def test_gradients_of_the_result_may_be_expanded() -> None:
