@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
 import torch
 from decode_specs import DECODING
-from problems import B0, K, Problem, Q, amid_nan, both, const, hide, load, op, problem, rand, symbol
+from problems import B0, K, Problem, Q, amid_nan, at_the_end_of_memory, both, const, hide, load, op, problem, rand, symbol
 from specs import CASES
 from together import together
 
@@ -123,6 +124,13 @@ def test_result_does_not_depend_on_the_number_of_threads() -> None:
 @pytest.mark.parametrize("name", AMID)
 def test_what_lies_around_operands_is_not_read(name: str, dtype: str) -> None:
     check(amid_nan(CASES[name](dtype)))
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="pages are protected by a call of Linux")
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("name", AMID)
+def test_nothing_is_read_behind_an_operand(name: str, dtype: str) -> None:
+    check(at_the_end_of_memory(CASES[name](dtype)))
 
 
 def test_not_a_number_spreads_as_in_eager() -> None:
