@@ -52,6 +52,26 @@ def test_the_scale_is_read(scale: float) -> None:
     assert [n.value for n in expr.walk(spec.score) if isinstance(n, expr.Const)] == [scale]
 
 
+def test_a_product_that_decides_a_condition_is_not_the_score() -> None:
+    def program(q: Tensor, k: Tensor, v: Tensor, x: Tensor) -> Tensor:
+        return (q @ k.mT + (x @ x.mT > 0) * torch.finfo(q.dtype).min).softmax(-1) @ v
+
+    spec = pass_over(program, *heads(), torch.randn(2, 3, 9, 4)).spec
+    assert spec.qk_dim == 16 and spec.mask is not None and not expr.contains(spec.mask.predicate, expr.Score)
+
+
+def test_a_product_of_two_dtypes_is_refused_as_by_eager() -> None:
+    """Dynamo's fake tensors let ``mm`` pass."""
+
+    def program(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return torch.mm(torch.mm(q, k.mT).softmax(-1), v)
+
+    q, k, v = (x[0, 0] for x in heads())
+    for run in (program, torch.compile(program, backend="fuse", options={"inner": "eager", "target": "reference"})):
+        with pytest.raises(RuntimeError, match="expected|dtype"):
+            run(q, k, v.double())
+
+
 def test_sizes_are_no_part_of_the_spec() -> None:
     assert pass_over(attend, *heads(9)).spec.to_json() == pass_over(attend, *heads(11, batch=3, count=5)).spec.to_json()
 

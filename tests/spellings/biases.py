@@ -271,6 +271,16 @@ def positions_in_halves(q: Tensor, k: Tensor, v: Tensor, slope: Tensor) -> Tenso
     return attend(scores(q, k) + slope * torch.arange(0, 4.5, 0.5), v)
 
 
+@spelling(extra=lambda: (rand(9, 9, seed=5).index_fill(1, torch.tensor([2]), -math.inf),))
+def infinity_filled_with_the_lowest_number(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
+    return attend(scores(q, k) + bias.nan_to_num(), v)
+
+
+@spelling(extra=lambda: (rand(9, 9, seed=5),))
+def bias_of_reversed_positions(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
+    return attend(scores(q, k) + bias.flip(0, -1) + bias[..., 1:5].fliplr().mean(), v)
+
+
 @spelling(
     extra=lambda: (rand(9, 9, seed=5).index_fill(1, torch.tensor([2]), math.nan).index_fill(1, torch.tensor([4]), math.inf),)
 )

@@ -146,6 +146,13 @@ def empty_rows_billion(q: Tensor, k: Tensor, v: Tensor, hidden: Tensor) -> Tenso
     return scores(q, k).masked_fill(hidden, -1e9).softmax(-1) @ v
 
 
+@spelling(0, extra=rows)
+def empty_rows_billion_by_logsumexp(q: Tensor, k: Tensor, v: Tensor, hidden: Tensor) -> Tensor:
+    """The logarithm of nine is nothing beside a billion: in such a row every probability is one."""
+    s = scores(q, k).masked_fill(hidden, -1e9)
+    return (s - s.logsumexp(-1, keepdim=True)).exp() @ v
+
+
 @spelling(1, extra=rows)
 def empty_rows_thousands_added(q: Tensor, k: Tensor, v: Tensor, hidden: Tensor) -> Tensor:
     return (scores(q, k) + hidden * -1e4).softmax(-1) @ v
