@@ -294,6 +294,12 @@ def decomposed_positions(dtype: str) -> Problem:
 
 
 @case
+def bias_that_is_scaled_too(dtype: str) -> Problem:
+    bias = rand(37, 37, dtype=dtype)
+    return problem(dtype, bias, score=lambda s: op("mul", op("add", s, load(bias, 3, Q, K)), 0.5))
+
+
+@case
 def soft_cap(dtype: str) -> Problem:
     return problem(dtype, score=lambda s: op("mul", op("tanh", op("div", s, 2.0)), 2.0))
 

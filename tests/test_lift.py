@@ -89,13 +89,19 @@ def test_symbolic_lengths_are_arguments() -> None:
     assert spec.extra == () and spec.symbols == ("B0", "B1", "q_len", "kv_len")
 
 
-def test_no_part_of_what_was_joined_is_read_beyond_its_end() -> None:
+@pytest.mark.parametrize(
+    "left, parts",
+    [
+        (4, ["q, minimum(maximum(k - 4, 0), 4)]", "q, minimum(maximum(k, 0), 3)]"]),
+        (8, ["q, 0]", "q, minimum(maximum(k, 0), 7)]"]),
+    ],
+)
+def test_no_part_of_what_was_joined_is_read_beyond_its_end(left: int, parts: list[str]) -> None:
     def program(q: Tensor, k: Tensor, v: Tensor, left: Tensor, right: Tensor) -> Tensor:
         return attend(q, k, v, torch.cat((left, right), -1))
 
-    spec = pass_over(program, *heads(), torch.randn(9, 4), torch.randn(9, 5)).spec
-    parts = sorted(to_text(n).partition("[")[2] for n in expr.walk(spec.score) if isinstance(n, expr.Load))
-    assert parts == ["q, minimum(maximum(k - 4, 0), 4)]", "q, minimum(maximum(k, 0), 3)]"]
+    spec = pass_over(program, *heads(), torch.randn(9, left), torch.randn(9, 9 - left)).spec
+    assert sorted(to_text(n).partition("[")[2] for n in expr.walk(spec.score) if isinstance(n, expr.Load)) == parts
 
 
 def wrong_dimension(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
