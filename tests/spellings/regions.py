@@ -184,6 +184,13 @@ def table_renormalised_by_its_lookup(q: Tensor, k: Tensor, v: Tensor, table: Ten
     return (q @ k.mT / 4 + bias.permute(2, 0, 1)).softmax(-1) @ v
 
 
+@spelling(extra=lambda: (4 * rand(17, 3, seed=5),))
+def table_renormalised_by_an_argument_without_its_name(q: Tensor, k: Tensor, v: Tensor, table: Tensor) -> Tensor:
+    i = torch.arange(9)
+    bias = F.embedding(i - i[:, None] + 8, table, None, 1.0)
+    return (q @ k.mT / 4 + bias.permute(2, 0, 1)).softmax(-1) @ v
+
+
 @spelling()
 def inputs_mutated_afterwards(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     out = attend(q, k, v)
