@@ -109,6 +109,14 @@ def member_bias(dtype: str) -> Problem:
 
 
 @decoding
+def scores_that_grow_along_the_cache(dtype: str) -> Problem:
+    """Each tile of keys has a larger score than all before it."""
+    made = problem(dtype, q_len=2, kv_len=330)
+    query, key, value = made.operands
+    return replace(made, operands=[query, key * torch.linspace(0.1, 3, 330)[:, None].to(key), value])
+
+
+@decoding
 def values_with_strided_features(dtype: str) -> Problem:
     """A key that may be read where it lies beside a value that may not."""
     base = problem(dtype, batch=(2, 4), q_len=1, kv_len=90, v_dim=24)

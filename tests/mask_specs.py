@@ -239,6 +239,13 @@ def masked_rows_added_fill(dtype: str) -> Problem:
 
 
 @case
+def row_of_a_low_bias(dtype: str) -> Problem:
+    """No mask is known, and a row's log-sum-exp has lost the digits that its probabilities need."""
+    bias = rand(37, 37, dtype=dtype).index_fill(0, torch.tensor([3]), -3e4)
+    return problem(dtype, bias, score=lambda s: op("add", s, load(bias, 3, Q, K)))
+
+
+@case
 def masked_rows_are_zero(dtype: str) -> Problem:
     return problem(dtype, empty_row="zero", score=lambda s: hide(s, _NO_ROW_3))
 

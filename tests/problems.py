@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ctypes
 import math
+import mmap
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
@@ -163,6 +165,44 @@ def local_keys(kv_len: int) -> Problem:
     spec = replace(base.spec, operands=(base.spec.operands[0], Operand(2, "float32"), Operand(2, "float32")),
                    key=load(key, 1, place, D), value=load(value, 2, place, E))  # fmt: skip
     return Problem(spec, [base.operands[0], key, value], base.sizes)
+
+
+def amid_nan(p: Problem) -> Problem:
+    """Every operand of floats is a part of a tensor that holds no numbers around it."""
+
+    def placed(t: Tensor) -> Tensor:
+        around = torch.full([n + 2 for n in t.shape], math.nan, dtype=t.dtype)
+        return around[tuple(slice(1, n + 1) for n in t.shape)].copy_(t)
+
+    return replace(p, operands=[placed(t) if t.is_floating_point() else t for t in p.operands])
+
+
+def at_the_end_of_memory(p: Problem) -> Problem:
+    """Behind the last byte of every operand nothing can be read: whoever does so ends the process. On Linux."""
+
+    def placed(t: Tensor) -> Tensor:
+        size = -(-t.nbytes // mmap.PAGESIZE) * mmap.PAGESIZE
+        memory = mmap.mmap(-1, size + mmap.PAGESIZE)
+        end = ctypes.c_void_p(ctypes.addressof(ctypes.c_char.from_buffer(memory)) + size)
+        assert ctypes.CDLL(None).mprotect(end, mmap.PAGESIZE, 0) == 0
+        return torch.frombuffer(memory, dtype=t.dtype, count=t.numel(), offset=size - t.nbytes).view(t.shape).copy_(t)
+
+    return replace(p, operands=[placed(t) for t in p.operands])
+
+
+def one_key_for_all(kv_len: int) -> Problem:
+    """Every position has the same key, as where one is expanded; its gradient is a sum over them."""
+    base = problem("float32", kv_len=kv_len)
+    key = base.operands[1][:, :, :1].contiguous()
+    spec = replace(base.spec, key=load(key, 1, B0, B1, const(0), D))
+    return Problem(spec, [base.operands[0], key, base.operands[2]], base.sizes)
+
+
+def crossed_heads() -> Problem:
+    """Of four heads the first two share a key, and every second one a value."""
+    base = problem("float32", batch=(2, 4), kv_batch=(2, 2), kv_index=(B0, op("floordiv", B1, 2)))
+    value = load(base.operands[2], 2, B0, op("mod", B1, 2), K, E)
+    return replace(base, spec=replace(base.spec, value=value))
 
 
 LOWEST = {name: torch.finfo(getattr(torch, name)).min for name in expr.FLOATS}

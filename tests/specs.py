@@ -121,6 +121,18 @@ def head_dim_256(dtype: str) -> Problem:
 
 
 @case
+def head_dim_7(dtype: str) -> Problem:
+    """Sums of products are made in two parts, which are not alike."""
+    return problem(dtype, qk_dim=7, v_dim=9)
+
+
+@case
+def head_dim_136(dtype: str) -> Problem:
+    """In parts of 64, of which the last one is short."""
+    return problem(dtype, batch=(1, 1), qk_dim=136, v_dim=3, q_len=20)
+
+
+@case
 def value_wider_than_key(dtype: str) -> Problem:
     return problem(dtype, qk_dim=16, v_dim=40)
 
@@ -279,6 +291,12 @@ def decomposed_positions(dtype: str) -> Problem:
         return op("add", op("add", op("where", load(tempered, 5, q_row, k_row), op("mul", s, 0.5), s), by_row), by_column)
 
     return problem(dtype, rows, columns, tempered, batch=(1, 2), q_len=143, score=score)
+
+
+@case
+def bias_that_is_scaled_too(dtype: str) -> Problem:
+    bias = rand(37, 37, dtype=dtype)
+    return problem(dtype, bias, score=lambda s: op("mul", op("add", s, load(bias, 3, Q, K)), 0.5))
 
 
 @case

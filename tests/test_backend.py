@@ -38,13 +38,17 @@ def compiled(f: Callable[..., Any] = double, **options: Any) -> Callable[..., An
     return torch.compile(f, backend="fuse", options={"inner": "eager", **options})
 
 
-def triple_instead(gm: GraphModule, *_: object) -> list[Site]:
-    """A wrong rewrite."""
-    for node in gm.graph.nodes:
-        if node.op == "call_function" and "mul" in node.name:
-            node.args = (node.args[0], 3)
-    gm.recompile()
-    return [SITE]
+def times(factor: float) -> Run:
+    """A wrong rewrite of ``double``."""
+
+    def rewrite(gm: GraphModule, *_: object) -> list[Site]:
+        for node in gm.graph.nodes:
+            if node.op == "call_function" and "mul" in node.name:
+                node.args = (node.args[0], factor)
+        gm.recompile()
+        return [SITE]
+
+    return rewrite
 
 
 @pytest.mark.parametrize("inner", ["eager", "aot_eager", pytest.param("inductor", marks=pytest.mark.compiler)])
@@ -93,7 +97,7 @@ def test_disable_runs_no_pass(
     run: Callable[[Run], None], monkeypatch: pytest.MonkeyPatch, variable: str, options: dict[str, Any]
 ) -> None:
     monkeypatch.setenv("FUSE_DISABLE", variable)
-    run(triple_instead)
+    run(times(3))
     x = torch.randn(3)
     torch.testing.assert_close(compiled(**options)(x), double(x))
 
@@ -171,8 +175,15 @@ def test_a_wrong_option_is_refused_when_compiling() -> None:
 
 
 def test_verify_finds_a_wrong_rewrite_and_names_its_sites(run: Callable[[Run], None]) -> None:
-    run(triple_instead)
+    run(times(3))
     with pytest.raises(errors.VerificationFailed, match=r"relative error 0\.5.*model\.py:7"):
+        compiled(verify=True)(torch.ones(3))
+
+
+@pytest.mark.parametrize("wrong", [torch.inf, torch.nan])
+def test_verify_finds_infinities_and_nan_where_eager_has_numbers(run: Callable[[Run], None], wrong: float) -> None:
+    run(times(wrong))
+    with pytest.raises(errors.VerificationFailed, match="relative error inf"):
         compiled(verify=True)(torch.ones(3))
 
 
@@ -188,7 +199,7 @@ def test_verify_lets_right_graphs_through_once_only(run: Callable[[Run], None]) 
 
 
 def test_verify_does_not_judge_random_graphs(run: Callable[[Run], None]) -> None:
-    run(triple_instead)
+    run(times(3))
     compiled(lambda x: torch.nn.functional.dropout(x, 0.5) * 2, verify=True)(torch.ones(64))
 
 

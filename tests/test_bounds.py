@@ -88,3 +88,15 @@ def test_a_comparison_with_what_never_decreases_is_a_bound() -> None:
     keep = op("lt", K, Load("int64", 3, (Q,)))
     spec = problem("float32", torch.zeros(9, dtype=torch.int64), q_len=9, score=lambda s: op("where", keep, s, -math.inf)).spec
     assert bounds.bounds(spec, keep, {3}).upper is Load("int64", 3, (Q,)) and bounds.bounds(spec, keep).upper is None
+
+
+def test_blocks_of_two_sizes_are_no_bounds() -> None:
+    """As those of one size are, which is known when the kernel runs only."""
+    n, m = symbol("n"), symbol("m")
+    for size in (n, m, const(3)):
+        keep = op("eq", op("floordiv", K, n), op("floordiv", Q, size))
+        spec = problem("float32", symbols={"n": 2, "m": 3}, score=lambda s: op("where", keep, s, -math.inf)).spec  # noqa: B023
+        found = bounds.bounds(spec, keep)
+        assert (found.lower is not None, found.upper is not None, found.residual is keep) == (
+            (size is n,) * 2 + (size is not n,)
+        )

@@ -2,14 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import sys
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 
 import pytest
 import torch
 from gradients import check, floats, grad_out, run
-from problems import B0, D, E, K, Problem, Q, bias_read_in_two_ways, load, local_keys, op, problem, rand
+from problems import (
+    B0,
+    D,
+    E,
+    K,
+    Problem,
+    Q,
+    amid_nan,
+    at_the_end_of_memory,
+    bias_read_in_two_ways,
+    crossed_heads,
+    load,
+    local_keys,
+    one_key_for_all,
+    op,
+    problem,
+    rand,
+)
 from specs import CASES
 from together import asked, narrow, together
 
@@ -68,9 +86,10 @@ def kernel(p: Problem, wanted: Sequence[bool], isa: str) -> CppBackward:
 GRADIENTS = (
     "no_batch", "three_batch_dimensions", "one_query", "one_key", "empty_batch", "vit_length", "head_dim_80", "head_dim_256",
     "value_narrower_than_key", "grouped_query", "features_strided", "packed_qkv", "flat_rows", "flat_rows_of_any_length",
+    "head_dim_7", "shared_keys_and_own_values",
     "one_query_and_one_key_without_their_indices", "causal_long", "causal_offset",
     "causal_more_queries_than_keys", "window", "left_padding_and_causal", "documents", "dense_additive",
-    "integer_mask_product", "masked_rows_infinite_fill", "masked_rows_added_fill", "masked_rows_are_zero",
+    "integer_mask_product", "masked_rows_infinite_fill", "masked_rows_added_fill", "row_of_a_low_bias", "masked_rows_are_zero",
     "two_lowest_masks_overflow", "raised_to_the_largest_number",
     "masked_rows_with_sink", "alibi", "t5_bias", "relative_table", "decomposed_positions",
     "soft_cap_causal", "scalar_tensor_scale", "two_extra_logits", "weight_factor", "weight_masked_after_softmax",
@@ -91,8 +110,9 @@ CHOSEN += [(n, "float64", LANES) for n in ("masked_rows_with_low_sinks", "sum_of
 CHOSEN += [("left_padding_and_causal", "float32", isa) for isa in ("avx2", "sse")]
 CHOSEN += [("flat_rows", "bfloat16", LANES), ("one_query_and_one_key_without_their_indices", "bfloat16", LANES)]
 # The matrix core: tails of queries, keys and features, masks, groups, strides, logits without a value, rows computed again.
-MATRIX = ("vit_length", "grouped_query", "features_strided", "causal_long", "window", "documents", "soft_cap_causal",
-          "masked_rows_are_zero", "weight_masked_after_softmax", "no_keys", "masked_rows_with_low_sinks",
+MATRIX = ("vit_length", "head_dim_7", "grouped_query", "shared_keys_and_own_values", "features_strided", "causal_long",
+          "window", "documents", "soft_cap_causal", "masked_rows_are_zero", "weight_masked_after_softmax", "no_keys",
+          "masked_rows_with_low_sinks",
           "positions_in_bfloat16", "score_in_bfloat16_decides")  # fmt: skip
 EMULATED = ("cross_attention", "head_dim_80", "value_narrower_than_key", "left_padding_and_causal", "two_extra_logits")
 CHOSEN += [(n, "bfloat16", "avx512_bf16") for n in MATRIX] + [(n, "bfloat16", "amx_emulated") for n in EMULATED]
@@ -190,8 +210,9 @@ def test_gradients_of_the_result_may_be_expanded() -> None:
     assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(found, dense, strict=True))
 
 
-def test_a_tensor_that_is_query_key_and_value_gets_their_sum() -> None:
-    base = problem("float32")
+@pytest.mark.parametrize("batch", [(2, 3), (1, 3), (1, 1)])
+def test_a_tensor_that_is_query_key_and_value_gets_their_sum(batch: tuple[int, int]) -> None:
+    base = problem("float32", batch=batch)
     x = base.operands[0]
     query, key, value = (load(x, 0, *base.spec.query.coords[:2], *at) for at in ((Q, D), (K, D), (K, E)))
     spec = replace(base.spec, operands=(Operand(4, "float32"),), query=query, key=key, value=value)
@@ -208,21 +229,40 @@ def test_a_query_that_all_batches_share_is_summed_over_them() -> None:
     check(p, run(p, kernel(p, floats(p), LANES)), floats(p))
 
 
+@pytest.mark.parametrize("dtype, isa", [("float32", LANES), ("bfloat16", "avx512_bf16")])
+def test_what_lies_around_operands_is_not_read(dtype: str, isa: str) -> None:
+    if not runs(isa):
+        pytest.skip("no matrix core")
+    for name in ("cross_attention", "head_dim_7"):
+        p = amid_nan(CASES[name](dtype))
+        backward = kernel(p, floats(p), isa)
+        check(p, run(p, backward), floats(p))
+        if sys.platform == "linux":
+            p = at_the_end_of_memory(CASES[name](dtype))
+            check(p, run(p, backward), floats(p))
+
+
 def test_gradients_of_a_bias_that_is_read_in_two_ways_add_up() -> None:
     p = bias_read_in_two_ways()
     check(p, run(p, kernel(p, floats(p), LANES)), floats(p))
 
 
-def test_calls_with_overlapping_keys_of_batches_are_left_to_the_reference() -> None:
-    for kv_len, said in (
-        (8, nullcontext()),
-        (16, pytest.warns(RuntimeWarning, match="batch indices share parts of a gradient")),
-    ):
-        p = local_keys(kv_len)
+def test_heads_that_share_keys_and_values_crosswise_are_left_to_the_reference() -> None:
+    p = crossed_heads()
+    backward = kernel(p, floats(p), LANES)
+    with pytest.warns(RuntimeWarning, match="left to the reference"):
+        check(p, run(p, backward), floats(p))
+
+
+@pytest.mark.parametrize("keys, apart, shared", [(local_keys, 8, 16), (one_key_for_all, 1, 20)])
+def test_calls_with_overlapping_keys_are_left_to_the_reference(keys: Callable[[int], Problem], apart: int, shared: int) -> None:
+    left = pytest.warns(RuntimeWarning, match="batch indices share parts of a gradient")
+    for kv_len, said in ((apart, nullcontext()), (shared, left)):
+        p = keys(kv_len)
         backward = targets.backward_kernel(p.spec, "cpp", floats(p))
         with said:
             check(p, run(p, backward), floats(p))
-        assert backward.runs.by == "kernel" and ("share parts of" in backward.runs.why) is (kv_len == 16)
+        assert backward.runs.by == "kernel" and ("share parts of" in backward.runs.why) is (kv_len == shared)
 
 
 def test_a_gradient_of_overlapping_features_is_left_to_the_reference() -> None:

@@ -11,7 +11,7 @@ from specs import CASES
 from together import asked, for_queries, together
 from torch import Tensor
 
-from fuse.ir.expr import Expr, const
+from fuse.ir.expr import Expr, Score, const
 from fuse.ir.spec import Mask
 from fuse.targets.cpp import cpu, plan
 from fuse.targets.cpp.launch import CppKernel, build
@@ -33,10 +33,11 @@ def causal(s: Expr) -> tuple[Expr, Mask]:
 
 # What test_amx_emulated.py does not run through the same core: other reads along the keys, masks, rows that are redone.
 NAMES = (
-    "vit_length", "one_query", "three_batch_dimensions", "packed_qkv", "features_strided", "transposed_output", "prefix",
-    "dilated", "padding", "documents", "dense_bool", "t5_bias", "relative_table", "decomposed_positions", "soft_cap_causal",
-    "sinks", "masked_rows_are_zero", "masked_rows_added_fill", "masked_rows_with_sink", "two_lowest_masks_overflow",
-    "integer_mask_product", "no_keys", "no_keys_beside_a_low_sink", "masked_rows_with_two_low_sinks",
+    "vit_length", "head_dim_7", "one_query", "three_batch_dimensions", "packed_qkv", "features_strided", "transposed_output",
+    "prefix", "dilated", "padding", "documents", "dense_bool", "t5_bias", "relative_table", "decomposed_positions",
+    "soft_cap_causal", "sinks", "masked_rows_are_zero", "masked_rows_added_fill", "masked_rows_with_sink",
+    "two_lowest_masks_overflow", "integer_mask_product", "no_keys", "no_keys_beside_a_low_sink",
+    "masked_rows_with_two_low_sinks",
     "positions_in_bfloat16", "documents_in_float16", "mapped_by_bfloat16", "score_in_bfloat16_decides",
     "coordinate_by_way_of_bfloat16", "weight_chosen_in_bfloat16",
 )  # fmt: skip
@@ -97,6 +98,15 @@ def test_left_padding_does_not_set_the_reference(fill: float) -> None:
     p.check(run(p))
 
 
+def test_low_scores_that_are_no_mask_weigh_what_they_do() -> None:
+    """The first tile's look like masked ones, the second one's do not, and are hardly larger."""
+    bias = torch.full((128,), -9001.0).index_fill(0, torch.arange(64, 128), -8999.5)
+    score = op("add", op("mul", cast(Score("bfloat16"), "float32"), 0.01), load(bias, 3, K))
+    p = problem("bfloat16", bias, q_len=20, kv_len=128, score=lambda _: score)
+    p.operands[2][:, :, 64:] += 2.0
+    p.check(run(p))
+
+
 @pytest.mark.parametrize("q_len", [1, 5, 17, 47, 48, 49, 63, 64, 65, 96, 97])
 @pytest.mark.parametrize("kv_len", [1, 31, 33, 64, 65, 127, 128, 191])
 def test_every_tail(q_len: int, kv_len: int) -> None:
@@ -109,6 +119,17 @@ def test_large_values_do_not_overflow_the_sum() -> None:
     p.operands[2].mul_(2.0**100)
     out = run(p)
     expected = torch.softmax((p.operands[0].double() @ p.operands[1].double().mT) / 4, -1) @ p.operands[2].double()
+    assert (out.double() - expected).abs().max() < 0.02 * expected.abs().max()
+
+
+def test_large_values_of_later_keys_with_larger_scores_do_not_overflow() -> None:
+    """Their weights are far above one, and their sum is a number that the product with the values is not."""
+    step = op("mul", cast(op("ge", K, 64), "float32"), 60.0)
+    p = problem("bfloat16", q_len=100, score=lambda s: op("add", cast(s, "float32"), step))
+    p.operands[2].mul_(2.0**100)
+    out = run(p)
+    key, value = (x[:, :, 64:].double() for x in p.operands[1:])  # beside them all others vanish
+    expected = torch.softmax(p.operands[0].double() @ key.mT / 4, -1) @ value
     assert (out.double() - expected).abs().max() < 0.02 * expected.abs().max()
 
 

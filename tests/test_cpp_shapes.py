@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
 import torch
 from decode_specs import DECODING
-from problems import B0, K, Problem, Q, both, const, hide, load, op, problem, rand, symbol
+from problems import B0, K, Problem, Q, amid_nan, at_the_end_of_memory, both, const, hide, load, op, problem, rand, symbol
 from specs import CASES
 from together import together
 
@@ -30,7 +31,17 @@ SCORES: dict[str, Callable[[Expr], object]] = {
     ),
 }  # fmt: skip
 
-FEW = ("values_with_strided_features", "no_keys_yet", "low_sinks_beside_rows_of_padding", "cache_by_positions_in_bfloat16")
+FEW = (
+    "scores_that_grow_along_the_cache",
+    "values_with_strided_features",
+    "no_keys_yet",
+    "low_sinks_beside_rows_of_padding",
+    "cache_by_positions_in_bfloat16",
+)
+
+
+# No number of queries, keys or features is a multiple of what is taken together.
+AMID = ("cross_attention", "head_dim_7", "dense_additive", "one_key")
 
 
 def check(made: Problem) -> torch.Tensor:
@@ -108,6 +119,19 @@ def test_result_does_not_depend_on_the_number_of_threads() -> None:
     torch.set_num_threads(threads)
     assert torch.equal(results[0], results[1])
     assert torch.equal(results[0], results[2])
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("name", AMID)
+def test_what_lies_around_operands_is_not_read(name: str, dtype: str) -> None:
+    check(amid_nan(CASES[name](dtype)))
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="pages are protected by a call of Linux")
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("name", AMID)
+def test_nothing_is_read_behind_an_operand(name: str, dtype: str) -> None:
+    check(at_the_end_of_memory(CASES[name](dtype)))
 
 
 def test_not_a_number_spreads_as_in_eager() -> None:

@@ -57,6 +57,9 @@ FUSED = {
     "vmap of a mask for each example": torch.vmap(masked_by_values),
     "grad": torch.func.grad(squares, (0, 1, 2)),
     "vjp": lambda q, k, v: torch.func.vjp(causal, q, k, v)[1](v),
+    "vjp of each example by one gradient": lambda q, k, v: torch.vmap(
+        lambda q: torch.func.vjp(lambda q: causal(q, k[0], v[0]), q)[1](v[1])[0]
+    )(q),
     "gradients of each example": torch.vmap(torch.func.grad(squares, (0, 1, 2))),
     "gradients of each example, keys shared": lambda q, k, v: torch.vmap(
         torch.func.grad(squares, (0, 1)), (0, None, None)

@@ -18,6 +18,7 @@ from torch.nn.functional import dropout
 from torch.utils.checkpoint import checkpoint
 
 import fuse
+from fuse import inner
 from fuse.targets import registry
 
 pytestmark = pytest.mark.compiler
@@ -159,3 +160,11 @@ def test_passes_of_the_users_own_run_on_the_graph_as_it_is(globally: bool) -> No
     with torch._inductor.config.patch(passes if globally else {}):
         assert_left_alone(over(-2), square(), **({} if globally else passes))
     assert [p.seen for p in passes.values()] == [[1], [1]]
+
+
+def test_graphs_are_not_cached_where_a_pass_has_no_id() -> None:
+    """Nobody could tell whether it is the same one."""
+    plain, hidden = torch.ops.aten.exp.default, torch.ops.fuse.exp.default
+    known = inner.Rename(plain, hidden)
+    assert inner.Passes(known, inner.Rename(hidden, plain)).uuid() is not None
+    assert inner.Passes(known, lambda graph: None).uuid() is None

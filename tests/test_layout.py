@@ -64,3 +64,14 @@ def test_a_bias_with_heads_innermost_is_copied_once_with_keys_innermost() -> Non
     (load,) = [n for n in expr.walk(passed.spec.score) if isinstance(n, expr.Load)]
     assert bias.rank == 3 and to_text(load).endswith("[q, b1, k]")
     torch.testing.assert_close(passed.result, program(*heads_again(), torch.randn(17, 3)))
+
+
+def test_a_bias_whose_keys_are_neighbours_already_is_not_copied() -> None:
+    """Whatever the order of its dimensions."""
+
+    def program(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
+        return attend(q, k, v, bias.permute(2, 0, 1))
+
+    passed = pass_over(program, *heads(), torch.randn(3, 9, 9).permute(1, 2, 0))
+    (load,) = [n for n in expr.walk(passed.spec.score) if isinstance(n, expr.Load)]
+    assert to_text(load).endswith("[q, k, b1]")

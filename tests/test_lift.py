@@ -22,6 +22,14 @@ def test_grouped_heads_are_an_index_map_not_a_copy() -> None:
     assert [o.rank for o in spec.operands] == [4, 4, 4]
 
 
+def test_of_heads_and_positions_that_share_a_value_the_positions_are_the_queries() -> None:
+    def program(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return torch.einsum("bhqk,bkd->bhqd", torch.einsum("bhqd,bkd->bhqk", q, k).softmax(-1), v)
+
+    spec = pass_over(program, torch.randn(2, 6, 9, 16), torch.randn(2, 9, 16), torch.randn(2, 9, 16)).spec
+    assert to_text(spec.query).endswith("[b0, b1, q, d]") and to_text(spec.key).endswith("[b0, k, d]")
+
+
 def test_a_packed_projection_is_one_operand() -> None:
     def program(x: Tensor) -> Tensor:
         q, k, v = x.view(2, 9, 3, 4, 16).permute(2, 0, 3, 1, 4).unbind(0)
@@ -44,6 +52,26 @@ def test_the_scale_is_read(scale: float) -> None:
     assert [n.value for n in expr.walk(spec.score) if isinstance(n, expr.Const)] == [scale]
 
 
+def test_a_product_that_decides_a_condition_is_not_the_score() -> None:
+    def program(q: Tensor, k: Tensor, v: Tensor, x: Tensor) -> Tensor:
+        return (q @ k.mT + (x @ x.mT > 0) * torch.finfo(q.dtype).min).softmax(-1) @ v
+
+    spec = pass_over(program, *heads(), torch.randn(2, 3, 9, 4)).spec
+    assert spec.qk_dim == 16 and spec.mask is not None and not expr.contains(spec.mask.predicate, expr.Score)
+
+
+def test_a_product_of_two_dtypes_is_refused_as_by_eager() -> None:
+    """Dynamo's fake tensors let ``mm`` pass."""
+
+    def program(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return torch.mm(torch.mm(q, k.mT).softmax(-1), v)
+
+    q, k, v = (x[0, 0] for x in heads())
+    for run in (program, torch.compile(program, backend="fuse", options={"inner": "eager", "target": "reference"})):
+        with pytest.raises(RuntimeError, match="expected|dtype"):
+            run(q, k, v.double())
+
+
 def test_sizes_are_no_part_of_the_spec() -> None:
     assert pass_over(attend, *heads(9)).spec.to_json() == pass_over(attend, *heads(11, batch=3, count=5)).spec.to_json()
 
@@ -61,13 +89,19 @@ def test_symbolic_lengths_are_arguments() -> None:
     assert spec.extra == () and spec.symbols == ("B0", "B1", "q_len", "kv_len")
 
 
-def test_no_part_of_what_was_joined_is_read_beyond_its_end() -> None:
+@pytest.mark.parametrize(
+    "left, parts",
+    [
+        (4, ["q, minimum(maximum(k - 4, 0), 4)]", "q, minimum(maximum(k, 0), 3)]"]),
+        (8, ["q, 0]", "q, minimum(maximum(k, 0), 7)]"]),
+    ],
+)
+def test_no_part_of_what_was_joined_is_read_beyond_its_end(left: int, parts: list[str]) -> None:
     def program(q: Tensor, k: Tensor, v: Tensor, left: Tensor, right: Tensor) -> Tensor:
         return attend(q, k, v, torch.cat((left, right), -1))
 
-    spec = pass_over(program, *heads(), torch.randn(9, 4), torch.randn(9, 5)).spec
-    parts = sorted(to_text(n).partition("[")[2] for n in expr.walk(spec.score) if isinstance(n, expr.Load))
-    assert parts == ["q, minimum(maximum(k - 4, 0), 4)]", "q, minimum(maximum(k, 0), 3)]"]
+    spec = pass_over(program, *heads(), torch.randn(9, left), torch.randn(9, 9 - left)).spec
+    assert sorted(to_text(n).partition("[")[2] for n in expr.walk(spec.score) if isinstance(n, expr.Load)) == parts
 
 
 def wrong_dimension(q: Tensor, k: Tensor, v: Tensor) -> Tensor:

@@ -45,14 +45,20 @@ def test_a_bias_that_windows_share_is_looked_up_once(program: object) -> None:
     torch.testing.assert_close(passed.result, program(*tensors))  # type: ignore[operator]
 
 
-def test_a_lookup_as_large_as_the_scores_is_done_in_the_kernel() -> None:
-    def program(q: Tensor, k: Tensor, v: Tensor, keys: Tensor, at: Tensor) -> Tensor:
-        return attend(q, k, v, torch.gather(q @ keys.mT, -1, at.expand(2, 3, N, N)))
+def in_a_product(q: Tensor, k: Tensor, v: Tensor, keys: Tensor, at: Tensor) -> Tensor:
+    return attend(q, k, v, torch.gather(q @ keys.mT, -1, at.expand(2, 3, N, N)))
 
-    tensors = (*heads(N), torch.randn(121, 16), places())
-    passed = pass_over(program, *tensors)
-    assert square(passed, 2 * 3 * N * 121 + 1) == []  # the product of queries and distances, and no more
-    torch.testing.assert_close(passed.result, program(*tensors))
+
+def in_a_table_of_each_head(q: Tensor, k: Tensor, v: Tensor, table: Tensor, at: Tensor) -> Tensor:
+    return attend(q, k, v, table.view(2, 3, -1)[:, :, at])
+
+
+@pytest.mark.parametrize("program, table", [(in_a_product, (20, 16)), (in_a_table_of_each_head, (2, 60))])
+def test_a_lookup_as_large_as_the_scores_is_done_in_the_kernel(program: object, table: tuple[int, int]) -> None:
+    tensors = (*heads(N), torch.randn(table), places() % 20)
+    passed = pass_over(program, *tensors)  # type: ignore[arg-type]
+    assert square(passed, 2 * 3 * N * 20 + 1) == []  # the product of queries and distances, and no more
+    torch.testing.assert_close(passed.result, program(*tensors))  # type: ignore[operator]
 
 
 def test_a_mask_beside_a_bias_is_read_as_a_mask() -> None:

@@ -166,6 +166,16 @@ def test_tensors_shared_by_heads_tell_what_is_masked(name: str) -> None:
     assert found == expected
 
 
+def test_a_mask_that_is_repeated_for_each_head_is_shared_by_them() -> None:
+    """Where heads are a part of the batch, as bmm takes them."""
+
+    def program(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+        return attend(q, k, v, mask[:, None].expand(2, 3, N, N).reshape(6, N, N))
+
+    spec = pass_over(program, *(x.flatten(0, 1) for x in heads(N)), torch.zeros(2, N, N)).spec
+    assert spec.mask is not None and "[(b0 // 3), q, k] <= -2e+28" in to_text(spec.mask.predicate)
+
+
 @pytest.mark.parametrize("shape", [(2, 3, N, N), (3, N, N), (3, 1, N)])
 def test_a_bias_per_head_is_no_mask(shape: tuple[int, ...]) -> None:
     assert pass_over(attend, *heads(N), torch.randn(shape)).spec.mask is None

@@ -10,6 +10,7 @@ import pytest
 import torch
 from functorch.compile import make_boxed_func
 from problems import Problem
+from programs import attend, heads, pass_over
 from specs import CASES, RANDOM_CASES
 from torch import Tensor
 from torch._dynamo.backends.common import aot_autograd
@@ -17,6 +18,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 import fuse.ops.attention  # noqa: F401  (defines the op)
 from fuse.errors import TangentOfGradient
+from fuse.ops import warm
 from fuse.targets import reference
 
 CHECKED = ("plain", "causal", "heads_last_output", "packed_qkv", "grouped_query", "window", "no_batch", "empty_batch")
@@ -220,6 +222,38 @@ def test_tangents_and_second_derivatives_of_both_results_are_differences() -> No
         tangents, tuple((a - b) / 2e-6 for a, b in zip(ahead, behind, strict=True)), rtol=1e-5, atol=1e-7
     )
     torch.autograd.gradgradcheck(function, [t.requires_grad_() for t in operands], fast_mode=True)
+
+
+def test_whatever_comes_of_the_log_sum_exp_of_a_row_that_sees_nothing_goes_nowhere() -> None:
+    """It is minus infinity, of which many functions have no derivative: two parts that see nothing are merged to NaN."""
+    made = CASES["causal_more_queries_than_keys"]("float32")
+    leaves = trained(made)
+    out, lse = torch.ops.fuse.attention_lse(leaves, made.sizes, made.spec.to_json(), "reference")
+    assert bool(lse.isneginf().any())
+    nothing = torch.where(lse.isneginf(), 0.0, 1.0)
+    found, expected = (
+        torch.autograd.grad((out, lse), leaves, (out, of_rows), retain_graph=True) for of_rows in (nothing / nothing, nothing)
+    )
+    torch.testing.assert_close(found, expected, rtol=0, atol=0)
+
+
+def test_calls_of_a_graph_are_told_apart_by_strides_and_told_once() -> None:
+    """A kernel may be another where operands lie in another way."""
+
+    def program(q: Tensor, k: Tensor, v: Tensor, across: Tensor) -> Tensor:
+        return attend(q, k, v) + attend(q * 2, k, v) + attend(across, k, v)
+
+    q, k, v = heads()
+    graph = pass_over(program, q, k, v, q.mT.contiguous().mT).graph
+    assert len(list(warm.calls(graph))) == 2
+
+
+def test_the_log_sum_exp_of_an_infinite_score_is_infinite() -> None:
+    """Kernels have infinity for a row that sees nothing, too."""
+    made = CASES["plain"]("float32")
+    made.operands[0][0, 0, 5] = torch.zeros(16).index_fill(0, torch.tensor([0]), math.inf)
+    out, lse = torch.ops.fuse.attention_lse(made.operands, made.sizes, made.spec.to_json(), "reference")
+    assert lse[0, 0, 5] == math.inf and bool(out[0, 0, 5].isnan().all()) and bool(lse[1].isfinite().all())
 
 
 def rand_like(t: Tensor, count: int) -> Tensor:

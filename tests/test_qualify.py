@@ -190,7 +190,7 @@ def test_sdpa_computes_what_the_spec_says(name: str) -> None:
     torch.testing.assert_close(rival.attend(*rival.matrices), expected)
 
 
-@pytest.mark.parametrize("name", ["soft_cap", "sinks", "weight_factor", "features_strided"])
+@pytest.mark.parametrize("name", ["soft_cap", "sinks", "weight_factor", "bias_that_is_scaled_too", "features_strided"])
 def test_what_sdpa_cannot_say_has_no_rival(name: str) -> None:
     made = CASES[name]("float32")
     rival = torchs_own.sdpa(whole(call_of(made, "reference"), wanted_of(made)), wanted_of(made))

@@ -162,3 +162,14 @@ def test_a_formula_that_passes_as_one_of_the_distance_is_one(formula: expr.Expr,
     entries = Grid.over({"q": (0, q_len), "k": (0, kv_len)}, sizes).evaluate(formula).expand(q_len, kv_len)
     table = Grid.over({"r": (0, q_len + kv_len - 1)}, sizes).evaluate(found).expand(q_len + kv_len - 1)
     assert torch.equal(entries, table[distances(q_len, kv_len) + q_len - 1])
+
+
+def test_tables_of_one_formula_in_two_dtypes_are_two() -> None:
+    def program(*x: Tensor) -> list[Tensor]:
+        return [attend(q, k, v, torch.log1p(distances().abs().to(q.dtype))) for q, k, v in (x[:3], x[3:])]
+
+    tensors = (*heads(N, M), *(x.double() for x in heads(N, M)))
+    passed = pass_over(program, *tensors)
+    assert [site.fused for site in passed.sites] == [True, True]
+    for result, expected in zip(passed.result, program(*tensors), strict=True):
+        torch.testing.assert_close(result, expected, rtol=0, atol=16 * torch.finfo(expected.dtype).eps)

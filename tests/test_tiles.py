@@ -81,6 +81,8 @@ def test_small_calls_have_no_map() -> None:
     q, k, v = heads()
     mask = torch.ones(N, N, dtype=torch.bool)
     assert not maps(pass_over(attend, q[..., :1, :], k, v, mask[:1]).graph)
+    few_queries, few_keys = heads()[0][..., :5, :], torch.ones(5, 3 * N, dtype=torch.bool)
+    assert not maps(pass_over(attend, few_queries, *(x.repeat(1, 1, 3, 1) for x in (k, v)), few_keys).graph)
 
 
 def test_what_is_read_from_no_tensor_of_both_positions_has_no_map() -> None:
@@ -88,6 +90,17 @@ def test_what_is_read_from_no_tensor_of_both_positions_has_no_map() -> None:
         return attend(q, k, v, document[:, None] == document)
 
     assert not maps(pass_over(program, *heads(), torch.arange(N) // 50).graph)
+
+
+def test_a_table_of_large_blocks_has_no_map_and_one_of_smaller_ones_has() -> None:
+    """Tiles are no larger than 128: the table itself tells which can be skipped."""
+    for size, expected in ((128, 0), (100, 1)):
+
+        def program(q: Tensor, k: Tensor, v: Tensor, table: Tensor, size: int = size) -> Tensor:
+            i = torch.arange(N) // size
+            return attend(q, k, v, table[i[:, None], i])
+
+        assert len(maps(pass_over(program, *heads(), torch.ones(3, 3, dtype=torch.bool).tril()).graph)) == expected
 
 
 class Buffered(torch.nn.Module):

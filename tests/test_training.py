@@ -360,3 +360,14 @@ def test_a_mask_that_is_written_after_its_use_is_what_it_was_in_the_backward_pas
 
     torch.testing.assert_close(gradients(compiled(program, "inductor")), gradients(program), rtol=1e-4, atol=1e-5)
     assert fuse.report().recovered == 1
+
+
+def test_a_result_may_be_written_before_the_backward_pass() -> None:
+    """By whoever gets it from the graph: eager's backward pass does not read it."""
+    inputs, grads = heads(), []
+    for run in (attend, compiled(attend, "eager")):
+        leaves = [x.clone().requires_grad_() for x in inputs]
+        out = run(*leaves)
+        out.mul_(2)
+        grads.append(torch.autograd.grad(out.square().sum(), leaves))
+    torch.testing.assert_close(*grads, rtol=1e-4, atol=1e-4)

@@ -190,7 +190,7 @@ def test_a_traced_module_is_checked_and_can_be_pickled() -> None:
     for module in (fused, pickle.loads(pickle.dumps(fused))):
         for y in (x, torch.randn(3, 50, 64)):
             torch.testing.assert_close(module(y), model(y))
-        for wrong in ((x.double(),), (x, 0.5), (x[:1],)):
+        for wrong in ((x.double(),), (x, 0.5), (x[:1],), (x[0],)):
             with pytest.raises(fuse.FuseError, match="Transform the traced module again"):
                 module(*wrong)
         with pytest.raises(fuse.FuseError, match="Transform the traced module again"):

@@ -8,10 +8,31 @@ from dataclasses import replace
 import pytest
 import torch
 from gradients import check, floats, grad_out, run
-from problems import B0, B1, KV_LEN, LOWEST, Q_LEN, D, E, K, Problem, Q, both, hide, load, local_keys, op, problem, rand
+from problems import (
+    B0,
+    B1,
+    KV_LEN,
+    LOWEST,
+    Q_LEN,
+    D,
+    E,
+    K,
+    Problem,
+    Q,
+    amid_nan,
+    both,
+    crossed_heads,
+    hide,
+    load,
+    local_keys,
+    one_key_for_all,
+    op,
+    problem,
+    rand,
+)
 from specs import CASES, RANDOM_CASES
 
-from fuse.ir.expr import Expr, const
+from fuse.ir.expr import Expr, const, symbol
 from fuse.ir.spec import Mask, Operand
 from fuse.targets import reference
 
@@ -20,6 +41,7 @@ pytestmark = [pytest.mark.triton, pytest.mark.filterwarnings("ignore:.*encounter
 
 import triton_interpreter  # noqa: E402, F401  mends the interpreter
 
+from fuse.targets.triton.launch import TritonKernel  # noqa: E402
 from fuse.targets.triton.launch_backward import TritonBackward  # noqa: E402
 
 # Each a path of its own: shapes and strides, tiles that are skipped, rows that are computed again, what terms are summed over.
@@ -29,7 +51,7 @@ GRADIENTS = (
     "one_query_and_one_key_without_their_indices", "causal_long", "causal_offset",
     "causal_more_queries_than_keys", "window", "padding", "left_padding_and_causal", "documents", "dense_additive",
     "masked_rows_infinite_fill", "masked_rows_added_fill", "masked_rows_are_zero", "two_lowest_masks_overflow",
-    "raised_to_the_largest_number",
+    "raised_to_the_largest_number", "row_of_a_low_bias",
     "masked_rows_with_sink", "alibi", "soft_cap_causal", "scalar_tensor_scale", "two_extra_logits", "weight_factor",
     "weight_masked_after_softmax", "relative_table", "t5_bias", "decomposed_positions",
 )  # fmt: skip
@@ -145,6 +167,13 @@ def test_backward_drops_what_forward_dropped() -> None:
         torch.testing.assert_close(x.double(), e, rtol=0, atol=8 * torch.finfo(x.dtype).eps * float(e.abs().amax()))
 
 
+@pytest.mark.parametrize("name", ["cross_attention", "head_dim_7", "dense_additive"])
+def test_what_lies_around_operands_is_not_read(name: str) -> None:
+    p = amid_nan(CASES[name]("float32"))
+    p.check(TritonKernel(p.spec)(p.operands, p.sizes))
+    check(p, run(p, kernel(p)), floats(p))
+
+
 def test_gradients_of_the_result_may_be_expanded() -> None:
     """As that of ``out.sum()``: one number, with strides of zero."""
     p = CASES["plain"]("float32")
@@ -154,8 +183,9 @@ def test_gradients_of_the_result_may_be_expanded() -> None:
     assert all(torch.equal(a, b) for a, b in zip(found, dense, strict=True))
 
 
-def test_a_tensor_that_is_query_key_and_value_gets_their_sum() -> None:
-    base = problem("float32")
+@pytest.mark.parametrize("batch", [(2, 3), (1, 3), (1, 1)])
+def test_a_tensor_that_is_query_key_and_value_gets_their_sum(batch: tuple[int, int]) -> None:
+    base = problem("float32", batch=batch)
     x = base.operands[0]
     query, key, value = (load(x, 0, *base.spec.query.coords[:2], *at) for at in ((Q, D), (K, D), (K, E)))
     spec = replace(base.spec, operands=(Operand(4, "float32"),), query=query, key=key, value=value)
@@ -173,12 +203,25 @@ def test_batch_indices_share_query_key_value_and_bias_each_in_another_way() -> N
     check(p, run(p, kernel(p)), floats(p))
 
 
-@pytest.mark.parametrize("kv_len", [8, 16])
-def test_calls_with_overlapping_keys_of_batches_are_left_to_the_reference(kv_len: int) -> None:
-    p = local_keys(kv_len)
+def test_batch_indices_are_grouped_anew_where_a_number_of_the_call_says_what_they_share() -> None:
+    """One kernel, of groups of two and then of three."""
+    backward = None
+    for n in (2, 3):
+        p = problem("float32", batch=(6,), kv_batch=(6 // n,), kv_index=(op("floordiv", B0, symbol("n")),), symbols={"n": n})
+        backward = backward or kernel(p)
+        check(p, run(p, backward), floats(p))
+
+
+def test_heads_share_keys_and_values_crosswise() -> None:
+    p = crossed_heads()
+    check(p, run(p, kernel(p)), floats(p))
+
+
+@pytest.mark.parametrize("p, left", [(local_keys(8), False), (local_keys(16), True), (one_key_for_all(20), True)])
+def test_calls_with_overlapping_keys_are_left_to_the_reference(p: Problem, left: bool) -> None:
     backward = kernel(p)
     check(p, run(p, backward), floats(p))
-    assert ("share parts of" in backward.runs.why) is (kv_len == 16)
+    assert ("share parts of" in backward.runs.why) is left
 
 
 def test_training_a_model_calls_the_kernels(monkeypatch: pytest.MonkeyPatch) -> None:

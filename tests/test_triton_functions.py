@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from operator_specs import KINDS, of_operators
 
 from fuse.kernel.source import environment
 
@@ -15,6 +16,7 @@ pytestmark = pytest.mark.triton
 
 import triton_interpreter  # noqa: E402, F401  mends the interpreter
 
+from fuse.targets.triton.launch import TritonKernel  # noqa: E402
 from fuse.targets.triton.module import load_module  # noqa: E402
 
 KERNEL = """
@@ -44,3 +46,12 @@ def test_tangent_without_the_instruction_is_better_than_with_it(tmp_path: Path) 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_tangent_is_no_farther_than_the_rounding_that_it_replaces(dtype: torch.dtype) -> None:
     assert torch.finfo(dtype).eps / 2 >= PTX_ERROR
+
+
+@pytest.mark.filterwarnings("ignore:.*encountered in.*:RuntimeWarning")
+@pytest.mark.parametrize("level", ["head", "entry"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_operators_are_those_of_pytorch(kind: str, level: str) -> None:
+    """On numbers, and on blocks of them."""
+    made = of_operators(kind, level)
+    made.check(TritonKernel(made.spec)(made.operands, made.sizes))

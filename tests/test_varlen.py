@@ -12,10 +12,12 @@ import pytest
 import torch
 from programs import pass_over
 from torch import Tensor, nn
+from torch.fx import symbolic_trace
 from torch.nn.attention import varlen
 from torch.nn.attention.varlen import AuxRequest, varlen_attn
 
 import fuse
+from fuse.report.reasons import ProbabilitiesUsed
 
 Attend = Callable[..., Any]
 ENDS = (0, 70, 70, 75, 160, 190)  # the second sequence is empty
@@ -388,3 +390,17 @@ def test_autocast_is_not_for_it() -> None:
         out, _ = compiled(Packed().attend)(*inputs)
     assert out.dtype == torch.float32
     torch.testing.assert_close(out, Packed().dense(*inputs)[0])
+
+
+def test_a_log_sum_exp_that_is_read_before_the_result_leaves_the_call_as_it_was() -> None:
+    """Dynamo takes results in their order, a tracer as the model does."""
+
+    def model(q: Tensor, k: Tensor, v: Tensor, ends: Tensor) -> tuple[Tensor, Tensor]:
+        results = torch.ops.torch_attn._varlen_attn(q, k, v, ends, ends, 128, 128, False)
+        weight = results[1].exp()
+        return results[0], weight
+
+    traced = symbolic_trace(model)
+    fused, report = fuse.transform(traced, *Packed().tensors(), cumulative(ENDS))
+    assert [type(site.reason) for site in report.sites] == [ProbabilitiesUsed]
+    assert [n.target for n in fused.graph.nodes if n.op != "call_module"] == [n.target for n in traced.graph.nodes]

@@ -306,7 +306,7 @@ def _degree(n: Expr, known: dict[Expr, str]) -> str:
     if all(x in ("free", "zero") for x in kinds):
         return "free"
     if isinstance(n, Apply):
-        if n.op in ("cast", "neg"):
+        if n.op == "neg" or (n.op == "cast" and n.dtype in expr.FLOATS):
             return kinds[0]
         if n.op == "mul" and "other" not in kinds:
             return "other" if kinds == ["linear", "linear"] else "linear"

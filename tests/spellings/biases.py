@@ -254,6 +254,12 @@ def table_with_a_row_that_learns_nothing(q: Tensor, k: Tensor, v: Tensor, table:
     return attend(scores(q, k) + F.embedding(i - i[:, None] + 8, table, padding_idx=3).permute(2, 0, 1), v)
 
 
+@spelling(extra=lambda: (rand(17, 3, seed=5),))
+def table_whose_first_row_learns_nothing(q: Tensor, k: Tensor, v: Tensor, table: Tensor) -> Tensor:
+    i = torch.arange(9)
+    return attend(scores(q, k) + F.embedding(i - i[:, None] + 8, table, padding_idx=0).permute(2, 0, 1), v)
+
+
 @spelling(extra=lambda: (rand(3, 1, 1, seed=5),))
 def distance_in_blocks_as_a_float(q: Tensor, k: Tensor, v: Tensor, slope: Tensor) -> Tensor:
     i = torch.arange(9.0)
@@ -263,6 +269,16 @@ def distance_in_blocks_as_a_float(q: Tensor, k: Tensor, v: Tensor, slope: Tensor
 @spelling(extra=lambda: (rand(3, 1, 1, seed=5),))
 def positions_in_halves(q: Tensor, k: Tensor, v: Tensor, slope: Tensor) -> Tensor:
     return attend(scores(q, k) + slope * torch.arange(0, 4.5, 0.5), v)
+
+
+@spelling(extra=lambda: (rand(9, 9, seed=5).index_fill(1, torch.tensor([2]), -math.inf),))
+def infinity_filled_with_the_lowest_number(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
+    return attend(scores(q, k) + bias.nan_to_num(), v)
+
+
+@spelling(extra=lambda: (rand(9, 9, seed=5),))
+def bias_of_reversed_positions(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
+    return attend(scores(q, k) + bias.flip(0, -1) + bias[..., 1:5].fliplr().mean(), v)
 
 
 @spelling(

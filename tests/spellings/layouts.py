@@ -80,6 +80,12 @@ def one_head_at_a_time(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return torch.stack([attend(q[:, i], k[:, i], v[:, i]) for i in range(3)], dim=1)
 
 
+@spelling()
+def squeezed_where_there_is_no_one(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """What is no dimension of one stays."""
+    return attend(*(x.squeeze(1).unsqueeze(1).squeeze((0, 1)) for x in (q, k, v)))
+
+
 @spelling(3)
 def heads_unbound(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     heads = zip(q.unbind(1), k.unbind(1), v.unbind(1), strict=True)

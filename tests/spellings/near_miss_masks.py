@@ -146,6 +146,20 @@ def empty_rows_billion(q: Tensor, k: Tensor, v: Tensor, hidden: Tensor) -> Tenso
     return scores(q, k).masked_fill(hidden, -1e9).softmax(-1) @ v
 
 
+@spelling(0, shape=(9, 16), reason="ScoresUsed", extra=rows)
+def keys_of_empty_rows_are_zero(q: Tensor, k: Tensor, v: Tensor, hidden: Tensor) -> Tensor:
+    """Without keepdim it is the columns that are left out, of what is no safe softmax."""
+    s = scores(q, k).masked_fill(hidden, -math.inf)
+    return torch.where((s == -math.inf).all(-1), 0.0, s.softmax(-1)) @ v
+
+
+@spelling(0, extra=rows)
+def empty_rows_billion_by_logsumexp(q: Tensor, k: Tensor, v: Tensor, hidden: Tensor) -> Tensor:
+    """The logarithm of nine is nothing beside a billion: in such a row every probability is one."""
+    s = scores(q, k).masked_fill(hidden, -1e9)
+    return (s - s.logsumexp(-1, keepdim=True)).exp() @ v
+
+
 @spelling(1, extra=rows)
 def empty_rows_thousands_added(q: Tensor, k: Tensor, v: Tensor, hidden: Tensor) -> Tensor:
     return (scores(q, k) + hidden * -1e4).softmax(-1) @ v
@@ -273,6 +287,14 @@ def additive_mask_of_the_lowest_float16(q: Tensor, k: Tensor, v: Tensor, mask: T
 def additive_mask_of_ten_thousand_in_bfloat16(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
     """A row of -1e4: bfloat16 rounds every score in it away."""
     return (scores(q, k) + mask).softmax(-1) @ v
+
+
+@spelling(
+    1, dtype=torch.bfloat16, extra=lambda: (torch.zeros(9, 9, dtype=torch.bfloat16).index_fill(0, torch.tensor([2]), -4e3),)
+)
+def row_of_thousands_under_a_mask_in_bfloat16(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
+    """The same far above what the mask fills in."""
+    return (scores(q, k) + bias).masked_fill(torch.ones(9, 9).triu(1).bool(), torch.finfo(q.dtype).min).softmax(-1) @ v
 
 
 # ------------------------------------------------------------------------------------------------ conditions that are data

@@ -227,6 +227,12 @@ def standardised_scores(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return ((s - s.mean(-1, keepdim=True)) / s.std(-1, keepdim=True)).softmax(-1) @ v
 
 
+@spelling(0, reason="ScoresUsed")
+def sink_of_the_scores(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    s = scores(q, k)
+    return torch.cat((s, s.mean(-1, keepdim=True)), -1).softmax(-1)[..., :-1] @ v
+
+
 @spelling(0)
 def sink_not_removed(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     s = torch.cat((scores(q, k), torch.zeros(2, 3, 9, 1)), -1)
@@ -241,6 +247,12 @@ def probabilities_shifted(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 @spelling(0, reason="WrongDimension")
 def probabilities_reversed(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return scores(q, k).softmax(-1).flip(-1) @ v
+
+
+@spelling(0, reason="WeightNotLinear")
+def probabilities_cut_to_integers(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    p = scores(q, k).softmax(-1)
+    return (p * 3).long().to(q.dtype) @ v
 
 
 @spelling(0, reason="WeightNotLinear")

@@ -161,6 +161,13 @@ def mask_mutated_after_use(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Ten
     return s.softmax(-1) @ v
 
 
+@spelling(0, reason="Mutated", extra=lambda: (rand(9, 9, seed=5),))
+def bias_written_between_two_reads(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
+    s = q @ k.mT / 4 + bias
+    bias.mul_(2)
+    return (s + bias).softmax(-1) @ v
+
+
 @spelling(inputs=lambda: (*training(), rand(2, 1, 9, 9, seed=5)), grad=True)
 def bias_written_after_use_in_training(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
     """The derivative of a sum does not read it; one that computes the scores again does."""
@@ -174,6 +181,13 @@ def table_renormalised_by_its_lookup(q: Tensor, k: Tensor, v: Tensor, table: Ten
     """max_norm= writes to the table."""
     i = torch.arange(9)
     bias = F.embedding(i - i[:, None] + 8, table, max_norm=1.0)
+    return (q @ k.mT / 4 + bias.permute(2, 0, 1)).softmax(-1) @ v
+
+
+@spelling(extra=lambda: (4 * rand(17, 3, seed=5),))
+def table_renormalised_by_an_argument_without_its_name(q: Tensor, k: Tensor, v: Tensor, table: Tensor) -> Tensor:
+    i = torch.arange(9)
+    bias = F.embedding(i - i[:, None] + 8, table, None, 1.0)
     return (q @ k.mT / 4 + bias.permute(2, 0, 1)).softmax(-1) @ v
 
 

@@ -185,6 +185,19 @@ def transposed_scores_and_product(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 @spelling()
+def transposed_scores_over_their_sum(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """The dimension that is summed is not the last one, and does not stay."""
+    e = (k @ q.mT / 4).exp()
+    return (e / e.sum(-2)[:, :, None]).mT @ v
+
+
+@spelling()
+def transposed_scores_less_their_maximum(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    s = k @ q.mT / 4
+    return (s - s.amax(-2).unsqueeze(-2)).softmax(-2).mT @ v
+
+
+@spelling()
 def plus_one(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     e = scores(q, k).exp()
     return e / (1 + e.sum(-1, keepdim=True)) @ v
