@@ -11,6 +11,18 @@ from fuse.report.runs import Part, Runs
 
 
 @dataclass(frozen=True)
+class Frame:
+    """A line of the user's source; ``function``: what holds it."""
+
+    file: str
+    line: int
+    function: str = ""
+
+    def __str__(self) -> str:
+        return f"{Path(self.file).name}:{self.line}"
+
+
+@dataclass(frozen=True)
 class Site:
     """What the passes found at one place of the model.
 
@@ -26,6 +38,8 @@ class Site:
     wanted    for each operand whether training asks for its gradient
     target    that computes it; "" where it was left as it is
     steps     the spec after each pass, by the pass's name
+    frames    the calls that led to ``where``, outermost first; () where the tracer kept none
+    measured  seconds beside what torch has, in words; "" where nothing was timed
     runs      what computes its result ("forward"), its gradients ("backward") and its mask's map ("tile map"), as far as known
     """
 
@@ -42,6 +56,8 @@ class Site:
     wanted: tuple[bool, ...] = ()
     target: str = ""
     steps: tuple[tuple[str, AttentionSpec], ...] = ()
+    frames: tuple[Frame, ...] = ()
+    measured: str = ""
     runs: dict[Part, Runs] = field(default_factory=dict)
 
     @property
