@@ -276,3 +276,43 @@ def test_a_subject_tells_model_and_call() -> None:
     assert found.model == "Linear, 20 parameters"
     assert found.inputs == ("args[0] float32 [2, 4]", "args[1][0] int64 [1]", "mask bool [3]")
     assert Subject.of(test_a_subject_tells_model_and_call, (), {}).model == "test_a_subject_tells_model_and_call"
+
+
+# ----------------------------------------------------------------------------------------------------------- notebooks
+
+
+def test_in_a_notebook_a_report_is_a_table_with_the_page_on_demand(report: Report) -> None:
+    found = Elements(report._repr_html_())
+    cells = [text for tag, text in found.texts if tag in ("td", "th")]
+    assert cells[:7] == ["sites", "where", "mask", "2", "fused", "layers.{0,2}", "k <= q and padding[k]"]
+    assert any("ProbabilitiesUsed" in cell for cell in cells)
+    (inside,) = [value for tag, name, value in found.attributes if (tag, name) == ("iframe", "srcdoc")]
+    assert Elements(inside).texts and "<canvas" in inside and 'class="kernel"' not in inside
+
+
+def test_in_a_notebook_a_site_is_a_table_with_its_formula_and_its_line(report: Report) -> None:
+    fused, *_, left = report.sites
+    found = Elements(fused._repr_html_())
+    assert "y = score.masked_fill(~seen, -torch.inf).softmax(-1) @ v  # this line is the site" in [
+        text for _, text in found.texts
+    ]
+    assert sum(1 for tag, _, _ in found.attributes if tag == "math") == 4
+    assert "output_attentions=False" in left._repr_html_()
+
+
+class Printer:
+    """As IPython's."""
+
+    def __init__(self) -> None:
+        self.printed = ""
+
+    def text(self, text: str) -> None:
+        self.printed += text
+
+
+def test_ipython_prints_a_report_as_text_and_a_site_line_by_line(report: Report) -> None:
+    whole, one = Printer(), Printer()
+    report._repr_pretty_(whole, False)
+    report.sites[0]._repr_pretty_(one, False)
+    assert whole.printed == str(report)
+    assert "mask        k <= q and padding[k]\n" in one.printed and "\n            prob = softmax over k of a\n" in one.printed

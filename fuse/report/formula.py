@@ -86,7 +86,7 @@ def _stacked(predicate: Expr, names: Mapping[int, str]) -> str:
     if len(parts) == 1:
         joined, parts = "or", members(predicate, "or")
     rows = [_row(*[_text(f"{joined} ")] * (i > 0), marks(part)) for i, part in enumerate(parts)]
-    return rows[0] if len(rows) == 1 else f"<mtable>{''.join(f'<mtr><mtd>{row}</mtd></mtr>' for row in rows)}</mtable>"
+    return rows[0] if len(rows) == 1 else f"<mtable>{''.join(f'<mtr>{_left(row)}</mtr>' for row in rows)}</mtable>"
 
 
 # ----------------------------------------------------------------------------------------------------------- expressions
@@ -150,7 +150,7 @@ def _constant(value: float | int | bool) -> str:
 
 
 def _math(inside: str) -> str:
-    return f'<math display="block">{inside}</math>'
+    return f'<math displaystyle="true">{inside}</math>'
 
 
 def _row(*inside: str) -> str:
@@ -200,10 +200,15 @@ def _equals(left: str, right: str) -> str:
     return _row(left, _operator("="), right)
 
 
+def _left(cell: str) -> str:
+    """A cell of a table, which would else be centred."""
+    return f'<mtd style="text-align:left;padding:.15em .4em .15em 0">{cell}</mtd>'
+
+
 def _cases(rows: Sequence[tuple[str, str]], otherwise: str) -> str:
     """A brace before values, each with its condition."""
     told = [(value, _row(_text("where "), condition)) for value, condition in rows] + [(otherwise, _text("otherwise"))]
-    cells = "".join(f"<mtr><mtd>{value}</mtd><mtd>{condition}</mtd></mtr>" for value, condition in told)
+    cells = "".join(f"<mtr>{_left(value)}{_left(condition)}</mtr>" for value, condition in told)
     return _row('<mo stretchy="true">{</mo>', f"<mtable>{cells}</mtable>")
 
 

@@ -20,6 +20,7 @@ from fuse.kernel.source import environment
 from fuse.report.excerpt import Excerpt, excerpt
 from fuse.report.formula import Line, Tensor, lines, tensors
 from fuse.report.listing import Listing, listings, said
+from fuse.report.notebook import report_html
 from fuse.report.picture import EXAMPLES, Picture, draw
 from fuse.report.report import Report, merge_paths, skipped_text
 from fuse.report.sentence import sentences
@@ -137,6 +138,24 @@ def rendered(page: Page) -> str:
     """One self-contained page of HTML."""
     template = environment().overlay(autoescape=True).get_template("report/page.html.jinja")
     return template.render(page=page, status=_STATUS, style=_asset("style.css"), script=_asset("mask.js") + _asset("page.js"))
+
+
+def in_notebook(page: Page) -> str:
+    """A short table, and the page in it."""
+    rows = [
+        (str(g.count), g.says, g.title, " and ".join(text for text, _ in g.mask) or ("" if g.reason else "none"), _short(g))
+        for g in page.groups
+    ]
+    head = ("sites", "", "where", "mask", "")
+    return report_html("; ".join([page.summary, *page.remarks]), head, rows, rendered(page))
+
+
+def _short(group: Group) -> str:
+    """What most wants to be known of it: why it was left, or what is saved."""
+    if group.reason is not None:
+        return f"{group.reason[0]}: {group.reason[1]}"
+    skipped = dict(group.facts).get("work skipped", "")
+    return f"skips {skipped}" if skipped else ""
 
 
 @cache

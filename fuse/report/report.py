@@ -162,6 +162,16 @@ class Report:
         }  # fmt: skip
         return json.dumps(data, indent=2)
 
+    def _repr_html_(self) -> str:
+        """In a notebook: a short table, and the page without kernels."""
+        from fuse.report import page
+
+        return page.in_notebook(page.page_of(self, kernels=False))
+
+    def _repr_pretty_(self, printer: Any, cycle: bool) -> None:
+        """In IPython."""
+        printer.text(str(self))
+
     def to_html(self, path: str | Path) -> Path:
         """Writes one self-contained page and returns its path."""
         from fuse.report import page  # which shows reports

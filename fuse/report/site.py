@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from fuse.ir.spec import AttentionSpec
 from fuse.report.reasons import Reason
@@ -59,6 +60,18 @@ class Site:
     frames: tuple[Frame, ...] = ()
     measured: str = ""
     runs: dict[Part, Runs] = field(default_factory=dict)
+
+    def _repr_html_(self) -> str:
+        """In a notebook."""
+        from fuse.report.notebook import site_html  # which reads formulas
+
+        return site_html(self)
+
+    def _repr_pretty_(self, printer: Any, cycle: bool) -> None:
+        """In IPython."""
+        from fuse.report.notebook import site_text
+
+        printer.text(site_text(self))
 
     @property
     def fused(self) -> bool:
