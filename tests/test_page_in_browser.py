@@ -114,7 +114,7 @@ def test_a_picture_shows_each_tile_in_its_colour_at_the_sizes_that_are_asked_for
           const input = document.querySelector(`.sizes [name="${name}"]`);
           input.value = value; input.dispatchEvent(new Event("change"));
         };
-        set("queries", 90); set("keys", 120); set("queries of a tile", 30); set("keys of a tile", 40);
+        set("queries", 90); set("keys", 120); set("tile queries", 30); set("tile keys", 40);
         const canvas = document.querySelector("canvas"), context = canvas.getContext("2d"), found = {tiles: []};
         const colour = name => { context.fillStyle = getComputedStyle(document.documentElement).getPropertyValue(`--${name}`);
           return context.fillStyle; };
@@ -128,7 +128,7 @@ def test_a_picture_shows_each_tile_in_its_colour_at_the_sizes_that_are_asked_for
         found.counts = [...document.querySelectorAll(".legend output")].map(o => o.value);
         canvas.focus(); press("ArrowRight", canvas); press("ArrowRight", canvas); press("ArrowDown", canvas);
         found.told = document.querySelector(".told").textContent;
-        set("queries of a tile", 1); set("keys of a tile", 1); set("queries", 8192); set("keys", 8192);
+        set("tile queries", 1); set("tile keys", 1); set("queries", 8192); set("keys", 8192);
         found.many = document.querySelector(".told").textContent;
         write(found);
         """,

@@ -129,7 +129,10 @@
       make("span", {className: "number", textContent: i + 1}), ...inside, "\n")));
   }
 
-  for (const details of all("details.kernel")) details.addEventListener("toggle", () => number(one("pre.long", details)));
+  for (const details of all("details.kernel")) {
+    if (details.open) number(one("pre.long", details));
+    details.addEventListener("toggle", () => number(one("pre.long", details)));
+  }
   for (const pre of all(".source pre")) {
     const texts = all(".text", pre), lines = coloured(texts.map(t => t.textContent).join("\n"), "python");
     texts.forEach((text, i) => text.replaceChildren(...lines[i]));
@@ -156,7 +159,7 @@
   });
 
   // ---------------------------------------------------------------------------------------------------------- pictures
-  const WIDEST = 8192, MOST = 512 * 512, SIDE = 340;
+  const WIDEST = 8192, MOST = 512 * 512, SIDE = 256;
   const data = JSON.parse(one("#pictures").textContent);
 
   class MaskPicture {
@@ -186,11 +189,11 @@
         this.sizes[name] = Math.min(this.sizes[name] || 512, WIDEST);
         field(name === "q_len" ? "queries" : "keys", this.sizes[name], WIDEST, n => { this.sizes[name] = +n; });
       }
-      field("queries of a tile", this.tile[0], WIDEST, n => { this.tile[0] = +n; });
-      field("keys of a tile", this.tile[1], WIDEST, n => { this.tile[1] = +n; });
+      field("tile queries", this.tile[0], WIDEST, n => { this.tile[0] = +n; });
+      field("tile keys", this.tile[1], WIDEST, n => { this.tile[1] = +n; });
       for (const axis of this.batch) {
         const most = Math.max(this.sizes[`B${axis.slice(1)}`] - 1, 0);
-        field(`batch index ${axis.slice(1)}`, 0, most, n => { this.indices[axis] = +n; }).min = 0;
+        field(`batch ${axis.slice(1)}`, 0, most, n => { this.indices[axis] = +n; }).min = 0;
       }
       form.addEventListener("submit", event => event.preventDefault());
     }
