@@ -17,6 +17,7 @@ from specs import CASES
 from torch import Tensor, nn
 
 import fuse
+from fuse.qualify import faster
 from fuse.report import formula
 from fuse.report.excerpt import excerpt, short_path
 from fuse.report.listing import contents
@@ -25,6 +26,7 @@ from fuse.report.report import Report
 from fuse.report.sentence import sentences
 from fuse.report.site import Frame, Site
 from fuse.report.subject import Subject
+from fuse.targets import sources
 
 ROOT = Path(__file__).parents[1]
 VOID = {"meta", "input", "br", "img", "link", "hr", "mspace"}
@@ -107,6 +109,35 @@ def groups(report: Report) -> Sequence[Group]:
 def test_sites_that_compute_the_same_are_one_group(report: Report) -> None:
     found = [(g.count, g.status, g.title) for g in groups(report)]
     assert found == [(2, "fused", "layers.{0,2}"), (1, "fused", "layers.1"), (1, "left", report.sites[-1].where)]
+
+
+def test_kernels_that_are_not_built_are_shown_as_they_would_be(report: Report) -> None:
+    group = page_of(report).groups[0]
+    assert [listing.what for listing in group.listings] == ["result", "gradients"]  # its parameters want gradients
+    for listing in group.listings:
+        assert listing.about == "as it would be built on this machine" and "visible where" in listing.text
+    assert [listing.what for listing in page_of(report).groups[-1].listings] == []
+
+
+@pytest.mark.compiler
+def test_kernels_that_are_built_are_shown_as_they_lie_on_disk_with_what_was_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(faster, "times", lambda *_: faster.Times(1e-3, 2.5e-3, faster.PLAIN))
+    fuse.reset()
+    q, k, v = (torch.randn(1, 8, 256, 64) for _ in "qkv")
+    torch.compile(causal, backend="fuse", options={"inner": "eager", "qualify": "always"})(q, k, v)
+    (site,) = fuse.report().sites
+    (group,) = page_of(fuse.report()).groups
+    assert site.spec is not None, f"left to what torch has: {site.reason}"
+    (listing,) = group.listings
+    file = site.runs["forward"].file
+    assert file is not None and listing.text == file.read_text() and listing.about == f"kernel {file.name}"
+    assert listing.text == sources(site.spec, "cpp", site.wanted)["forward"]
+    assert dict(group.facts)["measured"] == "plain operations: 2.5 ms, fuse 1 ms"
+
+
+def causal(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    i = torch.arange(q.shape[-2])
+    return (q @ k.mT * 0.125).masked_fill(i > i[:, None], -torch.inf).softmax(-1) @ v
 
 
 def test_names_of_tensors_and_places_do_not_part_a_group_but_are_told() -> None:
@@ -221,6 +252,14 @@ def test_a_formula_is_told_in_plain_text_too(case: str, says: str) -> None:
     assert any(says in line.text for line in found)
     for line in found:
         Elements(line.mathml)
+
+
+def test_tensors_say_what_reads_them() -> None:
+    spec = CASES["mapped_bool"]("float32").spec
+    roles = {t.element: t.role for t in formula.tensors(spec, {3: "allowed", 4: "cells"})}
+    assert roles["allowed"] == "read by mask" and roles["cells"] == "read by choice of tiles"
+    spec = CASES["masked_rows_with_sink"]("float32").spec
+    assert formula.tensors(spec, {3: "sinks"})[3].role == "read by softmax"
 
 
 @pytest.mark.parametrize("case", sorted(CASES))

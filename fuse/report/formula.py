@@ -8,7 +8,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from fuse.ir.expr import Apply, Const, Expr, Index, Prob, Score, Symbol
+from fuse.ir.expr import Apply, Const, Expr, Index, Prob, Score, Symbol, operands
 from fuse.ir.operators import OPERATORS
 from fuse.ir.spec import AttentionSpec
 from fuse.report.wording import Words, hidden, members
@@ -72,12 +72,24 @@ def tensors(spec: AttentionSpec, names: Mapping[int, str]) -> tuple[Tensor, ...]
     roles = [(role, getattr(spec, role)) for role in _ROLES]
     found = [Tensor(role, _LETTERS[role], words(load), load.dtype) for role, load in roles]
     known = {load.operand for _, load in roles}
+    readers = [(part, operands(*roots)) for part, roots in _readers(spec).items()]
     for operand, what in enumerate(spec.operands):
         if operand not in known:
-            is_map = spec.mask is not None and spec.mask.tiles is not None and spec.mask.tiles.operand == operand
-            role = "map of tiles" if is_map else "read by score, mask or weight"
+            role = f"read by {', '.join(part for part, read in readers if operand in read)}"
             found.append(Tensor(role, "", names.get(operand, f"operand{operand}"), what.dtype))
     return tuple(found)
+
+
+def _readers(spec: AttentionSpec) -> dict[str, list[Expr]]:
+    """The parts of the formula that may read more than query, key and value."""
+    mask = spec.mask
+    found = {"score": [spec.score if mask is None else mask.visible], "softmax": [*spec.extra_logits], "weight": [spec.weight]}
+    if mask is not None:
+        found |= {
+            "mask": [mask.predicate],
+            "choice of tiles": [e for e in (mask.lower, mask.upper, mask.tiles) if e is not None],
+        }
+    return found
 
 
 def _stacked(predicate: Expr, names: Mapping[int, str]) -> str:
