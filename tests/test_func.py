@@ -113,7 +113,7 @@ def test_a_gradient_of_a_gradient_of_the_graph_is_left() -> None:
     assert "differentiated twice" in str(fuse.report().sites[0].reason)
 
 
-@pytest.mark.cpp
+@pytest.mark.compiler
 def test_the_kernel_of_a_vmap_is_that_of_all_its_examples() -> None:
     x = qkv(3, 2)
     torch.testing.assert_close(compiled(program(torch.vmap(causal)), target="cpp")(*x), causal(*x), rtol=1e-5, atol=1e-5)

@@ -38,6 +38,8 @@ for _schema in (
     "attention_forward(Tensor[] operands, SymInt[] sizes, str spec, str target) -> (Tensor, Tensor)",
     "attention_backward(Tensor grad_out, Tensor[] operands, SymInt[] sizes, Tensor out, Tensor lse, str spec, str target, "
     "bool[] wanted, Tensor? grad_lse=None) -> Tensor[]",
+    "attention_in_python(Tensor[] operands, SymInt[] sizes, str spec, str target) -> Tensor",
+    "attention_forward_in_python(Tensor[] operands, SymInt[] sizes, str spec, str target) -> (Tensor, Tensor)",
 ):
     _library.define(_schema, tags=_TAGS)
 
@@ -60,8 +62,12 @@ def _differentiable(text: str) -> tuple[bool, ...]:
 @memoize
 def _kernel(text: str, target: str) -> Any:
     from fuse import targets
+    from fuse.targets.protocols import Direct
 
-    return targets.kernel(parsed(text), target)
+    found = targets.kernel(parsed(text), target)
+    if isinstance(found, Direct):
+        found.known_as(text)
+    return found
 
 
 @memoize
@@ -274,4 +280,8 @@ _register("attention_lse", _attention_lse, _lse_autograd, _fake_lse, batching.ls
 _register("attention_max", _attention_max, _max_autograd, _fake_max, batching.max_rule)
 _register("attention_forward", _forward, None, _fake_forward, batching.forward_rule)
 _register("attention_backward", _backward, _backward_autograd, _fake_backward, batching.backward_rule)
+# What these are called by has taken the place of the two without "in_python", on CPUs: templates/cpp/op.cpp.
+_library.impl("attention_in_python", _attention, "CompositeExplicitAutograd")
+_library.impl("attention_in_python", _attention_autograd, "Autograd")
+_library.impl("attention_forward_in_python", _forward, "CompositeExplicitAutograd")
 _library.impl("attention_backward", batching.legacy_backward_rule, "Batched")

@@ -11,7 +11,8 @@ from fuse.ir.spec import AttentionSpec
 from fuse.kernel.destinations import destinations
 from fuse.report.runs import Runs
 from fuse.targets import reference
-from fuse.targets.cpp.launch import Built, Library, Rendered, build_source, instruction_set
+from fuse.targets.cpp.compiler import instruction_set
+from fuse.targets.cpp.launch import Built, Library, Rendered, build_source
 from fuse.targets.cpp.plan import backward_plan, lse_dtype
 from fuse.targets.cpp.render_backward import argument_count, render_backward
 from fuse.targets.fallback_warnings import OVERLAPPING, left_to_reference
