@@ -1,7 +1,9 @@
 """The page of a report: local and global layers over packed documents, and a head that returns its attention weights.
 
-    python examples/report.py                                                # writes report.html
-    python -m fuse explain examples/report.py:build --html report.html       # the same, from the shell
+    python examples/report.py                                             writes report.html
+    python -m fuse explain examples/report.py:build --html report.html    the same from the shell
+
+Nothing is built and no model runs: the page shows what would be done with it. docs/report.md tells how to read it.
 """
 
 from __future__ import annotations

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from problems import B0, K, Q, load, op
 from specs import CASES
 from torch import Tensor, nn
 
@@ -227,7 +228,8 @@ def test_names_and_sources_of_users_are_text(evil: str, tmp_path: Path) -> None:
     spec.loader.exec_module(module)
     found = fuse.explain(module.Outer(), torch.randn(2, 24, 16))
     site = replace(found.sites[0], module=f"layers.{evil}", names={0: evil, 1: evil, 2: evil}, measured=evil)
-    hostile = replace(found, sites=(site,), subject=Subject(evil, (evil,)), note=evil)
+    masked = replace(site, spec=CASES["documents"]("float32").spec, sizes=(2, 3, 100, 100), names=dict.fromkeys(range(4), evil))
+    hostile = replace(found, sites=(site, masked), subject=Subject(evil, (evil,)), note=evil)
     page = hostile.to_html(tmp_path / "page.html").read_text()
     harmless = Elements(page)
     assert not any(name.startswith("on") for _, name, _ in harmless.attributes)
@@ -285,6 +287,12 @@ def test_masks_that_people_know_are_told_in_words(case: str, says: list[tuple[st
     mask = CASES[case]("float32").spec.mask
     assert mask is not None
     assert list(sentences(mask.predicate, {3: "t3"})) == says
+
+
+def test_what_compares_two_tensors_is_not_told_as_one() -> None:
+    ids = torch.zeros(2, 9, dtype=torch.int64)
+    compared = op("eq", load(ids, 3, B0, Q), load(ids, 4, B0, K))
+    assert list(sentences(compared, {3: "a", 4: "b"})) == [("a[q] == b[k]", "")]
 
 
 @pytest.mark.parametrize("file", sorted((ROOT / "tests/expected").glob("gpt2_*")), ids=lambda file: file.name)

@@ -33,7 +33,9 @@ const read = tensors => (operand, at) => {
 };
 const answers = asked.map(({picture, batch, tensors}) => {
     const load = tensors ? read(tensors) : Mask.examples(picture.examples, picture.sizes);
-    return Array.from(Mask.classes(picture.predicate, {sizes: picture.sizes, batch, load}, ...picture.tile).of);
+    const call = {sizes: picture.sizes, batch, load}, seen = Mask.evaluator(picture.predicate, call), entries = [];
+    for (let q = 0; q < call.sizes.q_len; q++) for (let k = 0; k < call.sizes.kv_len; k++) entries.push(seen(q, k));
+    return {tiles: Array.from(Mask.classes(picture.predicate, call, ...picture.tile).of), entries};
 });
 console.log(JSON.stringify({answers, operators: Mask.operators}));
 """
@@ -64,12 +66,18 @@ def tiles(seen: Tensor, rows: int, keys: int) -> list[int]:
     return [2 if tile.all() else 1 if tile.any() else 0 for tile in found]
 
 
-def expected(made: Problem, batch: dict[str, int]) -> list[int]:
+def visible(made: Problem, batch: dict[str, int]) -> Tensor:
     sizes = dict(zip(made.spec.symbols, made.sizes, strict=True))
     extents = {axis: (i, i + 1) for axis, i in batch.items()} | {"q": (0, sizes["q_len"]), "k": (0, sizes["kv_len"])}
     assert made.spec.mask is not None
     seen = Grid.over(extents, sizes, made.operands).evaluate(made.spec.mask.predicate)
-    return tiles(seen.expand([b - a for a, b in extents.values()])[(0,) * len(batch)], *TILE)
+    return seen.expand([b - a for a, b in extents.values()])[(0,) * len(batch)]
+
+
+def check(answer: dict[str, list[int]], made: Problem, batch: dict[str, int]) -> None:
+    seen = visible(made, batch)
+    assert answer["entries"] == seen.int().flatten().tolist(), made.spec.mask
+    assert answer["tiles"] == tiles(seen, *TILE), made.spec.mask
 
 
 NAMES = {i: f"tensor{i}" for i in range(9)}
@@ -93,8 +101,8 @@ def test_tiles_are_those_that_python_finds() -> None:
     problems = [(made, batch) for made, batch in problems if batch["b0"] < made.sizes[0]]
     found = answered([asked(drawn(made), batch, made.operands[3:] and [*made.operands]) for made, batch in problems])
     for answer, (made, batch) in zip(found["answers"], problems, strict=True):
-        assert answer == expected(made, batch), made.spec.mask
-    assert {tile for answer in found["answers"] for tile in answer} == {0, 1, 2}
+        check(answer, made, batch)
+    assert {tile for answer in found["answers"] for tile in answer["tiles"]} == {0, 1, 2}
 
 
 def truth(name: str, of: Expr) -> Expr:
@@ -110,11 +118,12 @@ def arithmetic() -> list[Expr]:
         op("eq", op("sign", distance), 1), op("le", op("minimum", Q, K), op("maximum", op("neg", distance), 3)),
         op("ge", op("floor", half), -2.0), op("lt", op("ceil", half), op("trunc", op("add", half, 0.5))),
         op("xor", op("ne", op("mod", K, 3), 0), op("lt", Q, 30)), op("not", op("le", K, Q)),
-        op("eq", cast(op("mul", distance, 5), "int8"), 55), op("le", op("div", half, 2.0), 1.0),
+        op("eq", cast(op("mul", distance, 5), "int8"), -56), op("le", op("div", half, 2.0), 1.0),
         op("or", truth("isnan", op("div", half, half)), truth("isinf", op("div", 1.0, half))),
         cast(op("mod", op("add", Q, K), 4), "bool"),
         op("gt", op("where", op("lt", K, 20), Q, op("sub", KV_LEN, Q_LEN)), 5),
         both(op("le", K, Q), op("lt", distance, symbol("window"))),
+        op("gt", op("mul", cast(distance, "float32"), 0.1), op("div", cast(distance, "float32"), 10.0)),
     ]  # fmt: skip
 
 
@@ -125,7 +134,7 @@ def test_every_operator_is_evaluated_as_in_python() -> None:
     ]
     found = answered([asked(drawn(made), {}) for made in problems])
     for answer, made in zip(found["answers"], problems, strict=True):
-        assert answer == expected(made, {"b0": 0, "b1": 0}), made.spec.mask
+        check(answer, made, {"b0": 0, "b1": 0})
     used = {getattr(n, "op", "") for p in arithmetic() for n in walk(p)}
     assert set(found["operators"]) == EVALUATED and not EVALUATED - used
 
@@ -151,7 +160,7 @@ def test_examples_have_tiles_of_every_class() -> None:
     found = [drawn(CASES[case]("float32")) for case in cases]
     long = [replace(p, sizes={**p.sizes, "q_len": 600, "kv_len": 600}) for p in found]
     for case, answer in zip(cases, answered([asked(p, {}) for p in long])["answers"], strict=True):
-        assert {0, 2} <= set(answer), case
+        assert {0, 2} <= set(answer["tiles"]), case
 
 
 def test_what_cannot_be_drawn_says_why() -> None:

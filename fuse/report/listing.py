@@ -79,21 +79,19 @@ def contents(text: str) -> Iterator[Entry]:
     begin = next((i for i, line in enumerate(lines) if _BEGINS.fullmatch(line)), None)
     if begin is None:
         return
-    taken: set[int] = set()
     for at, line in enumerate(lines[begin + 1 :], begin + 1):
         if (found := _ENTRY.fullmatch(line)) is None:
             return
         name, what = found.groups()
-        place = _place(lines, at, name, what, taken)
+        place = _place(lines, at, name, what)
         if place is not None:
-            taken.add(place)
             part = next((part for part, words in _COMPUTES if re.search(words, what)), "")
             yield Entry(what if name == "# edit" else name, "" if name == "# edit" else what, place + 1, part)
 
 
-def _place(lines: list[str], after: int, name: str, what: str, taken: set[int]) -> int | None:
+def _place(lines: list[str], after: int, name: str, what: str) -> int | None:
     """Where it is defined, or marked: the first such line behind the outline."""
     marked = f"{name}: {what}"
     defined = re.compile(rf"(?:\b(?:struct|class|def|void|int|int64_t)\s[^;=]*)\b{re.escape(name)}\b\s*(?:[({{<:]|$)")
-    fits = (i for i, line in enumerate(lines[after:], after) if i not in taken and not line.startswith(("// ", "#  ")))
+    fits = (i for i, line in enumerate(lines[after:], after) if not line.startswith(("// ", "#  ")))
     return next((i for i in fits if marked in lines[i] or defined.search(lines[i])), None)

@@ -52,7 +52,7 @@ const Mask = (() => {
   }
 
   function functionOf(kind, dtype, name, args, call) {
-    if (kind === "Const") { const value = number(name); return () => value; }
+    if (kind === "Const") { const value = held(number(name), dtype); return () => value; }
     if (kind === "Symbol") { const value = call.sizes[name]; return () => value; }
     if (kind === "Index") {
       if (name === "q") return q => q;
