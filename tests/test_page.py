@@ -8,6 +8,7 @@ import json
 import re
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -148,6 +149,7 @@ def test_names_of_tensors_and_places_do_not_part_a_group_but_are_told() -> None:
     (group,) = groups(Report((site, other, replace(site, module="layers.1"))))
     assert [(p.count, p.where, p.modules) for p in group.places] == [(2, "a.py:1", "layers.{0..1}"), (1, "b.py:2", "decoder.0")]
     assert group.places[1].sizes == "batch 2 × 3, 64 queries, 64 keys"
+    assert dict(group.facts)["sizes"] == "batch 2 × 3, 37 queries, 37 keys, 16 features (others below)"
     assert len(groups(Report((site, replace(site, spec=CASES["window"]("float32").spec, sizes=(1, 2, 300, 300, 50)))))) == 2
 
 
@@ -322,6 +324,8 @@ def test_a_subject_tells_model_and_call() -> None:
     found = Subject.of(nn.Linear(4, 4), args, {"mask": torch.zeros(3).bool()})
     assert found.model == "Linear, 20 parameters"
     assert found.inputs == ("args[0] float32 [2, 4]", "args[1][0] int64 [1]", "mask bool [3]")
+    assert Subject.of(partial(torch.add, 1), (), {}).model == "partial"
+    assert Subject.of(nn.LazyLinear(4), (), {}).model == "LazyLinear"
     assert Subject.of(test_a_subject_tells_model_and_call, (), {}).model == "test_a_subject_tells_model_and_call"
 
 

@@ -173,8 +173,9 @@ def test_nothing_is_wider_than_the_screen(page: str, width: int, tmp_path: Path)
         document.querySelector("iframe").onload = event => {{
           const inside = event.target.contentDocument;
           inside.querySelectorAll("details").forEach(d => {{ d.open = true; }});
-          write({{width: inside.documentElement.scrollWidth, narrow: inside.documentElement.clientWidth}});
+          const cut = [...inside.querySelectorAll(".pair:not(.wide) .lines")].filter(x => x.scrollWidth > x.clientWidth).length;
+          write({{width: inside.documentElement.scrollWidth, narrow: inside.documentElement.clientWidth, cut}});
         }};</script>"""
     )
     found = seen(outside, tmp_path)
-    assert found["width"] <= found["narrow"] <= width
+    assert found["width"] <= found["narrow"] <= width and found["cut"] == 0

@@ -30,6 +30,11 @@ from fuse.targets import registry
 
 _TILE = (64, 64)  # where a kernel skips none, or is not known
 _STATUS = {"fused": "fused", "reference": "by the reference", "left": "not fused"}
+_MEANS = {
+    "fused": "a generated kernel computes it",
+    "reference": "its function was read, but plain PyTorch computes it, slowly: there is no kernel",
+    "left": "it runs as if fuse were not there",
+}
 _UNITS = ("bytes", "KiB", "MiB", "GiB", "TiB")
 
 
@@ -137,7 +142,8 @@ def page_of(report: Report, kernels: bool = True) -> Page:
 def rendered(page: Page) -> str:
     """One self-contained page of HTML."""
     template = environment().overlay(autoescape=True).get_template("report/page.html.jinja")
-    return template.render(page=page, status=_STATUS, style=_asset("style.css"), script=_asset("mask.js") + _asset("page.js"))
+    assets = {"style": _asset("style.css"), "script": _asset("mask.js") + _asset("page.js")}
+    return template.render(page=page, status=_STATUS, means=_MEANS, **assets)
 
 
 def in_notebook(page: Page) -> str:
@@ -180,10 +186,10 @@ def _group(number: int, sites: Sequence[Site], kernels: bool) -> Group:
     site = sites[0]
     spec, drawn = site.spec, _picture(site)
     shown = [excerpt(frame) for frame in reversed(site.frames)]
-    modules = merge_paths([s.module for s in sites if s.module])
+    modules, places = merge_paths([s.module for s in sites if s.module]), tuple(_places(sites))
     return Group(
         number, len(sites), "left" if not site.recovered else "reference" if site.by_reference else "fused",
-        modules or site.where, tuple(_places(sites)), tuple(_facts(site)), _reason(site),
+        modules or site.where, places, tuple(_facts(site, len(places) > 1)), _reason(site),
         lines(spec, site.names) if spec else (), tensors(spec, site.names) if spec else (),
         tuple(sentences(spec.mask.predicate, site.names)) if spec and spec.mask else (), drawn,
         () if isinstance(drawn, str) else tuple((e.name, EXAMPLES[e.role]) for e in drawn.examples),
@@ -210,11 +216,12 @@ def _places(sites: Sequence[Site]) -> Iterator[Place]:
         yield Place(len(here), where, merge_paths([s.module for s in here if s.module]), sizes)
 
 
-def _facts(site: Site) -> Iterator[tuple[str, str]]:
+def _facts(site: Site, others: bool) -> Iterator[tuple[str, str]]:
+    """Of one site; ``others``: there are some elsewhere, or of other sizes."""
     spec = site.spec
     if spec is None:
         return
-    yield "sizes", f"{_sizes(site)}, {_features(spec)}"
+    yield "sizes", f"{_sizes(site)}, {_features(spec)}{' (others below)' * others}"
     scores = "" if spec.score.dtype == spec.out_dtype else f", scores in {spec.score.dtype}"
     yield "dtype", spec.out_dtype + scores
     if spec.mask is not None:

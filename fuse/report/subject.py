@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.nn.parameter import is_lazy
 from torch.utils import _pytree as pytree
 
 _MANY = 12  # tensors of a call that are told one by one
@@ -30,8 +31,8 @@ class Subject:
     @staticmethod
     def of(model: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> Subject:
         inner = getattr(model, "_orig_mod", model)
-        name = type(inner).__name__ if isinstance(inner, torch.nn.Module) else getattr(inner, "__qualname__", "")
-        if isinstance(inner, torch.nn.Module) and (count := sum(p.numel() for p in inner.parameters())):
+        name = str(getattr(inner, "__qualname__", type(inner).__name__))
+        if isinstance(inner, torch.nn.Module) and (count := sum(p.numel() for p in inner.parameters() if not is_lazy(p))):
             name += f", {_magnitude(count)} parameters"
         leaves = pytree.tree_flatten_with_path((tuple(args), dict(kwargs)))[0]
         told = [f"{_place(path)} {_tensor(x)}".strip() for path, x in leaves if isinstance(x, torch.Tensor)]

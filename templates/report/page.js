@@ -158,6 +158,16 @@
     if (link && link.hash === location.hash) { event.preventDefault(); follow(); }
   });
 
+  // A formula that is wider than its column takes the whole width, with the mask below.
+  function fit() {
+    for (const pair of all(".pair")) {
+      pair.classList.remove("wide");
+      const lines = one(".lines", pair);
+      pair.classList.toggle("wide", lines.scrollWidth > lines.clientWidth);
+    }
+  }
+  addEventListener("resize", fit);
+
   // ---------------------------------------------------------------------------------------------------------- pictures
   const WIDEST = 8192, MOST = 512 * 512, SIDE = 256;
   const data = JSON.parse(one("#pictures").textContent);
@@ -278,5 +288,6 @@
   const pictures = all("[data-picture]").map(figure => new MaskPicture(figure, data[figure.dataset.picture]));
   matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => pictures.forEach(picture => picture.draw()));
   show();
+  fit();
   if (location.hash) follow();
 })();
