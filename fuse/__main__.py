@@ -13,13 +13,13 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
-from torch.utils import _pytree as pytree
 
 from fuse import models
 from fuse.errors import FuseError, NoDevice
 from fuse.report.report import explain
 from fuse.settings import settings
 from fuse.targets import registry, upkeep
+from fuse.torch_private import pytree
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

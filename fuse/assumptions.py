@@ -10,13 +10,11 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensor
+from torch import Tensor
 from torch.fx import GraphModule, Proxy
-from torch.fx.experimental.symbolic_shapes import ShapeEnv
-from torch.utils import _pytree as pytree
 
 from fuse.errors import OtherInputs
+from fuse.torch_private import FakeTensor, Impure, ShapeEnv, pytree
 
 
 def assume(gm: GraphModule, fakes: Sequence[Any], shapes: ShapeEnv, mode: bool | None) -> None:
@@ -37,14 +35,12 @@ def _kind(x: Any) -> Any:
     return (x.dtype, str(x.device), x.dim()) if isinstance(x, Tensor) else x
 
 
-class Assumptions(nn.Module):
+class Assumptions(Impure):
     """
     kinds   of each leaf of the inputs: (dtype, device, number of dimensions), or the value of what is no tensor
     guards  what must hold of the sizes, as torch writes it
     mode    training or evaluation, if it may run in that one only
     """
-
-    _is_impure = True  # no part of a graph that may be removed
 
     def __init__(self, kinds: Sequence[Any], guards: str, mode: bool | None) -> None:
         super().__init__()

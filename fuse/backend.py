@@ -9,7 +9,6 @@ from functools import cache
 from typing import Any
 
 import torch
-from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException
 from torch.fx import GraphModule
 
 from fuse import flex, inner, passes, targets
@@ -23,6 +22,7 @@ from fuse.report import check
 from fuse.report.reasons import InternalError
 from fuse.report.site import Reading, Site
 from fuse.targets import registry
+from fuse.torch_private import DataDependentOutputException, DynamicOutputShapeException
 
 log = logging.getLogger("fuse")
 compiled: list[Reading] = []

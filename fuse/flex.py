@@ -13,43 +13,38 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._dynamo.symbolic_convert import InstructionTranslator
 from torch.fx import GraphModule, Node
 from torch.nn.attention import flex_attention
 
 from fuse.passes.read.flex import is_flex
 from fuse.passes.read.graph import location, tensor_of
 from fuse.report.site import Site
-
-
-def _accept(query: Tensor, key: Tensor, value: Tensor) -> None:
-    """In the place of the refusal in a torch that has none."""
-
+from fuse.torch_private import compiler_of_trace, flex_options, flex_refusal
 
 _OUTPUT_MAX, _KERNEL_OPTIONS = "OUTPUT_MAX", 6  # an option, and which argument of the operator options are
-_REFUSAL: Any = getattr(flex_attention, "_validate_device", _accept)
-_OPTIONS: Any = flex_attention._apply_kernel_options
-# The same under other identities, so that what Dynamo puts in their place can call them
-_refuse: Any = FunctionType(_REFUSAL.__code__, _REFUSAL.__globals__, _REFUSAL.__name__)
-_options: Any = FunctionType(_OPTIONS.__code__, _OPTIONS.__globals__, _OPTIONS.__name__)
+
+
+def _again(function: Any) -> Any:
+    """The same under another identity, so that what Dynamo puts in its place can call it."""
+    return FunctionType(function.__code__, function.__globals__, function.__name__)
+
+
+_refuse, _options = _again(flex_refusal), _again(flex_options)
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def _traced_for_fuse() -> bool:
     """Whether Dynamo traces for our backend."""
-    backend: Any = InstructionTranslator.current_tx().output.compiler_fn
-    while inner := getattr(backend, "_torchdynamo_orig_backend", None) or getattr(backend, "compiler_fn", None):
-        backend = inner
-    return getattr(backend, "__module__", "") == "fuse.backend"
+    return getattr(compiler_of_trace(), "__module__", "") == "fuse.backend"
 
 
-@torch.compiler.substitute_in_graph(_REFUSAL, skip_signature_check=True)
+@torch.compiler.substitute_in_graph(flex_refusal, skip_signature_check=True)
 def _refuse_for_others(query: Tensor, key: Tensor, value: Tensor) -> None:
     if query.device.type != "cpu" or not _traced_for_fuse():
         _refuse(query, key, value)
 
 
-@torch.compiler.substitute_in_graph(_OPTIONS, skip_signature_check=True)
+@torch.compiler.substitute_in_graph(flex_options, skip_signature_check=True)
 def _options_of_call(
     query: Tensor, key: Tensor, value: Tensor, return_lse: bool, kernel_options: Any, return_aux: Any = None
 ) -> Any:

@@ -7,13 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch._inductor.custom_graph_pass import CustomGraphPass, get_hash_for_files
 from torch.fx import Graph, GraphModule
 
 import fuse.passes
 from fuse import backend
 from fuse.inner import without_patterns
 from fuse.options import resolve
+from fuse.torch_private import CustomGraphPass, get_hash_for_files, inductor_config
 from fuse.transform import rewrite
 
 
@@ -27,9 +27,7 @@ def inductor_configs() -> dict[str, Any]:
     pre_grad_pass_timing     "early": they run, and are told in ``fuse.report()``, also where torch's caches have the graph
     joint_custom_*_pass      keep Inductor's attention patterns, which are not sound, from what fuse declines
     """
-    from torch._inductor import config
-
-    timing = {"pre_grad_pass_timing": "early"} if hasattr(config, "pre_grad_pass_timing") else {}
+    timing = {"pre_grad_pass_timing": "early"} if hasattr(inductor_config, "pre_grad_pass_timing") else {}
     return {"pre_grad_custom_pass": FusePass(), **timing, **without_patterns({})}
 
 

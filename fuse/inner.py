@@ -16,13 +16,11 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch._dynamo import lookup_backend
-from torch._inductor.custom_graph_pass import CustomGraphPass
-from torch._ops import OpOverload
 from torch.fx import Graph, GraphModule
 
 from fuse.errors import GET_COMPILER
 from fuse.options import Options
+from fuse.torch_private import CustomGraphPass, Inductor, OpOverload, inductor_config, lookup_backend
 
 _library: Any = torch.library.Library("fuse", "FRAGMENT")
 _library.define("exp(Tensor x) -> Tensor", tags=(torch.Tag.pt2_compliant_tag, torch.Tag.pointwise))
@@ -40,9 +38,9 @@ def compiler(chosen: Options, patterns: bool) -> Callable[..., Any]:
     if chosen.inner == "aot_eager":
         return lookup_backend("aot_eager")
     if patterns:
-        return torch._TorchCompileInductorWrapper(chosen.mode, dict(chosen.inductor), dynamic=None)
+        return Inductor(chosen.mode, dict(chosen.inductor), dynamic=None)
     options = dict(chosen.inductor) | without_patterns(chosen.inductor)
-    return partial(_inductor_or_else, torch._TorchCompileInductorWrapper(chosen.mode, options, dynamic=None))
+    return partial(_inductor_or_else, Inductor(chosen.mode, options, dynamic=None))
 
 
 def _inductor_or_else(inductor: Callable[..., Any], gm: GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
@@ -108,9 +106,7 @@ class Passes(CustomGraphPass):
 
 def _given(options: Mapping[str, Any], name: str) -> Sequence[Callable[[Graph], None]]:
     """The user's own passes under ``name``, for this compilation or for all."""
-    from torch._inductor import config
-
-    given = options.get(name, getattr(config, name))
+    given = options.get(name, getattr(inductor_config, name))
     if given is None:
         return ()
     return given if isinstance(given, (list, tuple)) else (given,)

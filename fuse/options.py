@@ -13,6 +13,7 @@ from typing import Any
 from fuse.errors import InductorOnly, InvalidOption, InvalidVariable, NotTunable, UnknownOption, UnknownVariable, did_you_mean
 from fuse.settings import Settings
 from fuse.targets import registry
+from fuse.torch_private import inductor_config
 
 INNER = ("inductor", "aot_eager", "eager")
 QUALIFY = ("once", "never", "always")
@@ -105,9 +106,7 @@ def _reject_unknown_variables() -> None:
 def _reject_unknown_options(given: Mapping[str, Any]) -> None:
     if not given:
         return
-    from torch._inductor import config
-
-    known = {name.replace("-", "_") for name in config.get_config_copy()}
+    known = {name.replace("-", "_") for name in inductor_config.get_config_copy()}
     for name in given:
         if name.replace("-", "_") not in known:
             hint = did_you_mean(name, CHOICES) or did_you_mean(name, known)

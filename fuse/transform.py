@@ -5,18 +5,13 @@ from __future__ import annotations
 import copy
 import inspect
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch._guards import detect_fake_mode
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.export import ExportedProgram
 from torch.export.graph_signature import InputKind, InputSpec, TensorArgument
 from torch.fx import GraphModule, Node
-from torch.fx.experimental.symbolic_shapes import ShapeEnv
-from torch.utils import _pytree as pytree
 
 from fuse import backend
 from fuse.assumptions import assume
@@ -27,6 +22,7 @@ from fuse.passes.read.propagate import forget, propagate, settle
 from fuse.report.check import keep
 from fuse.report.report import Report, expected
 from fuse.report.site import Reading
+from fuse.torch_private import FakeTensorMode, ShapeEnv, detect_fake_mode, given_for, open_sizes, pytree
 
 # Whoever runs a program may differentiate it, and nobody knows under which autocast.
 _PLAIN = State(grad=True, transforms=(), autocast=())
@@ -70,7 +66,7 @@ def rewrite(gm: GraphModule, inside: bool = True) -> Reading:
 
 def _held(node: Node) -> Any:
     """What Dynamo was given for a placeholder, which may be of a subclass that its value does not show."""
-    given = getattr(node.meta.get("grapharg"), "example", None)
+    given = given_for(node)
     return node.meta.get(VALUE) if given is None else given
 
 
@@ -86,9 +82,10 @@ def _follow(gm: GraphModule, inputs: Sequence[Any], inside: bool = True) -> Read
     mode = detect_fake_mode([n.meta.get("val") for n in gm.graph.nodes])
     if mode is None:
         return Reading(unread="its nodes hold no fake tensors")
-    if mode.shape_env is not None and not hasattr(mode.shape_env, "error_on_new_guards"):
+    sizes_stay_open = open_sizes(mode)
+    if sizes_stay_open is None:
         return Reading(unread=f"torch {torch.__version__} cannot keep the sizes of a program open: use torch.compile")
-    with _open_sizes(mode):
+    with sizes_stay_open:  # nobody would check what fixes one
         try:
             propagate(gm, inputs, mode, _PLAIN)
         except Exception as error:  # the graph is as good as it was
@@ -97,12 +94,6 @@ def _follow(gm: GraphModule, inputs: Sequence[Any], inside: bool = True) -> Read
         reading = _rewrite(gm, inputs, _PLAIN, inside)
         settle(gm, mode)
     return reading
-
-
-def _open_sizes(mode: FakeTensorMode) -> AbstractContextManager[None]:
-    """Whatever would fix a size raises: nobody would check it."""
-    shapes: Any = mode.shape_env
-    return nullcontext() if shapes is None else shapes.error_on_new_guards()
 
 
 def _not_followed(error: Exception) -> Reading:

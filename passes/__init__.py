@@ -52,6 +52,7 @@ from fuse.report.reasons import (
     UnsupportedShape,
 )
 from fuse.report.site import Reading, Site
+from fuse.torch_private import SizeWouldBeFixed
 
 PASSES: tuple[Pass, ...] = (
     recover_mask,  # the predicate is separated from the score and bounded in closed form
@@ -159,7 +160,7 @@ def _fuse_sites(body: Body, policy: Policy, expansions: Sequence[Expansion]) -> 
 
 
 def _failure(error: Exception) -> Reason:
-    if type(error).__name__ == "_ShapeEnvGuardError":  # an exported program allows what it has promised, whatever is read of it
+    if isinstance(error, SizeWouldBeFixed):  # an exported program allows what it has promised, whatever is read of it
         return UnsupportedShape(f"a size would have to be fixed that the program leaves open: {error}")
     return InternalError(f"{type(error).__name__}: {error}")
 

@@ -7,13 +7,13 @@ from collections.abc import Callable, Set
 from dataclasses import dataclass
 
 import sympy
-from torch.utils._sympy.functions import FloorDiv
 
 from fuse.ir import expr
 from fuse.ir.expr import Apply, Const, Expr, Load, apply, const
 from fuse.ir.index import IndexExpr, Space, linear, variable
 from fuse.ir.spec import AttentionSpec
 from fuse.passes.read.elements import Reader, spec_reader
+from fuse.torch_private import FloorDiv
 
 _SWAPPED = {"le": "ge", "lt": "gt", "ge": "le", "gt": "lt"}
 _NEGATED = {"le": "gt", "gt": "le", "lt": "ge", "ge": "lt", "eq": "ne", "ne": "eq"}

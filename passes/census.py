@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Set
 
-import torch
 from torch.fx import Graph, Node
 
 from fuse.passes.expand import COMPOSITES
@@ -13,6 +12,7 @@ from fuse.passes.read.bodies import graphs_of, is_ordinary
 from fuse.passes.read.graph import frames, location, module_path, operator_name
 from fuse.report.reasons import Reason, UnreadBody, UnreadOperator
 from fuse.report.site import Other, Site
+from fuse.torch_private import HigherOrderOperator, OpOverload
 
 LOOKED_FOR = "softmax or exp before a product, scaled_dot_product_attention, nn.MultiheadAttention, operators named attention"
 _NAMED = ("attention", "attn")
@@ -28,7 +28,7 @@ def unread(graph: Graph, told: Set[Node]) -> list[Site]:
             continue
         if _is_attention(node):
             found.append(_declined(node, UnreadOperator(_called(node))))
-        elif isinstance(node.target, torch._ops.HigherOrderOperator) and not is_ordinary(node):
+        elif isinstance(node.target, HigherOrderOperator) and not is_ordinary(node):
             found += [_declined(n, UnreadBody(operator_name(node)), node) for n in _inside(node)]
     return found
 
@@ -48,7 +48,7 @@ def others(graph: Graph, told: Set[Node], lacking: Mapping[Node, Reason]) -> lis
 
 def _is_attention(node: Node) -> bool:
     name = _called(node)
-    ours = isinstance(node.target, torch._ops.OpOverload) and node.target.namespace == "fuse"
+    ours = isinstance(node.target, OpOverload) and node.target.namespace == "fuse"
     return not ours and (any(part in name.lower() for part in _NAMED) or name in COMPOSITES)
 
 

@@ -14,14 +14,12 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx import Graph, Node
-from torch.fx.experimental.proxy_tensor import make_fx
-from torch.utils import _pytree as pytree
 
 from fuse.passes.read.graph import VALUE, operator_name, tensor_of
 from fuse.passes.read.varlen import VARLEN, VARLEN_OUT, by_name, is_varlen
 from fuse.passes.replace import remove
+from fuse.torch_private import FakeTensor, make_fx, pytree, schema
 
 
 @dataclass(frozen=True)
@@ -104,9 +102,9 @@ def _expand_varlen_out(graph: Graph, node: Node) -> Expansion | None:
 def _written_out(node: Node) -> Callable[..., Any] | None:
     if node.op != "call_function":
         return None
-    schema = getattr(node.target, "_schema", None)
-    if schema is not None and _SDPA in schema.name and "backward" not in schema.name:
-        return partial(kernel_of_sdpa, tuple(a.name for a in schema.arguments))
+    called = schema(node.target)
+    if called is not None and _SDPA in called.name and "backward" not in called.name:
+        return partial(kernel_of_sdpa, tuple(a.name for a in called.arguments))
     return COMPOSITES.get(operator_name(node))
 
 

@@ -16,6 +16,7 @@ from torch.fx import Graph, Node
 from fuse.passes.read.flex import IN_BASE_2, is_flex
 from fuse.passes.read.graph import VIEWS, Calls, State, operator_name, storage_of, tensor_of, writes
 from fuse.passes.read.varlen import VARLEN, VARLEN_LSE, is_varlen
+from fuse.torch_private import HigherOrderOperator
 
 # Names bound what is searched, and so the cost of searching; whether it is attention is read, by ``lift``. An unknown name is
 # followed like any other, and what is no attention is found to be none.
@@ -232,7 +233,7 @@ def _within(inner: State, around: State) -> bool:
 def _is_input(node: Node, states: Mapping[Node, State], around: State) -> bool:
     if node.op not in ("call_function", "call_method") or not _within(states[node], around):
         return True
-    if isinstance(node.target, torch._ops.HigherOrderOperator) or operator_name(node) in PRODUCERS:
+    if isinstance(node.target, HigherOrderOperator) or operator_name(node) in PRODUCERS:
         return True
     name = operator_name(node)
     if name == "embedding" and (node.kwargs.get("max_norm") or len(node.args) > 3 and node.args[3]):

@@ -17,6 +17,7 @@ from fuse.ir.spec import AttentionSpec
 from fuse.passes.lift import Lifted, SiteContext
 from fuse.passes.read.graph import operator_name, tensor_of
 from fuse.passes.read.trace import Value, computed
+from fuse.torch_private import hint
 
 # Only what accepts any strides may stand behind the transposition: ``view`` would not.
 _RESTRIDE = {"contiguous", "reshape", "clone", "flatten"}
@@ -32,7 +33,7 @@ def memory_order(root: Node) -> tuple[int, ...]:
         order = _permutation(users[0], value.dim())
         if order is not None:
             return tuple(order)
-    steps = [n if isinstance(n, int) else n.node.hint or 0 for n in value.stride()]
+    steps = [n if isinstance(n, int) else hint(n) or 0 for n in value.stride()]
     return tuple(sorted(range(value.dim()), key=lambda d: -steps[d]))  # what comes behind may rely on it, as ``view`` does
 
 

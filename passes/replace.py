@@ -10,7 +10,6 @@ from typing import Any
 import sympy
 import torch
 from torch.fx import Graph, Node
-from torch.utils._sympy.functions import CleanDiv, FloorDiv
 
 from fuse.ir.gradient import differentiable
 from fuse.ir.index import IndexExpr
@@ -33,6 +32,7 @@ from fuse.passes.read.graph import (
 )
 from fuse.passes.read.trace import Seed, Trace, Value
 from fuse.report.reasons import Declined, Mutated, NotTraceable, ScoresUsed, UnsupportedShape
+from fuse.torch_private import CleanDiv, FloorDiv, schema
 
 aten = torch.ops.aten  # programs of torch.export hold nothing else
 _SEED_OF = "seed of fuse"  # marks the seed of what a node draws
@@ -203,7 +203,8 @@ class _Emitter:
             raise Declined(NotTraceable("a tensor that the graph does not hold"))
         args, kwargs = self._arguments(value.args), self._arguments(dict(value.kwargs))
         node = self._call(value.op, args, kwargs)
-        if len(value.op._schema.returns) > 1 or isinstance(value.op._schema.returns[0].type, torch.ListType):
+        returns = schema(value.op).returns
+        if len(returns) > 1 or isinstance(returns[0].type, torch.ListType):
             node = self._call(operator.getitem, (node, value.output), {})
         return self._call(aten.detach.default, (node,), {}) if value in self.trace.stops else node
 

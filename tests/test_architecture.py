@@ -15,7 +15,7 @@ import fuse.passes
 
 # From the ground up; what a module imports stands on its own level or below.
 LEVELS = (
-    ("errors", "settings", "memoize", "assumptions", "trainer"),
+    ("errors", "settings", "memoize", "torch_private", "assumptions", "trainer"),
     ("ir",),
     ("report.reasons", "report.runs", "report.site", "report.wording", "report.formula", "report.excerpt", "report.notebook"),
     ("kernel",),
@@ -64,6 +64,30 @@ def level(module: str) -> int:
 def test_imports_go_down_the_levels() -> None:
     up = [f"{m} -> {i}" for m, file in MODULES.items() for i in imported(file) if level(i) > level(m)]
     assert not up
+
+
+def is_private(name: str) -> bool:
+    """Neither Python's own names, __so__ and _so_, nor public ones."""
+    return name.startswith("_") and not name.endswith("_")
+
+
+def private_names(file: Path) -> Iterator[str]:
+    """Those of others that a file uses: imported, or read of what is no object of its own."""
+    for node in ast.walk(ast.parse(file.read_text())):
+        if isinstance(node, (ast.Import, ast.ImportFrom)):
+            inside = getattr(node, "module", None) or ""
+            names = [f"{inside}.{alias.name}".lstrip(".") for alias in node.names]
+            yield from (n for n in names if n.startswith("torch.fx.experimental"))
+            yield from (n for n in names if n.startswith("torch.") and any(map(is_private, n.split("."))))
+        elif isinstance(node, ast.Attribute) and is_private(node.attr):
+            if ast.unparse(node.value) not in ("self", "cls", "super()"):
+                yield node.attr
+        elif isinstance(node, ast.Call) and ast.unparse(node.func) in ("getattr", "hasattr", "setattr", "attrgetter"):
+            yield from (x.value for x in node.args if isinstance(x, ast.Constant) and is_private(str(x.value)))
+
+
+def test_one_module_knows_what_is_private_to_torch() -> None:
+    assert {module for module, file in MODULES.items() if any(private_names(file))} == {"fuse.torch_private"}
 
 
 def test_no_target_knows_another() -> None:

@@ -74,14 +74,67 @@ def test_a_compiled_model_asks_python_once(no_python: Any) -> None:
         torch.testing.assert_close(compiled(q, k, v), F.scaled_dot_product_attention(q, k, v))
 
 
-def test_training_asks_python_once_for_the_forward_pass(no_python: Any) -> None:
-    q, k, v = (torch.randn(2, 9, 3, 16).transpose(1, 2).requires_grad_() for _ in range(3))
-    compiled = torch.compile(F.scaled_dot_product_attention, backend="fuse", dynamic=False)
-    compiled(q, k, v).sum().backward()
+def packed(x: Tensor) -> Tensor:
+    """Query, key and value are parts of one tensor: its gradient is one tensor to which three destinations write."""
+    q, k, v = (t.unflatten(-1, (2, 16)).transpose(1, 2) for t in x.split([32, 32, 32], -1))
+    return F.scaled_dot_product_attention(q, k, v, is_causal=True)
+
+
+def grouped(x: Tensor) -> Tensor:
+    """Queries of four heads, keys and values of two."""
+    q, k, v = (x[..., first : first + n].unflatten(-1, (-1, 16)).transpose(1, 2) for first, n in ((0, 64), (64, 32), (96, 32)))
+    return F.scaled_dot_product_attention(q, k, v, enable_gqa=True)
+
+
+def biased(x: Tensor) -> Tensor:
+    """The bias has a gradient that is summed: not a matter of one tensor for each operand."""
+    q, k, v = x[:, :, :16], x[:, :, 16:32], x[:, :, 32:48]
+    return F.scaled_dot_product_attention(q, k, v, x[:, :9, :1].mT.expand(-1, 9, 9) + x[:, :9, 50:59])
+
+
+@pytest.mark.parametrize("attend", [packed, grouped, biased])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_gradients_of_later_calls_are_those_of_the_first(attend: Any, dtype: torch.dtype) -> None:
+    """The first goes through Python, the others do not; their layouts are those of operands."""
+    x = torch.randn(2, 9, {packed: 96, grouped: 128, biased: 64}[attend]).to(dtype).requires_grad_()
+    compiled = torch.compile(attend, backend="fuse", dynamic=False)
+    found = [torch.autograd.grad(compiled(x).float().square().sum(), x)[0] for _ in range(3)]
+    expected = torch.autograd.grad(attend(x).float().square().sum(), x)[0]
+    assert torch.equal(found[0], found[1]) and torch.equal(found[1], found[2])
+    bar = 1e-4 if dtype == torch.float32 else 0.1
+    torch.testing.assert_close(found[2], expected, atol=bar, rtol=bar)
+
+
+def test_training_asks_python_once(no_python: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    x = torch.randn(2, 9, 96, requires_grad=True)
+    compiled = torch.compile(packed, backend="fuse", dynamic=False)
+    compiled(x).sum().backward()
     no_python()
-    found = torch.autograd.grad(compiled(q, k, v).square().sum(), (q, k, v))
-    expected = torch.autograd.grad(F.scaled_dot_product_attention(q, k, v).square().sum(), (q, k, v))
-    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+    monkeypatch.setattr(attention, "_backward_kernel", attention._kernel)
+    found = torch.autograd.grad(compiled(x).square().sum(), x)
+    torch.testing.assert_close(found, torch.autograd.grad(packed(x).square().sum(), x), atol=1e-5, rtol=1e-5)
+
+
+def test_sizes_beyond_the_first_eight_are_right_too() -> None:
+    compiled = torch.compile(packed, backend="fuse", dynamic=True)
+    for length in (*range(5, 16), *range(5, 16)):
+        x = torch.randn(2, length, 96, requires_grad=True)
+        found = torch.autograd.grad(compiled(x).square().sum(), x)
+        torch.testing.assert_close(found, torch.autograd.grad(packed(x).square().sum(), x), atol=1e-5, rtol=1e-5)
+
+
+def test_a_derivative_of_gradients_is_left_to_python() -> None:
+    q, k, v = (torch.randn(1, 5, 2, 16).transpose(1, 2).requires_grad_() for _ in range(3))
+    compiled = torch.compile(F.scaled_dot_product_attention, backend="fuse", dynamic=False, options={"inner": "eager"})
+
+    def penalty(attend: Any) -> Tensor:
+        (grad,) = torch.autograd.grad(attend(q, k, v).sum(), q, create_graph=True)
+        return torch.autograd.grad(grad.square().sum(), k)[0]
+
+    penalty(compiled)
+    with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
+        expected = penalty(F.scaled_dot_product_attention)
+    torch.testing.assert_close(penalty(compiled), expected, atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize("grad_mode", [True, False])

@@ -11,7 +11,8 @@ from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
 import sympy
-from torch.utils._sympy.functions import FloorDiv, Mod, PythonMod
+
+from fuse.torch_private import FloorDiv, Mod, PythonMod
 
 IndexExpr: TypeAlias = Any  # a sympy.Expr; sympy has no types
 Shape = Sequence[IndexExpr]

@@ -17,7 +17,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 from torch.autograd.function import once_differentiable
 
 from fuse.errors import TangentOfGradient
@@ -26,6 +25,7 @@ from fuse.ir.spec import AttentionSpec, IntLike
 from fuse.memoize import memoize
 from fuse.ops import batching, levels
 from fuse.targets import registry
+from fuse.torch_private import any_tangent, below_autograd
 
 # Kernels take any strides: a copy into another layout would cost and gain nothing.
 _TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.needs_fixed_stride_order)
@@ -40,6 +40,8 @@ for _schema in (
     "bool[] wanted, Tensor? grad_lse=None) -> Tensor[]",
     "attention_in_python(Tensor[] operands, SymInt[] sizes, str spec, str target) -> Tensor",
     "attention_forward_in_python(Tensor[] operands, SymInt[] sizes, str spec, str target) -> (Tensor, Tensor)",
+    "attention_backward_in_python(Tensor grad_out, Tensor[] operands, SymInt[] sizes, Tensor out, Tensor lse, str spec, "
+    "str target, bool[] wanted, Tensor? grad_lse=None) -> Tensor[]",
 ):
     _library.define(_schema, tags=_TAGS)
 
@@ -62,19 +64,23 @@ def _differentiable(text: str) -> tuple[bool, ...]:
 @memoize
 def _kernel(text: str, target: str) -> Any:
     from fuse import targets
-    from fuse.targets.protocols import Direct
 
-    found = targets.kernel(parsed(text), target)
-    if isinstance(found, Direct):
-        found.known_as(text)
-    return found
+    return _known_as(text, targets.kernel(parsed(text), target))
 
 
 @memoize
 def _backward_kernel(text: str, target: str, wanted: tuple[bool, ...]) -> Any:
     from fuse import targets
 
-    return targets.backward_kernel(parsed(text), target, wanted)
+    return _known_as(text, targets.backward_kernel(parsed(text), target, wanted))
+
+
+def _known_as(text: str, kernel: Any) -> Any:
+    from fuse.targets.protocols import Direct
+
+    if isinstance(kernel, Direct):
+        kernel.known_as(text)
+    return kernel
 
 
 def _attention(operands: list[Tensor], sizes: list[int], spec: str, target: str) -> Tensor:
@@ -154,7 +160,7 @@ class _Attention(levels.Function):
 
     @staticmethod
     def forward(ctx: Any, sizes: list[IntLike], spec: str, target: str, with_lse: bool, *operands: Tensor) -> Any:
-        with torch.enable_grad(), torch._C._AutoDispatchBelowAutograd():
+        with torch.enable_grad(), below_autograd():
             out, lse = torch.ops.fuse.attention_forward.default(operands, sizes, spec, target)
             results = (out, _log_sum(out, lse, spec)) if with_lse else out
         ctx.save_for_backward(out, lse, *operands)
@@ -196,7 +202,7 @@ class _Backward(levels.Function):
     ) -> tuple[Tensor, ...]:  # fmt: skip
         ctx.save_for_backward(grad_out, grad_lse, *operands)
         ctx.call = sizes, spec, wanted
-        with torch.enable_grad(), torch._C._AutoDispatchBelowAutograd():
+        with torch.enable_grad(), below_autograd():
             call = torch.ops.fuse.attention_backward.default
             return tuple(call(grad_out, operands, sizes, out, lse, spec, target, wanted, grad_lse))
 
@@ -222,10 +228,6 @@ def _any_gradient(tensors: Sequence[Tensor], differentiable: Sequence[bool]) -> 
     return torch.is_grad_enabled() and any(t.requires_grad and d for t, d in zip(tensors, differentiable, strict=True))
 
 
-def _any_tangent(tensors: Sequence[Tensor]) -> bool:
-    return forward_ad._current_level >= 0 and any(forward_ad.unpack_dual(t).tangent is not None for t in tensors)
-
-
 def _attention_autograd(operands: list[Tensor], sizes: list[int], spec: str, target: str) -> Tensor:
     result: Tensor = _autograd(torch.ops.fuse.attention.default, operands, sizes, spec, target, with_lse=False)
     return result
@@ -240,16 +242,16 @@ def _lse_autograd(operands: list[Tensor], sizes: list[int], spec: str, target: s
 
 def _max_autograd(operands: list[Tensor], sizes: list[int], spec: str) -> Tensor:
     """Has no gradient, as that of FlexAttention."""
-    with torch._C._AutoDispatchBelowAutograd():
+    with below_autograd():
         result: Tensor = torch.ops.fuse.attention_max.default(operands, sizes, spec)
         return result
 
 
 def _autograd(op: Any, operands: list[Tensor], sizes: list[int], spec: str, target: str, with_lse: bool) -> Any:
     """Runs eagerly and while AOTAutograd traces."""
-    if _any_gradient(operands, _differentiable(spec)) or _any_tangent(operands):
+    if _any_gradient(operands, _differentiable(spec)) or any_tangent(operands):
         return levels.apply(_Attention, sizes, spec, target, with_lse, *operands)
-    with torch._C._AutoDispatchBelowAutograd():
+    with below_autograd():
         return op(operands, sizes, spec, target)
 
 
@@ -258,9 +260,9 @@ def _backward_autograd(
     wanted: list[bool], grad_lse: Tensor | None = None,
 ) -> list[Tensor]:  # fmt: skip
     tensors = (grad_out, out, *operands, *([] if grad_lse is None else [grad_lse]))
-    if _any_gradient(tensors, [True] * len(tensors)) or _any_tangent(tensors):
+    if _any_gradient(tensors, [True] * len(tensors)) or any_tangent(tensors):
         return list(levels.apply(_Backward, sizes, spec, target, wanted, grad_out, out, lse, grad_lse, *operands))
-    with torch._C._AutoDispatchBelowAutograd():
+    with below_autograd():
         grads: list[Tensor] = torch.ops.fuse.attention_backward.default(
             grad_out, operands, sizes, out, lse, spec, target, wanted, grad_lse
         )
@@ -280,8 +282,10 @@ _register("attention_lse", _attention_lse, _lse_autograd, _fake_lse, batching.ls
 _register("attention_max", _attention_max, _max_autograd, _fake_max, batching.max_rule)
 _register("attention_forward", _forward, None, _fake_forward, batching.forward_rule)
 _register("attention_backward", _backward, _backward_autograd, _fake_backward, batching.backward_rule)
-# What these are called by has taken the place of the two without "in_python", on CPUs: templates/cpp/op.cpp.
+# What these are called by has taken the place of those without "in_python", on CPUs: templates/cpp/op.cpp.
 _library.impl("attention_in_python", _attention, "CompositeExplicitAutograd")
 _library.impl("attention_in_python", _attention_autograd, "Autograd")
 _library.impl("attention_forward_in_python", _forward, "CompositeExplicitAutograd")
+_library.impl("attention_backward_in_python", _backward, "CompositeExplicitAutograd")
+_library.impl("attention_backward_in_python", _backward_autograd, "Autograd")
 _library.impl("attention_backward", batching.legacy_backward_rule, "Batched")

@@ -8,11 +8,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._functorch.autograd_function import VmapInfo
 
 from fuse.ir.batched import batched, batched_map, batched_sizes
 from fuse.ir.spec import AttentionSpec, IntLike
 from fuse.ir.tile_map import TileMap
+from fuse.torch_private import VmapInfo, add_batch_dim, is_legacy_batched, legacy_vmap_level, remove_batch_dim
 
 Dims = Sequence[int | None]  # where the examples are; None: in no dimension
 
@@ -107,12 +107,11 @@ def legacy_backward_rule(
     wanted: list[bool], grad_lse: Tensor | None = None,
 ) -> list[Tensor]:  # fmt: skip
     """Under ``is_grads_batched``, which has a vmap of its own: ``grad_out`` or ``grad_lse`` or both have examples there."""
-    level = torch._C._vmapmode_increment_nesting() - 1
-    torch._C._vmapmode_decrement_nesting()
-    counted = grad_lse if grad_lse is not None and torch._C._functorch.is_legacy_batchedtensor(grad_lse) else grad_out
-    info = VmapInfo(torch._remove_batch_dim(counted, level, 1, 0).shape[0], "error")
-    each = torch._remove_batch_dim(grad_out, level, info.batch_size, 0)
-    of_lse = None if grad_lse is None else torch._remove_batch_dim(grad_lse, level, info.batch_size, 0)
+    level = legacy_vmap_level()
+    counted = grad_lse if grad_lse is not None and is_legacy_batched(grad_lse) else grad_out
+    info = VmapInfo(remove_batch_dim(counted, level, 1, 0).shape[0], "error")
+    each = remove_batch_dim(grad_out, level, info.batch_size, 0)
+    of_lse = None if grad_lse is None else remove_batch_dim(grad_lse, level, info.batch_size, 0)
     dims = (0, [None] * len(operands), None, None, None, None, None, None, 0)
     grads, _ = backward_rule(info, dims, each, operands, sizes, out, lse, spec, target, wanted, of_lse)
-    return [torch._add_batch_dim(g, 0, level) for g in grads]
+    return [add_batch_dim(g, 0, level) for g in grads]

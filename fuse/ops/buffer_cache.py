@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from fuse.memoize import at_forget
+from fuse.torch_private import version
 
 _LIMIT = 64
 _results: OrderedDict[Hashable, Tensor] = OrderedDict()
@@ -35,4 +36,4 @@ at_forget(_results.clear)
 
 
 def _state(t: Tensor) -> Hashable:
-    return (StorageWeakRef(t.untyped_storage()), t._version, t.storage_offset(), t.dtype, tuple(t.shape), t.stride())
+    return (StorageWeakRef(t.untyped_storage()), version(t), t.storage_offset(), t.dtype, tuple(t.shape), t.stride())

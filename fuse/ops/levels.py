@@ -8,16 +8,15 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
-from torch._functorch.utils import enable_single_level_autograd_function
-from torch.autograd.function import _SingleLevelFunction as Function
+from fuse.torch_private import SingleLevelFunction as Function
+from fuse.torch_private import enable_single_level_autograd_function, transforms_active
 
 __all__ = ["Function", "apply"]
 
 
 def apply(function: Any, *args: Any) -> Any:
     """``function.apply(*args)``, of a subclass of ``Function``, from an autograd kernel."""
-    if not torch._C._are_functorch_transforms_active():
+    if not transforms_active():
         return function.apply(*args)
     with enable_single_level_autograd_function():
         return function.apply(*args)

@@ -14,9 +14,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._library.custom_ops import OPDEFS
-from torch._ops import OpOverload, OpOverloadPacket
 from torch.fx import GraphModule, Node
+
+from fuse.torch_private import OpOverload, OpOverloadPacket, below_autograd, custom_op, schema
 
 
 def hide(gm: GraphModule) -> bool:
@@ -29,7 +29,7 @@ def hide(gm: GraphModule) -> bool:
             continue
         with gm.graph.inserting_before(node):
             results = gm.graph.call_function(torch.ops.fuse.opaque.default, (called.name(), tensors))
-            single = len(called._schema.returns) == 1
+            single = len(schema(called).returns) == 1
             node.replace_all_uses_with(gm.graph.call_function(getitem, (results, 0)) if single else results)
         gm.graph.erase_node(node)
         found.append(True)
@@ -40,17 +40,16 @@ def hide(gm: GraphModule) -> bool:
 def _called(node: Node) -> OpOverload[..., Any] | None:
     """The operator, if it is one whose derivative was registered from Python and whose arguments and results are tensors."""
     target = node.target.default if isinstance(node.target, OpOverloadPacket) else node.target
-    definition = OPDEFS.get(target.name()) if isinstance(target, OpOverload) else None
-    if definition is None or definition._backward_fn is None:
+    op = custom_op(target.name()) if isinstance(target, OpOverload) else None
+    if op is None or op.backward is None:
         return None
-    schema = definition._opoverload._schema
-    values = (*schema.arguments, *schema.returns)
-    plain = all(str(v.type) == "Tensor" for v in values) and not any(a.kwarg_only for a in schema.arguments)
-    return definition._opoverload if plain and schema.returns else None
+    arguments, returns = schema(op.overload).arguments, schema(op.overload).returns
+    plain = all(str(v.type) == "Tensor" for v in (*arguments, *returns)) and not any(a.kwarg_only for a in arguments)
+    return op.overload if plain and returns else None
 
 
 def _tensors(node: Node, called: OpOverload[..., Any]) -> list[Node] | None:
-    names = [a.name for a in called._schema.arguments]
+    names = [a.name for a in schema(called).arguments]
     given = dict(zip(names, node.args, strict=False)) | node.kwargs
     found = [given.get(name) for name in names]
     return [x for x in found if isinstance(x, Node)] if all(isinstance(x, Node) for x in found) else None
@@ -69,9 +68,9 @@ class _Context:
     @staticmethod
     def of(name: str, tensors: Sequence[Any], wanted: Sequence[bool]) -> _Context:
         """After the forward pass of an operator that does not need its results again."""
-        ctx, setup = _Context(wanted), OPDEFS[name]._setup_context_fn
-        if setup is not None:
-            setup(ctx=ctx, inputs=tuple(tensors), output=None)
+        ctx, op = _Context(wanted), custom_op(name)
+        if op is not None and op.setup_context is not None:
+            op.setup_context(ctx=ctx, inputs=tuple(tensors), output=None)
         return ctx
 
     @staticmethod
@@ -97,14 +96,16 @@ for _schema in (
 
 
 def _opaque(name: str, tensors: list[Tensor]) -> list[Tensor]:
-    results = OPDEFS[name]._opoverload(*tensors)
+    op = custom_op(name)
+    assert op is not None  # see _called
+    results = op.overload(*tensors)
     return [results] if isinstance(results, Tensor) else list(results)
 
 
 def _opaque_backward(name: str, tensors: list[Tensor], grads: list[Tensor], wanted: list[bool]) -> list[Tensor]:
-    derivative = OPDEFS[name]._backward_fn
-    assert derivative is not None  # see _called
-    given = derivative(_Context.of(name, tensors, wanted), *grads)
+    op = custom_op(name)
+    assert op is not None and op.backward is not None  # see _called
+    given = op.backward(_Context.of(name, tensors, wanted), *grads)
     found = given if isinstance(given, tuple) else (given,)
     kept = [(t, g) for t, g, w in zip(tensors, found, wanted, strict=True) if w]
     return [torch.zeros_like(t) if g is None else torch.empty_like(t).copy_(g) for t, g in kept]
@@ -119,7 +120,7 @@ class _Opaque(torch.autograd.Function):
     def forward(ctx: Any, name: str, *tensors: Tensor) -> tuple[Tensor, ...]:
         ctx.name = name
         ctx.save_for_backward(*tensors)
-        with torch._C._AutoDispatchBelowAutograd():
+        with below_autograd():
             return tuple(torch.ops.fuse.opaque.default(name, tensors))
 
     @staticmethod
@@ -132,7 +133,7 @@ class _Opaque(torch.autograd.Function):
 def _autograd(name: str, tensors: list[Tensor]) -> list[Tensor]:
     if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
         return list(_Opaque.apply(name, *tensors))  # type: ignore[no-untyped-call]
-    with torch._C._AutoDispatchBelowAutograd():
+    with below_autograd():
         return list(torch.ops.fuse.opaque.default(name, tensors))
 
 

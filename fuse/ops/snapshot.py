@@ -9,10 +9,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._functorch.autograd_function import VmapInfo
-from torch.autograd import forward_ad
 
 from fuse.ops import levels
+from fuse.torch_private import VmapInfo, any_tangent, below_autograd
 
 _library: Any = torch.library.Library("fuse", "FRAGMENT")
 _library.define("snapshot(Tensor x) -> Tensor", tags=(torch.Tag.pt2_compliant_tag, torch.Tag.needs_fixed_stride_order))
@@ -30,13 +29,13 @@ class _Snapshot(levels.Function):
 
 
 def _below(x: Tensor) -> Tensor:
-    with torch._C._AutoDispatchBelowAutograd():
+    with below_autograd():
         result: Tensor = torch.ops.fuse.snapshot.default(x)
         return result
 
 
 def _autograd(x: Tensor) -> Tensor:
-    if forward_ad._current_level >= 0:
+    if any_tangent((x,)):
         return x.clone()  # takes the tangent along
     result: Tensor = levels.apply(_Snapshot, x) if x.requires_grad and torch.is_grad_enabled() else _below(x)
     return result

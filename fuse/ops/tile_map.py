@@ -14,6 +14,7 @@ from fuse.ir.tile_map import TileMap
 from fuse.memoize import memoize
 from fuse.ops.batching import tile_map_rule
 from fuse.ops.buffer_cache import cached
+from fuse.torch_private import below_autograd
 
 # keep: the operands are buffers, so that the map is good until one of them changes
 SCHEMA = "tile_map(Tensor[] operands, SymInt[] sizes, str spec, str target, bool keep) -> Tensor"
@@ -45,7 +46,7 @@ def _fake(operands: list[Tensor], sizes: list[IntLike], spec: str, target: str, 
 
 def _autograd(operands: list[Tensor], sizes: list[int], spec: str, target: str, keep: bool) -> Tensor:
     """Classes have no gradient."""
-    with torch._C._AutoDispatchBelowAutograd():
+    with below_autograd():
         result: Tensor = torch.ops.fuse.tile_map.default(operands, sizes, spec, target, keep)
         return result
 

@@ -17,6 +17,7 @@ from torch.fx.node import map_arg
 
 from fuse import targets
 from fuse.ops.attention import parsed
+from fuse.torch_private import hint
 
 log = logging.getLogger("fuse")
 
@@ -91,8 +92,7 @@ def _hinted(value: Any) -> Any:
 
 def _number(n: Any) -> int | None:
     """A size, or what a symbolic one is in the call that was compiled."""
-    value = n.node.hint if isinstance(n, SymInt) else n
-    return int(value) if isinstance(value, int) else None
+    return hint(n) if isinstance(n, SymInt) else n if isinstance(n, int) else None
 
 
 def compile_for(call: ExpectedCall, wanted: tuple[bool, ...]) -> None:

@@ -26,6 +26,7 @@ from fuse.report.reasons import KernelRefused, Reason, Slower
 from fuse.report.runs import Runs
 from fuse.report.site import Site
 from fuse.targets import registry
+from fuse.torch_private import default_store
 
 log = logging.getLogger("fuse")
 # Operators that SDPA does not stand for: nothing is timed beside them.
@@ -158,7 +159,7 @@ def _agreed(case: Case, found: Verdict) -> Verdict:
     if not (dist.is_available() and dist.is_initialized()):
         return found
     try:
-        store = dist.distributed_c10d._get_default_store()
+        store = default_store()
         return Verdict(**json.loads(store.compare_set(f"fuse-verdict-{case.key}", "", json.dumps(asdict(found)))))
     except Exception:  # a store of another kind, or one whose process has ended
         log.warning("processes of a group could not agree on kernels: each decides for itself", exc_info=True)

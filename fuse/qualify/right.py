@@ -8,12 +8,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from fuse import targets
 from fuse.ops.warm import ExpectedCall
 from fuse.qualify.problem import Problem, map_used, of_map, small
 from fuse.targets import reference
+from fuse.torch_private import TorchDispatchMode
 
 # Eager's error is one draw of rounding errors, a kernel's another: they are seldom so many times apart. Where scores are large,
 # the last bit of one decides between two values, so that the largest error is of few entries.

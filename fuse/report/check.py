@@ -8,10 +8,10 @@ from typing import Any
 
 import torch
 from torch.fx import GraphModule
-from torch.utils._pytree import tree_map
 
 from fuse.errors import VerificationFailed
 from fuse.report.site import Site
+from fuse.torch_private import pytree
 
 # Relative error in the Euclidean norm that reassociation may cost in a whole model, by the dtype of the output.
 ALLOWED = {torch.float64: 1e-9, torch.float32: 1e-3, torch.float16: 2e-2, torch.bfloat16: 5e-2}
@@ -44,7 +44,7 @@ def against(original: GraphModule, compiled: Callable[..., Any], sites: Sequence
 
 
 def _without_effects(gm: GraphModule, args: Sequence[Any], seed: int) -> Sequence[Any]:
-    copies = tree_map(lambda x: x.detach().clone() if isinstance(x, torch.Tensor) else x, tuple(args))
+    copies = pytree.tree_map(lambda x: x.detach().clone() if isinstance(x, torch.Tensor) else x, tuple(args))
     with torch.random.fork_rng(), torch.no_grad():
         torch.manual_seed(seed)
         outputs: Sequence[Any] = gm(*copies)

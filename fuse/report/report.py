@@ -23,6 +23,7 @@ from fuse.report.sparsity import Coverage, coverage
 from fuse.report.subject import Subject
 from fuse.targets import registry
 from fuse.targets.standin import ASKED
+from fuse.torch_private import dynamo_config, hint, original
 
 # An analysis shares Dynamo's code cache with the user's compiled functions but none of its entries.
 _ANALYSIS = {"recompile_limit": 1 << 20, "accumulated_recompile_limit": 1 << 20, "automatic_dynamic_shapes": False}
@@ -45,8 +46,8 @@ def explain(model: Callable[..., Any], *args: Any, **kwargs: Any) -> Report:
 
     note = ""
     try:
-        with torch._dynamo.config.patch(_ANALYSIS):
-            torch.compile(getattr(model, "_orig_mod", model), backend=analyse)(*args, **kwargs)
+        with dynamo_config.patch(_ANALYSIS):
+            torch.compile(original(model), backend=analyse)(*args, **kwargs)
     except Exception as error:
         if not readings:
             raise
@@ -311,4 +312,4 @@ def _stand_in(value: Any) -> Any:
 
 def _hint(size: int | torch.SymInt) -> int:
     """The size this call has; 1 where it would only be known after running the graph."""
-    return size if isinstance(size, int) else int(size.node.hint or 1)
+    return size if isinstance(size, int) else hint(size) or 1

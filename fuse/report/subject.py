@@ -16,7 +16,8 @@ from typing import Any
 
 import torch
 from torch.nn.parameter import is_lazy
-from torch.utils import _pytree as pytree
+
+from fuse.torch_private import original, pytree
 
 _MANY = 12  # tensors of a call that are told one by one
 
@@ -30,7 +31,7 @@ class Subject:
 
     @staticmethod
     def of(model: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> Subject:
-        inner = getattr(model, "_orig_mod", model)
+        inner = original(model)
         name = str(getattr(inner, "__qualname__", type(inner).__name__))
         if isinstance(inner, torch.nn.Module) and (count := sum(p.numel() for p in inner.parameters() if not is_lazy(p))):
             name += f", {_magnitude(count)} parameters"

@@ -3,8 +3,8 @@
 An artifact is all that is stored under one name: a kernel with its manifest, say. What is loaded is taken for a cache's file
 that somebody else has written: it has to be whole, and a kernel is found only by the compiler, flags and processor in its name.
 
-The one place that knows torch's private torch.compiler._cache, which has no lock for whoever builds in threads: an artifact
-that comes while artifacts are saved may be left for the next time.
+torch has no lock here for whoever builds in threads: an artifact that comes while artifacts are saved may be left for the next
+time.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from functools import cache
 from typing import Any
 
 from fuse.targets import adopt
+from fuse.torch_private import artifact_manager
 
 log = logging.getLogger("fuse")
 TYPE = "fuse"  # also of the list of names in torch's CacheInfo: fuse_artifacts
@@ -47,20 +48,9 @@ def unpacked(archive: bytes) -> dict[str, bytes]:
 
 @cache
 def manager() -> Any:
-    """torch's CacheArtifactManager, which knows artifacts of fuse from then on; None where torch has another."""
+    """What keeps artifacts for torch, which knows those of fuse from then on; None where torch has another."""
     try:
-        from torch.compiler._cache import CacheArtifact, CacheArtifactFactory, CacheArtifactManager
-
-        class FuseArtifact(CacheArtifact):
-            def populate_cache(self) -> None:
-                _load(self.key, self.content)
-
-            @staticmethod
-            def type() -> str:
-                return TYPE
-
-        CacheArtifactFactory.register(FuseArtifact)
-        return CacheArtifactManager
+        return artifact_manager(TYPE, _load)
     except Exception:
         log.warning("torch.compiler.save_cache_artifacts() will not have fuse's kernels: torch has changed", exc_info=True)
         return None

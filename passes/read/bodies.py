@@ -5,11 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
-import torch
 from torch.fx import Graph, GraphModule, Node
-from torch.utils import _pytree as pytree
 
 from fuse.passes.read.graph import Autocast, State, ambient, autocast_dtype, operator_name, states
+from fuse.torch_private import HigherOrderOperator, pytree
 
 # Higher-order operations whose bodies are ordinary code that runs as written.
 _ORDINARY = ("checkpoint", "invoke_subgraph", "wrap", "cond")
@@ -40,7 +39,7 @@ def bodies(gm: GraphModule, begins: State | None = None) -> Iterator[Body]:
 
 def is_ordinary(node: Node) -> bool:
     """Does it run its bodies as they are written?"""
-    higher = isinstance(node.target, torch._ops.HigherOrderOperator)
+    higher = isinstance(node.target, HigherOrderOperator)
     return higher and any(name in operator_name(node) for name in _ORDINARY)
 
 

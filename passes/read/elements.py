@@ -12,7 +12,6 @@ from typing import Any
 
 import sympy
 import torch
-from torch._decomp import decomposition_table
 
 from fuse.ir import expr
 from fuse.ir.expr import INTS, Apply, Const, Expr, Load, Symbol, apply, const
@@ -22,6 +21,7 @@ from fuse.ir.spec import AttentionSpec
 from fuse.passes.read.graph import VIEWS
 from fuse.passes.read.trace import Value, computed_again
 from fuse.report.reasons import Declined, RandomNumbers, UnsupportedShape
+from fuse.torch_private import decomposition_table, schema
 
 PRODUCTS = {"bmm", "mm", "baddbmm", "addmm"}
 REDUCTIONS = {"sum", "amax", "max", "logsumexp", "_softmax", "_log_softmax", "_safe_softmax"}
@@ -80,7 +80,7 @@ def handles(*names: str) -> Callable[[Handler], Handler]:
 
 
 def op_name(value: Value) -> str:
-    return "" if value.op is None else value.op._schema.name.removeprefix("aten::")
+    return "" if value.op is None else schema(value.op).name.removeprefix("aten::")
 
 
 def dims(value: Value) -> tuple[IndexExpr, ...]:
@@ -95,9 +95,9 @@ def as_index(n: Any) -> IndexExpr:
 def arguments(value: Value) -> dict[str, Any]:
     """The arguments of the call by name, defaults filled in."""
     assert value.op is not None
-    schema = value.op._schema.arguments
-    given = dict(zip((a.name for a in schema), value.args, strict=False)) | dict(value.kwargs)
-    return {a.name: given.get(a.name, a.default_value) for a in schema}
+    declared = schema(value.op).arguments
+    given = dict(zip((a.name for a in declared), value.args, strict=False)) | dict(value.kwargs)
+    return {a.name: given.get(a.name, a.default_value) for a in declared}
 
 
 @dataclass

@@ -5,10 +5,9 @@ from __future__ import annotations
 import math
 from typing import Any
 
-import torch
-
 from fuse.passes.read.elements import op_name
 from fuse.passes.read.trace import Value, computed
+from fuse.torch_private import safe_softmax as aten_safe_softmax
 
 _NOT = ("logical_not", "bitwise_not")
 
@@ -22,7 +21,7 @@ def safe_softmax(condition: Any, zero: Any, other: Any) -> Value | None:
     tested = _rows_all_infinite(condition, dim)
     if tested is None or tested not in (scores, _uncast(scores)):
         return None
-    return computed([scores], lambda s: torch.ops.aten._safe_softmax.default(s, dim).to(other.meta.dtype))
+    return computed([scores], lambda s: aten_safe_softmax(s, dim).to(other.meta.dtype))
 
 
 def _uncast(v: Any) -> Value:

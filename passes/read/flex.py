@@ -8,13 +8,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._higher_order_ops.flex_attention import math_attention
 from torch.fx import Node
-from torch.nn.attention.flex_attention import _LARGE_SPARSE_BLOCK_SIZE
 from torch.overrides import TorchFunctionMode
 
 from fuse.passes.read.graph import Calls
 from fuse.report.reasons import Declined, UnsupportedShape
+from fuse.torch_private import LARGE_SPARSE_BLOCK_SIZE, math_attention, without_vmap_loops
 
 _LISTS, _SIZES = slice(2, 6), slice(-3, -1)  # of the tuple that a BlockMask is in a graph; the last of it is mask_mod
 _PARTIAL, _FULL = 1, 2
@@ -79,14 +78,8 @@ def _readable(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
     """``function`` for ``vmap``, which raises where vmap would call an operator once for every query and key."""
 
     def call(*args: Any) -> Tensor:
-        functorch: Any = torch._C._functorch
-        loops = functorch._is_vmap_fallback_enabled()
-        functorch._set_vmap_fallback_enabled(False)
-        try:
-            with _Index():
-                return function(*args)
-        finally:
-            functorch._set_vmap_fallback_enabled(loops)
+        with without_vmap_loops(), _Index():
+            return function(*args)
 
     return call
 
@@ -110,7 +103,7 @@ def _listed(block_mask: tuple[Any, ...], batch: torch.Size) -> Callable[..., Ten
 def _classes(block_mask: tuple[Any, ...]) -> Tensor:
     """The class of each block, uint8 (B, H, rows, columns), from lists (B, H, rows, columns) and how much of each counts."""
     partial_count, partial, full_count, full = block_mask[_LISTS]
-    if block_mask[_SIZES] == (_LARGE_SPARSE_BLOCK_SIZE,) * 2:  # a call without a mask has one block: a comparison is all
+    if block_mask[_SIZES] == (LARGE_SPARSE_BLOCK_SIZE,) * 2:  # a call without a mask has one block: a comparison is all
         return torch.where((partial_count[..., None] > 0) & (partial == 0), _PARTIAL, 0).to(torch.uint8)
     found = _marked(torch.zeros_like(partial, dtype=torch.uint8), partial_count, partial, _PARTIAL)
     return found if full_count is None else _marked(found, full_count, full, _FULL)

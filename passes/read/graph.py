@@ -9,10 +9,21 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch._subclasses import FakeTensor
 from torch.fx import Graph, Node
 
 from fuse.report.site import Frame
+from fuse.torch_private import (
+    FakeTensor,
+    OpOverload,
+    hint,
+    is_batched,
+    is_wrapped,
+    level_of,
+    schema,
+    source_name,
+    storage_id,
+    unwrapped,
+)
 
 # Functions whose bare name would hide that they are in place, or that look in place and are not.
 _PURE_DUNDERS = {"and_", "or_", "xor_", "not_", "is_", "truth"}
@@ -32,7 +43,7 @@ NAME = "name in the model"  # of a tensor that a graph has as an input
 # Other subclasses (DTensor, nested tensors, a user's own) have a say in what each op does, so that no reading is a proof.
 PLAIN = (torch.Tensor, torch.nn.Parameter, torch.nn.Buffer, FakeTensor)
 MADE = "made by fuse"  # marks nodes that are no part of the user's program
-Calls = tuple[tuple[torch._ops.OpOverload, tuple[Any, ...]], ...]
+Calls = tuple[tuple[OpOverload, tuple[Any, ...]], ...]
 _ENTERS = "_increment_nesting"
 _TORCH = str(Path(torch.__file__).parent)
 # Of Dynamo's names for where a tensor or a module comes from: scopes, torch's own "self" and "fn", and what holds others.
@@ -76,8 +87,8 @@ def operator_name(node: Node) -> str:
     target = node.target
     if isinstance(target, str):
         return target.rsplit(".", 1)[-1]
-    if isinstance(target, torch._ops.OpOverload):
-        return str(target._schema.name).split("::")[-1]
+    if isinstance(target, OpOverload):
+        return str(schema(target).name).split("::")[-1]
     return str(getattr(target, "__name__", target))
 
 
@@ -126,13 +137,13 @@ def _transform(node: Node) -> Transform:
     kind = operator_name(node).removesuffix(_ENTERS).strip("_")
     given: Any = node.args[0] if kind == "vmap" else 0
     size = given.meta["example_value"] if isinstance(given, Node) else given
-    return Transform(kind, node, size if isinstance(size, int) else int(size.node.hint or 0))
+    return Transform(kind, node, size if isinstance(size, int) else hint(size) or 0)
 
 
 def below_transforms(x: torch.Tensor) -> torch.Tensor:
     """The tensor that the levels of torch.func wrap."""
-    while torch._C._functorch.is_functorch_wrapped_tensor(x):
-        x = torch._C._functorch.get_unwrapped(x)
+    while is_wrapped(x):
+        x = unwrapped(x)
     return x
 
 
@@ -142,17 +153,17 @@ def counts_examples(node: Node, transform: Transform, transforms: Sequence[Trans
     if x is None:  # made by a pass, at the same place
         return any(counts_examples(n, transform, transforms) for n in node.all_input_nodes)
     level = 1 + list(transforms).index(transform)
-    while torch._C._functorch.is_functorch_wrapped_tensor(x):
-        if torch._C._functorch.is_batchedtensor(x) and torch._C._functorch.maybe_get_level(x) == level:
+    while is_wrapped(x):
+        if is_batched(x) and level_of(x) == level:
             return True
-        x = torch._C._functorch.get_unwrapped(x)
+        x = unwrapped(x)
     return False
 
 
 def wants_gradient(x: torch.Tensor) -> bool:
     """At whatever level: a tensor tells of its own only."""
-    while not x.requires_grad and torch._C._functorch.is_functorch_wrapped_tensor(x):
-        x = torch._C._functorch.get_unwrapped(x)
+    while not x.requires_grad and is_wrapped(x):
+        x = unwrapped(x)
     return x.requires_grad
 
 
@@ -172,9 +183,9 @@ def writes(node: Node) -> tuple[Node, ...]:
     nodes = [a for a in node.args if isinstance(a, Node)]
     out = node.kwargs.get("out")
     written = [out] if isinstance(out, Node) else []
-    schema = getattr(node.target, "_schema", None)
-    if schema is not None:
-        args = [a for a, s in zip(node.args, schema.arguments, strict=False) if s.alias_info and s.alias_info.is_write]
+    called = schema(node.target)
+    if called is not None:
+        args = [a for a, s in zip(node.args, called.arguments, strict=False) if s.alias_info and s.alias_info.is_write]
         return tuple(a for a in args if isinstance(a, Node))
     method = node.op == "call_method" and name.endswith("_") and not name.endswith("__")
     function = node.op == "call_function" and (
@@ -191,14 +202,14 @@ def storage_of(node: Node) -> int | None:
     if tensor is None:
         return None
     try:
-        return int(below_transforms(tensor).untyped_storage()._cdata)
+        return storage_id(below_transforms(tensor))
     except (NotImplementedError, RuntimeError):
         return None
 
 
 def is_state(node: Node) -> bool:
     """Is this a buffer or parameter, which the graph does not write?"""
-    path = str(getattr(getattr(node, "_dynamo_source", None), "name", "") or "")
+    path = source_name(node)
     storage = storage_of(node)
     written = {storage_of(w) for n in node.graph.nodes for w in writes(n)}
     return ("_buffers" in path or "_parameters" in path) and storage is not None and storage not in written
@@ -249,8 +260,7 @@ def user_name(node: Node) -> str:
             return f"({left} @ {right})"
     if MADE in node.meta:
         return "table"
-    source = getattr(node, "_dynamo_source", None)
-    path = str(node.meta.get(NAME) or getattr(source, "name", "") or "")
+    path = str(node.meta.get(NAME) or source_name(node))
     words = re.findall(r"\w+", path)
     named = [w for w in words if not w.isdigit() and w not in _NO_NAMES]
     if named:

@@ -12,14 +12,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx import GraphModule, Interpreter, Node
-from torch.fx.experimental.symbolic_shapes import rebind_unbacked
 from torch.fx.node import map_arg
-from torch.utils._pytree import tree_any, tree_map_only
 
 from fuse.passes.read.bodies import Body, bodies
 from fuse.passes.read.graph import VALUE, State, operator_name, states
+from fuse.torch_private import FakeTensor, FakeTensorMode, pytree, rebind_unbacked
 
 
 def propagate(gm: GraphModule, inputs: Sequence[Any], mode: FakeTensorMode, begins: State) -> None:
@@ -79,7 +77,7 @@ class _Propagator(Interpreter):
         if n.meta.get("unbacked_bindings"):
             rebind_unbacked(self._mode.shape_env, n, result)
         if n.op != "output":
-            n.meta[VALUE] = tree_map_only(FakeTensor, lambda x: x.requires_grad_(self._wants(n, x)), result)
+            n.meta[VALUE] = pytree.tree_map_only(FakeTensor, lambda x: x.requires_grad_(self._wants(n, x)), result)
         return result
 
     def _wants(self, node: Node, x: FakeTensor) -> bool:
@@ -93,4 +91,4 @@ class _Propagator(Interpreter):
 
 
 def _flows(node: Node) -> bool:
-    return bool(tree_any(lambda x: isinstance(x, Tensor) and x.requires_grad, node.meta.get(VALUE)))
+    return bool(pytree.tree_any(lambda x: isinstance(x, Tensor) and x.requires_grad, node.meta.get(VALUE)))

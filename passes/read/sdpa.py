@@ -7,6 +7,8 @@ import math
 import torch
 from torch import Tensor
 
+from fuse.torch_private import safe_softmax
+
 
 def sdpa_as_products(
     query: Tensor,
@@ -34,7 +36,7 @@ def sdpa_as_products(
         score = torch.where(attn_mask, score, float("-inf"))
     elif attn_mask is not None:
         score = score + attn_mask
-    weight = torch.ops.aten._safe_softmax.default(score, -1)
+    weight = safe_softmax(score, -1)
     if dropout_p > 0.0:
         weight = torch.dropout(weight, dropout_p, train=True)
     out: Tensor = weight @ value

@@ -13,11 +13,7 @@ from typing import Any
 
 import sympy
 import torch
-from torch._dispatch.python import enable_python_dispatcher
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx import Node
-from torch.utils import _pytree as pytree
-from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 from fuse.ir.spec import IntLike
 from fuse.passes.read.flex import flex_as_products, is_flex
@@ -36,6 +32,18 @@ from fuse.passes.read.graph import (  # fmt: skip
 from fuse.passes.read.sdpa import sdpa_as_products
 from fuse.passes.read.varlen import by_name, is_varlen, varlen_as_products
 from fuse.report.reasons import Declined, NotTraceable, Subclass
+from fuse.torch_private import (
+    FakeTensor,
+    FakeTensorMode,
+    OpOverload,
+    TorchDispatchMode,
+    disable_current_modes,
+    enable_python_dispatcher,
+    hint,
+    pytree,
+    schema,
+    to_copy,
+)
 
 
 @dataclass(frozen=True, eq=False)
@@ -48,7 +56,7 @@ class Value:
     origin          the Dynamo node that was run when the call was made
     """
 
-    op: torch._ops.OpOverload | None
+    op: OpOverload[..., Any] | None
     args: tuple[Any, ...]
     kwargs: Mapping[str, Any]
     meta: torch.Tensor
@@ -116,9 +124,9 @@ class _Recorder(TorchDispatchMode):
         kwargs = kwargs or {}
         read = [self.value(x) for x in pytree.tree_leaves(args)]
         result = func(*args, **kwargs)
-        if func.namespace != "aten" or func._schema.is_mutable:
+        if func.namespace != "aten" or schema(func).is_mutable:
             return result  # the write-back of a mutated input; metadata queries
-        if func is torch.ops.aten._to_copy.default and not isinstance(args[0], torch.Tensor):
+        if func is to_copy and not isinstance(args[0], torch.Tensor):
             self.put(result, Value(None, (), {}, result, literal=_converted(args[0], result.dtype)))
             return result  # a number of the program, of which batching makes a tensor
         spec = pytree.tree_structure(args)
@@ -201,7 +209,7 @@ def as_size(n: sympy.Expr, near: Value) -> IntLike:
 def size_hint(n: sympy.Expr, near: Value) -> int:
     """A size in the call that is being compiled; 0 where that is only known after running the graph."""
     size = as_size(n, near)
-    return size if isinstance(size, int) else int(size.node.hint or 0)
+    return size if isinstance(size, int) else hint(size) or 0
 
 
 def _mode_of(value: Value) -> FakeTensorMode:
@@ -239,19 +247,19 @@ def _gradients(
             stops.add(v)
         else:
             flowing.add(v)
-    return frozenset(flowing), frozenset(v for v in stops if v.op is not None and not v.op._schema.name.endswith("_like"))
+    return frozenset(flowing), frozenset(v for v in stops if v.op is not None and not schema(v.op).name.endswith("_like"))
 
 
 def _literal(x: torch.Tensor) -> float | int | bool | None:
     """The number in a real tensor of one element: torch.tensor(0.0) written in the model."""
     if isinstance(x, FakeTensor) or x.numel() != 1:
         return None
-    with _disable_current_modes():
+    with disable_current_modes():
         return x.item()
 
 
 def _converted(x: float | int | bool, dtype: torch.dtype) -> float | int | bool:
-    with _disable_current_modes():
+    with disable_current_modes():
         return torch.tensor(x, dtype=dtype).item()
 
 

@@ -10,11 +10,11 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch._ops import OpOverload, OpOverloadPacket
 from torch.fx import Node
 
 from fuse.passes.read.graph import Calls
 from fuse.report.reasons import Declined, UnreadOperator
+from fuse.torch_private import OpOverload, OpOverloadPacket, packet_name, safe_softmax, schema
 
 VARLEN = "_varlen_attn"
 VARLEN_OUT = "_varlen_attn_out"
@@ -28,13 +28,13 @@ VARLEN_LSE: Calls = (
 
 def is_varlen(node: Node, name: str = VARLEN) -> bool:
     target = node.target.overloadpacket if isinstance(node.target, OpOverload) else node.target
-    return isinstance(target, OpOverloadPacket) and target._qualified_op_name == f"torch_attn::{name}"
+    return isinstance(target, OpOverloadPacket) and packet_name(target) == f"torch_attn::{name}"
 
 
 def by_name(operator: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
     """The arguments of a call of ``operator``: torch 2.11 has fewer of them than 2.13."""
-    schema = (operator if isinstance(operator, OpOverload) else operator.default)._schema.arguments
-    return dict(zip((a.name for a in schema), args, strict=False)) | dict(kwargs)
+    declared = schema(operator if isinstance(operator, OpOverload) else operator.default).arguments
+    return dict(zip((a.name for a in declared), args, strict=False)) | dict(kwargs)
 
 
 def varlen_as_products(
@@ -148,5 +148,5 @@ def _attend(query: Tensor, key: Tensor, value: Tensor, visible: Tensor, scale: f
     k, v = (x.repeat_interleave(q.shape[0] // x.shape[0], 0) for x in (k, v))
     score = torch.where(visible, q @ k.mT * (1 / math.sqrt(q.shape[-1]) if scale is None else scale), -math.inf)
     lse = score.float().logsumexp(-1)
-    out = torch.ops.aten._safe_softmax.default(score, -1) @ v
+    out = safe_softmax(score, -1) @ v
     return out.transpose(0, 1), lse.masked_fill(lse == -math.inf, math.inf)

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import ctypes
 import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,6 +22,19 @@ from fuse.targets.cache import BuildFailed, entry
 from fuse.targets.cpp import NAME, SUFFIX
 from fuse.targets.cpp.compiler import FLAGS, compile_library, cxx_compiler, depends
 from fuse.targets.cpp.plan import lse_dtype
+
+
+@dataclass(frozen=True)
+class BackwardCall:
+    """Gradients of the ``wanted`` operands in calls of ``sizes``, where each is one tensor.
+
+    destinations  for each, in the order in which the kernel takes them, the operand that it is the gradient of
+    """
+
+    wanted: tuple[bool, ...]
+    sizes: tuple[int, ...]
+    destinations: tuple[int, ...]
+
 
 log = logging.getLogger("fuse")
 _SOURCE = Path(fuse.templates.__path__[0]) / "cpp" / "op.cpp"
@@ -46,21 +61,37 @@ def _opened(binary: Path) -> Any:
     """Raises BuildFailed."""
     try:
         library: Any = ctypes.CDLL(str(binary))
-        take = library.fuse_take
+        take, take_backward = library.fuse_take, library.fuse_take_backward
     except (OSError, AttributeError) as error:
         raise BuildFailed(str(error)) from error
-    number, text = ctypes.c_int64, ctypes.c_char_p
-    take.argtypes = (text, ctypes.c_void_p, number, number, ctypes.POINTER(number), text, text)
-    take.restype = None
+    number, text, run = ctypes.c_int64, ctypes.c_char_p, ctypes.c_void_p
+    numbers = ctypes.POINTER(number)
+    take.argtypes = (text, run, number, number, numbers, text, text)
+    take_backward.argtypes = (text, run, *(number, numbers) * 3, text)
+    take.restype = take_backward.restype = None
     return library
 
 
 def take(text: str, spec: AttentionSpec, run: Any) -> None:
     """From now on calls with ``text``, which says ``spec``, are those of the kernel ``run``, if ``load`` could do its work."""
     for library in _loaded:
-        order = (ctypes.c_int64 * len(spec.out_order))(*spec.out_order)
         dtypes = spec.out_dtype.encode(), lse_dtype(spec).encode()
-        library.fuse_take(text.encode(), ctypes.cast(run, ctypes.c_void_p), spec.batch, spec.v_dim, order, *dtypes)
+        library.fuse_take(text.encode(), _address(run), spec.batch, spec.v_dim, _numbers(spec.out_order), *dtypes)
+
+
+def take_backward(text: str, spec: AttentionSpec, run: Any, call: BackwardCall) -> None:
+    """As ``take``, where that was called for ``text``, for calls of the backward pass like ``call``."""
+    for library in _loaded:
+        lists = [x for numbers in (call.wanted, call.sizes, call.destinations) for x in (len(numbers), _numbers(numbers))]
+        library.fuse_take_backward(text.encode(), _address(run), *lists, lse_dtype(spec).encode())
+
+
+def _address(run: Any) -> ctypes.c_void_p:
+    return ctypes.cast(run, ctypes.c_void_p)
+
+
+def _numbers(of: Sequence[int]) -> Any:
+    return (ctypes.c_int64 * len(of))(*of)
 
 
 @at_forget
