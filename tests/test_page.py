@@ -24,6 +24,7 @@ from fuse.report import formula
 from fuse.report.excerpt import excerpt, short_path
 from fuse.report.listing import contents
 from fuse.report.page import Group, page_of, rendered
+from fuse.report.reasons import InternalError
 from fuse.report.report import Report
 from fuse.report.sentence import sentences
 from fuse.report.site import Frame, Site
@@ -142,6 +143,18 @@ def causal(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return (q @ k.mT * 0.125).masked_fill(i > i[:, None], -torch.inf).softmax(-1) @ v
 
 
+@pytest.mark.parametrize("target", ["cpp", "triton"])
+def test_a_target_shows_every_kernel_of_a_spec(target: str) -> None:
+    if target == "triton":
+        pytest.importorskip("triton")
+    spec = CASES["mapped_bool"]("float32").spec
+    found = sources(spec, target, (True, True, True, False, False))
+    assert list(found) == ["forward", "backward", "tile map"]
+    assert all(list(contents(text)) for text in found.values())
+    assert list(sources(spec, target, (False,) * 5)) == ["forward", "tile map"]
+    assert sources(spec, "reference", (True, True, True, False, False)) == {}
+
+
 def test_names_of_tensors_and_places_do_not_part_a_group_but_are_told() -> None:
     spec = CASES["causal"]("float32").spec
     site = Site(True, None, "a.py:1", "layers.0", "score", "k <= q", spec, (2, 3, 37, 37), {0: "x"}, target="cpp")
@@ -200,6 +213,12 @@ def test_every_site_formula_line_and_mask_stands_in_the_page(report: Report, pag
         assert all(condition in text and meaning in text for condition, meaning in group.mask)
     assert "this line is the site" in page and "Model, " in page and "padding bool [2, 200]" in page
     assert json.loads(re.search(r'id="pictures">(.*?)</script>', page, re.DOTALL)[1]).keys() == {"g1", "g2"}  # type: ignore[index]
+
+
+def test_a_page_of_nothing_and_one_of_a_failure_are_pages_too() -> None:
+    assert "looked for" in rendered(page_of(Report((), graphs=1))) and Elements(rendered(page_of(Report(()))))
+    failed = Site(False, InternalError("KeyError: 'x'"), "", "")
+    assert "at a place that is not known" in rendered(page_of(Report((failed,))))
 
 
 def test_the_page_says_date_command_machine_and_versions(page: str) -> None:

@@ -100,6 +100,15 @@ def test_search_filters_and_keys(page: str, tmp_path: Path) -> None:
     }  # fmt: skip
 
 
+def test_a_page_without_sites_raises_nothing(tmp_path: Path) -> None:
+    found = run(
+        rendered(page_of(Report((), graphs=1))),
+        """for (const key of ["j", "k", "o", "f", "t", "Escape"]) press(key); type("x"); write({shown: shown()});""",
+        tmp_path,
+    )
+    assert found == {"shown": []}
+
+
 def causal(q: torch.Tensor) -> torch.Tensor:
     i = torch.arange(q.shape[-2])
     return (q @ q.mT).masked_fill(i > i[:, None], -1e9).softmax(-1) @ q

@@ -189,7 +189,7 @@ def _group(number: int, sites: Sequence[Site], kernels: bool) -> Group:
     modules, places = merge_paths([s.module for s in sites if s.module]), tuple(_places(sites))
     return Group(
         number, len(sites), "left" if not site.recovered else "reference" if site.by_reference else "fused",
-        modules or site.where, places, tuple(_facts(site, len(places) > 1)), _reason(site),
+        modules or site.where or "at a place that is not known", places, tuple(_facts(site, len(places) > 1)), _reason(site),
         lines(spec, site.names) if spec else (), tensors(spec, site.names) if spec else (),
         tuple(sentences(spec.mask.predicate, site.names)) if spec and spec.mask else (), drawn,
         () if isinstance(drawn, str) else tuple((e.name, EXAMPLES[e.role]) for e in drawn.examples),
