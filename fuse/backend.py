@@ -56,7 +56,9 @@ def _tried(gm: GraphModule, example_inputs: Sequence[Any], chosen: Options) -> t
         return _fused(gm, example_inputs, chosen, leave_none)
     trial, before = Trial(chosen.qualify == "always", chosen.target != registry.AUTO), check.keep(gm)
     call, reading = _fused(gm, example_inputs, chosen, trial.leave)
-    return _fused(before, example_inputs, chosen, trial.leave) if trial.decide() else (call, reading)
+    if trial.decide():
+        call, reading = _fused(before, example_inputs, chosen, trial.leave)
+    return call, replace(reading, sites=tuple(replace(site, measured=trial.measured(site)) for site in reading.sites))
 
 
 def _fused(gm: GraphModule, example_inputs: Sequence[Any], chosen: Options, leave: Leave) -> tuple[Callable[..., Any], Reading]:

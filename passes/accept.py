@@ -10,7 +10,7 @@ from torch.fx import Graph, Node
 from fuse.ir.spec import AttentionSpec
 from fuse.passes.find import Candidate
 from fuse.passes.lift import Lifted
-from fuse.passes.read.graph import MADE, location, module_path, operator_name, user_name
+from fuse.passes.read.graph import MADE, frames, location, module_path, operator_name, user_name
 from fuse.passes.read.trace import Seed, size_hint
 from fuse.passes.replace import Replacement, live_nodes, remove, unread_nodes
 from fuse.passes.transforms import for_all_examples
@@ -66,7 +66,7 @@ def accept(graph: Graph, candidates: list[Candidate], found: list[Found], kept: 
 
 def declined_site(candidate: Candidate, reason: Reason) -> Site:
     root = candidate.roots[0]
-    return Site(False, reason, location(root), module_path(root))
+    return Site(False, reason, location(root), module_path(root), frames=frames(root))
 
 
 def _fused_site(f: Found) -> Site:
@@ -77,8 +77,10 @@ def _fused_site(f: Found) -> Site:
     formula, wanted = score_text(spec.score, names), f.replacement.wanted
     where, module = location(root), module_path(root)
     spec, sizes = for_all_examples(spec, hints, f.replacement.leaves, f.replacement.around)
-    target = f.replacement.target
-    return Site(True, None, where, module, formula, mask, spec, sizes, names, wanted=wanted, target=target, steps=f.steps)
+    return Site(
+        True, None, where, module, formula, mask, spec, sizes, names, wanted=wanted, target=f.replacement.target, steps=f.steps,
+        frames=frames(root),
+    )  # fmt: skip
 
 
 def _names(leaves: Sequence[Node]) -> dict[int, str]:

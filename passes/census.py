@@ -9,7 +9,7 @@ from torch.fx import Graph, Node
 from fuse.passes.expand import COMPOSITES
 from fuse.passes.find import ATTENTION, NORMALISATIONS
 from fuse.passes.read.bodies import graphs_of, is_ordinary
-from fuse.passes.read.graph import location, module_path, operator_name
+from fuse.passes.read.graph import frames, location, module_path, operator_name
 from fuse.report.reasons import Reason, UnreadBody, UnreadOperator
 from fuse.report.site import Other, Site
 from fuse.torch_private import HigherOrderOperator, OpOverload
@@ -79,7 +79,8 @@ def _inside(node: Node) -> Iterator[Node]:
 
 
 def _declined(node: Node, reason: Reason, caller: Node | None = None) -> Site:
-    return Site(False, reason, location(node) or location(caller or node), module_path(caller or node))
+    where, called = location(node) or location(caller or node), frames(node) or frames(caller or node)
+    return Site(False, reason, where, module_path(caller or node), frames=called)
 
 
 def _other(node: Node, why: str) -> Other:

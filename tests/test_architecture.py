@@ -17,7 +17,7 @@ import fuse.passes
 LEVELS = (
     ("errors", "settings", "memoize", "torch_private", "assumptions", "trainer"),
     ("ir",),
-    ("report.reasons", "report.runs", "report.site", "report.wording"),
+    ("report.reasons", "report.runs", "report.site", "report.wording", "report.formula", "report.excerpt", "report.notebook"),
     ("kernel",),
     ("targets",),
     ("options",),

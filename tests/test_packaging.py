@@ -60,7 +60,8 @@ def pip(*args: str) -> None:
 
 def test_the_wheel_holds_passes_templates_types_and_license(wheel: Path) -> None:
     inside = set(zipfile.ZipFile(wheel).namelist())
-    for folder, suffixes in (("fuse", (".py", ".typed")), ("passes", (".py",)), ("templates", (".py", ".jinja", ".h"))):
+    templates = (".py", ".jinja", ".h", ".cpp", ".css", ".js")
+    for folder, suffixes in (("fuse", (".py", ".typed")), ("passes", (".py",)), ("templates", templates)):
         files = [f for f in (ROOT / folder).rglob("*") if f.suffix in suffixes or f.name == "py.typed"]
         assert files
         prefix = Path("fuse") if folder == "fuse" else Path("fuse") / folder

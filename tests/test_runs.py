@@ -106,7 +106,7 @@ def test_without_a_compiler_nothing_is_called_fused(folder: Path, monkeypatch: p
     assert data["fused"] is False and data["runs"]["forward"]["by"] == "reference"
     assert "apt install g++" in data["runs"]["forward"]["why"]
     page = report.to_html(tmp_path / "report.html").read_text()
-    assert ">no<" in page and "reference: no C++ compiler was found" in page and ">yes<" not in page
+    assert ">by the reference<" in page and "reference: no C++ compiler was found" in page and ">fused<" not in page
 
 
 @pytest.mark.parametrize(

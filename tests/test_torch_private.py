@@ -418,4 +418,6 @@ def test_pytree() -> None:
     assert pytree.tree_unflatten(leaves, structure) == tree
     assert pytree.tree_map(str, tree) == {"a": ["1", ("2", "None")]}
     assert pytree.tree_map_only(int, lambda n: n + 1, tree) == {"a": [2, (3, None)]}
+    ((path, leaf), *_), _ = pytree.tree_flatten_with_path(((), {"a": [1]}))
+    assert (path[0].idx, path[1].key, str(path[2]), leaf) == (1, "a", "[0]", 1)
     assert pytree.tree_any(lambda x: x is None, tree)

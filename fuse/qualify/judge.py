@@ -24,6 +24,7 @@ from fuse.qualify.problem import map_used
 from fuse.qualify.verdict import Case, Kind, Verdict, case_of
 from fuse.report.reasons import KernelRefused, Reason, Slower
 from fuse.report.runs import Runs
+from fuse.report.site import Site
 from fuse.targets import registry
 from fuse.torch_private import default_store
 
@@ -57,6 +58,7 @@ class Trial:
     asked: bool = False
     _open: dict[Case, Question] = field(default_factory=dict)
     _own: dict[Case, Verdict] = field(default_factory=dict)
+    _cases: dict[tuple[object, ...], Case] = field(default_factory=dict)
 
     def leave(self, op: Node, wanted: tuple[bool, ...], written: str) -> Reason | None:
         """As fuse.passes.policy.Leave."""
@@ -67,6 +69,7 @@ class Trial:
             return Slower(f"{written}, which has kernels of its own on GPUs")
         question = Question(call, wanted, written)
         case = case_of(call, wanted, written)
+        self._cases[parsed(call.spec), call.target, call.sizes, wanted] = case
         found = self._own.get(case) if self.anew else _known(case)
         if found is None:
             self._open[case] = question
@@ -78,6 +81,11 @@ class Trial:
         self._open.clear()
         self._own |= found
         return any(v.kind != "kept" for v in found.values())
+
+    def measured(self, site: Site) -> str:
+        """What a site that is fused took beside what torch has; "" where nothing was timed."""
+        case = self._cases.get((site.spec, site.target, site.sizes, site.wanted))
+        return "" if case is None else self._own.get(case, _decided.get(case, _KEPT)).why
 
 
 def _known(case: Case) -> Verdict | None:

@@ -17,16 +17,16 @@ from fuse import backend
 from fuse.ir.spec import AttentionSpec
 from fuse.options import resolve
 from fuse.passes.census import LOOKED_FOR
-from fuse.report.runs import Part, Runs
+from fuse.report.runs import Part, Runs, brief
 from fuse.report.site import Other, Reading, Site
 from fuse.report.sparsity import Coverage, coverage
+from fuse.report.subject import Subject
 from fuse.targets import registry
 from fuse.targets.standin import ASKED
 from fuse.torch_private import dynamo_config, hint, original
 
 # An analysis shares Dynamo's code cache with the user's compiled functions but none of its entries.
 _ANALYSIS = {"recompile_limit": 1 << 20, "accumulated_recompile_limit": 1 << 20, "automatic_dynamic_shapes": False}
-_LINES = 3  # of a compiler's errors in a table
 
 
 def explain(model: Callable[..., Any], *args: Any, **kwargs: Any) -> Report:
@@ -52,7 +52,7 @@ def explain(model: Callable[..., Any], *args: Any, **kwargs: Any) -> Report:
         if not readings:
             raise
         note = f"The analysis ended after {len(readings)} graphs, zeros do not lead further: {type(error).__name__}: {error}"
-    return expected(readings, note)
+    return replace(expected(readings, note), subject=Subject.of(model, args, kwargs))
 
 
 def expected(readings: Sequence[Reading], note: str = "") -> Report:
@@ -81,6 +81,7 @@ class Report:
     others  normalisations that are no attention, such as a router's softmax
     graphs  how many were looked into
     unread  why others were not, one for each
+    subject the model and its call, as far as known
     """
 
     sites: tuple[Site, ...]
@@ -88,6 +89,7 @@ class Report:
     others: tuple[Other, ...] = ()
     graphs: int = 0
     unread: tuple[str, ...] = ()
+    subject: Subject = Subject()
 
     @staticmethod
     def of(readings: Sequence[Reading], note: str = "") -> Report:
@@ -110,12 +112,13 @@ class Report:
         """Sites of which the same is to be said, but for the module path: layers of a model, or one at several lengths."""
         same: dict[str, list[Site]] = {}
         for site in self.sites:
-            same.setdefault(repr(replace(site, module="", spec=None, names={}, steps=())), []).append(site)
+            said = replace(site, module="", spec=None, names={}, steps=(), frames=(), measured="")
+            same.setdefault(repr(said), []).append(site)
         alike: dict[tuple[object, ...], list[Site]] = {}
         for sites in same.values():
             site = sites[0]
-            said = site.fused, site.where, site.mask, *SiteGroup(site, 1, "").details
-            alike.setdefault(said, []).extend(sites)
+            shown = site.fused, site.where, site.mask, *SiteGroup(site, 1, "").details
+            alike.setdefault(shown, []).extend(sites)
         return [SiteGroup(sites[0], len(sites), merge_paths([site.module for site in sites])) for sites in alike.values()]
 
     def __str__(self) -> str:
@@ -160,16 +163,22 @@ class Report:
         }  # fmt: skip
         return json.dumps(data, indent=2)
 
+    def _repr_html_(self) -> str:
+        """In a notebook: a short table, and the page without kernels."""
+        from fuse.report import page
+
+        return page.in_notebook(page.page_of(self, kernels=False))
+
+    def _repr_pretty_(self, printer: Any, cycle: bool) -> None:
+        """In IPython."""
+        printer.text(str(self))
+
     def to_html(self, path: str | Path) -> Path:
         """Writes one self-contained page and returns its path."""
-        from importlib.resources import files
+        from fuse.report import page  # which shows reports
 
-        import jinja2
-
-        source = (files("fuse.templates") / "report" / "report.html.jinja").read_text()
-        template = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True).from_string(source)
         path = Path(path)
-        path.write_text(template.render(report=self, torch_version=torch.__version__))
+        path.write_text(page.rendered(page.page_of(self)), encoding="utf-8")
         return path
 
 
@@ -187,8 +196,8 @@ class SiteGroup:
         site, reason = self.site, self.site.reason
         found = [
             ("score", site.formula),
-            ("skipped", _skipped_text(site)),
-            *((part, _brief(str(runs))) for part, runs in site.runs.items()),
+            ("skipped", skipped_text(site)),
+            *((part, brief(str(runs))) for part, runs in site.runs.items()),
         ]
         if reason is not None:
             found += [("why not", f"{reason.name}: {reason}"), ("to fuse it", reason.unblock)]
@@ -197,12 +206,6 @@ class SiteGroup:
 
 def _counted(n: int, what: str) -> str:
     return f"{n} {what}{'s' * (n != 1)}"
-
-
-def _brief(text: str) -> str:
-    """The first lines of what a compiler had to say."""
-    lines = [line.strip() for line in text.splitlines() if line.strip()]
-    return " | ".join(lines[:_LINES]) + (" | …" if len(lines) > _LINES else "")
 
 
 def skipped(site: Site) -> Coverage | None:
@@ -215,7 +218,7 @@ def skipped(site: Site) -> Coverage | None:
     return None if size is None else coverage(site.spec, site.sizes, *size)
 
 
-def _skipped_text(site: Site) -> str:
+def skipped_text(site: Site) -> str:
     found = skipped(site)
     if site.spec is None or found is None:
         return ""

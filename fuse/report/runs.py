@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Literal
 
 Part = Literal["forward", "backward", "tile map"]
+_LINES = 3  # of a compiler's errors in a table
 By = Literal["kernel", "edited kernel", "reference", "being built"]
 
 
@@ -26,3 +27,9 @@ class Runs:
     def __str__(self) -> str:
         what = self.by if self.file is None else f"{self.by} {self.file}"
         return f"{what}: {self.why}" if self.why else what
+
+
+def brief(text: str) -> str:
+    """The first lines of what a compiler had to say."""
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    return " | ".join(lines[:_LINES]) + (" | …" if len(lines) > _LINES else "")

@@ -4,10 +4,23 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from fuse.ir.spec import AttentionSpec
 from fuse.report.reasons import Reason
 from fuse.report.runs import Part, Runs
+
+
+@dataclass(frozen=True)
+class Frame:
+    """A line of the user's source; ``function``: what holds it."""
+
+    file: str
+    line: int
+    function: str = ""
+
+    def __str__(self) -> str:
+        return f"{Path(self.file).name}:{self.line}"
 
 
 @dataclass(frozen=True)
@@ -26,6 +39,8 @@ class Site:
     wanted    for each operand whether training asks for its gradient
     target    that computes it; "" where it was left as it is
     steps     the spec after each pass, by the pass's name
+    frames    the calls that led to ``where``, outermost first; () where the tracer kept none
+    measured  seconds beside what torch has, in words; "" where nothing was timed
     runs      what computes its result ("forward"), its gradients ("backward") and its mask's map ("tile map"), as far as known
     """
 
@@ -42,7 +57,21 @@ class Site:
     wanted: tuple[bool, ...] = ()
     target: str = ""
     steps: tuple[tuple[str, AttentionSpec], ...] = ()
+    frames: tuple[Frame, ...] = ()
+    measured: str = ""
     runs: dict[Part, Runs] = field(default_factory=dict)
+
+    def _repr_html_(self) -> str:
+        """In a notebook."""
+        from fuse.report.notebook import site_html  # which reads formulas
+
+        return site_html(self)
+
+    def _repr_pretty_(self, printer: Any, cycle: bool) -> None:
+        """In IPython."""
+        from fuse.report.notebook import site_text
+
+        printer.text(site_text(self))
 
     @property
     def fused(self) -> bool:

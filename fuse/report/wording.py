@@ -6,7 +6,7 @@ is compared with k stands beside it, or the distance beside a number.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from fuse.ir.expr import COMPARISONS, INTS, Apply, Const, Expr, Load, apply, axes, const, index, walk
@@ -20,49 +20,75 @@ _K = index("k")
 
 def score_text(score: Expr, names: Mapping[int, str]) -> str:
     """A score or any other formula on one line."""
-    return _Words(names)(score)
+    return Words(names)(score)
 
 
 def mask_text(predicate: Expr, names: Mapping[int, str]) -> str:
     """A predicate as one chain of conditions; coordinates of the batch are left out where there is one choice of them."""
-    return _Words(names, _hidden(predicate))(predicate)
+    return Words(names, hidden(predicate))(predicate)
+
+
+def members(predicate: Expr, chain: str) -> list[Expr]:
+    """What all must hold ("and"), or one of which must ("or"), solved, without repetitions."""
+    return list(dict.fromkeys(_members(_read(predicate), chain)))
 
 
 @dataclass(frozen=True)
-class _Words:
-    """``hidden``: operands of which only the coordinates that depend on q or k are written."""
+class Words:
+    """Expressions as text; what writes them in another way has other words for the parts.
+
+    hidden  operands of which only the coordinates that depend on q or k are written
+    """
 
     names: Mapping[int, str]
     hidden: frozenset[int] = field(default_factory=frozenset)
 
     def __call__(self, n: Expr) -> str:
-        return self._text(_read(n))
+        return self.text(_read(n))
 
     def inside(self, n: Expr, level: int, right: bool = False) -> str:
         """The text of an operand of something that binds as ``level`` does."""
         n = _read(n)
         own = OPERATORS[n.op].binds if isinstance(n, Apply) else CALL
-        text = self._text(n)
-        return f"({text})" if own < level or (own == level and right) else text
+        text = self.text(n)
+        return self.enclosed(text) if own < level or (own == level and right) else text
 
-    def _text(self, n: Expr) -> str:
+    def text(self, n: Expr) -> str:
+        """Of what has been read."""
         if isinstance(n, Load):
             name = self.names.get(n.operand, f"operand{n.operand}")
             coords = [c for c in n.coords if n.operand not in self.hidden or axes(c) & {"q", "k"}]
-            return f"{name}[{', '.join(map(self, coords))}]" if coords else name
+            return self.element(name, [self(c) for c in coords])
         if not isinstance(n, Apply):
-            return to_text(n)
-        sign, level = OPERATORS[n.op].sign, OPERATORS[n.op].binds
-        if sign and len(n.operands) == 2:
+            return self.leaf(n)
+        level = OPERATORS[n.op].binds
+        if OPERATORS[n.op].sign and len(n.operands) == 2:
             a, b = n.operands
             compared = n.op in COMPARISONS
             left = self.inside(a, level, compared)
             right = self.inside(b, level, compared or n.op not in ("add", "and", "or"))
-            return f"{left} {sign} {right}"
-        if sign:
-            return sign + self.inside(n.operands[0], level)
-        name = n.dtype if n.op == "cast" else n.op
-        return f"{name}({', '.join(map(self, n.operands))})"
+            return self.between(n, left, right)
+        if OPERATORS[n.op].sign:
+            return self.before(n, self.inside(n.operands[0], level))
+        return self.call(n, [self(a) for a in n.operands])
+
+    def leaf(self, n: Expr) -> str:
+        return to_text(n)
+
+    def element(self, name: str, coords: Sequence[str]) -> str:
+        return f"{name}[{', '.join(coords)}]" if coords else name
+
+    def enclosed(self, text: str) -> str:
+        return f"({text})"
+
+    def between(self, n: Apply, left: str, right: str) -> str:
+        return f"{left} {OPERATORS[n.op].sign} {right}"
+
+    def before(self, n: Apply, operand: str) -> str:
+        return OPERATORS[n.op].sign + operand
+
+    def call(self, n: Apply, operands: Sequence[str]) -> str:
+        return f"{n.dtype if n.op == 'cast' else n.op}({', '.join(operands)})"
 
 
 def _read(n: Expr) -> Expr:
@@ -74,7 +100,8 @@ def _read(n: Expr) -> Expr:
     return _solved(_carried_out(n)) if n.dtype == "bool" else n
 
 
-def _hidden(predicate: Expr) -> frozenset[int]:
+def hidden(predicate: Expr) -> frozenset[int]:
+    """Operands of which the coordinates of the batch are the same wherever they are read."""
     batch: dict[int, set[tuple[Expr, ...]]] = {}
     for n in walk(predicate):
         if isinstance(n, Load):

@@ -7,17 +7,20 @@ import sys
 import threading
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
+from functools import partial
 from typing import Any, Protocol, TypeVar
 
 from fuse.ir import tile_map
 from fuse.ir.gradient import Gradient, gradient
 from fuse.ir.spec import AttentionSpec
 from fuse.ir.tile_map import TileMap
+from fuse.kernel.destinations import Unsupported
 from fuse.memoize import forget
 from fuse.report.runs import Part, Runs
 from fuse.targets import fallback_warnings, kernel_or_reference, registry
-from fuse.targets.cache import builds
-from fuse.targets.protocols import Backward, Kernel, MapKernel, Tunable
+from fuse.targets.cache import BuildFailed, builds
+from fuse.targets.protocols import Backward, Kernel, MapKernel, Shown, Tunable
 
 __all__ = [
     "Backward",
@@ -32,6 +35,7 @@ __all__ = [
     "prepare_backward",
     "reset",
     "running",
+    "sources",
 ]
 
 
@@ -85,6 +89,23 @@ def running(spec: AttentionSpec, target: str, wanted: tuple[bool, ...]) -> dict[
         "tile map": _map_kernels.get((use, target)) if use is not None else None,
     }
     return {part: _runs(future) for part, future in found.items() if future is not None}
+
+
+def sources(spec: AttentionSpec, target: str, wanted: tuple[bool, ...]) -> dict[Part, str]:
+    """The kernels that ``target`` would build for ``spec`` on this machine, those that it can show. Builds nothing."""
+    shown, use = registry.named(target), _map_of(spec)
+    if not isinstance(shown, Shown):
+        return {}
+    asked: dict[Part, Callable[[], str]] = {"forward": partial(shown.forward_source, spec)}
+    if any(wanted):
+        asked["backward"] = partial(shown.backward_source, gradient(spec, wanted))
+    if use is not None:
+        asked["tile map"] = partial(shown.tile_map_source, use)
+    found: dict[Part, str] = {}
+    for part, source in asked.items():
+        with suppress(BuildFailed, Unsupported):
+            found[part] = source()
+    return found
 
 
 def prepare(spec: AttentionSpec, target: str, tune: bool = False) -> None:

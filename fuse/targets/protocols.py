@@ -8,6 +8,9 @@ from typing import Protocol, runtime_checkable
 
 from torch import Tensor
 
+from fuse.ir.gradient import Gradient
+from fuse.ir.spec import AttentionSpec
+from fuse.ir.tile_map import TileMap
 from fuse.report.runs import Runs
 
 
@@ -65,3 +68,16 @@ class Tunable(Protocol):
     """A kernel that can measure which of its plans is the fastest."""
 
     def tune(self) -> None: ...
+
+
+@runtime_checkable
+class Shown(Protocol):
+    """A target that can say what it would build for this machine, without building it."""
+
+    def forward_source(self, spec: AttentionSpec) -> str: ...
+
+    def backward_source(self, of: Gradient) -> str:
+        """Raises Unsupported."""
+        ...
+
+    def tile_map_source(self, spec: TileMap) -> str: ...

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch.fx import Graph, Node
 
+from fuse.report.site import Frame
 from fuse.torch_private import (
     FakeTensor,
     OpOverload,
@@ -226,14 +227,21 @@ def reached_from(node: Node | None) -> set[Node]:
     return seen
 
 
-def location(node: Node) -> str:
-    """ "file.py:line" of the innermost user frame, where frames inside torch are the user's call. Where the tracer kept none,
-    as for a module of torch that was compiled itself, the name of the module's class, or the node's own.
+def frames(node: Node) -> tuple[Frame, ...]:
+    """The user's frames that ran the node, outermost first, as far as the tracer kept them: frames inside torch are the user's
+    call, and stand here where there are no others.
     """
-    frames = [f for f in _FRAME.findall(node.meta.get("stack_trace") or node.stack_trace or "") if not f[0].startswith("<")]
-    frames = [f for f in frames if not f[0].startswith(_TORCH)] or frames
-    if frames:
-        return f"{Path(frames[-1][0]).name}:{frames[-1][1]}"
+    found = [f for f in _FRAME.findall(node.meta.get("stack_trace") or node.stack_trace or "") if not f[0].startswith("<")]
+    found = [f for f in found if not f[0].startswith(_TORCH)] or found
+    return tuple(Frame(file, int(line), function) for file, line, function in found)
+
+
+def location(node: Node) -> str:
+    """ "file.py:line" of the innermost user frame. Where the tracer kept none, as for a module of torch that was compiled
+    itself, the name of the module's class, or the node's own.
+    """
+    if found := frames(node):
+        return str(found[-1])
     stack: Mapping[str, Any] = node.meta.get("nn_module_stack") or {}
     kind = list(stack.values())[-1][1] if stack else None
     return str(getattr(kind, "__name__", kind or f"%{node.name}"))

@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -36,6 +36,14 @@ _LONG: dict[Part, str] = {
 Run = Callable[[bytes], int]
 
 
+class Rendered(NamedTuple):
+    """A source that is to be built for instruction set ``isa``."""
+
+    name: str
+    isa: str
+    text: str
+
+
 @dataclass(frozen=True)
 class Built:
     """A library that is loaded: its source in the cache, its entry, and what is to be said of it."""
@@ -47,15 +55,23 @@ class Built:
 
 def build(spec: AttentionSpec, isa: str | None = None) -> Built:
     """The built kernel of ``spec``, from the cache if it is there. Raises BuildFailed."""
-    chosen = plan(spec, isa or instruction_set())
-    name = f"attention_{spec.out_dtype}_{spec.qk_dim}x{spec.v_dim}_{chosen.isa}"
-    return build_source(name, chosen.isa, render.render(spec, chosen))
+    return build_source(*rendered(spec, isa))
 
 
 def build_tile_map(spec: TileMap, isa: str | None = None) -> Built:
     """As ``build``, the kernel of a map."""
+    return build_source(*rendered_tile_map(spec, isa))
+
+
+def rendered(spec: AttentionSpec, isa: str | None = None) -> Rendered:
+    chosen = plan(spec, isa or instruction_set())
+    name = f"attention_{spec.out_dtype}_{spec.qk_dim}x{spec.v_dim}_{chosen.isa}"
+    return Rendered(name, chosen.isa, render.render(spec, chosen))
+
+
+def rendered_tile_map(spec: TileMap, isa: str | None = None) -> Rendered:
     chosen = plan_tile_map(spec, isa or instruction_set())
-    return build_source(f"tile_map_{chosen.isa}", chosen.isa, render_tile_map(spec, chosen))
+    return Rendered(f"tile_map_{chosen.isa}", chosen.isa, render_tile_map(spec, chosen))
 
 
 def build_source(name: str, isa: str, rendered: str) -> Built:

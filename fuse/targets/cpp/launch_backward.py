@@ -13,7 +13,7 @@ from fuse.report.runs import Runs
 from fuse.targets import reference
 from fuse.targets.cpp import op
 from fuse.targets.cpp.compiler import instruction_set
-from fuse.targets.cpp.launch import Built, Library, build_source
+from fuse.targets.cpp.launch import Built, Library, Rendered, build_source
 from fuse.targets.cpp.plan import backward_plan, lse_dtype
 from fuse.targets.cpp.render_backward import argument_count, render_backward
 from fuse.targets.fallback_warnings import OVERLAPPING, left_to_reference
@@ -24,10 +24,15 @@ _SIZES = 8  # that are called without Python: who trains on many has other costs
 
 def build_backward(spec: AttentionSpec, wanted: Sequence[bool], isa: str | None = None) -> Built:
     """The built kernel of the gradients of ``wanted`` operands. Raises BuildFailed, and Unsupported."""
+    return build_source(*rendered_backward(spec, wanted, isa))
+
+
+def rendered_backward(spec: AttentionSpec, wanted: Sequence[bool], isa: str | None = None) -> Rendered:
+    """Raises Unsupported."""
     terms = any(s.kind not in ("matrix", "logit") for s in destinations(spec, wanted))
     plan = backward_plan(spec, isa or instruction_set(), terms)
     name = f"attention_backward_{spec.out_dtype}_{spec.qk_dim}x{spec.v_dim}_{plan.isa}"
-    return build_source(name, plan.isa, render_backward(spec, wanted, plan))
+    return Rendered(name, plan.isa, render_backward(spec, wanted, plan))
 
 
 class CppBackward:

@@ -11,8 +11,8 @@ from fuse.ir.spec import AttentionSpec
 from fuse.ir.tile_map import TileMap
 from fuse.targets.cpp import NAME, SUFFIX, op
 from fuse.targets.cpp.compiler import instruction_set, toolchain
-from fuse.targets.cpp.launch import CppKernel, CppTileMap, build, build_tile_map
-from fuse.targets.cpp.launch_backward import CppBackward, build_backward
+from fuse.targets.cpp.launch import CppKernel, CppTileMap, build, build_tile_map, rendered, rendered_tile_map
+from fuse.targets.cpp.launch_backward import CppBackward, build_backward, rendered_backward
 from fuse.targets.cpp.plan import lse_dtype, plan
 
 
@@ -45,6 +45,15 @@ class CppTarget:
 
     def tile_map(self, spec: TileMap) -> CppTileMap:
         return CppTileMap(spec, build_tile_map(spec))
+
+    def forward_source(self, spec: AttentionSpec) -> str:
+        return rendered(spec).text
+
+    def backward_source(self, of: Gradient) -> str:
+        return rendered_backward(of.spec, of.wanted).text
+
+    def tile_map_source(self, spec: TileMap) -> str:
+        return rendered_tile_map(spec).text
 
     def tile_size(self, spec: AttentionSpec) -> tuple[int, int]:
         chosen = plan(spec, instruction_set())

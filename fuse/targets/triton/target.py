@@ -19,7 +19,7 @@ from fuse.targets.fallback import KernelOrElse, OrElse
 from fuse.targets.protocols import Backward, Kernel, MapKernel
 from fuse.targets.standin import ReferenceBackward, ReferenceKernel, ReferenceTileMap
 from fuse.targets.triton import NAME, SUFFIX
-from fuse.targets.triton.plan import ARCHITECTURES, plan_triton
+from fuse.targets.triton.plan import ARCHITECTURES, described, plan_triton
 
 # For tests, Triton's interpreter takes tensors on the CPU.
 _INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -69,6 +69,26 @@ class TritonTarget:
             from fuse.targets.triton.launch_tile_map import TritonTileMap
 
         return OrElse(TritonTileMap(spec), partial(ReferenceTileMap, spec), REFUSALS, "tile map")
+
+    def forward_source(self, spec: AttentionSpec) -> str:
+        with _installed():
+            from fuse.targets.triton.module import current_architecture
+            from fuse.targets.triton.render import render_triton
+
+        return render_triton(spec, plan_triton(spec, current_architecture()))
+
+    def backward_source(self, of: Gradient) -> str:
+        with _installed():
+            from fuse.targets.triton.module import current_architecture
+            from fuse.targets.triton.render_backward import render_backward
+
+        return render_backward(of.spec, of.wanted, described(of.spec, current_architecture()))
+
+    def tile_map_source(self, spec: TileMap) -> str:
+        with _installed():
+            from fuse.targets.triton.render_tile_map import render_tile_map_triton
+
+        return render_tile_map_triton(spec)
 
     def tile_size(self, spec: AttentionSpec) -> tuple[int, int]:
         try:
