@@ -13,6 +13,7 @@ from torch.autograd import forward_ad
 import fuse
 
 N, D = 20, 8
+TANGENTS_ARE_COMPILED = tuple(map(int, torch.__version__.split(".")[:2])) < (2, 14)  # from then on Dynamo leaves them to eager
 Tensors = tuple[Tensor, Tensor, Tensor]
 
 
@@ -113,7 +114,7 @@ def test_a_gradient_of_a_gradient_of_the_graph_is_left() -> None:
     assert "differentiated twice" in str(fuse.report().sites[0].reason)
 
 
-@pytest.mark.cpp
+@pytest.mark.compiler
 def test_the_kernel_of_a_vmap_is_that_of_all_its_examples() -> None:
     x = qkv(3, 2)
     torch.testing.assert_close(compiled(program(torch.vmap(causal)), target="cpp")(*x), causal(*x), rtol=1e-5, atol=1e-5)
@@ -133,7 +134,7 @@ def test_tangents_go_through_a_compiled_graph() -> None:
         dual = [forward_ad.make_dual(a, b) for a, b in zip((q, k, v), qkv(2, seed=1), strict=True)]
         found, expected = (forward_ad.unpack_dual(f(*dual)).tangent for f in (function, causal))
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
-    assert fuse.report().recovered == 1
+    assert fuse.report().recovered == TANGENTS_ARE_COMPILED
 
 
 def test_many_gradients_at_once_are_those_of_each() -> None:
