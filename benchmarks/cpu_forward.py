@@ -22,7 +22,7 @@ from timing import Run, Times, is_whole, keep, measure, working
 from torch import Tensor
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
-from fuse.targets.cpp import launch
+from fuse.targets.cpp import compiler
 
 HEADS = 12
 PEERS = ("sdpa", "eager", "inductor", "flex")
@@ -136,7 +136,7 @@ def _compiled(backend: str, kind: str, x: Inputs) -> Run:
 def report(case: Case, dtype: str, times: dict[str, Times], peers: Sequence[str] = PEERS) -> dict[str, object]:
     ratios = {name: t.processor / times["fuse"].processor for name, t in times.items() if name != "fuse"}
     bar = case.bars.get(dtype)
-    applies = dtype != "bfloat16" or launch.instruction_set() == "amx"
+    applies = dtype != "bfloat16" or compiler.instruction_set() == "amx"
     missed = bool(bar and applies and "sdpa" in ratios and ratios["sdpa"] < bar)
     shown = "".join(f"{ratios[name]:9.2f}" if name in ratios else f"{'-':>9}" for name in peers)
     wanted = f"{bar:.2f}{'' if applies else ' (AMX)'}" if bar else ""

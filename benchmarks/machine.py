@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fuse.targets.cpp import cpu, launch
+from fuse.targets.cpp import compiler, cpu
 
 os.environ.setdefault("FUSE_QUALIFY", "never")  # kernels are measured, be they preferred or not
 _TELLING = ("amx_bf16", "amx_tile", "avx512_bf16", "avx512f", "avx2", "fma", "asimd")
@@ -27,10 +27,10 @@ def facts() -> dict[str, Any]:
     info = Path("/proc/cpuinfo")
     lines = info.read_text().splitlines() if info.exists() else []
     model = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.processor())
-    version = subprocess.run([*launch.cxx_compiler(), "--version"], capture_output=True, text=True, check=False).stdout
+    version = subprocess.run([*compiler.cxx_compiler(), "--version"], capture_output=True, text=True, check=False).stdout
     return {
         "cpu": model, "cores": os.cpu_count(), "flags": [f for f in _TELLING if f in cpu.flags()],
-        "instruction set": launch.instruction_set(), "threads": torch.get_num_threads(), "torch": torch.__version__,
+        "instruction set": compiler.instruction_set(), "threads": torch.get_num_threads(), "torch": torch.__version__,
         "fuse": _version(), "compiler": version.splitlines()[0] if version else "", "load": round(os.getloadavg()[0], 2),
         "time": datetime.now(UTC).isoformat(timespec="seconds"),
     }  # fmt: skip
@@ -38,7 +38,7 @@ def facts() -> dict[str, Any]:
 
 def slug() -> str:
     """The machine as a part of a file's name."""
-    return f"{platform.machine()}-{launch.instruction_set()}-{torch.get_num_threads()}threads"
+    return f"{platform.machine()}-{compiler.instruction_set()}-{torch.get_num_threads()}threads"
 
 
 def _version() -> str:

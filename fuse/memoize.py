@@ -18,9 +18,10 @@ def memoize(make: C) -> C:
     return found
 
 
-def at_forget(clear: Callable[[], None]) -> None:
+def at_forget(clear: Callable[[], None]) -> Callable[[], None]:
     """Has ``clear`` called by ``forget``."""
     _clears.append(clear)
+    return clear
 
 
 def forget() -> None:

@@ -2,7 +2,8 @@
 
 The product of query and key is taken to be finite and no larger than ``largest(dtype)``, and what is made of tensors and
 positions alone, such as a bias, to be such a number or -inf: what exceeds them is no score that eager could tell from a mask.
-Everything else is proved: a bound that does not hold for all such values is not given.
+Everything else is proved: a bound that does not hold for all such values is not given, and NaN is told that comes of
+infinities which are written in the score: -inf * 0.
 """
 
 from __future__ import annotations
@@ -33,6 +34,7 @@ def highest(e: Expr, known: Mapping[Expr, Range] = _NOTHING) -> float:
 
 def value_range(e: Expr, known: Mapping[Expr, Range] = _NOTHING) -> Range:
     found: dict[Expr, Range] = dict(known)
+    finite = {n: _finite(n, r) for n, r in known.items()}  # where no tensor holds an infinity
     data: set[Expr] = set()
     scored: set[Expr] = set()
     for n in expr.walk(e):
@@ -41,9 +43,28 @@ def value_range(e: Expr, known: Mapping[Expr, Range] = _NOTHING) -> Range:
             scored.add(n)
         elif n.dtype != "bool" and (isinstance(n, (Load, Index, Symbol)) or any(a in data for a in n.args)):
             data.add(n)
-            r = Range(r.low, min(r.high, largest(n.dtype))) if n.dtype in expr.FLOATS else r
+            if n.dtype in expr.FLOATS:
+                written = _where_tensors_are_finite(n, finite)
+                r = Range(r.low, min(r.high, largest(n.dtype)), written.nan)
+                finite.setdefault(n, written)
         found.setdefault(n, r)
+        finite.setdefault(n, found[n])
     return found[e]
+
+
+def _where_tensors_are_finite(n: Expr, finite: Mapping[Expr, Range]) -> Range:
+    """What a float is that is made of tensors: infinite or NaN only where an infinity is written in it."""
+    if not isinstance(n, Apply):
+        return _finite(n, WHOLE[n.dtype])
+    args = [finite[a] for a in n.operands]
+    r = applied(n, args)
+    return r if any(a.infinite or a.nan for a in args) else _finite(n, r)
+
+
+def _finite(n: Expr, r: Range) -> Range:
+    if n.dtype not in expr.FLOATS:
+        return r
+    return Range(max(r.low, min(-largest(n.dtype), 2 * r.high)), min(r.high, largest(n.dtype)))
 
 
 def constant(n: Expr) -> Const | None:

@@ -85,7 +85,7 @@ def insert(
     verify(spec)
     trace, target = context.trace, context.target
     flowing = trace.value_of[root] in trace.flowing
-    emitter = _Emitter(graph, root, trace, lifted.scores.origin, flowing, around)
+    emitter = _Emitter(graph, root, trace, lifted, flowing, around)
     with graph.inserting_before(root):
         try:
             leaves = tuple(emitter.tensor(v) for v in lifted.leaves)
@@ -133,7 +133,7 @@ class _Emitter:
     """Values of the trace as nodes before the root: existing ones where they hold the value, new ATen calls else."""
 
     def __init__(
-        self, graph: Graph, root: Node, trace: Trace, scores: Node | None, flowing: bool, around: tuple[Transform, ...]
+        self, graph: Graph, root: Node, trace: Trace, lifted: Lifted, flowing: bool, around: tuple[Transform, ...]
     ) -> None:
         self.graph = graph
         self.root = root
@@ -141,8 +141,9 @@ class _Emitter:
         self.around = around  # values of a transform's level are not to be had outside of it
         self.saves = flowing  # operands are kept for the backward pass, in which they must be what they were
         # What is computed from the scores, if only from their shape, would keep them alive
-        self.of_scores = reached_from(scores)
+        self.of_scores = reached_from(lifted.scores.origin)
         self.order = {n: i for i, n in enumerate(graph.nodes)}
+        self.read_over = _between([n for v in lifted.leaves if (n := self._held(v)) is not None], root)
         self.made: dict[Value, Node] = {}
         self.new: list[Node] = []
 
@@ -150,24 +151,29 @@ class _Emitter:
         if isinstance(value, Seed):
             return self._seed(value)
         if value not in self.made:
-            node = self.trace.node_of.get(value)
-            usable = node is not None and self.order[node] < self.order[self.root] and node not in self.of_scores
-            self.made[value] = self._unwritten(node) if node is not None and usable else self._again(value)
+            node = self._held(value)
+            self.made[value] = self._again(value) if node is None else self._unwritten(node)
         return self.made[value]
+
+    def _held(self, value: Value) -> Node | None:
+        """The node that has the value before the root, if it may be read."""
+        node = self.trace.node_of.get(value)
+        usable = node is not None and self.order[node] < self.order[self.root] and node not in self.of_scores
+        return node if usable else None
 
     def _unwritten(self, node: Node) -> Node:
         """The node if at the root its memory holds what the trace read there, else a copy from before it was written."""
         storage = storage_of(node)
         shared = [n for n in self.order if storage is not None and storage_of(n) == storage]
         writers = [w for n in shared for w in n.users if any(storage_of(x) == storage for x in writes(w))]
-        readers = [self.order[u] for n in shared for u in n.users if u in self.trace.ran]
+        readers = [self.order[u] for n in shared for u in n.users if u in self.trace.ran and u in self.read_over]
         for writer in sorted(writers, key=self.order.__getitem__):
             at, root = self.order[writer], self.order[self.root]
             if writer in self.trace.ran and node in self.trace.ran:
                 if at > root:
                     raise Declined(Mutated(user_name(node), location(writer)))
             elif readers and min(readers) < at < root:  # an input of the trace stands for what it held when it was read
-                if max(r for r in readers if r < root) > at:
+                if max(readers) > at and writer not in self.trace.ran:  # the trace has what it ran in order
                     raise Declined(Mutated(user_name(node), location(writer)))
                 with self.graph.inserting_before(writer):
                     return self.new_call(torch.ops.fuse.snapshot.default, (node,), {})
@@ -268,6 +274,18 @@ class _Emitter:
     def undo(self) -> None:
         for node in reversed(self.new):
             self.graph.erase_node(node)
+
+
+def _between(leaves: Sequence[Node], root: Node) -> set[Node]:
+    """What ``root`` is computed by from ``leaves``, and itself."""
+    found: set[Node] = set()
+    stack = [root]
+    while stack:
+        node = stack.pop()
+        if node not in found:
+            found.add(node)
+            stack.extend(n for n in node.all_input_nodes if n not in leaves)
+    return found
 
 
 def _may_be_written(graph: Graph, root: Node) -> bool:

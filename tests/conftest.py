@@ -27,7 +27,7 @@ from together import quick_flags
 
 import fuse
 from fuse.targets import fallback_warnings
-from fuse.targets.cpp import launch
+from fuse.targets.cpp import compiler
 
 # Else pytest attaches its handler to this logger, which turns on torch's traces: slow, and shown with every failure.
 logging.getLogger("torch.__trace").propagate = True
@@ -73,7 +73,7 @@ def private_cache() -> Iterator[Path]:
         folder = _kept()
         folder.mkdir(parents=True, exist_ok=True)
         patch.setenv("FUSE_CACHE_DIR", str(folder))
-        patch.setattr(launch, "_FLAGS", (*launch._FLAGS, *SANITIZERS, "-include", str(header(folder))))
+        patch.setattr(compiler, "FLAGS", (*compiler.FLAGS, *SANITIZERS, "-include", str(header(folder))))
         patch.setenv("FUSE_QUALIFY", "never")  # tests of qualification ask for it: others are of kernels, be they fast or not
         yield folder
 
@@ -83,7 +83,7 @@ def optimisation(request: pytest.FixtureRequest) -> Iterator[None]:
     """Kernels are optimised as a user's in the tests of C++ kernels, elsewhere as AVX2's are on every machine: a third less."""
     with pytest.MonkeyPatch.context() as patch:
         if SANITIZERS or not request.path.name.startswith("test_cpp"):
-            patch.setattr(launch, "_ISA_FLAGS", quick_flags("-O1" if SANITIZERS else "-O2"))
+            patch.setattr(compiler, "ISA_FLAGS", quick_flags("-O1" if SANITIZERS else "-O2"))
         yield
 
 

@@ -13,7 +13,7 @@ from problems import Problem
 from specs import CASES
 from together import asked, for_queries, together
 
-from fuse.targets.cpp import cpu, launch, render
+from fuse.targets.cpp import compiler, cpu, launch, render
 from fuse.targets.cpp.plan import backward_plan, plan
 from fuse.targets.cpp.render_backward import render_backward
 
@@ -57,7 +57,7 @@ def test_tile_instructions_assemble(tmp_path: Path, way: str) -> None:
     source = tmp_path / "amx.cpp"
     source.write_text(text)
     flags = ["-std=c++17", "-O3", "-w", "-fopenmp", "-march=sapphirerapids", "-S", "-o", "-"]
-    done = subprocess.run([*launch.cxx_compiler(), *flags, str(source)], capture_output=True, text=True, check=True)
+    done = subprocess.run([*compiler.cxx_compiler(), *flags, str(source)], capture_output=True, text=True, check=True)
     for instruction in ("ldtilecfg", "tilezero", "tileloadd", "tilestored", "tdpbf16ps", "tilerelease"):
         assert instruction in done.stdout, instruction
 
@@ -79,7 +79,7 @@ def test_tile_product_adds_pairs_in_float(tmp_path: Path, rows: int, cols: int, 
     source, binary = tmp_path / "product.cpp", tmp_path / "product.so"
     source.write_text(render.render(spec, plan(spec, "amx_emulated")) + _PRODUCT)
     flags = ["-std=c++17", "-O1", "-w", "-march=native", "-shared", "-fPIC"]
-    subprocess.run([*launch.cxx_compiler(), *flags, str(source), "-o", str(binary)], check=True)
+    subprocess.run([*compiler.cxx_compiler(), *flags, str(source), "-o", str(binary)], check=True)
     a, b = torch.randn(rows, depth).bfloat16(), torch.randn(depth, cols).bfloat16()
     c = torch.randn(rows, cols)
     expected = c.double() + a.double() @ b.double()
@@ -97,7 +97,7 @@ def test_emulation_faults_on_an_unconfigured_tile(tmp_path: Path) -> None:
     source, binary = tmp_path / "fault.cpp", tmp_path / "fault"
     source.write_text(render.render(spec, plan(spec, "amx_emulated")) + "\nint main() { tile_zero<0>(); }\n")
     subprocess.run(
-        [*launch.cxx_compiler(), "-std=c++17", "-O1", "-w", "-march=native", str(source), "-o", str(binary)], check=True
+        [*compiler.cxx_compiler(), "-std=c++17", "-O1", "-w", "-march=native", str(source), "-o", str(binary)], check=True
     )
     done = subprocess.run([str(binary)], capture_output=True, text=True, check=False)
     assert done.returncode != 0 and "tile is not configured" in done.stderr

@@ -7,7 +7,8 @@ from specs import CASES
 from together import asked, for_queries, narrow, together
 
 from fuse.targets.cpp import cpu
-from fuse.targets.cpp.launch import CppKernel, build, instruction_set
+from fuse.targets.cpp.compiler import instruction_set
+from fuse.targets.cpp.launch import CppKernel, build
 
 pytestmark = pytest.mark.compiler
 

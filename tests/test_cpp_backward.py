@@ -18,7 +18,8 @@ from fuse.ir.spec import Operand
 from fuse.kernel.destinations import Unsupported
 from fuse.targets import reference
 from fuse.targets.cpp import cpu
-from fuse.targets.cpp.launch import CppKernel, build, instruction_set
+from fuse.targets.cpp.compiler import instruction_set
+from fuse.targets.cpp.launch import CppKernel, build
 from fuse.targets.cpp.launch_backward import CppBackward, build_backward
 
 pytestmark = pytest.mark.compiler

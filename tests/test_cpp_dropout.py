@@ -10,7 +10,8 @@ from together import asked, for_queries, together
 
 from fuse.targets import reference
 from fuse.targets.cpp import cpu
-from fuse.targets.cpp.launch import CppKernel, build, instruction_set
+from fuse.targets.cpp.compiler import instruction_set
+from fuse.targets.cpp.launch import CppKernel, build
 from fuse.targets.cpp.launch_backward import CppBackward, build_backward
 
 pytestmark = pytest.mark.compiler

@@ -16,7 +16,8 @@ from together import together
 from fuse import targets
 from fuse.ir.expr import Expr
 from fuse.ir.spec import Mask
-from fuse.targets.cpp.launch import CppKernel, build, instruction_set
+from fuse.targets.cpp.compiler import instruction_set
+from fuse.targets.cpp.launch import CppKernel, build
 
 pytestmark = pytest.mark.compiler
 

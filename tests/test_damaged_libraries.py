@@ -23,7 +23,7 @@ from fuse.ir import tile_map as tiles
 from fuse.kernel.source import ENTRY
 from fuse.report.runs import Runs
 from fuse.targets import reference
-from fuse.targets.cpp import launch
+from fuse.targets.cpp import compiler, launch
 from fuse.targets.cpp.launch_backward import build_backward
 
 pytestmark = [pytest.mark.compiler, pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork")]
@@ -69,7 +69,7 @@ def libraries(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for found in built:
         shutil.copy(found.source.with_suffix(".so"), folder / f"{found.source.stem.rpartition('-')[0]}.so")
     (folder / "other.cpp").write_text("int other;")
-    command = [*launch.cxx_compiler(), "-shared", "-fPIC", folder / "other.cpp", "-o", folder / "other.so"]
+    command = [*compiler.cxx_compiler(), "-shared", "-fPIC", folder / "other.cpp", "-o", folder / "other.so"]
     subprocess.run(command, check=True)
     return folder
 
@@ -166,12 +166,12 @@ def test_a_compiler_that_makes_no_kernel_and_says_it_did_leaves_no_entry(folder:
 def test_a_library_that_ends_or_stops_the_process_that_loads_it_is_never_loaded(
     folder: Path, monkeypatch: pytest.MonkeyPatch, does: str
 ) -> None:
-    monkeypatch.setattr(launch, "_PROBE_SECONDS", 2)
+    monkeypatch.setattr(compiler, "_PROBE_SECONDS", 2)
     source = folder.with_name("harmful.cpp")
     entry = f'extern "C" __attribute__((visibility("default"))) int {ENTRY}(const long*) {{ return 0; }}'
     source.write_text(f"#include <unistd.h>\n__attribute__((constructor)) void loaded() {{ {does}; }}\n{entry}\n")
     monkeypatch.delenv("CXX")
-    command = [*launch.cxx_compiler(), "-shared", "-fPIC", source, "-o", folder.with_name("instead")]
+    command = [*compiler.cxx_compiler(), "-shared", "-fPIC", source, "-o", folder.with_name("instead")]
     monkeypatch.setenv("CXX", str(folder.with_name("compiler")))
     subprocess.run(command, check=True)
     assert in_a_child("forward") == ("reference", 0)

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from fuse.ir.expr import FLOATS
 from fuse.ir.interval import Range
-from fuse.targets.cpp.launch import cxx_compiler
+from fuse.targets.cpp.compiler import cxx_compiler
 from fuse.targets.cpp.ranges import CppRanges
 
 pytestmark = pytest.mark.compiler

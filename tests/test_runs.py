@@ -65,7 +65,7 @@ def ran(target: str = "cpp", train: bool = False) -> Site:
 
 def refuse(folder: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     """Has the compiler fail for kernels whose name begins so."""
-    from fuse.targets.cpp.launch import cxx_compiler
+    from fuse.targets.cpp.compiler import cxx_compiler
 
     script = folder / "compiler"
     script.write_text(COMPILER.format(refused=name, compiler=" ".join(cxx_compiler())))

@@ -19,7 +19,8 @@ from fuse.ir.tile_map import EMPTY, FULL, PARTIAL, TileMap
 from fuse.ops import tile_map as map_op
 from fuse.ops.buffer_cache import _results, cached
 from fuse.targets import MapKernel, reference
-from fuse.targets.cpp.launch import CppTileMap, build_tile_map, instruction_set
+from fuse.targets.cpp.compiler import instruction_set
+from fuse.targets.cpp.launch import CppTileMap, build_tile_map
 
 N = 300
 ISAS = ["avx512", "avx2"] if instruction_set().startswith(("avx512", "amx")) else [instruction_set()]

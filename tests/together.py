@@ -26,7 +26,7 @@ from fuse import targets
 from fuse.kernel.source import ENTRY
 from fuse.report.runs import Runs
 from fuse.targets.cache import entry
-from fuse.targets.cpp import launch, launch_backward
+from fuse.targets.cpp import compiler, launch, launch_backward
 from fuse.targets.cpp.launch import Built
 from fuse.targets.cpp.plan import Plan
 
@@ -53,6 +53,11 @@ class Kernel:
     text: str
     run: Any = field(default=None, repr=False)
 
+    @property
+    def _as_parameter_(self) -> Any:
+        """What ctypes takes for it where it is handed on."""
+        return self.run
+
     def __call__(self, arguments: bytes) -> int:
         code: int = self.run(arguments)
         return code
@@ -61,7 +66,8 @@ class Kernel:
 def quick_flags(level: str = "-O2") -> dict[str, tuple[str, ...]]:
     """For every instruction set, optimised no more than that."""
     return {
-        isa: tuple(min(flag, level) if flag[:2] == "-O" else flag for flag in flags) for isa, flags in launch._ISA_FLAGS.items()
+        isa: tuple(min(flag, level) if flag[:2] == "-O" else flag for flag in flags)
+        for isa, flags in compiler.ISA_FLAGS.items()
     }
 
 
@@ -71,7 +77,7 @@ def together() -> Iterator[None]:
     wanted: list[Kernel] = []
 
     def later(name: str, isa: str, rendered: str) -> Built:
-        kernel = Kernel(name, isa, launch._ISA_FLAGS[isa], rendered)
+        kernel = Kernel(name, isa, compiler.ISA_FLAGS[isa], rendered)
         wanted.append(kernel)
         return Built(Path(name), kernel, Runs("kernel", Path(name)))
 
@@ -93,7 +99,7 @@ def narrow(vectors: int = 1, decode_queries: int = 0) -> Iterator[None]:
     For specs that say what an expression means: how it is written does not depend on either. So -O2 does, which AVX2 has.
     """
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(launch, "_ISA_FLAGS", launch._ISA_FLAGS | {isa: quick_flags()[isa] for isa in LANES})
+        patch.setattr(compiler, "ISA_FLAGS", compiler.ISA_FLAGS | {isa: quick_flags()[isa] for isa in LANES})
         with _planned(
             lambda full: replace(full, vectors=vectors, decode_queries=decode_queries) if full.core == "lanes" else full
         ):
@@ -132,9 +138,9 @@ def asked(request: pytest.FixtureRequest, test: Callable[..., object]) -> list[d
 
 def _build(kernels: list[Kernel]) -> None:
     isa, flags = kernels[0].isa, kernels[0].flags
-    command = (*launch.cxx_compiler(), *launch._FLAGS, *flags)
-    build = partial(launch._compile, command)
-    library = entry("cpp", f"together_{isa}", ".cpp", _text(kernels), launch._depends(command), build, ctypes.CDLL).loaded
+    command = (*compiler.cxx_compiler(), *compiler.FLAGS, *flags)
+    build = partial(compiler.compile_library, command)
+    library = entry("cpp", f"together_{isa}", ".cpp", _text(kernels), compiler.depends(command), build, ctypes.CDLL).loaded
     for number, kernel in enumerate(kernels):
         kernel.run = getattr(library, f"{ENTRY}_{number}")
         kernel.run.argtypes, kernel.run.restype = (ctypes.c_char_p,), ctypes.c_int

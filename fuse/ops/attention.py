@@ -38,6 +38,10 @@ for _schema in (
     "attention_forward(Tensor[] operands, SymInt[] sizes, str spec, str target) -> (Tensor, Tensor)",
     "attention_backward(Tensor grad_out, Tensor[] operands, SymInt[] sizes, Tensor out, Tensor lse, str spec, str target, "
     "bool[] wanted, Tensor? grad_lse=None) -> Tensor[]",
+    "attention_in_python(Tensor[] operands, SymInt[] sizes, str spec, str target) -> Tensor",
+    "attention_forward_in_python(Tensor[] operands, SymInt[] sizes, str spec, str target) -> (Tensor, Tensor)",
+    "attention_backward_in_python(Tensor grad_out, Tensor[] operands, SymInt[] sizes, Tensor out, Tensor lse, str spec, "
+    "str target, bool[] wanted, Tensor? grad_lse=None) -> Tensor[]",
 ):
     _library.define(_schema, tags=_TAGS)
 
@@ -61,14 +65,22 @@ def _differentiable(text: str) -> tuple[bool, ...]:
 def _kernel(text: str, target: str) -> Any:
     from fuse import targets
 
-    return targets.kernel(parsed(text), target)
+    return _known_as(text, targets.kernel(parsed(text), target))
 
 
 @memoize
 def _backward_kernel(text: str, target: str, wanted: tuple[bool, ...]) -> Any:
     from fuse import targets
 
-    return targets.backward_kernel(parsed(text), target, wanted)
+    return _known_as(text, targets.backward_kernel(parsed(text), target, wanted))
+
+
+def _known_as(text: str, kernel: Any) -> Any:
+    from fuse.targets.protocols import Direct
+
+    if isinstance(kernel, Direct):
+        kernel.known_as(text)
+    return kernel
 
 
 def _attention(operands: list[Tensor], sizes: list[int], spec: str, target: str) -> Tensor:
@@ -270,4 +282,10 @@ _register("attention_lse", _attention_lse, _lse_autograd, _fake_lse, batching.ls
 _register("attention_max", _attention_max, _max_autograd, _fake_max, batching.max_rule)
 _register("attention_forward", _forward, None, _fake_forward, batching.forward_rule)
 _register("attention_backward", _backward, _backward_autograd, _fake_backward, batching.backward_rule)
+# What these are called by has taken the place of those without "in_python", on CPUs: templates/cpp/op.cpp.
+_library.impl("attention_in_python", _attention, "CompositeExplicitAutograd")
+_library.impl("attention_in_python", _attention_autograd, "Autograd")
+_library.impl("attention_forward_in_python", _forward, "CompositeExplicitAutograd")
+_library.impl("attention_backward_in_python", _backward, "CompositeExplicitAutograd")
+_library.impl("attention_backward_in_python", _backward_autograd, "Autograd")
 _library.impl("attention_backward", batching.legacy_backward_rule, "Batched")

@@ -97,7 +97,7 @@ def _versions() -> str:
     digest = hashlib.sha256()
     for package in ("fuse", "fuse.passes", "fuse.templates"):  # which an editable installation has in several places
         for file in sorted(Path(str(resources.files(package))).rglob("*")):
-            if file.suffix in (".py", ".h", ".jinja"):
+            if file.suffix in (".py", ".h", ".cpp", ".jinja"):
                 digest.update(file.read_bytes())
     return f"fuse {digest.hexdigest()[:12]}, torch {torch.__version__}, triton {_triton()}"
 

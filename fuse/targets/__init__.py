@@ -40,13 +40,14 @@ class _Runs(Protocol):
     def runs(self) -> Runs: ...
 
 
-S = TypeVar("S")
+Key = TypeVar("Key", bound=tuple[Any, ...])
 K = TypeVar("K")
 R = TypeVar("R")
 Made = TypeVar("Made", bound=_Runs)
 _kernels: dict[tuple[AttentionSpec, str], Future[Kernel]] = {}
 _map_kernels: dict[tuple[TileMap, str], Future[MapKernel]] = {}
 _backward_kernels: dict[tuple[Gradient, str], Future[Backward]] = {}
+_calls: dict[tuple[str], Future[None]] = {}
 _lock = threading.Lock()
 _pools: dict[bool, ThreadPoolExecutor] = {}
 
@@ -56,7 +57,10 @@ def kernel(spec: AttentionSpec, target: str) -> Kernel:
 
     target  one of fuse.options.TARGETS
     """
-    return _given(_begun(_kernels, (spec, target), kernel_or_reference.forward), target, "forward")
+    made = _given(_begun(_kernels, (spec, target), kernel_or_reference.forward), target, "forward")
+    if (calls := _calls.get((target,))) is not None:
+        calls.result()
+    return made
 
 
 def backward_kernel(spec: AttentionSpec, target: str, wanted: tuple[bool, ...]) -> Backward:
@@ -85,6 +89,7 @@ def running(spec: AttentionSpec, target: str, wanted: tuple[bool, ...]) -> dict[
 
 def prepare(spec: AttentionSpec, target: str, tune: bool = False) -> None:
     """Starts building the kernel of ``spec``, beside others, and returns at once. ``tune``: it measures its plans, if any."""
+    _begun(_calls, (target,), _shorten_calls)
     made = _begun(_kernels, (spec, target), kernel_or_reference.forward)
     if tune:
         made.add_done_callback(_tune)
@@ -110,6 +115,7 @@ def _empty() -> None:
     _kernels.clear()
     _map_kernels.clear()
     _backward_kernels.clear()
+    _calls.clear()
     _pools.clear()
     fallback_warnings.reset()
     _lock = threading.Lock()
@@ -128,6 +134,10 @@ def _given(future: Future[Made], target: str, part: Part) -> Made:
     return made
 
 
+def _shorten_calls(target: str) -> None:
+    registry.named(target).shorten_calls()
+
+
 def _runs(future: Future[Any]) -> Runs:
     if not future.done():
         return Runs("being built")
@@ -135,9 +145,7 @@ def _runs(future: Future[Any]) -> Runs:
     return runs
 
 
-def _begun(
-    futures: dict[tuple[S, str], Future[K]], key: tuple[S, str], make: Callable[[S, str], K], later: bool = False
-) -> Future[K]:
+def _begun(futures: dict[Key, Future[K]], key: Key, make: Callable[..., K], later: bool = False) -> Future[K]:
     with _lock:
         if key not in futures:
             futures[key] = _submitted(later, make, *key)

@@ -48,6 +48,14 @@ class GradientBuffers:
                 found[to.name] = memory.permute(_inverse(to.order))
         return found
 
+    def of_operands(self, sizes: Sequence[int]) -> tuple[int, ...] | None:
+        """The operand of each destination where every gradient is one tensor, the operand's like; None where one is a sum."""
+        shared = self._first_of(dict(zip(self._spec.symbols, sizes, strict=True)))
+        firsts = {(to.load.operand, shared[to.name]) for to in self._destinations}
+        operands = tuple(to.load.operand for to in self._destinations)
+        whole = len(firsts) == len(set(operands)) and all(to.kind == "matrix" for to in self._destinations)
+        return operands if whole else None
+
     def totals(self, operands: Sequence[Tensor], wanted: Sequence[bool], found: Mapping[str, Tensor]) -> list[Tensor]:
         """The gradients of the wanted operands, with the layout that ``torch.empty_like`` gives these."""
         return [_total(t, self._of(i, found)) for i, t in enumerate(operands) if wanted[i]]

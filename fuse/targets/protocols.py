@@ -52,6 +52,15 @@ class MapKernel(Protocol):
 
 
 @runtime_checkable
+class Direct(Protocol):
+    """A kernel that torch can call without Python."""
+
+    def known_as(self, text: str) -> None:
+        """From the next call on, of the spec that is written ``text``."""
+        ...
+
+
+@runtime_checkable
 class Tunable(Protocol):
     """A kernel that can measure which of its plans is the fastest."""
 

@@ -371,7 +371,8 @@ def check_mask(spec: AttentionSpec, operands: Sequence[Tensor], sizes: Sequence[
 
     score, predicate = entries(spec.score), entries(mask.predicate)
     _require(torch.allclose(score[predicate], entries(mask.visible)[predicate], equal_nan=True), "visible is not the score")
-    _require(bool((score[~predicate] <= mask.fill + FILL_SLACK).all()), "a masked score exceeds fill")
+    highest = mask.fill + (FILL_SLACK if mask.fill == -math.inf else max(FILL_SLACK, -mask.fill / 128))
+    _require(bool((score[~predicate] <= highest).all()), "a masked score exceeds fill")
     claimed = torch.ones_like(predicate) if mask.residual is None else entries(mask.residual)
     position = torch.arange(call.kv_len, device=call.device)
     for name, bound in (("lower", mask.lower), ("upper", mask.upper)):

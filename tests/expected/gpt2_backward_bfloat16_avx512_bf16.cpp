@@ -1240,16 +1240,21 @@ struct PackedQueries {
     static PackedQueries& at(char* p, int64_t q0) { return ((PackedQueries*)p)[q0 / BQ]; }
 };
 
+// Of nq queries: whole steps and whole vectors of them. What lies behind is not read.
+static int filled(int nq) {
+    return round_up(nq, Matrix::kRows) > round_up(nq, W) ? round_up(nq, Matrix::kRows) : round_up(nq, W);
+}
+
 // rows [BQ][2 * PAIRS] and lanes [ROWS][BQ] of nq rows, zeros beyond.
 template <int WIDTH, int PAIRS, int ROWS> static void pack_both(Bf16* rows, Bf16* lanes, const View<Bf16>& view, int64_t q0,
     int nq) {
     const Bf16* from = view.data + q0 * view.row;
-    memset(rows, 0, sizeof(Bf16) * BQ * 2 * PAIRS);
+    memset(rows, 0, sizeof(Bf16) * filled(nq) * 2 * PAIRS);
     for (int i = 0; i < nq; i++) {
         if (view.column == 1) memcpy(rows + i * 2 * PAIRS, from + i * view.row, sizeof(Bf16) * WIDTH);
         else for (int d = 0; d < WIDTH; d++) rows[i * 2 * PAIRS + d] = from[i * view.row + d * view.column];
     }
-    memset(lanes, 0, sizeof(Bf16) * ROWS * BQ);
+    for (int d = 0; d < ROWS; d++) memset(lanes + d * BQ, 0, sizeof(Bf16) * filled(nq));
     uint32_t pairs[PAIRS * W];
     for (int q = 0; q < nq; q += W) {
         pack_rows_of_pairs<2 * PAIRS, PAIRS>(pairs, W, rows + q * 2 * PAIRS, 2 * PAIRS, W);
@@ -1383,16 +1388,16 @@ struct QueryBlock {
 };
 
 // Adds what attend_exactly has found, and clears it.
-static void add_exact(LaneScratch& r, Scratch& w, R* d_query, int rows) {
+static void add_exact(LaneScratch& r, Scratch& w, R* d_query, int rows, int keys) {
     for (int i = 0; i < rows; i++)
         for (int d = 0; d < D; d++) d_query[i * DC + d] += r.one_result[d * W + i];
-    for (int k = 0; k < PART; k++) {
+    for (int k = 0; k < keys; k++) {
         R *key = w.key + k / BK * BK * DROWS + k % BK, *value = w.value + k / BK * BK * EROWS + k % BK;
         for (int d = 0; d < D; d++) key[d * BK] += r.key[k * DC + d];
         for (int e = 0; e < DV; e++) value[e * BK] += r.value[k * EC + e];
     }
-    memset(r.key, 0, sizeof(R) * PART * DC);
-    memset(r.value, 0, sizeof(R) * PART * EC);
+    memset(r.key, 0, sizeof(R) * keys * DC);
+    memset(r.value, 0, sizeof(R) * keys * EC);
 }
 
 
@@ -1415,7 +1420,7 @@ static void block(const KeyPart& part, const PackedKeys& keys, char* queries, Sc
     const int nq = int(min64(BQ, c.q_len - q0));
     R* d_query = QueryGradients::block(gradients, q0);
     QueryBlock block = {c, b, PackedQueries::at(queries, q0), w, d_query, q0, nq, {}, {}};
-    memset(d_query, 0, sizeof(R) * BQ * DC);
+    memset(d_query, 0, sizeof(R) * filled(nq) * DC);
     int64_t begin = 0, end = c.kv_len, full_begin = 0, full_end = c.kv_len;
     end = clamp64(upper_key(c, b, q0 + nq - 1), 0, c.kv_len), full_end = upper_key(c, b, q0);
     begin = max64(begin - begin % BK, first), end = min64(end, last);
@@ -1437,7 +1442,7 @@ static void block(const KeyPart& part, const PackedKeys& keys, char* queries, Sc
         if (!find_exact(c, b, q0 + i, chosen)) continue;
         attend_exactly(part, PackedTile{c, b, w.exact.key, w.exact.value}, w.exact.lanes, q0 + i, load(block.packed.delta + i),
             chosen);
-        add_exact(w.exact.lanes, w, d_query + i * DC, nq - i < W ? nq - i : W);
+        add_exact(w.exact.lanes, w, d_query + i * DC, nq - i < W ? nq - i : W, int(last - first));
     }
 }
 
@@ -1449,11 +1454,11 @@ template <int WIDTH, int ROWS, int COLUMNS, class T> static void write_tiles(con
         write_rows<COLUMNS>(to, w.rows, WIDTH, k0, min64(k0 + BK, last), scale);
     }
 }
-static void clear_key(Scratch& w) { memset(w.key, 0, sizeof(R) * PART * DROWS); }
-static void clear_value(Scratch& w) {
-    memset(w.value, 0, sizeof(R) * PART * EROWS);
-    memset(w.exact.lanes.key, 0, sizeof w.exact.lanes.key);
-    memset(w.exact.lanes.value, 0, sizeof w.exact.lanes.value);
+static void clear_key(Scratch& w, int64_t keys) { memset(w.key, 0, sizeof(R) * round_up(int(keys), BK) * DROWS); }
+static void clear_value(Scratch& w, int64_t keys) {
+    memset(w.value, 0, sizeof(R) * round_up(int(keys), BK) * EROWS);
+    memset(w.exact.lanes.key, 0, sizeof(R) * (keys + SLACK) * DC);
+    memset(w.exact.lanes.value, 0, sizeof(R) * (keys + SLACK) * EC);
 }
 static void write_key(const Goal& goal, Scratch& w, int64_t first, int64_t last) {
     write_tiles<D, DROWS, DC>(goal.key, w.key, w, first, last, R(0.125));
@@ -1462,9 +1467,9 @@ static void write_value(const Goal& goal, Scratch& w, int64_t first, int64_t las
     write_tiles<DV, EROWS, EC>(goal.value, w.value, w, first, last, R(1));
 }
 // Adds gradients of one block of queries; the ``first`` ones replace what was there.
-static void add_query(const Call&, char* to, char* from, int64_t q0) {
+static void add_query(const Call& c, char* to, char* from, int64_t q0) {
     R *sum = QueryGradients::block(to, q0), *part = QueryGradients::block(from, q0);
-    for (int i = 0; i < BQ * DC; i += W) store(sum + i, load(sum + i) + load(part + i));
+    for (int i = 0; i < min64(BQ, c.q_len - q0) * DC; i += W) store(sum + i, load(sum + i) + load(part + i));
 }
 static void write_query(const Call& c, const Goal& goal, char* d_query, Scratch&, int64_t q0) {
     write_rows<DC>(goal.query, QueryGradients::block(d_query, q0), D, q0, min64(q0 + BQ, c.q_len), R(0.125));
@@ -1563,7 +1568,7 @@ struct Backward {
     void attend(int64_t first, int64_t last, char* memory, Scratch& w, int64_t part, int64_t slot) const {
         const int64_t begin = part * PART, end = min64(begin + PART, c.kv_len);
         char* packed = memory;
-        clear_key(w), clear_value(w);
+        clear_key(w, end - begin), clear_value(w, end - begin);
         for (int64_t i = first; i < last; i++) {
             char* m = memory + (i - first) * index_bytes();
             if (i > first && !same_keys(i, i - 1)) packed = m;
@@ -1572,8 +1577,10 @@ struct Backward {
             const KeyPart of_index = {c, t, batch[i], goals[i], found, begin, end};
             char* d_query = part == 0 ? gradients(m) : gradients(m, slot);
             for (int64_t q0 = 0; q0 < c.q_len; q0 += BQ) block(of_index, packed_keys, queries(m), w, d_query, q0);
-            if (i + 1 == last || places[i].key != places[i + 1].key) write_key(goals[i], w, begin, end), clear_key(w);
-            if (i + 1 == last || places[i].value != places[i + 1].value) write_value(goals[i], w, begin, end), clear_value(w);
+            if (i + 1 == last) write_key(goals[i], w, begin, end);
+            else if (places[i].key != places[i + 1].key) write_key(goals[i], w, begin, end), clear_key(w, end - begin);
+            if (i + 1 == last) write_value(goals[i], w, begin, end);
+            else if (places[i].value != places[i + 1].value) write_value(goals[i], w, begin, end), clear_value(w, end - begin);
         }
     }
 

@@ -1121,8 +1121,8 @@ static void block(const KeyPart& part, const PackedKeys& keys, char* queries, Sc
     attend<N>(part, keys, PackedQueries::at(queries, q0), w, QueryGradients::block(d_query, q0), q0);
 }
 
-static void clear_key(Scratch& w) { memset(w.key, 0, sizeof(R) * (PART + SLACK) * DC); }
-static void clear_value(Scratch& w) { memset(w.value, 0, sizeof(R) * (PART + SLACK) * EC); }
+static void clear_key(Scratch& w, int64_t keys) { memset(w.key, 0, sizeof(R) * (keys + SLACK) * DC); }
+static void clear_value(Scratch& w, int64_t keys) { memset(w.value, 0, sizeof(R) * (keys + SLACK) * EC); }
 static void write_key(const Goal& goal, Scratch& w, int64_t first, int64_t last) {
     write_rows<DC>(goal.key, w.key, D, first, last, R(0.125));
 }
@@ -1237,7 +1237,7 @@ struct Backward {
     void attend(int64_t first, int64_t last, char* memory, Scratch& w, int64_t part, int64_t slot) const {
         const int64_t begin = part * PART, end = min64(begin + PART, c.kv_len);
         char* packed = memory;
-        clear_key(w), clear_value(w);
+        clear_key(w, end - begin), clear_value(w, end - begin);
         for (int64_t i = first; i < last; i++) {
             char* m = memory + (i - first) * index_bytes();
             if (i > first && !same_keys(i, i - 1)) packed = m;
@@ -1246,8 +1246,10 @@ struct Backward {
             const KeyPart of_index = {c, t, batch[i], goals[i], found, begin, end};
             char* d_query = part == 0 ? gradients(m) : gradients(m, slot);
             for (int64_t q0 = 0; q0 < c.q_len; q0 += BQ) block(of_index, packed_keys, queries(m), w, d_query, q0);
-            if (i + 1 == last || places[i].key != places[i + 1].key) write_key(goals[i], w, begin, end), clear_key(w);
-            if (i + 1 == last || places[i].value != places[i + 1].value) write_value(goals[i], w, begin, end), clear_value(w);
+            if (i + 1 == last) write_key(goals[i], w, begin, end);
+            else if (places[i].key != places[i + 1].key) write_key(goals[i], w, begin, end), clear_key(w, end - begin);
+            if (i + 1 == last) write_value(goals[i], w, begin, end);
+            else if (places[i].value != places[i + 1].value) write_value(goals[i], w, begin, end), clear_value(w, end - begin);
         }
     }
 

@@ -970,8 +970,8 @@ static void pack_rows(const Call& c, const BatchIndex& b, R* key, R* value, int6
 INLINE VR finite_reference(VR m) { return m == -R(INFINITY) ? VR{} : m; }
 
 // Writes the rows ``keep`` allows, lane by lane.
-template <int N> static void write_out(const Call& c, const BatchIndex& b, LaneScratch& w, int64_t q0, const VR* factor,
-    const VI* keep) {
+template <int N, class Keys> static void write_out(const Keys&, const Call& c, const BatchIndex& b, LaneScratch& w, int64_t q0,
+    const VR* factor, const VI* keep) {
     const int64_t rs = c.out_stride[2], cs = c.out_stride[3];
     for (int v = 0; v < N; v++)
         for (int e0 = 0; e0 < DV; e0 += W) {
@@ -1035,7 +1035,6 @@ template <int N, class Part> static void value_product(const Part& part, LaneScr
             else multiply<N, 1, DVP, KEPT>(out, value, weights, keys, nullptr);
         }
 }
-template <class Keys> static void collect(const Keys&, LaneScratch&, int) {}
 
 // As few queries as in decoding: keys and values are read once, where they lie, and lanes of the products are features.
 struct InPlace {
@@ -1110,9 +1109,19 @@ template <int N> static void value_product(const InPlace::Part& part, LaneScratc
         }
 }
 
-static void collect(const InPlace&, LaneScratch& w, int nq) {
-    for (int e = 0; e < DV; e++)
-        for (int q = 0; q < W; q++) w.out[e * W + q] = q < nq ? w.out_rows[q * DVR + e] : R(0);
+// Results are rows already.
+template <int N> static void write_out(const InPlace&, const Call& c, const BatchIndex& b, LaneScratch& w, int64_t q0,
+    const VR* factor, const VI* keep) {
+    const int64_t rs = c.out_stride[2], cs = c.out_stride[3];
+    for (int q = 0; q < DECODE_QUERIES; q++) {
+        if (!keep[0][q]) continue;
+        Bf16* const to = (Bf16*)b.out + (q0 + q) * rs;
+        for (int e0 = 0; e0 < DV; e0 += W) {
+            const VR x = load(w.out_rows + q * DVR + e0) * factor[0][q];
+            if (cs == 1 && DV - e0 >= W) store_as(to + e0, x);
+            else for (int e = e0; e < DV && e < e0 + W; e++) to[e * cs] = from_r<Bf16>(x[e - e0]);
+        }
+    }
 }
 
 // One block of N * W queries against every key that it may see. EXACT: no tile is skipped and scores are rounded as eager
@@ -1147,7 +1156,6 @@ template <int N, bool EXACT, class Keys> static bool block(const Call& c, const 
         weigh<N>(tile, unit, reference, alpha, l);
         value_product<N>(part, w, nq, nk, alpha);
     }
-    collect(p, w, nq);
     bool any = false;
     VR factor[N], highest[N];
     VI keep[N];
@@ -1163,7 +1171,7 @@ template <int N, bool EXACT, class Keys> static bool block(const Call& c, const 
             for (int i = 0; i < W; i++) any |= exact[v][i] != 0;
         }
     }
-    write_out<N>(c, b, w, q0, factor, keep);
+    write_out<N>(p, c, b, w, q0, factor, keep);
     if (b.lse) write_lse<N>(b, q0, m, natural, highest, l, keep);
     return any;
 }

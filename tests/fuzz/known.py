@@ -84,6 +84,20 @@ KNOWN = {
         ),
         "triton",
     ),
+    "values that are written between two attentions": Known(
+        Program(
+            (("q", "randn(2, 5, 8)"), ("k", "randn(2, 9, 8)"), ("v", "randn(2, 9, 8)")),
+            ("out = (q @ k.mT * 0.2).softmax(-1) @ v", "v.mul_(0.5)", "return (out @ k.mT).softmax(-1) @ v"),
+        )
+    ),
+    "hidden scores that are NaN, as zero times infinity": Known(
+        heads(
+            "keep = torch.arange(33) <= torch.arange(33)[:, None]",
+            "s = torch.where(keep, q @ k.mT * 0.2, -math.inf) + x3",
+            "out = (s * keep.float() - 1e4 * (1 - keep.float())).softmax(-1) @ v",
+            x3="randn(33, 33)",
+        ),
+    ),
     "log-sum-exp of rows whose scores are the lowest number": Known(
         heads(
             "hidden = torch.arange(33) > torch.arange(33)[:, None] - 2",

@@ -11,11 +11,15 @@ from fuse.ir.spec import AttentionSpec
 from fuse.kernel.destinations import destinations
 from fuse.report.runs import Runs
 from fuse.targets import reference
-from fuse.targets.cpp.launch import Built, Library, build_source, instruction_set
+from fuse.targets.cpp import op
+from fuse.targets.cpp.compiler import instruction_set
+from fuse.targets.cpp.launch import Built, Library, build_source
 from fuse.targets.cpp.plan import backward_plan, lse_dtype
 from fuse.targets.cpp.render_backward import argument_count, render_backward
 from fuse.targets.fallback_warnings import OVERLAPPING, left_to_reference
 from fuse.targets.gradient_buffers import GradientBuffers
+
+_SIZES = 8  # that are called without Python: who trains on many has other costs
 
 
 def build_backward(spec: AttentionSpec, wanted: Sequence[bool], isa: str | None = None) -> Built:
@@ -36,16 +40,31 @@ class CppBackward:
         self._lse_dtype: torch.dtype = getattr(torch, lse_dtype(spec))
         count = argument_count(spec) + 2 + spec.batch + 2 + sum(1 + len(s.order) for s in found)
         self._library = Library(built, "backward", count)
+        self._text = ""
+        self._told: set[tuple[int, ...]] = set()
 
     @property
     def runs(self) -> Runs:
         return self._library.runs
+
+    def known_as(self, text: str) -> None:
+        """Of the spec that is written ``text``: from the next call on, in the first sizes that there are."""
+        self._text, self._told = text, set()
+
+    def _tell(self, sizes: Sequence[int]) -> None:
+        key = tuple(sizes)
+        if not self._text or key in self._told or len(self._told) == _SIZES or not self._gradients.are_apart(sizes):
+            return
+        self._told.add(key)
+        if (operands := self._gradients.of_operands(sizes)) is not None:
+            op.take_backward(self._text, self._spec, self._library.run, op.BackwardCall(self._wanted, key, operands))
 
     def __call__(
         self, grad_out: Tensor, operands: Sequence[Tensor], sizes: Sequence[int], out: Tensor, lse: Tensor,
         grad_lse: Tensor | None = None,
     ) -> list[Tensor]:  # fmt: skip
         """The gradients of the wanted operands, with the layout that ``torch.empty_like`` gives these."""
+        self._tell(sizes)
         if not self._gradients.are_apart(sizes):
             self._library.runs = left_to_reference(self.runs, "backward", OVERLAPPING)
             return reference.attention_backward(self._spec, grad_out, operands, sizes, self._wanted, "eager", grad_lse)

@@ -9,8 +9,9 @@ import torch
 from fuse.ir.gradient import Gradient
 from fuse.ir.spec import AttentionSpec
 from fuse.ir.tile_map import TileMap
-from fuse.targets.cpp import NAME, SUFFIX
-from fuse.targets.cpp.launch import CppKernel, CppTileMap, build, build_tile_map, instruction_set, toolchain
+from fuse.targets.cpp import NAME, SUFFIX, op
+from fuse.targets.cpp.compiler import instruction_set, toolchain
+from fuse.targets.cpp.launch import CppKernel, CppTileMap, build, build_tile_map
 from fuse.targets.cpp.launch_backward import CppBackward, build_backward
 from fuse.targets.cpp.plan import lse_dtype, plan
 
@@ -29,6 +30,9 @@ class CppTarget:
 
     def toolchain(self) -> str:
         return toolchain()
+
+    def shorten_calls(self) -> None:
+        op.load()
 
     def lse_dtype(self, spec: AttentionSpec) -> str:
         return lse_dtype(spec)

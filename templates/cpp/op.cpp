@@ -1,0 +1,206 @@
+// fuse::attention, its forward and its backward pass on CPUs, without Python.
+//
+// Kernels are made known by fuse/targets/cpp/op.py, under the text of their spec. What this file does not know, or cannot do,
+// goes to the operators of the same arguments that Python has (fuse/ops/attention.py): derivatives, the first call of a kernel,
+// which is when it is built, and calls that a kernel does not take.
+#include <ATen/EmptyTensor.h>
+#include <ATen/Parallel.h>
+#include <ATen/core/LegacyTypeDispatch.h>
+#include <ATen/core/Tensor.h>
+#include <ATen/core/dispatch/Dispatcher.h>
+#include <ATen/ops/zeros_like.h>
+#include <torch/library.h>
+
+#include <atomic>
+#include <map>
+#include <mutex>
+#include <string>
+
+namespace {
+
+typedef int Run(const char* arguments);
+
+// Gradients of the operands that are `wanted`, in calls of these sizes.
+struct Backward {
+    Run* run;
+    std::vector<int64_t> wanted, sizes, destinations;  // truth values; values of symbols; numbers of operands
+    at::ScalarType lse;
+
+    bool is_of(const c10::List<bool>& w, at::IntArrayRef s) const {
+        return sizes == s && std::equal(wanted.begin(), wanted.end(), w.begin(), w.end());
+    }
+};
+
+struct Kernel {
+    Run* run;
+    int64_t batch, v_dim;
+    std::vector<int64_t> order;  // of the result's dimensions in memory
+    at::ScalarType out, lse;
+    std::vector<Backward> backward;
+};
+
+// Replaced as a whole, and never freed: a call on another thread may still be reading the one before.
+typedef std::map<std::string, Kernel, std::less<>> Kernels;
+std::atomic<const Kernels*> known{new Kernels};
+std::mutex replacing;
+
+typedef at::Tensor One(at::TensorList, c10::SymIntArrayRef, std::string_view, std::string_view);
+typedef std::tuple<at::Tensor, at::Tensor> Two(at::TensorList, c10::SymIntArrayRef, std::string_view, std::string_view);
+
+template <class F>
+c10::TypedOperatorHandle<F> op(const char* name) {
+    return c10::Dispatcher::singleton().findSchemaOrThrow(name, "").typed<F>();
+}
+
+const Kernel* kernel_of(std::string_view spec, std::string_view target) {
+    const Kernels& kernels = *known.load(std::memory_order_acquire);
+    const auto found = kernels.find(spec);
+    return target == "cpp" && found != kernels.end() ? &found->second : nullptr;
+}
+
+// What a kernel is called with: see templates/cpp/shared/call.h.jinja.
+struct Arguments {
+    c10::SmallVector<int64_t, 128> a;
+
+    Arguments(const at::Tensor& out, const at::Tensor& lse, at::IntArrayRef strides, at::TensorList operands, at::IntArrayRef sizes)
+        : a{at::get_num_threads(), address(out), address(lse)} {
+        add(strides), add(sizes);
+        for (const at::Tensor& t : operands) a.push_back(address(t)), add(t.sizes()), add(t.strides());
+    }
+    void add(at::IntArrayRef numbers) { a.append(numbers.begin(), numbers.end()); }
+    void add(const at::Tensor& t) { a.push_back(address(t)), add(t.strides()); }
+    bool run(Run* kernel) const { return kernel(reinterpret_cast<const char*>(a.data())) == 0; }
+    static int64_t address(const at::Tensor& t) { return t.defined() ? reinterpret_cast<int64_t>(t.const_data_ptr()) : 0; }
+};
+
+// One call: the result, and the log-sum-exp of its rows if somebody wants it.
+struct Call {
+    at::Tensor out, lse;
+    bool done = false;
+
+    Call(at::TensorList operands, at::IntArrayRef sizes, std::string_view spec, std::string_view target, bool with_lse) {
+        const Kernel* const kernel = kernel_of(spec, target);
+        if (!kernel) return;
+        c10::SmallVector<int64_t, 8> shape(sizes.begin(), sizes.begin() + kernel->batch + 1), strides(kernel->batch + 2);
+        shape.push_back(kernel->v_dim);
+        int64_t step = 1;
+        for (auto dim = kernel->order.rbegin(); dim != kernel->order.rend(); dim++) strides[*dim] = step, step *= shape[*dim];
+        out = at::detail::empty_strided_cpu(shape, strides, kernel->out);
+        if (with_lse) lse = at::detail::empty_cpu(sizes.slice(0, kernel->batch + 1), kernel->lse);
+        done = Arguments(out, lse, strides, operands, sizes).run(kernel->run);
+    }
+};
+
+at::Tensor attention(at::TensorList operands, at::IntArrayRef sizes, std::string_view spec, std::string_view target) {
+    const Call call(operands, sizes, spec, target, false);
+    if (call.done) return call.out;
+    static const auto in_python = op<One>("fuse::attention_in_python");
+    return in_python.call(operands, c10::fromIntArrayRefSlow(sizes), spec, target);
+}
+
+std::tuple<at::Tensor, at::Tensor> attention_forward(
+    at::TensorList operands, at::IntArrayRef sizes, std::string_view spec, std::string_view target) {
+    const Call call(operands, sizes, spec, target, true);
+    if (call.done) return {call.out, call.lse};
+    static const auto in_python = op<Two>("fuse::attention_forward_in_python");
+    return in_python.call(operands, c10::fromIntArrayRefSlow(sizes), spec, target);
+}
+
+typedef std::vector<at::Tensor> Gradients(
+    const at::Tensor&, at::TensorList, c10::SymIntArrayRef, const at::Tensor&, const at::Tensor&, std::string_view, std::string_view,
+    c10::List<bool>, const std::optional<at::Tensor>&);
+
+// Each gradient is one tensor, as torch.empty_like lays it out, to which one or several destinations write.
+std::vector<at::Tensor> attention_backward(
+    const at::Tensor& grad_out, at::TensorList operands, at::IntArrayRef sizes, const at::Tensor& out, const at::Tensor& lse,
+    std::string_view spec, std::string_view target, c10::List<bool> wanted, const std::optional<at::Tensor>& grad_lse) {
+    const Kernel* const kernel = kernel_of(spec, target);
+    for (const Backward& b : kernel ? at::ArrayRef<Backward>(kernel->backward) : at::ArrayRef<Backward>()) {
+        if (!b.is_of(wanted, sizes) || lse.scalar_type() != b.lse || grad_lse) continue;
+        std::vector<at::Tensor> found, all(operands.size());
+        for (size_t i = 0; i < operands.size(); i++)
+            if (wanted[i]) found.push_back(all[i] = at::zeros_like(operands[i]));
+        Arguments arguments(out, lse, out.strides(), operands, sizes);
+        arguments.a.push_back(0);
+        arguments.add(grad_out);
+        for (const int64_t i : b.destinations) arguments.add(all[i]);
+        if (arguments.run(b.run)) return found;
+    }
+    static const auto in_python = op<Gradients>("fuse::attention_backward_in_python");
+    return in_python.call(grad_out, operands, c10::fromIntArrayRefSlow(sizes), out, lse, spec, target, wanted, grad_lse);
+}
+
+bool derived(const at::Tensor& t) { return (at::GradMode::is_enabled() && t.requires_grad()) || t._fw_grad(0).defined(); }
+bool derived(at::TensorList tensors) {
+    return std::any_of(tensors.begin(), tensors.end(), [](const at::Tensor& t) { return derived(t); });
+}
+
+at::Tensor attention_autograd(
+    at::TensorList operands, c10::SymIntArrayRef sizes, std::string_view spec, std::string_view target) {
+    static const auto plain = op<One>("fuse::attention"), in_python = op<One>("fuse::attention_in_python");
+    if (derived(operands)) return in_python.call(operands, sizes, spec, target);
+    at::AutoDispatchBelowAutograd below;
+    return plain.call(operands, sizes, spec, target);
+}
+
+std::vector<at::Tensor> backward_autograd(
+    const at::Tensor& grad_out, at::TensorList operands, c10::SymIntArrayRef sizes, const at::Tensor& out, const at::Tensor& lse,
+    std::string_view spec, std::string_view target, c10::List<bool> wanted, const std::optional<at::Tensor>& grad_lse) {
+    static const auto plain = op<Gradients>("fuse::attention_backward");
+    static const auto in_python = op<Gradients>("fuse::attention_backward_in_python");
+    if (derived(operands) || derived(grad_out) || derived(out) || (grad_lse && derived(*grad_lse)))
+        return in_python.call(grad_out, operands, sizes, out, lse, spec, target, wanted, grad_lse);
+    at::AutoDispatchBelowAutograd below;
+    return plain.call(grad_out, operands, sizes, out, lse, spec, target, wanted, grad_lse);
+}
+
+at::ScalarType dtype(const std::string& name) {
+    const std::map<std::string, at::ScalarType> all = {
+        {"float64", at::kDouble}, {"float32", at::kFloat}, {"float16", at::kHalf}, {"bfloat16", at::kBFloat16}};
+    return all.at(name);
+}
+
+template <class Change> void change(Change make) {
+    const std::lock_guard<std::mutex> lock(replacing);
+    Kernels* const with = new Kernels(*known.load());
+    make(*with);
+    known.store(with, std::memory_order_release);
+}
+
+TORCH_LIBRARY_IMPL(fuse, CPU, m) {
+    m.impl("attention", &attention);
+    m.impl("attention_forward", &attention_forward);
+    m.impl("attention_backward", &attention_backward);
+}
+
+TORCH_LIBRARY_IMPL(fuse, AutogradCPU, m) {
+    m.impl("attention", &attention_autograd);
+    m.impl("attention_backward", &backward_autograd);
+}
+
+}  // namespace
+
+#define EXPORTED extern "C" __attribute__((visibility("default")))
+
+
+// `order` has `batch` + 2 numbers.
+EXPORTED void fuse_take(
+    const char* spec, Run* run, int64_t batch, int64_t v_dim, const int64_t* order, const char* out, const char* lse) {
+    change([=](Kernels& all) { all[spec] = {run, batch, v_dim, {order, order + batch + 2}, dtype(out), dtype(lse), {}}; });
+}
+
+// Of a spec that was taken; `wanted` is as long as there are operands.
+EXPORTED void fuse_take_backward(
+    const char* spec, Run* run, int64_t operands, const int64_t* wanted, int64_t symbols, const int64_t* sizes,
+    int64_t count, const int64_t* destinations, const char* lse) {
+    change([=](Kernels& all) {
+        const auto found = all.find(spec);
+        if (found == all.end()) return;
+        found->second.backward.push_back(
+            {run, {wanted, wanted + operands}, {sizes, sizes + symbols}, {destinations, destinations + count}, dtype(lse)});
+    });
+}
+
+EXPORTED void fuse_forget() {
+    change([](Kernels& all) { all.clear(); });
+}
