@@ -4,10 +4,10 @@ BIN := .venv/bin
 STAMP := .venv/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test fuzz sanitize lint types bench clean
+.PHONY: help venv demo test versions fuzz sanitize lint types bench clean
 
 help:
-	@echo "make demo | test | fuzz | lint | bench | venv | clean"
+	@echo "make demo | test | versions | fuzz | lint | bench | venv | clean"
 
 venv: $(STAMP)
 
@@ -24,6 +24,10 @@ demo: venv
 # Workers share the cores: threads of their own would wait for each other, spinning. Who has done his half takes from the others.
 test: venv
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist worksteal
+
+# What another torch or Python can break, in environments of their own under build/versions; some gigabytes each.
+versions:
+	$(PYTHON) tests/versions.py
 
 # 10,000 new random programs; what fails is printed as Python that runs. The same again: make fuzz SEED=…
 SEED := $(or $(SEED),$(shell date +%s))

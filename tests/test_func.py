@@ -13,6 +13,7 @@ from torch.autograd import forward_ad
 import fuse
 
 N, D = 20, 8
+TANGENTS_ARE_COMPILED = tuple(map(int, torch.__version__.split(".")[:2])) < (2, 14)  # from then on Dynamo leaves them to eager
 Tensors = tuple[Tensor, Tensor, Tensor]
 
 
@@ -136,7 +137,7 @@ def test_tangents_go_through_a_compiled_graph() -> None:
         dual = [forward_ad.make_dual(a, b) for a, b in zip((q, k, v), qkv(2, seed=1), strict=True)]
         found, expected = (forward_ad.unpack_dual(f(*dual)).tangent for f in (function, causal))
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
-    assert fuse.report().recovered == 1
+    assert fuse.report().recovered == TANGENTS_ARE_COMPILED
 
 
 def test_many_gradients_at_once_are_those_of_each() -> None:
