@@ -24,21 +24,32 @@ _TELLING = ("amx_bf16", "amx_tile", "avx512_bf16", "avx512f", "avx2", "fma", "as
 
 
 def facts() -> dict[str, Any]:
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    model = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.processor())
     version = subprocess.run([*compiler.cxx_compiler(), "--version"], capture_output=True, text=True, check=False).stdout
     return {
-        "cpu": model, "cores": os.cpu_count(), "flags": [f for f in _TELLING if f in cpu.flags()],
+        "cpu": _cpuinfo().get("model name", platform.processor()), "generation": generation(), "cores": os.cpu_count(),
+        "flags": [f for f in _TELLING if f in cpu.flags()],
         "instruction set": compiler.instruction_set(), "threads": torch.get_num_threads(), "torch": torch.__version__,
         "fuse": _version(), "compiler": version.splitlines()[0] if version else "", "load": round(os.getloadavg()[0], 2),
         "time": datetime.now(UTC).isoformat(timespec="seconds"),
     }  # fmt: skip
 
 
+def generation() -> str:
+    """The processor's family and model, as its maker numbers them: 25.17 is an EPYC of Zen 4."""
+    return ".".join(_cpuinfo().get(name, "") for name in ("cpu family", "model")).strip(".")
+
+
+def _cpuinfo() -> dict[str, str]:
+    """Of the last core; empty where the system does not tell."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    return {name.strip(): value.strip() for name, _, value in (line.partition(":") for line in lines)}
+
+
 def slug() -> str:
     """The machine as a part of a file's name."""
-    return f"{platform.machine()}-{compiler.instruction_set()}-{torch.get_num_threads()}threads"
+    kind = "-".join(filter(None, (platform.machine(), generation(), compiler.instruction_set())))
+    return f"{kind}-{torch.get_num_threads()}threads"
 
 
 def _version() -> str:

@@ -23,7 +23,7 @@ from torch.nn.attention.varlen import varlen_attn
 
 import fuse
 from fuse import targets
-from fuse.ir.expr import Expr, apply, const
+from fuse.ir.expr import Expr, Score, apply, const
 from fuse.ir.gradient import differentiable
 from fuse.ops.warm import ExpectedCall
 from fuse.qualify import faster, judge, right, torchs_own
@@ -185,6 +185,15 @@ def test_sdpa_computes_what_the_spec_says(name: str) -> None:
     made = CASES[name]("float32")
     p = whole(call_of(made, "reference"), wanted_of(made))
     rival = torchs_own.sdpa(p, wanted_of(made))
+    assert rival is not None
+    expected = targets.kernel(p.spec, "reference")(p.operands, p.sizes)
+    torch.testing.assert_close(rival.attend(*rival.matrices), expected)
+
+
+def test_a_score_that_is_divided_has_a_rival_too() -> None:
+    made = CASES["plain"]("float32")
+    made = replace(made, spec=replace(made.spec, score=apply("div", Score("float32"), const(4.0, "float32"), dtype="float32")))
+    rival = torchs_own.sdpa(p := whole(call_of(made, "reference"), wanted_of(made)), wanted_of(made))
     assert rival is not None
     expected = targets.kernel(p.spec, "reference")(p.operands, p.sizes)
     torch.testing.assert_close(rival.attend(*rival.matrices), expected)

@@ -63,8 +63,12 @@ def _parts(e: Expr) -> Parts | None:
     e = _plain(e)
     if isinstance(e, Score):
         return Parts(1.0, ())
-    if not isinstance(e, Apply) or e.op not in ("add", "mul"):
+    if not isinstance(e, Apply) or e.op not in ("add", "mul", "div"):
         return None
+    if e.op == "div":
+        inner, number = _parts(e.operands[0]), _plain(e.operands[1])
+        by_number = inner is not None and isinstance(number, Const) and not inner.biases
+        return Parts(inner.scale / float(number.value), ()) if by_number else None
     of_score, other = sorted(e.operands, key=lambda x: not contains(x, Score))
     inner = None if contains(other, Score) else _parts(of_score)
     if inner is None:
