@@ -6,15 +6,19 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from reported_programs import NOT_RUN, REPORTS, Report
 
 import fuse
 
 DECLINED = {196468}  # no attention at all: what Inductor must not undo
+CROPPED = {136232, 139462}
+_OF_2_11 = pytest.mark.skipif(torch.__version__.startswith("2.11."), reason="torch 2.11 refuses BlockMasks that were cropped")
 
 
 def case(report: Report) -> Any:
-    return pytest.param(report, id=report.name, marks=[pytest.mark.compiler] if report.number in DECLINED else [])
+    marks = [pytest.mark.compiler] if report.number in DECLINED else [_OF_2_11] if report.number in CROPPED else []
+    return pytest.param(report, id=report.name, marks=marks)
 
 
 @pytest.mark.parametrize("report", [case(r) for r in REPORTS])
