@@ -23,7 +23,7 @@ from fuse.ir.philox import drawn_in
 from fuse.ir.spec import AttentionSpec, Operand
 from fuse.ir.text import to_text
 from fuse.passes.lookups import hoist_lookups
-from fuse.passes.predicate import separate
+from fuse.passes.predicate import REPLACED, separate
 from fuse.passes.read import pointwise, views  # noqa: F401  the readers register themselves
 from fuse.passes.read.elements import POLYNOMIAL, PRODUCTS, Opaque, Reader, as_index, dims, may_wrap, op_name
 from fuse.passes.read.graph import reached_from
@@ -316,8 +316,8 @@ class _Lift:
             weight=weight, empty_row="zero" if softmax.safe else "nan", out_dtype=self.out.dtype,
             out_order=tuple(range(len(batch) + 2)), extra=extra,
         )  # fmt: skip
-        if softmax.rounded and (hidden := separate(spec.score, spec.batch)) is not None and hidden.fill > -math.inf:
-            raise Declined(NotSoftmax(f"the logarithm of a number of keys is rounded away beside a score of {hidden.fill:g}"))
+        if softmax.rounded and (low := _low_number(spec)) is not None:
+            raise Declined(NotSoftmax(f"the logarithm of a number of keys is rounded away beside a score of {low:g}"))
         order = [*batch, q, e]
         out_dims = tuple(order.index(x) for x in self.axes)
         all_sizes = (*sizes, *(self.r.symbols[s] for s in others))
@@ -338,6 +338,16 @@ def _supported(operand: Expr) -> Load:
     if not isinstance(operand, Load) or operand.dtype not in SUPPORTED:
         raise Declined(UnsupportedType(f"an operand is {operand.dtype}"))
     return operand
+
+
+def _low_number(spec: AttentionSpec) -> float | None:
+    """What all scores of a row may be that no key is left to: a fill that is finite, or a number as low that is in a score."""
+    hidden = separate(spec.score, spec.batch)
+    if hidden is not None and hidden.fill > -math.inf:
+        return hidden.fill
+    score = spec.score if hidden is None else hidden.visible
+    numbers = [float(n.value) for n in expr.walk(score) if isinstance(n, Const) and n.dtype in expr.FLOATS]
+    return min((x for x in numbers if -math.inf < x <= REPLACED), default=None)
 
 
 def _check_numbers(roots: Sequence[Expr]) -> None:
