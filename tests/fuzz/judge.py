@@ -96,7 +96,7 @@ def judge(program: Program, exact: Outcome, eager: Outcome, found: Outcome) -> s
     for name, fact in eager.facts.items():
         if found.facts[name] != fact:
             return f"{name}: {found.facts[name]}, eager's {fact}"
-    bars = _Bars(program, exact)
+    bars = _Bars(program, exact, eager)
     for name in eager.named:
         if wrong := bars.wrong(name, exact.named[name], eager.named[name], found.named[name]):
             return f"{name}: {wrong}"
@@ -114,12 +114,13 @@ def _judged_error(eager: Outcome, found: Outcome) -> str:
 class _Bars:
     """How far from float64 a tensor may be."""
 
-    def __init__(self, program: Program, exact: Outcome) -> None:
+    def __init__(self, program: Program, exact: Outcome, eager: Outcome) -> None:
         rounded = [program.dtype, *(["float32"] if "torch.float32" in program.text else [])]
         rounded += ["bfloat16"] if "autocast" in program.text else []
         self._eps = max(1e-13, *(torch.finfo(getattr(torch, x)).eps for x in rounded))  # float64 is what is exact here
         # A row that is NaN gives NaN to all gradients, of which eager's masked_fill keeps some: docs/numerics.md
-        self._nan_rows = any(x is not None and bool(x.isnan().any()) for n, x in exact.named.items() if "result" in n)
+        named = (*exact.named.items(), *eager.named.items())  # what is low in float64 may be infinite in float16
+        self._nan_rows = any(x is not None and bool(x.isnan().any()) for n, x in named if "result" in n)
         # A kernel subtracts the largest score of a row, though the program does not
         self._finite = "= s.exp()" in program.text
         # A score of 100 is rounded by as much as 50 eps, and so is the logarithm of its weight
