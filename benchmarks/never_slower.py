@@ -189,6 +189,7 @@ def main() -> None:
         times = ", ".join(f"{name} {t:.0f}" for name, t in microseconds.items())
         print(f"{p}  {ratio:5.2f}  ({times} us)", flush=True)
     told(points, results)
+    args.minutes = parser.get_default("minutes")  # part of the grid is a sample of it
     if timing.is_whole(parser, args):
         timing.keep("never_slower", facts, results)
 
