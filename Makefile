@@ -57,6 +57,7 @@ bench: venv
 	$(BIN)/python benchmarks/masks.py
 	$(BIN)/python benchmarks/varlen.py
 	$(BIN)/python benchmarks/cpu_small.py
+	$(BIN)/python benchmarks/never_slower.py
 	$(BIN)/python benchmarks/cpu_memory.py
 	$(BIN)/python benchmarks/compile_time.py
 
