@@ -65,18 +65,16 @@ def _parts(e: Expr) -> Parts | None:
         return Parts(1.0, ())
     if not isinstance(e, Apply) or e.op not in ("add", "mul", "div"):
         return None
-    if e.op == "div":
-        inner, number = _parts(e.operands[0]), _plain(e.operands[1])
-        by_number = inner is not None and isinstance(number, Const) and not inner.biases
-        return Parts(inner.scale / float(number.value), ()) if by_number else None
-    of_score, other = sorted(e.operands, key=lambda x: not contains(x, Score))
+    of_score, other = e.operands if e.op == "div" else sorted(e.operands, key=lambda x: not contains(x, Score))
     inner = None if contains(other, Score) else _parts(of_score)
     if inner is None:
         return None
     if e.op == "add":
         return Parts(inner.scale, (*inner.biases, other))
     number = _plain(other)
-    return Parts(inner.scale * float(number.value), ()) if isinstance(number, Const) and not inner.biases else None
+    if not isinstance(number, Const) or inner.biases:
+        return None
+    return Parts(inner.scale / float(number.value) if e.op == "div" else inner.scale * float(number.value), ())
 
 
 def _is_causal(p: Problem) -> bool:
