@@ -301,7 +301,8 @@ def bias_that_is_scaled_too(dtype: str) -> Problem:
 
 @case
 def soft_cap(dtype: str) -> Problem:
-    return problem(dtype, score=lambda s: op("mul", op("tanh", op("div", s, 2.0)), 2.0))
+    """A third is not a number of any dtype."""
+    return problem(dtype, score=lambda s: op("mul", op("tanh", op("div", s, 3.0)), 3.0))
 
 
 @case

@@ -106,7 +106,7 @@ PLANNED = (
 )  # fmt: skip
 CHOSEN = [(n, "float32", LANES) for n in GRADIENTS]
 CHOSEN += [(n, d, LANES) for n in ("transposed_output", "left_padding_and_causal") for d in ("float16", "bfloat16", "float64")]
-CHOSEN += [(n, "float64", LANES) for n in ("masked_rows_with_low_sinks", "sum_of_products_in_float32")]
+CHOSEN += [(n, "float64", LANES) for n in ("masked_rows_with_low_sinks", "sum_of_products_in_float32", "soft_cap")]
 CHOSEN += [("left_padding_and_causal", "float32", isa) for isa in ("avx2", "sse")]
 CHOSEN += [("flat_rows", "bfloat16", LANES), ("one_query_and_one_key_without_their_indices", "bfloat16", LANES)]
 # The matrix core: tails of queries, keys and features, masks, groups, strides, logits without a value, rows computed again.

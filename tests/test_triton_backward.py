@@ -57,6 +57,7 @@ GRADIENTS = (
 )  # fmt: skip
 CHOSEN = [(n, "float32") for n in GRADIENTS]
 CHOSEN += [(n, d) for n in ("grouped_query", "left_padding_and_causal", "t5_bias") for d in ("bfloat16", "float16", "float64")]
+CHOSEN += [("soft_cap", "float64")]
 
 
 def kernel(p: Problem, wanted: Sequence[bool] | None = None) -> TritonBackward:

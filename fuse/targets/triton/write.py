@@ -145,6 +145,8 @@ class TritonWriter:
             return f"{args[0]} == 0" if source == "bool" else f"~{args[0]}"
         if source not in (*FLOATS, "bool"):
             args = self._widened(node, args)
+        elif self.real == "tl.float64" and all(isinstance(a, Const) for a in node.operands):
+            args = [f"tl.full([], {a}, {self.real})" for a in args]  # of numbers alone Triton computes in float32
         if op == "uniform":
             return f"tl.cast({self._uniform(node, args)}, {self.real})"
         if op == "tanh" and node.dtype in HALVES and self.real == "tl.float32" and not as_eager:
