@@ -172,6 +172,22 @@ def test_a_text_of_another_target_is_not_taken_for_ours() -> None:
     assert torch.equal(found, reference.attention(made.spec, made.operands, made.sizes, "eager"))
 
 
+@pytest.mark.parametrize("missing", ["an operand", "a size", "a dimension"])
+def test_a_call_that_is_no_kernels_own_is_an_error(missing: str) -> None:
+    """A kernel would read what it was not given."""
+    made = problem("float32", batch=(1, 2), q_len=5)
+    call(made, text := made.spec.to_json())
+    operands, sizes = list(made.operands), list(made.sizes)
+    if missing == "an operand":
+        operands.pop()
+    elif missing == "a size":
+        sizes.pop()
+    else:
+        operands[-1] = operands[-1][0]
+    with pytest.raises(Exception, match="pack expected|sizes|unpack"):
+        torch.ops.fuse.attention.default(operands, sizes, text, "cpp")
+
+
 def test_what_was_forgotten_is_not_called() -> None:
     made = problem("float32", batch=(1, 2), q_len=5)
     call(made, text := made.spec.to_json())

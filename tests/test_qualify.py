@@ -190,6 +190,23 @@ def test_sdpa_computes_what_the_spec_says(name: str) -> None:
     torch.testing.assert_close(rival.attend(*rival.matrices), expected)
 
 
+@pytest.mark.parametrize("q_len, kv_len", [(1, 40), (40, 1), (1, 1)])
+def test_one_query_or_one_key_is_what_sdpa_computes_too(q_len: int, kv_len: int) -> None:
+    """Places do not tell an index that has one value: views have it all the same."""
+
+    def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
+        return F.scaled_dot_product_attention(q, k, v, bias)
+
+    q, k, v = (torch.randn(2, n, 3, 16).transpose(1, 2) for n in (q_len, kv_len, kv_len))
+    bias = torch.randn(1, 3, q_len, kv_len)
+    torch.compile(attend, backend="fuse", options={"target": "reference", "inner": "eager"})(q, k, v, bias)
+    site = fuse.report().sites[-1]
+    assert site.spec is not None
+    rival = torchs_own.sdpa(Problem(site.spec, (bias, q, k, v), list(site.sizes)), [False] * 4)
+    assert rival is not None
+    torch.testing.assert_close(rival.attend(*rival.matrices), attend(q, k, v, bias))
+
+
 def test_a_score_that_is_divided_has_a_rival_too() -> None:
     made = CASES["plain"]("float32")
     made = replace(made, spec=replace(made.spec, score=apply("div", Score("float32"), const(4.0, "float32"), dtype="float32")))

@@ -21,7 +21,7 @@ from fuse.qualify.problem import whole
 from fuse.qualify.torchs_own import sdpa
 
 SDPA, PLAIN = ATTENTION, "plain operations"
-_MARGIN = 1.1  # by how much a kernel has to lose
+_MARGIN = 1.05  # by how much a kernel has to lose: benchmarks/never_slower.py asks for no less
 _CLEAR = 2.0  # by how much it may win at once
 _ROUNDS, _LEAST, _TRIALS = 5, 2e-3, 2  # in turn; seconds of one round; measurements, all of which it has to lose
 _MEMORY = 0.25  # of what is free: more than that is not taken to hold scores
@@ -55,7 +55,7 @@ def times(call: ExpectedCall, wanted: Sequence[bool], called: bool) -> Times | N
     rival = sdpa(problem, wanted)
     if rival is None:
         return None
-    ours = _way(lambda *t: torch.ops.fuse.attention(t, problem.sizes, call.spec, call.target), problem.operands, wanted)
+    ours = _way(lambda *t: torch.ops.fuse.attention.default(t, problem.sizes, call.spec, call.target), problem.operands, wanted)
     theirs = _way(rival.attend, rival.matrices, rival.wanted)
     with nullcontext() if called else sdpa_kernel(SDPBackend.MATH):
         for _ in range(_TRIALS):

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fuse.ir.expr import FLOATS, Apply, Const, Expr, Index, Load, Prob, Score, Symbol, apply, axes, const, contains, index
+from fuse.ir.expr import FLOATS, Apply, Const, Expr, Index, Load, Prob, Score, Symbol, apply, const, contains, index
 from fuse.ir.grid import Grid
 from fuse.qualify.problem import Problem
 
@@ -36,8 +36,7 @@ def sdpa(p: Problem, wanted: Sequence[bool]) -> Rival | None:
     """The problem as SDPA has it, with masks and biases made beforehand; None where SDPA has no such argument."""
     spec = p.spec
     parts = _parts(spec.score if spec.mask is None else spec.mask.visible)
-    loads = (spec.query, spec.key, spec.value)
-    views = [_view(load, p) for load in loads]
+    views = [_view(load, matrix, p) for load, matrix in ((spec.query, "qd"), (spec.key, "kd"), (spec.value, "ke"))]
     if parts is None or spec.extra_logits or not isinstance(_plain(spec.weight), Prob):
         return None
     query, key, value = views
@@ -48,7 +47,7 @@ def sdpa(p: Problem, wanted: Sequence[bool]) -> Rival | None:
     call = partial(
         F.scaled_dot_product_attention, attn_mask=mask, is_causal=causal, scale=parts.scale, enable_gqa=key.groups != 1
     )
-    of_query, of_key, of_value = (wanted[load.operand] for load in loads)
+    of_query, of_key, of_value = (wanted[load.operand] for load in (spec.query, spec.key, spec.value))
     return Rival(call, (query.matrix, key.matrix, value.matrix), (of_query, of_key, of_value))
 
 
@@ -108,8 +107,10 @@ class _View:
     groups: int
 
 
-def _view(load: Load, p: Problem) -> _View | None:
-    """As a view of its operand; None where its elements do not lie a step apart."""
+def _view(load: Load, matrix: str, p: Problem) -> _View | None:
+    """As a view of its operand, over the batch and the two axes of ``matrix``, of which one that its place does not tell has
+    one position or repeats it; None where its elements do not lie a step apart.
+    """
     spec, symbols = p.spec, dict(zip(p.spec.symbols, p.sizes, strict=True))
     last = index(f"b{spec.batch - 1}") if spec.batch else None
     steps = [_steps(coord, symbols, last) for coord in load.coords]
@@ -121,7 +122,6 @@ def _view(load: Load, p: Problem) -> _View | None:
         for axis, step in found.by.items() if found is not None else ():
             total[axis] = total.get(axis, 0) + step * stride
     lengths = symbols | {"q": symbols["q_len"], "k": symbols["kv_len"], "d": spec.qk_dim, "e": spec.v_dim}
-    matrix = sorted(axes(load) & {"q", "k", "d", "e"}, key="qkde".index)
     names = (*(f"b{i}" for i in range(spec.batch)), *matrix)
     sizes = [lengths[name.replace("b", "B") if name.startswith("b") else name] for name in names]
     if groups > 1:

@@ -11,18 +11,26 @@
 #include <ATen/ops/zeros_like.h>
 #include <torch/library.h>
 
+#include <algorithm>
 #include <atomic>
 #include <map>
 #include <mutex>
 #include <string>
+#include <vector>
 
 namespace {
 
 typedef int Run(const char* arguments);
 
+// A kernel's entry, and how many numbers it is given: a call of others is none of its own.
+struct Function {
+    Run* run;
+    size_t count;
+};
+
 // Gradients of the operands that are `wanted`, in calls of these sizes.
 struct Backward {
-    Run* run;
+    Function function;
     std::vector<int64_t> wanted, sizes, destinations;  // truth values; values of symbols; numbers of operands
     at::ScalarType lse;
 
@@ -32,7 +40,7 @@ struct Backward {
 };
 
 struct Kernel {
-    Run* run;
+    Function function;
     int64_t batch, v_dim;
     std::vector<int64_t> order;  // of the result's dimensions in memory
     at::ScalarType out, lse;
@@ -69,7 +77,7 @@ struct Arguments {
     }
     void add(at::IntArrayRef numbers) { a.append(numbers.begin(), numbers.end()); }
     void add(const at::Tensor& t) { a.push_back(address(t)), add(t.strides()); }
-    bool run(Run* kernel) const { return kernel(reinterpret_cast<const char*>(a.data())) == 0; }
+    bool run(Function kernel) const { return a.size() == kernel.count && kernel.run(reinterpret_cast<const char*>(a.data())) == 0; }
     static int64_t address(const at::Tensor& t) { return t.defined() ? reinterpret_cast<int64_t>(t.const_data_ptr()) : 0; }
 };
 
@@ -80,14 +88,14 @@ struct Call {
 
     Call(at::TensorList operands, at::IntArrayRef sizes, std::string_view spec, std::string_view target, bool with_lse) {
         const Kernel* const kernel = kernel_of(spec, target);
-        if (!kernel) return;
+        if (!kernel || sizes.size() < size_t(kernel->batch) + 2) return;
         c10::SmallVector<int64_t, 8> shape(sizes.begin(), sizes.begin() + kernel->batch + 1), strides(kernel->batch + 2);
         shape.push_back(kernel->v_dim);
         int64_t step = 1;
         for (auto dim = kernel->order.rbegin(); dim != kernel->order.rend(); dim++) strides[*dim] = step, step *= shape[*dim];
         out = at::detail::empty_strided_cpu(shape, strides, kernel->out);
         if (with_lse) lse = at::detail::empty_cpu(sizes.slice(0, kernel->batch + 1), kernel->lse);
-        done = Arguments(out, lse, strides, operands, sizes).run(kernel->run);
+        done = Arguments(out, lse, strides, operands, sizes).run(kernel->function);
     }
 };
 
@@ -124,7 +132,7 @@ std::vector<at::Tensor> attention_backward(
         arguments.a.push_back(0);
         arguments.add(grad_out);
         for (const int64_t i : b.destinations) arguments.add(all[i]);
-        if (arguments.run(b.run)) return found;
+        if (arguments.run(b.function)) return found;
     }
     static const auto in_python = op<Gradients>("fuse::attention_backward_in_python");
     return in_python.call(grad_out, operands, c10::fromIntArrayRefSlow(sizes), out, lse, spec, target, wanted, grad_lse);
@@ -182,22 +190,21 @@ TORCH_LIBRARY_IMPL(fuse, AutogradCPU, m) {
 
 #define EXPORTED extern "C" __attribute__((visibility("default")))
 
-
 // `order` has `batch` + 2 numbers.
 EXPORTED void fuse_take(
-    const char* spec, Run* run, int64_t batch, int64_t v_dim, const int64_t* order, const char* out, const char* lse) {
-    change([=](Kernels& all) { all[spec] = {run, batch, v_dim, {order, order + batch + 2}, dtype(out), dtype(lse), {}}; });
+    const char* spec, Run* run, int64_t arguments, int64_t batch, int64_t v_dim, const int64_t* order, const char* out, const char* lse) {
+    change([=](Kernels& all) { all[spec] = {{run, size_t(arguments)}, batch, v_dim, {order, order + batch + 2}, dtype(out), dtype(lse), {}}; });
 }
 
 // Of a spec that was taken; `wanted` is as long as there are operands.
 EXPORTED void fuse_take_backward(
-    const char* spec, Run* run, int64_t operands, const int64_t* wanted, int64_t symbols, const int64_t* sizes,
+    const char* spec, Run* run, int64_t arguments, int64_t operands, const int64_t* wanted, int64_t symbols, const int64_t* sizes,
     int64_t count, const int64_t* destinations, const char* lse) {
     change([=](Kernels& all) {
         const auto found = all.find(spec);
         if (found == all.end()) return;
         found->second.backward.push_back(
-            {run, {wanted, wanted + operands}, {sizes, sizes + symbols}, {destinations, destinations + count}, dtype(lse)});
+            {{run, size_t(arguments)}, {wanted, wanted + operands}, {sizes, sizes + symbols}, {destinations, destinations + count}, dtype(lse)});
     });
 }
 

@@ -104,11 +104,11 @@ class Library:
 
     def __init__(self, built: Built, part: Part, count: int) -> None:
         self.runs = built.runs
-        self.run, self._part, self._pack = built.run, part, struct.Struct(f"{count}q").pack
+        self.function, self._part, self._pack = op.Function(built.run, count), part, struct.Struct(f"{count}q").pack
 
     def call(self, arguments: Sequence[int]) -> bool:
         """False where the kernel does not take a call: a length exceeds its 32-bit positions, or sums of gradients memory."""
-        code = self.run(self._pack(*arguments))
+        code = self.function.run(self._pack(*arguments))
         if code > 1:
             raise RuntimeError({2: "out of memory"}.get(code, f"kernel error {code}"))
         if code:
@@ -150,7 +150,7 @@ class CppKernel:
         return self._loaded.library.runs
 
     def known_as(self, text: str) -> None:
-        op.take(text, self._spec, self._loaded.library.run)
+        op.take(text, self._spec, self._loaded.library.function)
 
     def __call__(self, operands: Sequence[Tensor], sizes: Sequence[int]) -> Tensor:
         """``operands`` as the spec numbers them, ``sizes`` as ``spec.symbols``; the result has ``spec.out_strides``."""

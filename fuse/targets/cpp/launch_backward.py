@@ -62,7 +62,7 @@ class CppBackward:
             return
         self._told.add(key)
         if (operands := self._gradients.of_operands(sizes)) is not None:
-            op.take_backward(self._text, self._spec, self._library.run, op.BackwardCall(self._wanted, key, operands))
+            op.take_backward(self._text, self._spec, self._library.function, op.BackwardCall(self._wanted, key, operands))
 
     def __call__(
         self, grad_out: Tensor, operands: Sequence[Tensor], sizes: Sequence[int], out: Tensor, lse: Tensor,

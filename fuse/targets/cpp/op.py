@@ -23,6 +23,18 @@ from fuse.targets.cpp import NAME, SUFFIX
 from fuse.targets.cpp.compiler import FLAGS, compile_library, cxx_compiler, depends
 from fuse.targets.cpp.plan import lse_dtype
 
+log = logging.getLogger("fuse")
+_SOURCE = Path(fuse.templates.__path__[0]) / "cpp" / "op.cpp"
+_loaded: list[Any] = []  # at most one: what it registers with torch stays for as long as the process does
+
+
+@dataclass(frozen=True)
+class Function:
+    """A function of a loaded library, and how many numbers it is given."""
+
+    run: Any
+    count: int
+
 
 @dataclass(frozen=True)
 class BackwardCall:
@@ -34,11 +46,6 @@ class BackwardCall:
     wanted: tuple[bool, ...]
     sizes: tuple[int, ...]
     destinations: tuple[int, ...]
-
-
-log = logging.getLogger("fuse")
-_SOURCE = Path(fuse.templates.__path__[0]) / "cpp" / "op.cpp"
-_loaded: list[Any] = []  # at most one: what it registers with torch stays for as long as the process does
 
 
 def load() -> None:
@@ -66,28 +73,28 @@ def _opened(binary: Path) -> Any:
         raise BuildFailed(str(error)) from error
     number, text, run = ctypes.c_int64, ctypes.c_char_p, ctypes.c_void_p
     numbers = ctypes.POINTER(number)
-    take.argtypes = (text, run, number, number, numbers, text, text)
-    take_backward.argtypes = (text, run, *(number, numbers) * 3, text)
+    take.argtypes = (text, run, number, number, number, numbers, text, text)
+    take_backward.argtypes = (text, run, number, *(number, numbers) * 3, text)
     take.restype = take_backward.restype = None
     return library
 
 
-def take(text: str, spec: AttentionSpec, run: Any) -> None:
-    """From now on calls with ``text``, which says ``spec``, are those of the kernel ``run``, if ``load`` could do its work."""
+def take(text: str, spec: AttentionSpec, function: Function) -> None:
+    """From now on calls with ``text``, which says ``spec``, are those of ``function``, if ``load`` could do its work."""
     for library in _loaded:
         dtypes = spec.out_dtype.encode(), lse_dtype(spec).encode()
-        library.fuse_take(text.encode(), _address(run), spec.batch, spec.v_dim, _numbers(spec.out_order), *dtypes)
+        library.fuse_take(text.encode(), *_pointer(function), spec.batch, spec.v_dim, _numbers(spec.out_order), *dtypes)
 
 
-def take_backward(text: str, spec: AttentionSpec, run: Any, call: BackwardCall) -> None:
+def take_backward(text: str, spec: AttentionSpec, function: Function, call: BackwardCall) -> None:
     """As ``take``, where that was called for ``text``, for calls of the backward pass like ``call``."""
     for library in _loaded:
         lists = [x for numbers in (call.wanted, call.sizes, call.destinations) for x in (len(numbers), _numbers(numbers))]
-        library.fuse_take_backward(text.encode(), _address(run), *lists, lse_dtype(spec).encode())
+        library.fuse_take_backward(text.encode(), *_pointer(function), *lists, lse_dtype(spec).encode())
 
 
-def _address(run: Any) -> ctypes.c_void_p:
-    return ctypes.cast(run, ctypes.c_void_p)
+def _pointer(of: Function) -> tuple[ctypes.c_void_p, int]:
+    return ctypes.cast(of.run, ctypes.c_void_p), of.count
 
 
 def _numbers(of: Sequence[int]) -> Any:
