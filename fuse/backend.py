@@ -54,7 +54,10 @@ def _tried(gm: GraphModule, example_inputs: Sequence[Any], chosen: Options) -> t
     """``gm`` with its attention fused, compiled; and again without the sites whose kernels turn out wrong or slower."""
     if chosen.qualify == "never":
         return _fused(gm, example_inputs, chosen, leave_none)
-    trial, before = Trial(chosen.qualify == "always", chosen.target != registry.AUTO), check.keep(gm)
+    trial, before = (
+        Trial(chosen.qualify == "always", chosen.target != registry.AUTO, chosen.inner == "inductor"),
+        check.keep(gm),
+    )
     call, reading = _fused(gm, example_inputs, chosen, trial.leave)
     if trial.decide():
         call, reading = _fused(before, example_inputs, chosen, trial.leave)

@@ -12,6 +12,7 @@ from torch.fx import Graph, GraphModule
 import fuse.passes
 from fuse import backend
 from fuse.inner import without_patterns
+from fuse.ops import written
 from fuse.options import resolve
 from fuse.torch_private import CustomGraphPass, get_hash_for_files, inductor_config
 from fuse.transform import rewrite
@@ -35,6 +36,7 @@ class FusePass(CustomGraphPass):
     """The passes on one graph; Inductor brings the graphs inside it by itself."""
 
     def __call__(self, graph: Graph) -> None:
+        written.register()
         if isinstance(gm := graph.owning_module, GraphModule):
             backend.compiled.append(rewrite(gm, inside=False))
 

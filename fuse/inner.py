@@ -19,6 +19,7 @@ import torch
 from torch.fx import Graph, GraphModule
 
 from fuse.errors import GET_COMPILER
+from fuse.ops import written
 from fuse.options import Options
 from fuse.torch_private import CustomGraphPass, Inductor, OpOverload, inductor_config, lookup_backend
 
@@ -39,6 +40,7 @@ def compiler(chosen: Options, patterns: bool) -> Callable[..., Any]:
         return lookup_backend("aot_eager")
     if patterns:
         return Inductor(chosen.mode, dict(chosen.inductor), dynamic=None)
+    written.register()
     options = dict(chosen.inductor) | without_patterns(chosen.inductor)
     return partial(_inductor_or_else, Inductor(chosen.mode, options, dynamic=None))
 
@@ -101,7 +103,7 @@ class Passes(CustomGraphPass):
     def uuid(self) -> tuple[Any, ...] | None:
         """None, which keeps torch from caching, if a pass has no id, as Inductor has it for each."""
         ids = tuple(each.uuid() if isinstance(each, CustomGraphPass) else None for each in self._passes)
-        return ids if all(ids) else None
+        return (written.FORM, *ids) if all(ids) else None
 
 
 def _given(options: Mapping[str, Any], name: str) -> Sequence[Callable[[Graph], None]]:

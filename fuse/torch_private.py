@@ -149,6 +149,7 @@ __all__ = [
     "unwrapped",
     "version",
     "without_vmap_loops",
+    "write_calls",
 ]
 
 # ------------------------------------------------------------------------------------------------------------ operators
@@ -283,6 +284,58 @@ class Impure(nn.Module):
 
 Inductor: Callable[..., Callable[..., Any]] = torch._TorchCompileInductorWrapper
 """(mode, options, dynamic) → what torch.compile hands a graph and its example inputs to."""
+
+
+@dataclass(frozen=True)
+class WrittenCall:
+    """How code that Inductor writes calls an operator: ``name(the arguments but those that are fixed)``.
+
+    definition  lines of Python that define ``name``; they stand once among the imports of the code
+    fixed       names of arguments that the definition holds
+    """
+
+    name: str
+    definition: tuple[str, ...]
+    fixed: frozenset[str]
+
+
+def write_calls(op: OpOverload[..., Any], written: Callable[[dict[str, Any]], WrittenCall]) -> None:
+    """From now on Inductor writes calls of ``op`` as ``written`` has it for their arguments, by name.
+
+    For Python only: where Inductor writes C++, calls are what they were. Operands keep the strides that they have in the graph.
+    """
+    from torch._inductor import ir, lowering
+    from torch._inductor.virtualized import V
+
+    class Call(ir.FallbackKernel):
+        def _written(self) -> WrittenCall:
+            args, kwargs = self.unflatten_args(self.inputs, self.constant_args)
+            return written(dict(zip((a.name for a in schema(op).arguments), args, strict=False)) | kwargs)
+
+        def codegen(self, wrapper: Any) -> None:
+            if not V.graph.cpp_wrapper:
+                while (parent := getattr(wrapper, "parent_wrapper", None)) is not None:  # of graphs inside the graph
+                    wrapper = parent
+                for line in self._written().definition:
+                    wrapper.add_import_once(line)
+            super().codegen(V.graph.wrapper_code)
+
+        def get_kernel_name(self) -> str:
+            return super().get_kernel_name() if V.graph.cpp_wrapper else self._written().name
+
+        def codegen_args(self) -> list[str]:
+            args: list[str] = super().codegen_args()
+            if V.graph.cpp_wrapper:
+                return args
+            fixed = self._written().fixed
+            return [text for text, a in zip(args, schema(op).arguments, strict=False) if a.name not in fixed]
+
+    def lower(*args: Any, **kwargs: Any) -> Any:
+        return pytree.tree_map_only(ir.IRNode, ir.TensorBox.create, Call.create(op, *args, **kwargs))
+
+    lowering.make_fallback(op, layout_constraint=lowering.constrain_to_fx_strides, warn=False)
+    lower._is_fallback_handler = True  # type: ignore[attr-defined]
+    lowering.register_lowering(op, type_promotion_kind=None)(lower)
 
 
 def source_name(node: Node) -> str:

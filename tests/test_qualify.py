@@ -439,10 +439,11 @@ def test_other_versions_sizes_layouts_compilers_and_gradients_are_other_cases(mo
         case_of(call_of(grouped(length=400), "reference"), [False] * 4, ""),
         case_of(replace(call, operands=(apart(call.operands[0]), *call.operands[1:])), [False] * 4, ""),
         case_of(replace(call, target="cpp"), [False] * 4, ""),
+        case_of(call, [False] * 4, "", traced=False),
     ]
     monkeypatch.setenv("CXX", "c++ -g")
     others.append(case_of(replace(call, target="cpp"), [False] * 4, ""))
-    assert len({c.key for c in (case, *others)}) == 8
+    assert len({c.key for c in (case, *others)}) == 9
     assert case_of(call_of(grouped(length=201), "reference"), [False] * 4, "").key == case.key
 
 

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._inductor.utils import run_and_get_code
 from torch.fx import Graph, GraphModule
 from torch.nn.attention.flex_attention import AuxRequest, create_block_mask, flex_attention
 from torch_graphs import Look, given_to_backend, placeholders
@@ -211,6 +212,31 @@ def test_flex_refusal() -> None:
     if private.flex_refusal.__module__.startswith("torch"):
         with pytest.raises(NotImplementedError):
             private.flex_refusal(query.requires_grad_(), key, value)
+
+
+@pytest.mark.compiler
+def test_write_calls() -> None:
+    """By a name that is defined once, in Python; in C++ as before."""
+    library = torch.library.Library("fuse_tests", "DEF")
+    tags = (torch.Tag.pt2_compliant_tag, torch.Tag.needs_fixed_stride_order)
+    library.define("scaled(Tensor[] xs, str how, float by) -> Tensor", tags=tags)
+    library.impl("scaled", lambda xs, how, by: xs[0] * by, "CompositeExplicitAutograd")
+    torch.library.register_fake("fuse_tests::scaled", lambda xs, how, by: torch.empty_like(xs[0]), lib=library)
+    op = torch.ops.fuse_tests.scaled.default
+    definition = ("# by how much", "scale = lambda xs, by: torch.ops.fuse_tests.scaled.default(xs, 'well', by)")
+    private.write_calls(op, lambda given: private.WrittenCall("scale", definition, frozenset({"how"})))
+
+    def twice(x: Tensor) -> Tensor:
+        return op([op([x.sin()], "well", 2.0)], "well", 2.0)  # type: ignore[no-any-return]
+
+    x = torch.randn(3, 4).T
+    for in_cpp in (False, True):
+        torch._dynamo.reset()
+        with private.inductor_config.patch(cpp_wrapper=in_cpp):
+            found, (code, *_) = run_and_get_code(torch.compile(twice), x)
+        torch.testing.assert_close(found, x.sin() * 4)
+        assert code.count("# by how much") == code.count("scale = lambda") == (not in_cpp)
+        assert code.count(" = scale([") == (0 if in_cpp else 2)
 
 
 # ------------------------------------------------------------------------------------------------------------- processes

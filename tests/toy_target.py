@@ -90,9 +90,6 @@ class ToyTarget:
     def toolchain(self) -> str:
         return ""
 
-    def shorten_calls(self) -> None:
-        pass
-
     def lse_dtype(self, spec: AttentionSpec) -> str:
         return spec.lse_dtype
 

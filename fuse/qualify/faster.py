@@ -16,8 +16,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from fuse.ops.attention import parsed
 from fuse.ops.warm import ExpectedCall
+from fuse.ops.written import caller
 from fuse.passes.find import ATTENTION
-from fuse.qualify.problem import whole
+from fuse.qualify.problem import Problem, whole
 from fuse.qualify.torchs_own import sdpa
 
 SDPA, PLAIN = ATTENTION, "plain operations"
@@ -44,10 +45,11 @@ class Times:
         return f"{self.name}: {_milliseconds(self.other)}, fuse {_milliseconds(self.fuse)}"
 
 
-def times(call: ExpectedCall, wanted: Sequence[bool], called: bool) -> Times | None:
+def times(call: ExpectedCall, wanted: Sequence[bool], called: bool, traced: bool = True) -> Times | None:
     """None where there is nothing to compare with: torch has no such call, or it would need too much memory.
 
     called  whether the site is a call of SDPA; else its operations are what it is beside
+    traced  whether Inductor will write the calls of the kernels, in which no autograd is left
     """
     if _bytes_of_scores(call) > _MEMORY * _free(call.device):
         return None
@@ -55,7 +57,7 @@ def times(call: ExpectedCall, wanted: Sequence[bool], called: bool) -> Times | N
     rival = sdpa(problem, wanted)
     if rival is None:
         return None
-    ours = _way(lambda *t: torch.ops.fuse.attention.default(t, problem.sizes, call.spec, call.target), problem.operands, wanted)
+    ours = (_traced if traced else _called)(call, problem, wanted)
     theirs = _way(rival.attend, rival.matrices, rival.wanted)
     with nullcontext() if called else sdpa_kernel(SDPBackend.MATH):
         for _ in range(_TRIALS):
@@ -63,6 +65,25 @@ def times(call: ExpectedCall, wanted: Sequence[bool], called: bool) -> Times | N
             if not found.lost:
                 break
     return found
+
+
+def _called(call: ExpectedCall, problem: Problem, wanted: Sequence[bool]) -> Call:
+    op = torch.ops.fuse.attention.default
+    return _way(lambda *t: op(t, problem.sizes, call.spec, call.target), problem.operands, wanted)
+
+
+def _traced(call: ExpectedCall, problem: Problem, wanted: Sequence[bool]) -> Call:
+    operands, sizes = [t.detach() for t in problem.operands], list(problem.sizes)
+    if not any(wanted):
+        return partial(caller("attention", call.spec, call.target), operands, sizes)
+    forward, backward = (caller(f"attention_{part}", call.spec, call.target) for part in ("forward", "backward"))
+    grad = torch.ones_like(forward(operands, sizes)[0])
+
+    def run() -> object:
+        out, lse = forward(operands, sizes)
+        return backward(grad, operands, sizes, out, lse, list(wanted))
+
+    return run
 
 
 def _way(attend: Callable[..., Tensor], tensors: Sequence[Tensor], wanted: Sequence[bool]) -> Call:

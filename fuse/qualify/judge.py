@@ -39,23 +39,29 @@ at_forget(_decided.clear)
 
 @dataclass(frozen=True)
 class Question:
-    """One call, which of its operands want a gradient, and the operator that the site is a call of, or ""."""
+    """One call, which of its operands want a gradient, and the operator that the site is a call of, or "".
+
+    traced  as in fuse.qualify.faster
+    """
 
     call: ExpectedCall
     wanted: tuple[bool, ...]
     written: str
+    traced: bool
 
 
 @dataclass
 class Trial:
     """The calls of one graph: what was decided of them before it was read, and what is still to be decided.
 
-    anew   nothing that was decided before counts
-    asked  whoever chose the target wants it wherever it is right
+    anew    nothing that was decided before counts
+    asked   whoever chose the target wants it wherever it is right
+    traced  Inductor will write the calls
     """
 
     anew: bool = False
     asked: bool = False
+    traced: bool = True
     _open: dict[Case, Question] = field(default_factory=dict)
     _own: dict[Case, Verdict] = field(default_factory=dict)
     _cases: dict[tuple[object, ...], Case] = field(default_factory=dict)
@@ -67,8 +73,8 @@ class Trial:
             return None
         if call.device.type == "cuda" and written in _WITH_KERNELS and not self.asked:
             return Slower(f"{written}, which has kernels of its own on GPUs")
-        question = Question(call, wanted, written)
-        case = case_of(call, wanted, written)
+        question = Question(call, wanted, written, self.traced)
+        case = case_of(call, wanted, written, self.traced)
         self._cases[parsed(call.spec), call.target, call.sizes, wanted] = case
         found = self._own.get(case) if self.anew else _known(case)
         if found is None:
@@ -99,7 +105,7 @@ def _judge(case: Case, question: Question) -> Verdict:
     """Decides, and keeps what was decided."""
     call, wanted, device = question.call, question.wanted, question.call.device
     with _on(device), torch.autocast(device.type, enabled=False), torch.enable_grad():  # whatever surrounds the user's call
-        found = _decided[case] = _agreed(case, _judged(call, wanted, question.written))
+        found = _decided[case] = _agreed(case, _judged(question))
     if found == _UNCHECKED or any(part.by != "kernel" for part in _running(call, wanted)):
         return found  # it says nothing of the kernel that another run will have
     verdict.write(case, found)
@@ -113,7 +119,8 @@ def _judge(case: Case, question: Question) -> Verdict:
     return found
 
 
-def _judged(call: ExpectedCall, wanted: tuple[bool, ...], written: str) -> Verdict:
+def _judged(question: Question) -> Verdict:
+    call, wanted = question.call, question.wanted
     if not registry.named(call.target).generated or any(part.by == "edited kernel" for part in _running(call, wanted)):
         return _KEPT
     try:
@@ -124,7 +131,7 @@ def _judged(call: ExpectedCall, wanted: tuple[bool, ...], written: str) -> Verdi
         return Verdict("refused", f"{type(error).__name__}: {error}")
     if wrong is not None:
         return Verdict("refused", str(wrong))
-    return _KEPT if written in _WITH_KERNELS else _timed(call, wanted, written)
+    return _KEPT if question.written in _WITH_KERNELS else _timed(question)
 
 
 def _running(call: ExpectedCall, wanted: tuple[bool, ...]) -> Iterable[Runs]:
@@ -138,9 +145,9 @@ def _running(call: ExpectedCall, wanted: tuple[bool, ...]) -> Iterable[Runs]:
     return targets.running(spec, call.target, wanted).values()
 
 
-def _timed(call: ExpectedCall, wanted: tuple[bool, ...], written: str) -> Verdict:
+def _timed(question: Question) -> Verdict:
     try:
-        times = faster.times(call, wanted, written == faster.SDPA)
+        times = faster.times(question.call, question.wanted, question.written == faster.SDPA, question.traced)
     except Exception:  # what torch cannot do here is no rival
         log.debug("nothing could be timed beside a kernel", exc_info=True)
         return _KEPT

@@ -21,7 +21,7 @@ from fuse.settings import settings
 from fuse.targets import records, registry
 from fuse.targets.sealed import sealed
 
-FORMAT = 1
+FORMAT = 2
 _FEW = 16  # of each dimension of a tensor whose strides stand for a layout, whatever the sizes
 Kind = Literal["kept", "refused", "slower"]
 
@@ -39,6 +39,7 @@ class Case:
     """What a verdict is about. Sizes count by their magnitude: half a power of two.
 
     written  the operator that the site is a call of; "" where it is written out
+    traced   as in fuse.qualify.faster
     """
 
     spec: str
@@ -47,6 +48,7 @@ class Case:
     versions: str
     wanted: tuple[bool, ...]
     written: str
+    traced: bool
     sizes: tuple[int, ...]
     layout: tuple[str, ...]
 
@@ -59,12 +61,12 @@ class Case:
         return settings().cache_dir / self.target / f"verdict-{self.key}.json"
 
 
-def case_of(call: ExpectedCall, wanted: Sequence[bool], written: str) -> Case:
+def case_of(call: ExpectedCall, wanted: Sequence[bool], written: str, traced: bool = True) -> Case:
     layout = tuple(f"{t.dtype} {strides_as(t, [_FEW] * t.dim())}" for t in call.operands)
     sizes = tuple(map(_magnitude, call.sizes))
     built = hashlib.sha256(registry.named(call.target).toolchain().encode()).hexdigest()[:12]
     versions = f"{_versions()}, toolchain {built}"
-    return Case(call.spec, call.target, device_name(call.device), versions, tuple(wanted), written, sizes, layout)
+    return Case(call.spec, call.target, device_name(call.device), versions, tuple(wanted), written, traced, sizes, layout)
 
 
 def _magnitude(n: int) -> int:

@@ -20,7 +20,7 @@ from fuse.memoize import forget
 from fuse.report.runs import Part, Runs
 from fuse.targets import fallback_warnings, kernel_or_reference, registry
 from fuse.targets.cache import BuildFailed, builds
-from fuse.targets.protocols import Backward, Kernel, MapKernel, Shown, Tunable
+from fuse.targets.protocols import Backward, Kernel, MapKernel, Short, Shown, Tunable
 
 __all__ = [
     "Backward",
@@ -29,6 +29,7 @@ __all__ = [
     "backward_kernel",
     "beside",
     "builds",
+    "caller",
     "kernel",
     "map_kernel",
     "prepare",
@@ -76,6 +77,13 @@ def backward_kernel(spec: AttentionSpec, target: str, wanted: tuple[bool, ...]) 
 def map_kernel(spec: TileMap, target: str) -> MapKernel:
     """What computes a map of tiles; never fails, as ``kernel``."""
     return _given(_begun(_map_kernels, (spec, target), kernel_or_reference.tile_map), target, "tile map")
+
+
+def caller(operator: str, text: str, target: str, slow: Callable[..., Any]) -> Callable[..., Any]:
+    """The shortest way to ``fuse::operator`` of the spec that is written ``text``; ``slow`` goes there by torch.ops."""
+    _begun(_calls, (target,), _shorten_calls).result()
+    short = registry.named(target)
+    return short.caller(operator, text, slow) if isinstance(short, Short) else slow
 
 
 def running(spec: AttentionSpec, target: str, wanted: tuple[bool, ...]) -> dict[Part, Runs]:
@@ -156,7 +164,8 @@ def _given(future: Future[Made], target: str, part: Part) -> Made:
 
 
 def _shorten_calls(target: str) -> None:
-    registry.named(target).shorten_calls()
+    if isinstance(short := registry.named(target), Short):
+        short.shorten_calls()
 
 
 def _runs(future: Future[Any]) -> Runs:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 from torch import Tensor
 
@@ -60,6 +60,22 @@ class Direct(Protocol):
 
     def known_as(self, text: str) -> None:
         """From the next call on, of the spec that is written ``text``."""
+        ...
+
+
+@runtime_checkable
+class Short(Protocol):
+    """A target to whose kernels there is a shorter way than torch's operators that are written in Python."""
+
+    def shorten_calls(self) -> None:
+        """Makes it, before the first of the calls. Never fails."""
+        ...
+
+    def caller(self, operator: str, text: str, slow: Callable[..., Any]) -> Callable[..., Any]:
+        """What does the same as ``slow``, sooner: calls ``fuse::operator`` of the spec that is written ``text``.
+
+        Where that is ``slow`` itself there is no such way.
+        """
         ...
 
 

@@ -79,9 +79,6 @@ class ReferenceTarget:
     def toolchain(self) -> str:
         return ""
 
-    def shorten_calls(self) -> None:
-        pass
-
     def lse_dtype(self, spec: AttentionSpec) -> str:
         return spec.lse_dtype
 

@@ -48,10 +48,6 @@ class Target(Protocol):
         """What its kernels depend on beside their source and the versions of torch and Triton: a compiler, say."""
         ...
 
-    def shorten_calls(self) -> None:
-        """Makes what calls of its kernels go through, if it has that, before the first of them. Never fails."""
-        ...
-
     def lse_dtype(self, spec: AttentionSpec) -> str:
         """What the log-sum-exp of rows is kept in for backward."""
         ...

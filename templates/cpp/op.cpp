@@ -13,6 +13,7 @@
 
 #include <algorithm>
 #include <atomic>
+#include <cstring>
 #include <map>
 #include <mutex>
 #include <string>
@@ -34,9 +35,7 @@ struct Backward {
     std::vector<int64_t> wanted, sizes, destinations;  // truth values; values of symbols; numbers of operands
     at::ScalarType lse;
 
-    bool is_of(const c10::List<bool>& w, at::IntArrayRef s) const {
-        return sizes == s && std::equal(wanted.begin(), wanted.end(), w.begin(), w.end());
-    }
+    bool is_of(at::IntArrayRef w, at::IntArrayRef s) const { return sizes == s && wanted == w; }
 };
 
 struct Kernel {
@@ -118,22 +117,41 @@ typedef std::vector<at::Tensor> Gradients(
     const at::Tensor&, at::TensorList, c10::SymIntArrayRef, const at::Tensor&, const at::Tensor&, std::string_view, std::string_view,
     c10::List<bool>, const std::optional<at::Tensor>&);
 
-// Each gradient is one tensor, as torch.empty_like lays it out, to which one or several destinations write.
-std::vector<at::Tensor> attention_backward(
-    const at::Tensor& grad_out, at::TensorList operands, at::IntArrayRef sizes, const at::Tensor& out, const at::Tensor& lse,
-    std::string_view spec, std::string_view target, c10::List<bool> wanted, const std::optional<at::Tensor>& grad_lse) {
+// As at::zeros_like, which takes longer than the gradients of a few tokens.
+at::Tensor zeros(const at::Tensor& like) {
+    if (like.numel() > 1 << 14 || !like.is_non_overlapping_and_dense()) return at::zeros_like(like);
+    const at::Tensor found = at::detail::empty_strided_cpu(like.sizes(), like.strides(), like.scalar_type());
+    std::memset(found.mutable_data_ptr(), 0, found.nbytes());
+    return found;
+}
+
+// Whether a kernel gave the gradients. Each is one tensor, as torch.empty_like lays it out, to which one or several
+// destinations write.
+bool gradients_by_kernel(
+    std::vector<at::Tensor>& found, const at::Tensor& grad_out, at::TensorList operands, at::IntArrayRef sizes, const at::Tensor& out,
+    const at::Tensor& lse, std::string_view spec, std::string_view target, at::IntArrayRef wanted) {
     const Kernel* const kernel = kernel_of(spec, target);
     for (const Backward& b : kernel ? at::ArrayRef<Backward>(kernel->backward) : at::ArrayRef<Backward>()) {
-        if (!b.is_of(wanted, sizes) || lse.scalar_type() != b.lse || grad_lse) continue;
-        std::vector<at::Tensor> found, all(operands.size());
+        if (!b.is_of(wanted, sizes) || lse.scalar_type() != b.lse) continue;
+        std::vector<at::Tensor> all(operands.size());
+        found.clear();
         for (size_t i = 0; i < operands.size(); i++)
-            if (wanted[i]) found.push_back(all[i] = at::zeros_like(operands[i]));
+            if (wanted[i]) found.push_back(all[i] = zeros(operands[i]));
         Arguments arguments(out, lse, out.strides(), operands, sizes);
         arguments.a.push_back(0);
         arguments.add(grad_out);
         for (const int64_t i : b.destinations) arguments.add(all[i]);
-        if (arguments.run(b.function)) return found;
+        if (arguments.run(b.function)) return true;
     }
+    return false;
+}
+
+std::vector<at::Tensor> attention_backward(
+    const at::Tensor& grad_out, at::TensorList operands, at::IntArrayRef sizes, const at::Tensor& out, const at::Tensor& lse,
+    std::string_view spec, std::string_view target, c10::List<bool> wanted, const std::optional<at::Tensor>& grad_lse) {
+    std::vector<at::Tensor> found;
+    const c10::SmallVector<int64_t, 8> asked(wanted.begin(), wanted.end());
+    if (!grad_lse && gradients_by_kernel(found, grad_out, operands, sizes, out, lse, spec, target, asked)) return found;
     static const auto in_python = op<Gradients>("fuse::attention_backward_in_python");
     return in_python.call(grad_out, operands, c10::fromIntArrayRefSlow(sizes), out, lse, spec, target, wanted, grad_lse);
 }

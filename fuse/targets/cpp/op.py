@@ -1,4 +1,4 @@
-"""What calls kernels without Python: ``templates/cpp/op.cpp``, built once for a version of torch.
+"""What calls kernels without Python: ``templates/cpp/op.cpp`` and ``caller.cpp``, built once for a version of torch.
 
 Where it cannot be built or loaded calls go through Python as before, some 15 microseconds later.
 """
@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import ctypes
 import logging
-from collections.abc import Sequence
+import sysconfig
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -24,7 +25,8 @@ from fuse.targets.cpp.compiler import FLAGS, compile_library, cxx_compiler, depe
 from fuse.targets.cpp.plan import lse_dtype
 
 log = logging.getLogger("fuse")
-_SOURCE = Path(fuse.templates.__path__[0]) / "cpp" / "op.cpp"
+_SOURCES = tuple(Path(fuse.templates.__path__[0]) / "cpp" / name for name in ("op.cpp", "caller.cpp"))
+_OPERATORS = ("attention", "attention_forward", "attention_backward")
 _loaded: list[Any] = []  # at most one: what it registers with torch stays for as long as the process does
 
 
@@ -53,11 +55,17 @@ def load() -> None:
     if _loaded:
         return
     folder = Path(torch.__file__).parent
-    linked = ("-Wl,--no-as-needed", f"-L{folder / 'lib'}", "-ltorch_cpu", "-lc10")
+    included = (
+        f"-I{folder / 'include'}",
+        f"-I{folder / 'include' / 'torch' / 'csrc' / 'api' / 'include'}",
+        f"-I{sysconfig.get_path('include')}",
+    )
+    linked = ("-Wl,--no-as-needed", f"-L{folder / 'lib'}", "-ltorch_cpu", "-lc10", "-ltorch_python")
     try:
-        command = (*cxx_compiler(), *FLAGS, "-O2", f"-I{folder / 'include'}", *linked)
-        versions = f"{depends(command)}\ntorch {torch.__version__}"
-        found = entry(NAME, "op", SUFFIX, _SOURCE.read_text(), versions, partial(compile_library, command), _opened)
+        command = (*cxx_compiler(), *FLAGS, "-O2", *included, *linked)
+        versions = f"{depends(command)}\ntorch {torch.__version__}\n{sysconfig.get_config_var('SOABI')}"
+        source = "\n".join(file.read_text() for file in _SOURCES)
+        found = entry(NAME, "op", SUFFIX, source, versions, partial(compile_library, command), _opened)
     except (BuildFailed, OSError) as error:
         log.info("calls of kernels go through Python: %s", error)
         return
@@ -68,7 +76,7 @@ def _opened(binary: Path) -> Any:
     """Raises BuildFailed."""
     try:
         library: Any = ctypes.CDLL(str(binary))
-        take, take_backward = library.fuse_take, library.fuse_take_backward
+        take, take_backward, caller = library.fuse_take, library.fuse_take_backward, ("fuse_caller", library)
     except (OSError, AttributeError) as error:
         raise BuildFailed(str(error)) from error
     number, text, run = ctypes.c_int64, ctypes.c_char_p, ctypes.c_void_p
@@ -76,7 +84,16 @@ def _opened(binary: Path) -> Any:
     take.argtypes = (text, run, number, number, number, numbers, text, text)
     take_backward.argtypes = (text, run, number, *(number, numbers) * 3, text)
     take.restype = take_backward.restype = None
+    library.caller = ctypes.PYFUNCTYPE(ctypes.py_object, ctypes.c_int, text, text, ctypes.py_object)(caller)
     return library
+
+
+def caller(operator: str, text: str, target: str, slow: Callable[..., Any]) -> Callable[..., Any]:
+    """See fuse.targets.protocols.Short."""
+    for library in _loaded if operator in _OPERATORS else ():
+        found: Callable[..., Any] = library.caller(_OPERATORS.index(operator), text.encode(), target.encode(), slow)
+        return found
+    return slow
 
 
 def take(text: str, spec: AttentionSpec, function: Function) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -33,6 +35,9 @@ class CppTarget:
 
     def shorten_calls(self) -> None:
         op.load()
+
+    def caller(self, operator: str, text: str, slow: Callable[..., Any]) -> Callable[..., Any]:
+        return op.caller(operator, text, self.name, slow)
 
     def lse_dtype(self, spec: AttentionSpec) -> str:
         return lse_dtype(spec)

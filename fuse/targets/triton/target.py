@@ -43,9 +43,6 @@ class TritonTarget:
     def toolchain(self) -> str:
         return ""
 
-    def shorten_calls(self) -> None:
-        pass
-
     def lse_dtype(self, spec: AttentionSpec) -> str:
         return spec.lse_dtype
 
