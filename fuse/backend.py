@@ -12,6 +12,7 @@ import torch
 from torch.fx import GraphModule
 
 from fuse import flex, inner, passes, targets
+from fuse.contents import Buffers
 from fuse.ops import opaque, warm
 from fuse.ops.attention import parsed
 from fuse.options import Options, resolve
@@ -141,7 +142,7 @@ def rewrite(
 ) -> Reading:
     """As ``passes.run``. A defect of a pass must not cost the user more than its fusions."""
     try:
-        return passes.run(gm, chooser(chosen), inputs, begins, inside, leave)
+        return passes.run(gm, chooser(chosen), inputs, begins, inside, leave, Buffers())
     except Exception as error:
         log.warning("a pass failed; attention in this graph may run unfused. Please report this.", exc_info=True)
         return Reading((Site(False, InternalError(f"{type(error).__name__}: {error}"), "", ""),))

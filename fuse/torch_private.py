@@ -33,7 +33,7 @@ from torch._functorch.autograd_function import VmapInfo
 from torch._functorch.utils import enable_single_level_autograd_function
 
 # The fake mode of the fake tensors among some values; None where there are none
-from torch._guards import detect_fake_mode
+from torch._guards import TracingContext, detect_fake_mode
 
 # FlexAttention's operator in plain ATen: (query, key, value, score_mod, block mask, scale, options, buffers, buffers)
 from torch._higher_order_ops.flex_attention import math_attention
@@ -124,6 +124,7 @@ __all__ = [
     "flex_refusal",
     "get_hash_for_files",
     "given_for",
+    "guard_input",
     "hint",
     "inductor_config",
     "is_batched",
@@ -346,6 +347,22 @@ def source_name(node: Node) -> str:
 def given_for(node: Node) -> Any:
     """What Dynamo was called with for a placeholder, which may be of a subclass that its value does not show; or None."""
     return getattr(node.meta.get("grapharg"), "example", None)
+
+
+def guard_input(node: Node, check: Callable[[Any], bool], said: str) -> bool:
+    """Has Dynamo, which is compiling, take what it compiles for those calls only in which ``check`` holds for ``node``, one of
+    the graph's inputs. ``said``: in its log of recompilations. False where no Dynamo compiles, or it does not know the input.
+    """
+    source, context = getattr(node.meta.get("grapharg"), "source", None), TracingContext.try_get()
+    if source is None or context is None:
+        return False
+
+    def content_match(builder: Any, guard: Any) -> None:
+        add = builder.get_guard_manager(guard).add_lambda_guard
+        add(check, [said], *((guard.user_stack,) if "arg2" in str(add.__doc__) else ()))
+
+    context.guards_context.dynamo_guards.add(source.make_guard(content_match))
+    return True
 
 
 def compiler_of_trace() -> Any:

@@ -28,12 +28,13 @@ import fuse.ops.tile_map  # noqa: F401  they register their ops
 from fuse.ir.spec import InvalidSpec, verify
 from fuse.passes import census
 from fuse.passes.accept import Found, accept, declined_site
+from fuse.passes.contents import know_contents
 from fuse.passes.expand import Expansion, expand
 from fuse.passes.find import Candidate, find, is_attention
 from fuse.passes.layout import put_keys_innermost
 from fuse.passes.lift import Lifted, Pass, SiteContext, lift
 from fuse.passes.masks import recover_mask
-from fuse.passes.policy import Choose, Leave, Policy, leave_none
+from fuse.passes.policy import Choose, Contents, Leave, Policy, leave_none
 from fuse.passes.read.bodies import Body, bodies
 from fuse.passes.read.graph import State, hidden_subclass, operator_name, states, tensor_of
 from fuse.passes.read.trace import Trace, trace
@@ -55,6 +56,7 @@ from fuse.report.site import Reading, Site
 from fuse.torch_private import SizeWouldBeFixed
 
 PASSES: tuple[Pass, ...] = (
+    know_contents,  # what a buffer holds is a formula
     recover_mask,  # the predicate is separated from the score and bounded in closed form
     tabulate,  # functions of the distance between query and key are computed once for each distance
     put_keys_innermost,  # biases that lie across the keys are copied once
@@ -69,17 +71,19 @@ def run(
     begins: State | None = None,
     inside: bool = True,
     leave: Leave = leave_none,
+    contents: Contents = Contents(),  # noqa: B008  it has no state
 ) -> Reading:
     """Rewrites ``gm``; one Site for every attention that was found, fused or not. Never raises.
 
-    choose  who runs what is fused
-    inputs  the graph's, if they are known: their types may say more than the graph does
-    begins  the state in which ``gm`` will run; None: that of the caller
-    inside  with the bodies inside it
-    leave   what is left although it could be fused
+    choose    who runs what is fused
+    inputs    the graph's, if they are known: their types may say more than the graph does
+    begins    the state in which ``gm`` will run; None: that of the caller
+    inside    with the bodies inside it
+    leave     what is left although it could be fused
+    contents  what tensors hold
     """
     hidden = hidden_subclass(gm.graph, inputs)
-    policy = Policy(choose, leave, Declined(Subclass(hidden)) if hidden else None)
+    policy = Policy(choose, leave, contents, Declined(Subclass(hidden)) if hidden else None)
     readings = [_never_raises(body, policy) for body in bodies(gm, begins) if inside or body.graph is gm.graph]
     for module in gm.modules():
         if isinstance(module, GraphModule):
@@ -146,7 +150,7 @@ def _fuse_sites(body: Body, policy: Policy, expansions: Sequence[Expansion]) -> 
         try:
             if isinstance(traced, Declined):
                 raise traced
-            site = _fuse_site(graph, candidate, SiteContext(traced, _target(candidate, policy.choose)), state_of)
+            site = _fuse_site(graph, candidate, _context(traced, candidate, policy), state_of)
             _check_wanted(graph, site, policy.leave, calls.get(candidate.anchor, candidate.anchor))
             found.append(site)
         except Declined as d:
@@ -201,6 +205,10 @@ def _fuse_site(graph: Graph, candidate: Candidate, context: SiteContext, state_o
         return Found(candidate, lifted, replacement, (*steps, ("insert", replacement.spec)))
     assert declined is not None
     raise declined
+
+
+def _context(traced: Trace, candidate: Candidate, policy: Policy) -> SiteContext:
+    return SiteContext(traced, _target(candidate, policy.choose), policy.contents)
 
 
 def _target(candidate: Candidate, choose: Choose) -> str:

@@ -79,7 +79,7 @@ def _fused_site(f: Found) -> Site:
     spec, sizes = for_all_examples(spec, hints, f.replacement.leaves, f.replacement.around)
     return Site(
         True, None, where, module, formula, mask, spec, sizes, names, wanted=wanted, target=f.replacement.target, steps=f.steps,
-        frames=frames(root),
+        frames=frames(root), relies=tuple(map(user_name, f.lifted.relied)),
     )  # fmt: skip
 
 

@@ -23,6 +23,7 @@ from fuse.ir.philox import drawn_in
 from fuse.ir.spec import AttentionSpec, Operand
 from fuse.ir.text import to_text
 from fuse.passes.lookups import hoist_lookups
+from fuse.passes.policy import Contents
 from fuse.passes.predicate import REPLACED, separate
 from fuse.passes.read import pointwise, views  # noqa: F401  the readers register themselves
 from fuse.passes.read.elements import POLYNOMIAL, PRODUCTS, Opaque, Reader, as_index, dims, may_wrap, op_name
@@ -63,6 +64,7 @@ class Lifted:
     sizes      the values of spec.symbols
     out_dims   root dimension → dimension of the op's result
     scores     the product of query and key, which must not be used elsewhere
+    relied     of what it is known what they hold, on which the spec relies
     """
 
     spec: AttentionSpec
@@ -70,14 +72,16 @@ class Lifted:
     sizes: tuple[IndexExpr, ...]
     out_dims: tuple[int, ...]
     scores: Value
+    relied: tuple[Node, ...] = ()
 
 
 @dataclass(frozen=True)
 class SiteContext:
-    """What passes may look at beside the site: the trace that it was read from, and the target of its kernel."""
+    """What passes may look at beside the site: the trace that it was read from, the target of its kernel, what tensors hold."""
 
     trace: Trace
     target: str
+    contents: Contents = Contents()
 
 
 class Pass(Protocol):

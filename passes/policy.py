@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 from torch.fx import Node
 
 from fuse.report.reasons import Declined, Reason
@@ -21,14 +22,28 @@ def leave_none(op: Node, wanted: tuple[bool, ...], written: str) -> None:
     return None
 
 
+class Contents:
+    """What the tensors hold that a graph reads. This one knows of none."""
+
+    def of(self, node: Node) -> Tensor | None:
+        """The tensor that ``node`` is in every call, unless it is said to have changed; None where nothing is known."""
+        return None
+
+    def rely(self, node: Node) -> bool:
+        """Has the graph compiled anew as soon as ``node`` holds anything else; False where that cannot be had."""
+        return False
+
+
 @dataclass(frozen=True)
 class Policy:
     """
-    choose   see Choose
-    leave    see Leave
-    refused  why no site of the graph is read; None: they are
+    choose    see Choose
+    leave     see Leave
+    contents  see Contents
+    refused   why no site of the graph is read; None: they are
     """
 
     choose: Choose
     leave: Leave = leave_none
+    contents: Contents = Contents()
     refused: Declined | None = None

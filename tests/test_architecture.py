@@ -23,7 +23,7 @@ LEVELS = (
     ("options",),
     ("ops",),
     ("passes",),
-    ("flex", "inner", "report.check", "qualify"),
+    ("contents", "flex", "inner", "report.check", "qualify"),
     ("backend",),
     ("report",),
     ("transform", "models"),

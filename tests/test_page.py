@@ -181,9 +181,10 @@ def test_a_site_that_is_left_says_why_and_what_would_change_that(report: Report)
 
 def test_every_pass_stands_in_order_with_what_it_changed(report: Report) -> None:
     steps = groups(report)[0].steps
-    assert [step.name for step in steps] == ["lift", "recover_mask", "tabulate", "put_keys_innermost", "map_tiles", "insert"]
-    assert [line for mark, line in steps[1].lines if mark == "+"][0].startswith("visible where") and steps[1].changed
-    assert not steps[3].changed
+    passes = ["lift", "know_contents", "recover_mask", "tabulate", "put_keys_innermost", "map_tiles", "insert"]
+    assert [step.name for step in steps] == passes
+    assert [line for mark, line in steps[2].lines if mark == "+"][0].startswith("visible where") and steps[2].changed
+    assert not steps[4].changed
 
 
 # ---------------------------------------------------------------------------------------------------------------- page

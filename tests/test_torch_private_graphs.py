@@ -61,6 +61,25 @@ def test_given_for() -> None:
     assert private.given_for(Graph().placeholder("x")) is None
 
 
+def test_guard_input() -> None:
+    graphs: list[GraphModule] = []
+
+    def backend(gm: GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
+        graphs.append(gm)
+        (x,) = placeholders(gm)
+        assert private.guard_input(x, lambda value: value[0] > 0, "what a test allows")
+        return gm.forward
+
+    compiled = torch.compile(torch.sin, backend=backend)
+    for x in (1.0, 2.0, 3.0):
+        compiled(torch.full((2,), x))
+    assert len(graphs) == 1
+    with pytest.raises(AssertionError, match="what a test allows"):  # of the graph that is compiled anew, at once
+        compiled(-torch.ones(2))
+    assert len(graphs) == 2
+    assert not private.guard_input(Graph().placeholder("x"), bool, "")
+
+
 def test_compiler_of_trace() -> None:
     def backend(gm: GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
         return gm.forward

@@ -14,6 +14,7 @@ import torch
 from torch.fx import GraphModule, Node
 
 from fuse import backend
+from fuse.ir.expr import Load, axes, walk
 from fuse.ir.spec import AttentionSpec
 from fuse.options import resolve
 from fuse.passes.census import LOOKED_FOR
@@ -197,6 +198,8 @@ class SiteGroup:
         found = [
             ("score", site.formula),
             ("skipped", skipped_text(site)),
+            ("hint", _stored_mask(site)),
+            ("relies on", f"what {' and '.join(site.relies)} holds: compiled anew when that changes" if site.relies else ""),
             *((part, brief(str(runs))) for part, runs in site.runs.items()),
         ]
         if reason is not None:
@@ -224,6 +227,16 @@ def skipped_text(site: Site) -> str:
         return ""
     sizes = dict(zip(site.spec.symbols, site.sizes, strict=True))
     return f"{found} ({sizes['q_len']} queries, {sizes['kv_len']} keys)"
+
+
+def _stored_mask(site: Site) -> str:
+    """What would make a formula of a mask that is stored entry by entry; "" where none is."""
+    if site.spec is None or site.spec.mask is None:
+        return ""
+    loads = [n for n in walk(site.spec.mask.predicate) if isinstance(n, Load)]
+    stored = {site.names.get(n.operand, "the mask"): None for n in loads if {"q", "k"} <= set().union(*map(axes, n.coords))}
+    read = "positions that forward compares (torch.arange), or a buffer that holds what such a formula gives"
+    return f"{' and '.join(stored)} has a value for each query and key; read as a formula would be {read}" if stored else ""
 
 
 def merge_paths(paths: Sequence[str]) -> str:

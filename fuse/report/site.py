@@ -41,6 +41,7 @@ class Site:
     steps     the spec after each pass, by the pass's name
     frames    the calls that led to ``where``, outermost first; () where the tracer kept none
     measured  seconds beside what torch has, in words; "" where nothing was timed
+    relies    buffers whose contents were read as formulas: the graph is compiled anew when they are written
     runs      what computes its result ("forward"), its gradients ("backward") and its mask's map ("tile map"), as far as known
     """
 
@@ -59,6 +60,7 @@ class Site:
     steps: tuple[tuple[str, AttentionSpec], ...] = ()
     frames: tuple[Frame, ...] = ()
     measured: str = ""
+    relies: tuple[str, ...] = ()
     runs: dict[Part, Runs] = field(default_factory=dict)
 
     def _repr_html_(self) -> str:

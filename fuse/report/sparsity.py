@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
 
 import torch
@@ -21,16 +21,31 @@ from fuse.ir.spec import AttentionSpec
 
 @dataclass(frozen=True)
 class Coverage:
-    """``skipped``: the share of tiles not visited; ``exact``: whether the data cannot make it larger."""
+    """
+    skipped  the share of tiles not visited
+    exact    whether the data cannot make it larger
+    tiles    how many there are
+    rows     queries of a tile
+    keys     of a tile
+    """
 
     skipped: float
     exact: bool
+    tiles: int = field(default=0, compare=False)
+    rows: int = field(default=0, compare=False)
+    keys: int = field(default=0, compare=False)
 
     def __str__(self) -> str:
         share = f"{100 * self.skipped:.0f} % of the tiles"
+        if self.exact and not self.skipped:
+            return f"nothing, {self._why_nothing}"
         if self.exact:
             return share
         return f"at least {share}, more depends on the data" if self.skipped else "depends on the data"
+
+    @property
+    def _why_nothing(self) -> str:
+        return "all of it is one tile" if self.tiles == 1 else f"no tile of {self.rows} × {self.keys} is hidden as a whole"
 
 
 @cache
@@ -42,7 +57,7 @@ def coverage(spec: AttentionSpec, sizes: tuple[int, ...], rows: int, keys: int) 
     tiles = _Tiles(values, rows, keys)
     may_be_seen = as_tensor(range_of(spec.mask.predicate, tiles.leaf).high)
     seen = may_be_seen.expand(tiles.shape).sum().item() / math.prod(tiles.shape)
-    return Coverage(1 - seen, not contains(spec.mask.predicate, Load))
+    return Coverage(1 - seen, not contains(spec.mask.predicate, Load), math.prod(tiles.shape), rows, keys)
 
 
 @dataclass(frozen=True)

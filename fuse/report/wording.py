@@ -58,7 +58,7 @@ class Words:
         if isinstance(n, Load):
             name = self.names.get(n.operand, f"operand{n.operand}")
             coords = [c for c in n.coords if n.operand not in self.hidden or axes(c) & {"q", "k"}]
-            return self.element(name, [self(c) for c in coords])
+            return self.element(name, [self(_place(c)) for c in coords])
         if not isinstance(n, Apply):
             return self.leaf(n)
         level = OPERATORS[n.op].binds
@@ -100,6 +100,15 @@ def _read(n: Expr) -> Expr:
     return _solved(_carried_out(n)) if n.dtype == "bool" else n
 
 
+def _place(n: Expr) -> Expr:
+    """A coordinate without what counts a negative one from the end: where(x < 0, x + size, x) is written x, as in PyTorch."""
+    if isinstance(n, Apply) and n.op == "where":
+        _, wrapped, plain = n.operands
+        if isinstance(wrapped, Apply) and wrapped.op == "add" and wrapped.operands[0] is plain:
+            return plain
+    return n
+
+
 def hidden(predicate: Expr) -> frozenset[int]:
     """Operands of which the coordinates of the batch are the same wherever they are read."""
     batch: dict[int, set[tuple[Expr, ...]]] = {}
@@ -122,7 +131,7 @@ def _carried_out(e: Expr) -> Expr:
     if inner.op in ("and", "or") and inner.dtype == "bool":
         negated = (_carried_out(apply("not", x, dtype="bool")) for x in inner.operands)
         return apply("or" if inner.op == "and" else "and", *negated, dtype="bool")
-    if inner.op in _NEGATED and inner.operands[0].dtype in INTS:
+    if inner.op in ("eq", "ne") or (inner.op in _NEGATED and inner.operands[0].dtype in INTS):  # no order among NaN
         return Apply("bool", _NEGATED[inner.op], inner.operands)
     return e
 

@@ -51,6 +51,7 @@ _NO_NAMES = ("L", "G", "_parameters", "_buffers", "_modules", "__closure__", "ce
 _NO_MODULES = re.compile(
     r"^[LG]\['(?:self|fn)'\]\.?|^[LG](?=\[)|_modules\['?([^'\]]+)'?\]|\._modules|\.__closure__\[\d+\]\.cell_contents"
 )
+_OF_MODULE = re.compile(r"\b_(?:parameters|buffers|modules)\b")
 _FRAME = re.compile(r'File "(.*)", line (\d+), in (\S+)')
 
 
@@ -208,11 +209,11 @@ def storage_of(node: Node) -> int | None:
 
 
 def is_state(node: Node) -> bool:
-    """Is this a buffer or parameter, which the graph does not write?"""
+    """Is this a buffer, a parameter or a global variable, which the graph does not write?"""
     path = source_name(node)
     storage = storage_of(node)
     written = {storage_of(w) for n in node.graph.nodes for w in writes(n)}
-    return ("_buffers" in path or "_parameters" in path) and storage is not None and storage not in written
+    return (_OF_MODULE.search(path) is not None or path.startswith("G[")) and storage is not None and storage not in written
 
 
 def reached_from(node: Node | None) -> set[Node]:

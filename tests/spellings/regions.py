@@ -168,6 +168,13 @@ def bias_written_between_two_reads(q: Tensor, k: Tensor, v: Tensor, bias: Tensor
     return (s + bias).softmax(-1) @ v
 
 
+@spelling(extra=lambda: (torch.ones(11, 11).tril(-1).long(),))
+def mask_written_before_a_part_of_it_is_read(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+    """What is written is computed from what was there."""
+    mask.mul_(-1).add_(1)
+    return (q @ k.mT / 4).masked_fill(mask[:9, :9] == 0, float("-inf")).softmax(-1) @ v
+
+
 @spelling(inputs=lambda: (*training(), rand(2, 1, 9, 9, seed=5)), grad=True)
 def bias_written_after_use_in_training(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
     """The derivative of a sum does not read it; one that computes the scores again does."""
