@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -30,27 +29,39 @@ class Buffers(Contents):
         return x.detach() if known else None
 
     def rely(self, node: Node) -> bool:
-        return guard_input(node, holds(given_for(node), source_name(node)), "what fuse has read of it")
+        held = Held(given_for(node), source_name(node))
+        return guard_input(node, held.by, held.unchanged, f"what {held.name} holds, of which fuse has read a formula")
 
 
 _written: set[str] = set()  # where buffers were that did change: nothing is known of them from then on
 at_forget(_written.clear)
 
 
-def holds(x: Tensor, name: str) -> Callable[[Tensor], bool]:
-    """A function of tensors: whether one holds what ``x`` holds now. ``name``: what is noted where it does not."""
-    with disable_current_modes():
-        held = x.detach().clone()
-    seen: dict[int, tuple[weakref.ref[Tensor], int]] = {id(x): (weakref.ref(x), version(x))}
+class Held:
+    """What ``x`` holds now. ``name``: of its place in the model, which is noted as soon as something else is found there."""
 
-    def check(y: Tensor) -> bool:
-        found = seen.get(id(y))
-        if found is not None and found[0]() is y and found[1] == version(y):
+    def __init__(self, x: Tensor, name: str) -> None:
+        self.name = name
+        with disable_current_modes():
+            self._held = x.detach().clone()
+        self._seen: dict[int, tuple[weakref.ref[Tensor], int]] = {}
+        self._see(x)
+
+    def by(self, y: Tensor) -> bool:
+        """Whether ``y`` holds the same."""
+        ref, seen = self._seen.get(id(y), (None, 0))
+        if ref is not None and ref() is y and seen == version(y):
             return True
-        if y.is_inference() or not torch.equal(held, y):
-            _written.add(name)
+        if y.is_inference() or not torch.equal(self._held, y):
+            _written.add(self.name)
             return False
-        seen[id(y)] = weakref.ref(y), version(y)
+        self._see(y)
         return True
 
-    return check
+    def unchanged(self) -> bool:
+        """Whether all that were found to hold it still do."""
+        alive = [y for ref, _ in self._seen.values() if (y := ref()) is not None]
+        return all(map(self.by, alive))
+
+    def _see(self, y: Tensor) -> None:
+        self._seen[id(y)] = weakref.ref(y), version(y)

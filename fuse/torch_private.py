@@ -349,17 +349,22 @@ def given_for(node: Node) -> Any:
     return getattr(node.meta.get("grapharg"), "example", None)
 
 
-def guard_input(node: Node, check: Callable[[Any], bool], said: str) -> bool:
+def guard_input(node: Node, check: Callable[[Any], bool], always: Callable[[], bool], said: str) -> bool:
     """Has Dynamo, which is compiling, take what it compiles for those calls only in which ``check`` holds for ``node``, one of
-    the graph's inputs. ``said``: in its log of recompilations. False where no Dynamo compiles, or it does not know the input.
+    the graph's inputs, and ``always`` does. False where no Dynamo compiles, or it does not know the input.
+
+    ``check`` is not asked about tensors of a module of which Dynamo sees that no attribute was replaced, if it is set to look
+    no further (``use_recursive_dict_tags_for_guards``, which torch 2.11 is); ``always`` is. ``said``: in its log of guards.
     """
     source, context = getattr(node.meta.get("grapharg"), "source", None), TracingContext.try_get()
     if source is None or context is None:
         return False
 
     def content_match(builder: Any, guard: Any) -> None:
-        add = builder.get_guard_manager(guard).add_lambda_guard
-        add(check, [said], *((guard.user_stack,) if "arg2" in str(add.__doc__) else ()))
+        root, of_input = builder.guard_manager.root, builder.get_guard_manager(guard)
+        for manager, asked in ((root, lambda _: always()), (of_input, check)):
+            add = manager.add_lambda_guard
+            add(asked, [said], *((guard.user_stack,) if "arg2" in str(add.__doc__) else ()))
 
     context.guards_context.dynamo_guards.add(source.make_guard(content_match))
     return True

@@ -105,10 +105,12 @@ def test_one_entry_that_differs_is_not_overlooked() -> None:
     assert mask_of_report() == ["kept[q, k] != 0"]
 
 
-def test_a_buffer_that_is_written_is_obeyed_and_trusted_no_more() -> None:
+@pytest.mark.parametrize("by_tags", [False, True])
+def test_a_buffer_that_is_written_is_obeyed_and_trusted_no_more(by_tags: bool) -> None:
+    """Also where Dynamo looks no further than at whether a module's attributes were replaced."""
     model, tensors = Attention(ones().tril(), hidden_where_zero), qkv()
     call = compiled(model)
-    with torch.no_grad():
+    with torch.no_grad(), torch._dynamo.config.patch(use_recursive_dict_tags_for_guards=by_tags):
         for change in (lambda: None, lambda: model.kept.triu_(-3), lambda: model.kept.tril_(-1).fill_diagonal_(1)):
             change()
             torch.testing.assert_close(call(*tensors), model(*tensors))

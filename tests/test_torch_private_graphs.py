@@ -63,11 +63,12 @@ def test_given_for() -> None:
 
 def test_guard_input() -> None:
     graphs: list[GraphModule] = []
+    allowed = [True]
 
     def backend(gm: GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
         graphs.append(gm)
         (x,) = placeholders(gm)
-        assert private.guard_input(x, lambda value: value[0] > 0, "what a test allows")
+        assert private.guard_input(x, lambda value: value[0] > 0, lambda: allowed[0], "what a test allows")
         return gm.forward
 
     compiled = torch.compile(torch.sin, backend=backend)
@@ -76,8 +77,11 @@ def test_guard_input() -> None:
     assert len(graphs) == 1
     with pytest.raises(AssertionError, match="what a test allows"):  # of the graph that is compiled anew, at once
         compiled(-torch.ones(2))
-    assert len(graphs) == 2
-    assert not private.guard_input(Graph().placeholder("x"), bool, "")
+    allowed[0] = False
+    with pytest.raises(AssertionError, match="what a test allows"):
+        compiled(torch.ones(2))
+    assert len(graphs) == 3
+    assert not private.guard_input(Graph().placeholder("x"), bool, bool, "")
 
 
 def test_compiler_of_trace() -> None:
