@@ -3,22 +3,22 @@
 from __future__ import annotations
 
 import weakref
+from collections.abc import Callable
 
-import torch
 from torch import Tensor
 from torch.fx import Node
 
 from fuse.memoize import at_forget
 from fuse.passes.policy import Contents
 from fuse.passes.read.graph import PLAIN, is_state
-from fuse.torch_private import FakeTensor, disable_current_modes, given_for, guard_input, source_name, version
+from fuse.torch_private import FakeTensor, given_for, guard_input, source_name, version
 
 
 class Buffers(Contents):
     """Of the graph's inputs, buffers that want no gradient and that the graph does not write.
 
-    A guard compares what such a buffer holds with what it held, which is kept for that, whenever torch has counted a write or
-    another tensor stands in its place: layers that are compiled one by one have each its own.
+    A guard looks again at what such a buffer holds whenever torch has counted a write or another tensor stands in its place:
+    layers that are compiled one by one have each its own.
     """
 
     def of(self, node: Node) -> Tensor | None:
@@ -28,8 +28,8 @@ class Buffers(Contents):
         known = is_state(node) and source_name(node) not in _written
         return x.detach() if known else None
 
-    def rely(self, node: Node) -> bool:
-        held = Held(given_for(node), source_name(node))
+    def rely(self, node: Node, holds: Callable[[Tensor], bool]) -> bool:
+        held = Held(given_for(node), holds, source_name(node))
         return guard_input(node, held.by, held.unchanged, f"what {held.name} holds, of which fuse has read a formula")
 
 
@@ -38,12 +38,14 @@ at_forget(_written.clear)
 
 
 class Held:
-    """What ``x`` holds now. ``name``: of its place in the model, which is noted as soon as something else is found there."""
+    """What ``x`` holds now, and who else.
 
-    def __init__(self, x: Tensor, name: str) -> None:
-        self.name = name
-        with disable_current_modes():
-            self._held = x.detach().clone()
+    holds  asked of a tensor that was not seen before, or was written since
+    name   of its place in the model, which is noted as soon as something else is found there
+    """
+
+    def __init__(self, x: Tensor, holds: Callable[[Tensor], bool], name: str) -> None:
+        self.name, self._holds = name, holds
         self._seen: dict[int, tuple[weakref.ref[Tensor], int]] = {}
         self._see(x)
 
@@ -52,7 +54,7 @@ class Held:
         ref, seen = self._seen.get(id(y), (None, 0))
         if ref is not None and ref() is y and seen == version(y):
             return True
-        if y.is_inference() or not torch.equal(self._held, y):
+        if y.is_inference() or not self._holds(y.detach()):
             _written.add(self.name)
             return False
         self._see(y)

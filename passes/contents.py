@@ -8,6 +8,7 @@ load, and whoever gave the contents sees to it that the graph is compiled anew w
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -28,13 +29,17 @@ def know_contents(lifted: Lifted, context: SiteContext) -> Lifted:
         if load.operand in operands or node is None or (held := context.contents.of(node)) is None:
             continue
         formula = _formula(load, held)
-        if formula is not None and context.contents.rely(node):
+        if formula is not None and context.contents.rely(node, partial(_holds, load, formula)):
             found[load] = formula
             relied.append(node)
     if not found:
         return lifted
     spec, read = spec.mapped(lambda root: expr.substitute(root, found)).pruned()
     return replace(lifted, spec=spec, leaves=tuple(lifted.leaves[i] for i in read), relied=tuple(dict.fromkeys(relied)))
+
+
+def _holds(load: Load, formula: Expr, x: Tensor) -> bool:
+    return _formula(load, x) is formula
 
 
 def _formula(load: Load, held: Tensor) -> Expr | None:

@@ -29,8 +29,10 @@ class Contents:
         """The tensor that ``node`` is in every call, unless it is said to have changed; None where nothing is known."""
         return None
 
-    def rely(self, node: Node) -> bool:
-        """Has the graph compiled anew as soon as ``node`` holds anything else; False where that cannot be had."""
+    def rely(self, node: Node, holds: Callable[[Tensor], bool]) -> bool:
+        """Has the graph compiled anew as soon as ``node`` is a tensor of which ``holds`` is not true any more; False where that
+        cannot be had.
+        """
         return False
 
 
