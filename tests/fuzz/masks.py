@@ -33,6 +33,14 @@ _READ_OF_BATCHES = (
     "visible",
 )
 _READ_OF_ALL = ("j < length", "square")
+# Of what stands above every program: see fuzz.program.STORED.
+_STORED = (
+    "LOWER[:n, :m] != 0",
+    "UPPER[:n, :m] == 0",
+    "NEAR[:n, :m]",
+    "HOLES[:n, :m] > 0",
+    "PLACES[:n, None] - PLACES[:m] < 3",
+)
 SPELLINGS = (
     "torch.where({keep}, s, -math.inf)",
     "torch.where(~{keep}, torch.finfo(s.dtype).min, s)",
@@ -72,6 +80,7 @@ def forms(batches: bool = True, data: bool = True) -> st.SearchStrategy[str]:
         size.map("i // {0} >= j // {0}".format),
         size.map("((i - j) % {} == 0) & (j <= i)".format),
         n.map("torch.ones(n, m, dtype=torch.bool).tril({})".format),
+        st.sampled_from(_STORED),
         *([st.sampled_from(of_tensors)] if of_tensors else []),
     ]
 

@@ -21,6 +21,12 @@ WRITTEN_OUT = """from types import FunctionType
 from reported_programs import attention  # in tests/; eager has no FlexAttention that trains on CPUs
 
 plain = FunctionType(program.__code__, globals() | {"flex_attention": attention})"""
+# Global tensors, which fuse may know as formulas; the last is none.
+STORED = """LOWER = torch.ones(64, 64).tril()
+UPPER = torch.full((64, 64), -math.inf).triu(2)
+NEAR = torch.ones(64, 64, dtype=torch.bool).tril(3).triu(-2)
+PLACES = torch.arange(64)
+HOLES = (torch.arange(4096) % 7).view(64, 64)"""
 SCRIPT = """import math
 
 import torch
@@ -30,6 +36,7 @@ from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 from torch.utils._pytree import tree_leaves
 
 dtype = torch.{dtype}
+{stored}
 
 
 def randn(*shape):
@@ -108,6 +115,7 @@ class Program:
         file = f"<fuzz {hashlib.sha256(text.encode()).hexdigest()[:12]}>"
         linecache.cache[file] = (len(text), None, text.splitlines(keepends=True), file)
         names = {"math": math, "torch": torch, "F": F, "nn": nn, "create_block_mask": create_block_mask}
+        exec(STORED, names)
         names["flex_attention"] = attention if plain else flex_attention
         exec(compile(text, file, "exec"), names)
         found: Callable[..., Any] = names["program"]
@@ -122,8 +130,8 @@ class Program:
     def script(self, target: str) -> str:
         """A program of its own, which prints errors of eager and of what is compiled against float64."""
         return SCRIPT.format(
-            function=self.text, inputs=", ".join(x for _, x in self.inputs), dtype=self.dtype, training=self.training,
-            inner=self.inner, target=target, dynamic=self.dynamic, lengths=list(self.lengths),
+            stored=STORED, function=self.text, inputs=", ".join(x for _, x in self.inputs), dtype=self.dtype,
+            training=self.training, inner=self.inner, target=target, dynamic=self.dynamic, lengths=list(self.lengths),
             plain=WRITTEN_OUT if "flex" in self.text else "plain = program",
         )  # fmt: skip
 
