@@ -1,0 +1,30 @@
+"""Docstrings explain names in two columns; the reference shows these as lists."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from typing import Any
+
+from griffe import Extension, Object
+
+FIRST = re.compile(r"(\w[\w, ]*?\s{2,})\S")
+
+
+class Columns(Extension):
+    def on_object(self, *, obj: Object, **of_griffe: Any) -> None:
+        if obj.docstring:
+            obj.docstring.value = "\n\n".join(map(listed, obj.docstring.value.split("\n\n")))
+
+
+def listed(paragraph: str) -> str:
+    """``name   what it is`` in each line as a list; other paragraphs as they are."""
+    first = FIRST.match(paragraph)
+    return "\n".join(_items(paragraph, len(first[1]))) if first else paragraph
+
+
+def _items(paragraph: str, column: int) -> Iterator[str]:
+    for line in paragraph.splitlines():
+        name, text = line[:column].strip(), line[column:]
+        names = ", ".join(f"`{each}`" for each in name.split(", "))
+        yield f"- {names}: {text}" if name else f"  {text}"

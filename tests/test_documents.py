@@ -1,0 +1,81 @@
+"""What README and docs say is so: their code runs, their output is what it prints, and their pages are built."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import documents
+import pytest
+from documents import ROOT, Captured
+from markdown_it import MarkdownIt
+
+from fuse.torch_private import ShapeEnv
+
+PAGES = sorted(path.relative_to(ROOT).as_posix() for path in (*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")))
+FIGURES = {"docs/architecture.md"}  # drawn by characters
+# Blocks that only illustrate, by why they do not run.
+ILLUSTRATE = {
+    "README.md": ["any model"],
+    "CONTRIBUTING.md": ["the tests themselves", "the tests themselves"],
+    "docs/tutorial.md": [
+        "there is a compiler",
+        "it takes half a minute",
+        "tests time nothing",
+        "needs a GPU",
+        "needs a GPU",
+    ],
+}
+
+
+def blocks(page: str) -> list[tuple[str, str]]:
+    """(language, or "" of an indented block; text)"""
+    tokens = MarkdownIt().parse((ROOT / page).read_text())
+    return [(token.info, token.content) for token in tokens if token.type in ("fence", "code_block")]
+
+
+def runs(page: str) -> bool:
+    return any(language in ("python", "console") for language, _ in blocks(page))
+
+
+def run_in(folder: Path, patch: pytest.MonkeyPatch) -> None:
+    """A user's folder, and another inner compiler than Inductor, whose results nobody prints."""
+    patch.setenv("FUSE_INNER", "aot_eager")
+    patch.setenv("FUSE_DUMP", "")  # an example sets it
+    (folder / "examples").symlink_to(ROOT / "examples")
+    patch.chdir(folder)
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_a_page_has_no_code_that_nobody_runs(page: str) -> None:
+    other = {language for language, _ in blocks(page)} - {"python", "text", "console"}
+    assert other <= ({""} if page in FIGURES else set())
+
+
+@pytest.mark.compiler
+@pytest.mark.parametrize("page", [page for page in PAGES if runs(page)])
+def test_a_page_prints_what_it_says(page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: Captured) -> None:
+    if page == "docs/tutorial.md" and not hasattr(ShapeEnv, "error_on_new_guards"):
+        pytest.skip("this torch cannot keep the sizes of a program open")
+    run_in(tmp_path, monkeypatch)
+    assert documents.run(ROOT / page, monkeypatch, capfd) == ILLUSTRATE.get(page, [])
+
+
+MEASURING = {"quickstart", "report", "train_gpt"}  # whose output README has as tables and pictures
+
+
+@pytest.mark.compiler
+@pytest.mark.parametrize("name", sorted({path.stem for path in (ROOT / "examples").glob("*.py")} - MEASURING))
+def test_an_example_prints_what_it_says(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: Captured) -> None:
+    run_in(tmp_path, monkeypatch)
+    documents.run_example(Path(f"examples/{name}.py"), monkeypatch, capfd)
+
+
+@pytest.mark.skipif(shutil.which("mkdocs", path=Path(sys.executable).parent) is None, reason="mkdocs is not installed")
+def test_the_pages_are_built_without_a_warning(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "mkdocs", "build", "--quiet", "--strict", "--site-dir", str(tmp_path)]
+    done = subprocess.run(command, cwd=ROOT, env={"NO_MKDOCS_2_WARNING": "1"}, capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+    assert {path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*.html")} >= {"index.html", "api.html"}
