@@ -8,7 +8,7 @@ from typing import Any
 
 from griffe import Extension, Object
 
-FIRST = re.compile(r"(\w[\w, ]*?\s{2,})\S")
+COLUMN = re.compile(r"^(\w[\w, ]*? {2,})\S", re.MULTILINE)
 
 
 class Columns(Extension):
@@ -19,8 +19,10 @@ class Columns(Extension):
 
 def listed(paragraph: str) -> str:
     """``name   what it is`` in each line as a list; other paragraphs as they are."""
-    first = FIRST.match(paragraph)
-    return "\n".join(_items(paragraph, len(first[1]))) if first else paragraph
+    found = COLUMN.search(paragraph)
+    column = len(found[1]) if found else 0
+    inside = all(line[column - 1 : column].isspace() for line in paragraph.splitlines())
+    return "\n".join(_items(paragraph, column)) if found and inside else paragraph
 
 
 def _items(paragraph: str, column: int) -> Iterator[str]:

@@ -183,7 +183,7 @@ def tiles(seen: Tensor) -> Tensor:
 
 
 def picture(mask: Mask) -> str:
-    """An SVG: a row for each query, a column for each key; seen entries of full tiles dark, of others bright, empty tiles grey."""
+    """An SVG, a row for each query: seen entries of full tiles dark, of partial ones bright, empty tiles grey."""
     seen, count = entries(mask), tiles(entries(mask))
     full = count.repeat_interleave(TILE, 0).repeat_interleave(TILE, 1) == TILE**2
     empty = (count == 0).repeat_interleave(TILE, 0).repeat_interleave(TILE, 1)

@@ -2,7 +2,8 @@
 
 A block of ``python`` runs as a file of its own, example.py, whose names the next blocks see. One of ``text`` is what the block
 before it prints. One of ``console`` holds commands, each behind "$ ", and what they print. ``<!-- skip: next "why" -->`` stands
-before a block that only illustrates. A line "…" stands for any lines; FIGURES says what varies.
+before a block that only illustrates. "…" stands for anything in a line, alone for any lines; FIGURES says
+what varies.
 """
 
 from __future__ import annotations
@@ -118,7 +119,7 @@ class Session:
 
     def compare(self, line: int, expected: str) -> None:
         wanted, found = (lines(text) for text in (expected, self.printed))
-        pattern = "\n".join("(?s:.*)" if text.strip() == "…" else re.escape(text) for text in wanted)
+        pattern = "\n".join("(?s:.*)" if text == "…" else ".*".join(map(re.escape, text.split("…"))) for text in wanted)
         said = f"{self.path.name}:{line} says\n{expected}\nbut it prints\n{self.printed}"
         assert re.fullmatch(pattern, "\n".join(found)), said
 

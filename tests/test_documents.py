@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 import subprocess
 import sys
@@ -12,6 +13,8 @@ import pytest
 from documents import ROOT, Captured
 from markdown_it import MarkdownIt
 
+import fuse
+from fuse.options import CHOICES, VARIABLES
 from fuse.torch_private import ShapeEnv
 
 PAGES = sorted(path.relative_to(ROOT).as_posix() for path in (*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")))
@@ -73,9 +76,26 @@ def test_an_example_prints_what_it_says(name: str, tmp_path: Path, monkeypatch: 
     documents.run_example(Path(f"examples/{name}.py"), monkeypatch, capfd)
 
 
+def test_the_options_are_all_explained() -> None:
+    text = (ROOT / "docs/options.md").read_text()
+    assert not [name for name in CHOICES if f"\n## {name}\n" not in text]
+    assert not [name for name in VARIABLES if f"`{name}" not in text]
+
+
+def test_the_reference_has_every_public_name() -> None:
+    text = (ROOT / "docs/api.md").read_text()
+    shown = set(re.findall(r"^::: fuse\.([\w.]+)$", text, re.MULTILINE))
+    assert {path.split(".")[-1] for path in shown} == set(fuse.__all__)
+
+
+FETCHED = re.compile(r"""<(?:script|link|img|iframe)[^>]*(?:src|href)=["']?https?:""")
+
+
 @pytest.mark.skipif(shutil.which("mkdocs", path=Path(sys.executable).parent) is None, reason="mkdocs is not installed")
-def test_the_pages_are_built_without_a_warning(tmp_path: Path) -> None:
+def test_the_pages_are_built_without_a_warning_and_read_without_a_network(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "mkdocs", "build", "--quiet", "--strict", "--site-dir", str(tmp_path)]
     done = subprocess.run(command, cwd=ROOT, env={"NO_MKDOCS_2_WARNING": "1"}, capture_output=True, text=True)
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
-    assert {path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*.html")} >= {"index.html", "api.html"}
+    pages = list(tmp_path.rglob("*.html"))
+    assert {path.name for path in pages} >= {"index.html", "contributing.html", "api.html"}
+    assert not [path for path in pages if FETCHED.search(path.read_text())]
