@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -164,6 +165,7 @@ def attention(mask: Mask) -> Callable[..., Tensor]:
     return attend
 
 
+@cache
 def site(mask: Mask) -> fuse.Site:
     """What fuse makes of it."""
     with torch.no_grad():

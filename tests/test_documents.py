@@ -66,6 +66,44 @@ def test_a_page_prints_what_it_says(page: str, tmp_path: Path, monkeypatch: pyte
     assert documents.run(ROOT / page, monkeypatch, capfd) == ILLUSTRATE.get(page, [])
 
 
+TOLD = """
+```python
+print("one", 1)
+print("two", 22.5, "ms")
+```
+
+```text
+one 1
+two 7 ms
+```
+"""
+
+
+def write(folder: Path, text: str) -> Path:
+    page = folder / "page.md"
+    page.write_text(text)
+    return page
+
+
+def test_what_a_page_says_is_compared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: Captured) -> None:
+    run_in(tmp_path, monkeypatch)
+    documents.run(write(tmp_path, TOLD), monkeypatch, capfd)
+    documents.run(write(tmp_path, TOLD.replace("one 1\n", "…\n")), monkeypatch, capfd)
+    for other in ("one 2\n", "", "one 1\none 1\n"):
+        with pytest.raises(AssertionError, match="page.md:7 says"):
+            documents.run(write(tmp_path, TOLD.replace("one 1\n", other)), monkeypatch, capfd)
+
+
+def test_a_command_of_a_page_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: Captured) -> None:
+    run_in(tmp_path, monkeypatch)
+    (tmp_path / "told.py").write_text("import os, sys\nprint(os.environ['TOLD'], sys.argv[1:])\n")
+    page = "```console\n$ TOLD=1 python told.py 2 # three\n1 ['2']\n```\n"
+    documents.run(write(tmp_path, page), monkeypatch, capfd)
+    for other in (page.replace("1 ['2']", "1 ['3']"), page.replace("python", "ruby"), "```console\n$ make nothing\n```\n"):
+        with pytest.raises(AssertionError):
+            documents.run(write(tmp_path, other), monkeypatch, capfd)
+
+
 MEASURING = {"quickstart", "report", "train_gpt"}  # whose output README has as tables and pictures
 
 
