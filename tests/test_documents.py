@@ -10,6 +10,7 @@ from pathlib import Path
 
 import documents
 import pytest
+import torch
 from documents import ROOT, Captured
 from markdown_it import MarkdownIt
 
@@ -43,6 +44,16 @@ def runs(page: str) -> bool:
     return any(language in ("python", "console") for language, _ in blocks(page))
 
 
+def skip_without_what_is_used_by(text: str) -> None:
+    for used, package in (("from transformers import", "transformers"), ("Trainer(", "accelerate")):
+        if used in text:
+            pytest.importorskip(package)
+    if "torch.export.export(" in text and not hasattr(ShapeEnv, "error_on_new_guards"):
+        pytest.skip("this torch cannot keep the sizes of a program open")
+    if "torch.distributed" in text and not torch.distributed.is_gloo_available():
+        pytest.skip("torch was built without gloo")
+
+
 def run_in(folder: Path, patch: pytest.MonkeyPatch) -> None:
     """A user's folder, and another inner compiler than Inductor, whose results nobody prints."""
     patch.setenv("FUSE_INNER", "aot_eager")
@@ -60,8 +71,7 @@ def test_a_page_has_no_code_that_nobody_runs(page: str) -> None:
 @pytest.mark.compiler
 @pytest.mark.parametrize("page", [page for page in PAGES if runs(page)])
 def test_a_page_prints_what_it_says(page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: Captured) -> None:
-    if page == "docs/tutorial.md" and not hasattr(ShapeEnv, "error_on_new_guards"):
-        pytest.skip("this torch cannot keep the sizes of a program open")
+    skip_without_what_is_used_by((ROOT / page).read_text())
     run_in(tmp_path, monkeypatch)
     assert documents.run(ROOT / page, monkeypatch, capfd) == ILLUSTRATE.get(page, [])
 
@@ -110,6 +120,7 @@ MEASURING = {"quickstart", "report", "train_gpt"}  # whose output README has as 
 @pytest.mark.compiler
 @pytest.mark.parametrize("name", sorted({path.stem for path in (ROOT / "examples").glob("*.py")} - MEASURING))
 def test_an_example_prints_what_it_says(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: Captured) -> None:
+    skip_without_what_is_used_by((ROOT / f"examples/{name}.py").read_text())
     run_in(tmp_path, monkeypatch)
     documents.run_example(Path(f"examples/{name}.py"), monkeypatch, capfd)
 
