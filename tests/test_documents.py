@@ -114,7 +114,7 @@ def test_a_command_of_a_page_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
             documents.run(write(tmp_path, other), monkeypatch, capfd)
 
 
-MEASURING = {"quickstart", "report", "train_gpt"}  # whose output README has as tables and pictures
+MEASURING = {"quickstart", "report", "train_gpt"}  # whose output documents have as tables and pictures
 
 
 @pytest.mark.compiler
@@ -123,6 +123,16 @@ def test_an_example_prints_what_it_says(name: str, tmp_path: Path, monkeypatch: 
     skip_without_what_is_used_by((ROOT / f"examples/{name}.py").read_text())
     run_in(tmp_path, monkeypatch)
     documents.run_example(Path(f"examples/{name}.py"), monkeypatch, capfd)
+
+
+@pytest.mark.compiler
+def test_the_training_example_has_eagers_losses(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: Captured) -> None:
+    run_in(tmp_path, monkeypatch)
+    session = documents.Session(Path("examples/train_gpt.py"), monkeypatch, capfd)
+    printed = session.shell("python examples/train_gpt.py --steps 3 --lengths --plot curves.svg")
+    found = re.fullmatch(r"3 steps: losses are at most (\S+) apart; curves in curves.svg\n", printed)
+    assert found and float(found[1]) < 1e-4
+    assert Path("curves.svg").read_text().startswith("<svg")
 
 
 def test_the_options_are_all_explained() -> None:
