@@ -53,7 +53,7 @@ types: venv
 
 # The pages under build/docs: open build/docs/index.html. The variable silences what its authors say of their next project.
 docs: venv
-	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 bench: venv
 	$(BIN)/python benchmarks/cpu_forward.py
