@@ -18,10 +18,12 @@ import fuse
 
 def main() -> None:
     torch.manual_seed(0)
-    config = GPT2Config(n_layer=4, n_embd=256, n_head=8, vocab_size=1000, attn_implementation="eager")
+    config = GPT2Config(
+        n_layer=4, n_embd=256, n_head=8, vocab_size=1000, bos_token_id=None, eos_token_id=None, attn_implementation="eager"
+    )
     model = GPT2Model(config).eval()
     compiled = torch.compile(model, backend="fuse")
-    tokens = torch.randint(0, 1000, (2, 200))
+    tokens = torch.randint(0, config.vocab_size, (2, 200))
     with torch.inference_mode():
         found, expected = (run(input_ids=tokens).last_hidden_state for run in (compiled, model))
     print(fuse.report().summary)

@@ -5,7 +5,7 @@
 prints
 
     the scores would take 32768 MB, the mask 4096 MB
-    the process held 700 MB at most, of which 128 MB are query, key, value and result
+    the process held 621 MB at most, of which 128 MB are query, key, value and result
     eight rows, computed by hand: as in the result
 
 Neither the scores nor the mask are ever made; tiles outside of the window are not visited.
