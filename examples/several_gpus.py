@@ -45,13 +45,21 @@ def model_and_texts(device: torch.device) -> tuple[nn.Module, Tensor]:
     return Attention().to(device), torch.randn(TEXTS, LENGTH, WIDTH).to(device)
 
 
+def backward(model: nn.Module, texts: Tensor) -> None:
+    """Gradients of this rank's texts, averaged over all ranks.
+
+    The wrapper lives no longer than this call: freed after its group, it can wait for gloo's thread for ever.
+    """
+    wrapped = DistributedDataParallel(torch.compile(model, backend="fuse"))
+    wrapped(texts).square().mean().backward()
+
+
 def train(rank: int, ranks: int, store: str) -> None:
     on_gpus = torch.cuda.device_count() >= ranks
     device = torch.device("cuda", rank) if on_gpus else torch.device("cpu")
     dist.init_process_group("nccl" if on_gpus else "gloo", init_method=f"file://{store}", rank=rank, world_size=ranks)
     model, texts = model_and_texts(device)
-    wrapped = DistributedDataParallel(torch.compile(model, backend="fuse"))
-    wrapped(texts.chunk(ranks)[rank]).square().mean().backward()
+    backward(model, texts.chunk(ranks)[rank])
     for turn in range(ranks):
         if turn == rank:
             print(f"rank {rank} of {ranks}, {dist.get_backend()}: {fuse.report().summary}", flush=True)
