@@ -4,10 +4,10 @@ BIN := .venv/bin
 STAMP := .venv/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test versions fuzz sanitize lint types bench clean
+.PHONY: help venv demo test versions fuzz sanitize lint types bench docs clean
 
 help:
-	@echo "make demo | test | versions | fuzz | lint | bench | venv | clean"
+	@echo "make demo | test | versions | fuzz | lint | bench | docs | venv | clean"
 
 venv: $(STAMP)
 
@@ -50,6 +50,10 @@ types: venv
 	rm -rf build/types && mkdir -p build/types/fuse
 	ln -s $(CURDIR)/fuse/* $(CURDIR)/passes $(CURDIR)/templates build/types/fuse/
 	cd build/types && ../../$(BIN)/mypy --config-file ../../pyproject.toml --cache-dir ../.mypy_cache -p fuse
+
+# The pages under build/docs: open build/docs/index.html. The variable silences what its authors say of their next project.
+docs: venv
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 bench: venv
 	$(BIN)/python benchmarks/cpu_forward.py
