@@ -24,7 +24,7 @@ LEVELS = (
     ("ops",),
     ("passes",),
     ("flex", "inner", "report.check", "qualify"),
-    ("backend",),
+    ("backend", "alone", "dump_sites"),
     ("report",),
     ("transform", "models"),
     ("inductor",),

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import re
+from dataclasses import dataclass
 from functools import cache
 from importlib import metadata
 from pathlib import Path
@@ -15,6 +18,56 @@ from fuse.ir.spec import AttentionSpec
 from fuse.ir.tile_map import TileMap
 
 ENTRY = "fuse_attention"
+_SAID = re.compile(r"(?://|#) (\S.*)")
+_ABOUT = re.compile(
+    r"spec  |plan  |wanted  |made by |alone: |without Python: |operand \d|sizes  |contents, in order"
+)  # what is no formula
+
+
+@dataclass(frozen=True)
+class Header:
+    """What a source says of itself in the comment at its top.
+
+    formula  what it computes, a line each
+    spec     as its to_json() gives it; "" where that is gone
+    wanted   of gradients, the operands that they are of
+    plan     as it prints
+    """
+
+    formula: tuple[str, ...]
+    spec: str = ""
+    wanted: tuple[bool, ...] = ()
+    plan: str = ""
+
+    @property
+    def of_map(self) -> bool:
+        """Whether the spec is a TileMap."""
+        return bool(self.spec) and "version" not in json.loads(self.spec)
+
+
+def header_of(text: str) -> Header:
+    """Of a source, be it edited."""
+    lines = []
+    for line in text.splitlines():
+        if (found := _SAID.fullmatch(line)) is None:
+            break
+        lines.append(found[1])
+    by_word = {word: rest.strip() for word, _, rest in (line.partition("  ") for line in lines)}
+    formula = tuple(line for line in lines if not _ABOUT.match(line))
+    try:
+        json.loads(spec := by_word.get("spec", ""))
+        wanted = tuple(map(bool, json.loads(by_word.get("wanted", "[]"))))
+    except ValueError:
+        spec, wanted = "", ()
+    return Header(formula, spec, wanted, by_word.get("plan", ""))
+
+
+def alone_lines(without_python: str = "") -> list[str]:
+    """How a source is run by itself."""
+    return [
+        "alone: python -m fuse.alone <this file>, which compares it with float64 and times it beside SDPA",
+        *([f"without Python: {without_python}"] if without_python else []),
+    ]
 
 
 def header_lines(spec: AttentionSpec) -> list[str]:

@@ -43,10 +43,10 @@ def small(call: ExpectedCall, wanted: Sequence[bool], seed: int, factor: float =
     return _drawn(call, spec, sizes, shapes, wanted, seed, factor)
 
 
-def whole(call: ExpectedCall, wanted: Sequence[bool]) -> Problem:
-    """The call itself, its numbers drawn; boolean masks hide nothing, since nobody knows how much they will."""
+def whole(call: ExpectedCall, wanted: Sequence[bool], masked: bool = False) -> Problem:
+    """The call itself, its numbers drawn; masks hide nothing unless ``masked``, since nobody knows how much they will."""
     spec = parsed(call.spec)
-    return _drawn(call, spec, call.sizes, [tuple(t.shape) for t in call.operands], wanted, 0, 1.0, masked=False)
+    return _drawn(call, spec, call.sizes, [tuple(t.shape) for t in call.operands], wanted, 0, 1.0, masked)
 
 
 def _small_sizes(spec: AttentionSpec, sizes: Sequence[int]) -> tuple[int, ...]:
