@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch.fx import GraphModule
 
-from fuse import dump_sites, flex, inner, passes, targets
+from fuse import channels, dump_sites, flex, inner, passes, targets
 from fuse.ops import opaque, warm
 from fuse.ops.attention import parsed
 from fuse.options import Options, resolve
@@ -24,7 +24,7 @@ from fuse.report.site import Reading, Site
 from fuse.targets import registry
 from fuse.torch_private import DataDependentOutputException, DynamicOutputShapeException
 
-log = logging.getLogger("fuse")
+log = logging.getLogger(__name__)
 compiled: list[Reading] = []
 """Of every graph that was compiled in this process, in order; a recompile counts anew."""
 
@@ -47,6 +47,7 @@ def fuse(
     else:
         call, reading = _compiled(gm, example_inputs, chosen, (), patterns=True), unread(example_inputs, chosen)
     compiled.append(replace(reading, sites=tuple(map(_built, reading.sites))))
+    channels.tell(compiled[-1])
     return call if original is None else check.against(original, call, reading.sites)
 
 

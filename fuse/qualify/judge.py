@@ -29,7 +29,7 @@ from fuse.report.site import Site
 from fuse.targets import registry
 from fuse.torch_private import default_store
 
-log = logging.getLogger("fuse")
+log = logging.getLogger(__name__)
 # Operators that SDPA does not stand for: nothing is timed beside them.
 _WITH_KERNELS = ("flex_attention", VARLEN, VARLEN_OUT)
 _KEPT, _UNCHECKED = Verdict("kept"), Verdict("refused", "there was no memory to check it")

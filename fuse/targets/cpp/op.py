@@ -23,7 +23,7 @@ from fuse.targets.cpp import NAME, SUFFIX
 from fuse.targets.cpp.compiler import FLAGS, compile_library, cxx_compiler, depends
 from fuse.targets.cpp.plan import lse_dtype
 
-log = logging.getLogger("fuse")
+log = logging.getLogger(__name__)
 _SOURCE = Path(fuse.templates.__path__[0]) / "cpp" / "op.cpp"
 _loaded: list[Any] = []  # at most one: what it registers with torch stays for as long as the process does
 
