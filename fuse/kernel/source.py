@@ -15,9 +15,11 @@ import torch
 import fuse.templates
 from fuse.ir.expr import Expr, Load, walk
 from fuse.ir.spec import AttentionSpec
-from fuse.ir.tile_map import TileMap
+from fuse.ir.tile_map import KEYS, ROWS, TileMap
 
 ENTRY = "fuse_attention"
+# Of the outline at the top.
+READ, CONTENTS = "read from the entry up: each part uses those above it", "contents, in order"
 _SAID = re.compile(r"(?://|#) (\S.*)")
 _ABOUT = re.compile(
     r"spec  |plan  |wanted  |made by |alone: |without Python: |operand \d|sizes  |contents, in order"
@@ -81,17 +83,33 @@ def header_lines(spec: AttentionSpec) -> list[str]:
 
 
 def operand_lines(spec: AttentionSpec | TileMap) -> list[str]:
-    """Number, dtype, rank and part of each operand."""
+    """Number, dtype, rank and part of each operand, of query, key and value which element; then sizes, and the result."""
     roots: dict[str, Expr] = spec.roots() if isinstance(spec, AttentionSpec) else {"mask": spec.predicate}
     parts: dict[int, list[str]] = {}
     for name, root in roots.items():
         for node in walk(root):
-            if isinstance(node, Load) and name not in parts.setdefault(node.operand, []):
-                parts[node.operand].append(name)
+            if isinstance(node, Load) and _part(name, root, node) not in parts.setdefault(node.operand, []):
+                parts[node.operand].append(_part(name, root, node))
     return [
-        f"operand {i} {o.dtype}, {o.rank} dimensions: {', '.join(parts.get(i, ['not read']))}"
-        for i, o in enumerate(spec.operands)
+        *(
+            f"operand {i} {o.dtype}, {o.rank} dimensions: {', '.join(parts.get(i, ['not read']))}"
+            for i, o in enumerate(spec.operands)
+        ),
+        f"sizes     {', '.join(spec.symbols)}",
+        f"result    {_result(spec)}",
     ]
+
+
+def _part(name: str, root: Expr, load: Load) -> str:
+    return f"{name} at [{', '.join(map(str, load.coords))}]" if load is root and name in ("query", "key", "value") else name
+
+
+def _result(spec: AttentionSpec | TileMap) -> str:
+    batch = [f"b{i}" for i in range(spec.batch)]
+    if isinstance(spec, TileMap):
+        return f"{spec.out_dtype} at [{', '.join([*batch, f'q // {ROWS}', f'k // {KEYS}'])}]"
+    dims = [*batch, "q", "e"]
+    return f"{spec.out_dtype} at [{', '.join(dims)}], in memory by {', '.join(dims[i] for i in spec.out_order)}"
 
 
 def made_by() -> str:

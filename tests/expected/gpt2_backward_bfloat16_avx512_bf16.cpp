@@ -8,18 +8,26 @@
 // made by torch-fuse …
 // alone: python -m fuse.alone <this file>, which compares it with float64 and times it beside SDPA
 // without Python: c++ -std=c++17 -O3 -march=native -w -fopenmp -DFUSE_STANDALONE <this file> -o kernel && ./kernel [threads]
-// operand 0 bfloat16, 4 dimensions: query
-// operand 1 bfloat16, 4 dimensions: key
-// operand 2 bfloat16, 4 dimensions: value
+// operand 0 bfloat16, 4 dimensions: query at [b0, b1, q, d]
+// operand 1 bfloat16, 4 dimensions: key at [b0, b1, k, d]
+// operand 2 bfloat16, 4 dimensions: value at [b0, b1, k, e]
 // sizes     B0, B1, q_len, kv_len
+// result    bfloat16 at [b0, b1, q, e], in memory by b0, q, b1, e
+// read from the entry up: each part uses those above it
 // contents, in order
+//   VR               vectors, memory, functions: the same in every kernel, up to Call
 //   Call             the arguments of a call
 //   BatchIndex       one batch index: where its operands begin
 //   upper_key        edit: one past the last key that a query may see
 //   Destinations     where gradients go
+//   KeyPart          keys whose gradients a thread sums
 //   Matrix           products of bfloat16
 //   EntriesFull      edit: weight and gradient of an entry, lanes are keys
 //   EntriesPartial   edit: the same where the mask hides some
+//   Rows             what is known of the queries of a block
+//   Tile             what functions of entries are given: queries, and some keys
+//   PackedKeys       keys and values, as tiles are read
+//   PackedQueries    queries and gradients of results, as tiles are read
 //   QueryBlock       a block of queries against its keys, by matrix products
 //   Backward         how the gradients are shared by the threads
 //   fuse_attention   the entry
@@ -1714,7 +1722,7 @@ extern "C" __attribute__((visibility("default"))) int fuse_attention(const int64
     return 0;
 }
 #ifdef FUSE_STANDALONE
-// Runs the kernel alone on random tensors: ./kernel [threads], and prints the median time and a checksum.
+// Runs the kernel alone on random tensors: ./kernel [threads], and prints sizes, the median time and a checksum.
 #include <algorithm>
 #include <chrono>
 #include <cstdio>
@@ -1749,8 +1757,15 @@ struct Tensor {
 
 int main(int count, char** texts) {
     const int64_t threads = count > 1 ? atoll(texts[1]) : 1;
+    const char* said = "B0 = 1, B1 = 8, q_len = 512, kv_len = 512";
     if (count > 2 || threads < 1) {
-        printf("usage: %s [threads]\n", texts[0]);
+        printf("usage: %s [threads]\n\n", texts[0]);
+        printf("Runs the kernel 11 times on random tensors of these sizes; prints the median time and a checksum:\n");
+        printf("    %s\n", said);
+        printf("    operand 0 bfloat16, 1 x 8 x 512 x 64\n");
+        printf("    operand 1 bfloat16, 1 x 8 x 512 x 64\n");
+        printf("    operand 2 bfloat16, 1 x 8 x 512 x 64\n");
+        printf("python -m fuse.alone FILE takes the sizes of your model, compares with float64 and times it beside SDPA.\n");
         return count != 2 || std::string(texts[1]) != "--help";
     }
     const std::vector<int64_t> sizes = { 1, 8, 512, 512 };  // B0, B1, q_len, kv_len
@@ -1782,7 +1797,7 @@ int main(int count, char** texts) {
     sum += more[1].sum<Bf16>();
     sum += more[2].sum<Bf16>();
     sum += more[3].sum<Bf16>();
-    printf("%.3f ms, sum of the result %.6g\n", times[times.size() / 2] * 1e3, sum);
+    printf("%s, threads = %d: %.3f ms, sum of the result %.6g\n", said, int(threads), times[times.size() / 2] * 1e3, sum);
     return 0;
 }
 #endif

@@ -6,10 +6,11 @@
 # wanted  [true, true, true]
 # made by torch-fuse …
 # alone: python -m fuse.alone <this file>, which compares it with float64 and times it beside SDPA
-# operand 0 bfloat16, 4 dimensions: query
-# operand 1 bfloat16, 4 dimensions: key
-# operand 2 bfloat16, 4 dimensions: value
+# operand 0 bfloat16, 4 dimensions: query at [b0, b1, q, d]
+# operand 1 bfloat16, 4 dimensions: key at [b0, b1, k, d]
+# operand 2 bfloat16, 4 dimensions: value at [b0, b1, k, e]
 # sizes     B0, B1, q_len, kv_len
+# result    bfloat16 at [b0, b1, q, e], in memory by b0, q, b1, e
 # contents, in order
 #   fuse_attention_rows      What gradients need of each row: delta, and log-sum-exp in base 2.
 #   fuse_attention_keys      Gradients of a block of keys and their values, from the queries that see them.

@@ -8,17 +8,26 @@
 // made by torch-fuse …
 // alone: python -m fuse.alone <this file>, which compares it with float64 and times it beside SDPA
 // without Python: c++ -std=c++17 -O3 -march=native -w -fopenmp -DFUSE_STANDALONE <this file> -o kernel && ./kernel [threads]
-// operand 0 float32, 4 dimensions: query
-// operand 1 float32, 4 dimensions: key
-// operand 2 float32, 4 dimensions: value
+// operand 0 float32, 4 dimensions: query at [b0, b1, q, d]
+// operand 1 float32, 4 dimensions: key at [b0, b1, k, d]
+// operand 2 float32, 4 dimensions: value at [b0, b1, k, e]
 // sizes     B0, B1, q_len, kv_len
+// result    float32 at [b0, b1, q, e], in memory by b0, q, b1, e
+// read from the entry up: each part uses those above it
 // contents, in order
+//   VR               vectors, memory, functions: the same in every kernel, up to Call
 //   Call             the arguments of a call
 //   BatchIndex       one batch index: where its operands begin
 //   upper_key        edit: one past the last key that a query may see
 //   Destinations     where gradients go
+//   KeyPart          keys whose gradients a thread sums
+//   PackedKeys       keys and values, as tiles are read
+//   Rows             what is known of the queries of a block
+//   Tile             what functions of entries are given: queries, and some keys
 //   entries_full     edit: weight and gradient of an entry, lanes are queries
 //   entries_partial  edit: the same where the mask hides some
+//   PackedQueries    queries and gradients of results, as tiles are read
+//   attend           a block of queries against a part of the keys
 //   Backward         how the gradients are shared by the threads
 //   fuse_attention   the entry
 #define FUSE_WIDTH 8
@@ -1383,7 +1392,7 @@ extern "C" __attribute__((visibility("default"))) int fuse_attention(const int64
     return 0;
 }
 #ifdef FUSE_STANDALONE
-// Runs the kernel alone on random tensors: ./kernel [threads], and prints the median time and a checksum.
+// Runs the kernel alone on random tensors: ./kernel [threads], and prints sizes, the median time and a checksum.
 #include <algorithm>
 #include <chrono>
 #include <cstdio>
@@ -1418,8 +1427,15 @@ struct Tensor {
 
 int main(int count, char** texts) {
     const int64_t threads = count > 1 ? atoll(texts[1]) : 1;
+    const char* said = "B0 = 1, B1 = 8, q_len = 512, kv_len = 512";
     if (count > 2 || threads < 1) {
-        printf("usage: %s [threads]\n", texts[0]);
+        printf("usage: %s [threads]\n\n", texts[0]);
+        printf("Runs the kernel 11 times on random tensors of these sizes; prints the median time and a checksum:\n");
+        printf("    %s\n", said);
+        printf("    operand 0 float32, 1 x 8 x 512 x 64\n");
+        printf("    operand 1 float32, 1 x 8 x 512 x 64\n");
+        printf("    operand 2 float32, 1 x 8 x 512 x 64\n");
+        printf("python -m fuse.alone FILE takes the sizes of your model, compares with float64 and times it beside SDPA.\n");
         return count != 2 || std::string(texts[1]) != "--help";
     }
     const std::vector<int64_t> sizes = { 1, 8, 512, 512 };  // B0, B1, q_len, kv_len
@@ -1451,7 +1467,7 @@ int main(int count, char** texts) {
     sum += more[1].sum<float>();
     sum += more[2].sum<float>();
     sum += more[3].sum<float>();
-    printf("%.3f ms, sum of the result %.6g\n", times[times.size() / 2] * 1e3, sum);
+    printf("%s, threads = %d: %.3f ms, sum of the result %.6g\n", said, int(threads), times[times.size() / 2] * 1e3, sum);
     return 0;
 }
 #endif

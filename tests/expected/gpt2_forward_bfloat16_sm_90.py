@@ -5,10 +5,11 @@
 # plan  TritonPlan(width=64, v_width=64, block_q=128, block_k=128, warps=8, stages=3, described=True)
 # made by torch-fuse …
 # alone: python -m fuse.alone <this file>, which compares it with float64 and times it beside SDPA
-# operand 0 bfloat16, 4 dimensions: query
-# operand 1 bfloat16, 4 dimensions: key
-# operand 2 bfloat16, 4 dimensions: value
+# operand 0 bfloat16, 4 dimensions: query at [b0, b1, q, d]
+# operand 1 bfloat16, 4 dimensions: key at [b0, b1, k, d]
+# operand 2 bfloat16, 4 dimensions: value at [b0, b1, k, e]
 # sizes     B0, B1, q_len, kv_len
+# result    bfloat16 at [b0, b1, q, e], in memory by b0, q, b1, e
 # contents, in order
 #   fuse_attention           The result of a block of queries, from the keys that they see.
 #   # edit                   the score of an entry, from raw, the product of query and key
