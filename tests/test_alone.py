@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from fuse import alone, targets
+from fuse.ir.spec import AttentionSpec
 from fuse.kernel.source import header_of
 
 pytestmark = pytest.mark.compiler
@@ -163,6 +164,13 @@ def test_it_is_a_command_with_help() -> None:
 
 def test_headers_are_read_back(folder: Path) -> None:
     header = header_of(one(folder, "masked_backward").read_text())
-    assert header.formula[0].startswith("gradients of query") and sum(header.wanted) == 3
-    assert header.spec.startswith('{"batch":2') and "isa=" in header.plan and not header.of_map
-    assert header_of(one(folder, "tile_map").read_text()).of_map
+    assert header.formula == (
+        "gradients of query, key, value, as fuse.ir.gradient has them, of",
+        "out = sum over k of w * value,  w = prob",
+        "softmax over k of where(operand0[0, 0, q, k], -inf, score * 0.25)",
+        "visible where not(operand0[0, 0, q, k])",
+    )
+    assert sum(header.wanted) == 3 and "isa=" in header.plan and not header.of_map
+    assert AttentionSpec.from_json(header.spec).batch == 2
+    of_map = header_of(one(folder, "tile_map").read_text())
+    assert of_map.of_map and of_map.formula == ("which tiles hold an entry where not(operand0[0, 0, q, k])",)

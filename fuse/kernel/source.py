@@ -18,12 +18,10 @@ from fuse.ir.spec import AttentionSpec
 from fuse.ir.tile_map import KEYS, ROWS, TileMap
 
 ENTRY = "fuse_attention"
-# Of the outline at the top.
 READ, CONTENTS = "read from the entry up: each part uses those above it", "contents, in order"
 _SAID = re.compile(r"(?://|#) (\S.*)")
-_ABOUT = re.compile(
-    r"spec  |plan  |wanted  |made by |alone: |without Python: |operand \d|sizes  |contents, in order"
-)  # what is no formula
+# Lines of the header that are no formula.
+_ABOUT = re.compile(r"(spec|plan|wanted|sizes|result)  |(made by|alone:|without Python:|operand \d|read from|contents,)")
 
 
 @dataclass(frozen=True)
