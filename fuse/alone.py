@@ -89,9 +89,9 @@ def _alike(calls: Sequence[Call]) -> Iterator[tuple[Call, str]]:
     """Calls of the same sizes and strides once, with the sites that they are of."""
     found: dict[Call, list[Call]] = {}
     for call in calls:
-        found.setdefault(replace(call, where="", module=""), []).append(call)
-    for call, alike in found.items():
-        yield call, dump_index.places(alike) or "sizes of its own"
+        found.setdefault(replace(call, where="", module="", names=()), []).append(call)
+    for alike in found.values():
+        yield alike[0], dump_index.places(alike) or "sizes of its own"
 
 
 # --------------------------------------------------------------------------------------------------------------- kernels
@@ -158,8 +158,7 @@ class _Attention(_Base):
     def compare(self, call: Call) -> bool:
         wanted, p = self.header.wanted, self._problem(call, compared=True)
         print(f"  {_sizes(self.spec, p.sizes)}{'' if p.sizes == call.sizes else ', for want of memory or of a GPU'}")
-        for i, t in enumerate(p.operands):
-            print(f"    operand {i}  {_text(t)}")
+        _print_operands(call, p.operands)
         found = list(right.findings_of(p, self.kernel, self.backward, wanted or (False,) * len(p.operands)))
         for finding in found[1:] if wanted else found:
             print(f"    {finding}{f', more than {finding.allowed:.1e}: WRONG' if finding.wrong else ''}")
@@ -212,8 +211,7 @@ class _Map(_Base):
     def compare(self, call: Call) -> bool:
         operands = self._operands(call)
         print(f"  {_sizes(self.spec, call.sizes)}")
-        for i, t in enumerate(operands):
-            print(f"    operand {i}  {_text(t)}")
+        _print_operands(call, operands)
         found, exact = self.kernel(operands, call.sizes), reference.tile_map(self.spec, operands, call.sizes)
         wrong = int((found != exact).sum())
         print(f"    {wrong} of {exact.numel()} cells are not as the reference has them{': WRONG' * (wrong > 0)}")
@@ -259,8 +257,10 @@ def _sizes(spec: AttentionSpec | TileMap, sizes: Sequence[int]) -> str:
     return ", ".join(f"{name} = {n}" for name, n in zip(spec.symbols, sizes, strict=True))
 
 
-def _text(t: Tensor) -> str:
-    return f"{str(t.dtype).removeprefix('torch.')} {list(t.shape)}, strides {list(t.stride())}"
+def _print_operands(call: Call, operands: Sequence[Tensor]) -> None:
+    for i, t in enumerate(operands):
+        name = f"  {call.names[i]}" if i < len(call.names) and call.names[i] else ""
+        print(f"    operand{i}{name}  {str(t.dtype).removeprefix('torch.')} {list(t.shape)}, strides {list(t.stride())}")
 
 
 def _print_times(ways: Sequence[Callable[[], object]], device: torch.device) -> None:

@@ -55,9 +55,11 @@ def _calls(site: Site, call: ExpectedCall) -> Iterator[Call]:
     """Of the result, of the gradients, and of the map of the mask's tiles."""
     spec, device = parsed(call.spec), call.device.type
     operands = tuple(Layout(str(t.dtype).removeprefix("torch."), tuple(t.shape), t.stride()) for t in call.operands)
+    names = tuple(site.names.get(i, "") for i in range(len(operands)))
     for wanted in {(), site.wanted if any(site.wanted) else ()}:
-        yield Call(spec.to_json(), wanted, device, call.sizes, operands, site.where, site.module)
+        yield Call(spec.to_json(), wanted, device, call.sizes, operands, site.where, site.module, names)
     if (use := map_used(spec)) is not None:
         _, sizes = of_map(use, spec, call.operands, call.sizes)
         own = tuple(operands[i] for i in use.operands)
-        yield Call(use.tile_map.to_json(), (), device, tuple(sizes), own, site.where, site.module)
+        called = tuple(names[i] for i in use.operands)
+        yield Call(use.tile_map.to_json(), (), device, tuple(sizes), own, site.where, site.module, called)

@@ -73,7 +73,7 @@ def test_a_kernel_runs_at_the_sizes_and_strides_of_its_site(folder: Path, run: R
     assert status == 0
     where = r"test_alone\.py:\d+"
     assert re.search(rf"\n  {where}\n  B0 = 1, B1 = 2, q_len = 300, kv_len = 300\n", out), out
-    assert "  float32 [1, 2, 300, 16], strides [0, 16, 32, 1]\n" in out and "  bool [1, 1, 300, 300], strides [" in out
+    assert "  k  float32 [1, 2, 300, 16], strides [0, 16, 32, 1]\n" in out and "  mask  bool [1, 1, 300, 300], strides [" in out
     assert "visible where not(" in out
     assert re.search(r"\n    error \d\.\de-\d\d of the result where eager has \d\.\de-\d\d, at \[0, \d, \d+, \d+\]\n", out)
     assert re.search(r"\n    time \S+ ms, scaled_dot_product_attention \S+ ms, 1 thread\n", out)

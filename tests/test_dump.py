@@ -100,6 +100,8 @@ def test_files_are_named_after_what_they_compute_and_listed_with_their_sites(dum
     assert "    softmax over k of where(k > q, -inf, score * 0.25)\n    visible where k <= q\n" in causal
     place = re.search(r"- (test_dump\.py:\d+) .*h\.0 and 1 more: B0 = 2, q_len = 64, kv_len = 64\n", causal)
     assert place is not None and place[1] == fuse.report().sites[0].where
+    masked = next(text for title, text in sections.items() if title.startswith("[masked_float32"))
+    assert re.search(r"\n`operand\d` is `mask`", masked)
     backward = next(text for title, text in sections.items() if title.startswith("[masked_backward"))
     assert backward.lstrip().startswith("gradients of ") and "- test_dump.py:" in backward
 

@@ -46,6 +46,7 @@ class Call:
     device    the type of the operands' device
     sizes     values of the spec's symbols
     where     "file.py:line" of the user's source; ``module``: its path in the model
+    names     what the user's code calls the operands, "" of those that have no name
     """
 
     spec: str
@@ -55,12 +56,14 @@ class Call:
     operands: tuple[Layout, ...]
     where: str = ""
     module: str = ""
+    names: tuple[str, ...] = ()
 
     @staticmethod
     def of_data(data: dict[str, Any]) -> Call:
         """Of what ``asdict`` made. Raises TypeError, KeyError."""
         operands = tuple(Layout(o["dtype"], tuple(o["shape"]), tuple(o["strides"])) for o in data["operands"])
-        return Call(**{**data, "wanted": tuple(data["wanted"]), "sizes": tuple(data["sizes"]), "operands": operands})
+        tuples = {name: tuple(data[name]) for name in ("wanted", "sizes", "names")}
+        return Call(**{**data, **tuples, "operands": operands})
 
     def is_of(self, header: Header) -> bool:
         """Whether the kernel of ``header`` computes it, or a part of it."""
@@ -112,8 +115,10 @@ def _listed(folder: Path, known: Sequence[Call]) -> Iterator[str]:
         if header.spec:
             yield f"## [{path.name}]({path.name}){'' if path.stem.endswith(digest(text)) else ', edited'}\n"
             yield from (f"    {line}" for line in header.formula)
-            yield "\nCalled by:\n"
-            yield from _callers(header, [c for c in known if c.is_of(header)])
+            of = [c for c in known if c.is_of(header)]
+            named = [f"`operand{i}` is `{name}`" for i, name in enumerate(of[0].names if of else ()) if name]
+            yield f"\n{', '.join(named)}\n\nCalled by:\n" if named else "\nCalled by:\n"
+            yield from _callers(header, of)
             yield ""
 
 
