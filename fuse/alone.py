@@ -21,7 +21,7 @@ from fuse.kernel.example import Example, ExampleTensor, example
 from fuse.kernel.source import Header, header_of
 from fuse.ops.warm import ExpectedCall
 from fuse.qualify import faster, right
-from fuse.qualify.problem import Problem, small, whole
+from fuse.qualify.problem import Problem, as_called, small
 from fuse.qualify.torchs_own import Rival, sdpa
 from fuse.targets import dump_index, reference, registry
 from fuse.targets.cache import BuildFailed
@@ -191,7 +191,7 @@ class _Attention(_Base):
         expected, wanted = self._expected(call), self.header.wanted or (False,) * len(call.operands)
         if self.interpreted or (compared and not faster.fits(expected)):
             return small(expected, wanted, _SEED)
-        return whole(expected, wanted, masked=True)
+        return as_called(expected, wanted)
 
     def _expected(self, call: Call) -> ExpectedCall:
         operands = tuple(_like(o) for o in call.operands)

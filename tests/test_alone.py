@@ -15,6 +15,7 @@ from torch import Tensor
 from fuse import alone, targets
 from fuse.ir.spec import AttentionSpec
 from fuse.kernel.source import header_of
+from fuse.qualify.problem import strides_as
 
 pytestmark = pytest.mark.compiler
 
@@ -25,6 +26,10 @@ def masked(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
 
 def capped(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
     return (torch.tanh(q @ k.mT) * 30.0).softmax(-1) @ v
+
+
+def plain(q: Tensor, k: Tensor) -> Tensor:
+    return (q @ k.mT).softmax(-1) @ k
 
 
 def heads_last(length: int) -> Tensor:
@@ -79,6 +84,12 @@ def test_a_kernel_runs_at_the_sizes_and_strides_of_its_site(folder: Path, run: R
     assert re.search(r"\n    time \S+ ms, scaled_dot_product_attention \S+ ms, 1 thread\n", out)
 
 
+@pytest.mark.parametrize("shape", [(1, 8, 300, 64), (3, 49, 7, 11)])
+def test_a_view_of_a_much_larger_tensor_keeps_its_strides(shape: tuple[int, ...]) -> None:
+    view = torch.empty(shape[0], shape[1], 40 * shape[2] + 1, shape[3], device="meta")[:, :, : shape[2]]
+    assert strides_as(view, shape, sys.maxsize)[1:] == list(view.stride())[1:] != strides_as(view, shape)[1:]
+
+
 def test_gradients_run_alone_beside_the_backward_pass_of_sdpa(folder: Path, run: Run) -> None:
     status, out, _ = run(one(folder, "masked_backward"))
     assert status == 0 and len(re.findall(r"error \S+ of the gradient of operand \d", out)) == 3
@@ -93,6 +104,18 @@ def test_what_sdpa_cannot_say_is_timed_alone(folder: Path, run: Run) -> None:
 def test_a_map_of_tiles_runs_alone(folder: Path, run: Run) -> None:
     status, out, _ = run(one(folder, "tile_map"))
     assert status == 0 and "0 of 95 cells are not as the reference has them\n" in out and " ms" in out
+
+
+def test_a_kernel_of_a_view_runs_at_the_strides_of_the_call(tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FUSE_DUMP", str(tmp_path))
+    targets.reset()
+    cache = torch.randn(1, 2, 2000, 16)
+    with torch.no_grad():
+        torch.compile(plain, backend="fuse", options={"inner": "eager", "qualify": "never"})(
+            cache[:, :, :50], cache[:, :, 50:99]
+        )
+    status, out, _ = run(one(tmp_path, "attention_float32"), "--no-times")
+    assert status == 0 and out.count("strides [0, 32000, 16, 1]") == 2, out
 
 
 def test_a_kernel_that_nobody_called_runs_at_sizes_of_its_own(folder: Path, tmp_path: Path, run: Run) -> None:
