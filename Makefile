@@ -15,6 +15,7 @@ venv: $(STAMP)
 $(STAMP): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check $(shell grep '^torch==' constraints.txt)
+	rm -rf torch_fuse.egg-info  # of an earlier installation: from this folder, Python would read its entry points
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
 	touch $@
 
@@ -49,7 +50,8 @@ lint: venv types
 types: venv
 	rm -rf build/types && mkdir -p build/types/fuse
 	ln -s $(CURDIR)/fuse/* $(CURDIR)/passes $(CURDIR)/templates build/types/fuse/
-	cd build/types && ../../$(BIN)/mypy --config-file ../../pyproject.toml --cache-dir ../.mypy_cache -p fuse
+	ln -s $(CURDIR)/torch_fuse_logs.py build/types/
+	cd build/types && ../../$(BIN)/mypy --config-file ../../pyproject.toml --cache-dir ../.mypy_cache -p fuse -m torch_fuse_logs
 
 # The pages under build/docs: open build/docs/index.html. The variable silences what its authors say of their next project.
 docs: venv

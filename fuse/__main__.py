@@ -19,6 +19,7 @@ from fuse.errors import FuseError, NoDevice
 from fuse.report.report import explain
 from fuse.settings import settings
 from fuse.targets import registry, upkeep
+from fuse.targets.catalogue import catalogue
 from fuse.torch_private import pytree
 
 
@@ -113,12 +114,10 @@ def _tuned() -> Iterator[Path]:
 
 def _kernels(args: argparse.Namespace) -> int:
     """Newest first, each with the comment it begins with."""
-    for source in sorted(_cached(_suffixes()), key=lambda path: path.stat().st_mtime, reverse=True):
-        print(source)
-        for line in source.read_text(errors="replace").splitlines():
-            if not line.startswith(("//", "#")) or line.startswith("#include"):
-                break
-            print("   ", line.lstrip("/# ")[:120])
+    for listed in catalogue():
+        print(listed.source, *([f"FAILED: {listed.failed}"] if listed.failed else []))
+        for line in listed.about:
+            print("   ", line[:120])
     return 0
 
 

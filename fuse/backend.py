@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch.fx import GraphModule
 
-from fuse import flex, inner, passes, targets
+from fuse import channels, dump_sites, flex, inner, passes, targets
 from fuse.contents import Buffers
 from fuse.ops import opaque, warm
 from fuse.ops.attention import parsed
@@ -25,7 +25,7 @@ from fuse.report.site import Reading, Site
 from fuse.targets import registry
 from fuse.torch_private import DataDependentOutputException, DynamicOutputShapeException
 
-log = logging.getLogger("fuse")
+log = logging.getLogger(__name__)
 compiled: list[Reading] = []
 """Of every graph that was compiled in this process, in order; a recompile counts anew."""
 
@@ -48,6 +48,7 @@ def fuse(
     else:
         call, reading = _compiled(gm, example_inputs, chosen, (), patterns=True), unread(example_inputs, chosen)
     compiled.append(replace(reading, sites=tuple(map(_built, reading.sites))))
+    channels.tell(compiled[-1])
     return call if original is None else check.against(original, call, reading.sites)
 
 
@@ -55,10 +56,8 @@ def _tried(gm: GraphModule, example_inputs: Sequence[Any], chosen: Options) -> t
     """``gm`` with its attention fused, compiled; and again without the sites whose kernels turn out wrong or slower."""
     if chosen.qualify == "never":
         return _fused(gm, example_inputs, chosen, leave_none)
-    trial, before = (
-        Trial(chosen.qualify == "always", chosen.target != registry.AUTO, chosen.inner == "inductor"),
-        check.keep(gm),
-    )
+    anew = chosen.qualify == "always" or dump_sites.folder() is not None
+    trial, before = Trial(anew, chosen.target != registry.AUTO, chosen.inner == "inductor"), check.keep(gm)
     call, reading = _fused(gm, example_inputs, chosen, trial.leave)
     if trial.decide():
         call, reading = _fused(before, example_inputs, chosen, trial.leave)
@@ -68,6 +67,9 @@ def _tried(gm: GraphModule, example_inputs: Sequence[Any], chosen: Options) -> t
 def _fused(gm: GraphModule, example_inputs: Sequence[Any], chosen: Options, leave: Leave) -> tuple[Callable[..., Any], Reading]:
     reading = rewrite(gm, chosen, example_inputs, leave=leave)
     _prepare(gm, reading.sites, chosen.tune)  # builds run beside the inner compiler
+    dump_sites.remember(gm, reading.sites)
+    if chosen.qualify == "never":
+        dump_sites.warn_of_unchecked(gm, reading.sites)
     return _compiled(gm, example_inputs, chosen, reading.sites, patterns=False), reading
 
 

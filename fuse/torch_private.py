@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
+from logging import Logger
 from operator import attrgetter
 from typing import Any
 
@@ -44,6 +45,7 @@ from torch._inductor import config as inductor_config
 # A base of passes whose uuid() is part of the keys of torch's caches; a digest of files
 from torch._inductor.custom_graph_pass import CustomGraphPass, get_hash_for_files
 from torch._library.custom_ops import OPDEFS
+from torch._logging import _internal as _logging
 
 # What a node of a graph calls: an operator with bodies; an operator with namespace, name(), tags and overloadpacket; all
 # overloads of one name, the first of them as default
@@ -109,6 +111,7 @@ __all__ = [
     "VmapInfo",
     "add_batch_dim",
     "any_tangent",
+    "artifact_logger",
     "artifact_manager",
     "below_autograd",
     "compiler_of_trace",
@@ -129,6 +132,7 @@ __all__ = [
     "inductor_config",
     "is_batched",
     "is_legacy_batched",
+    "is_traced",
     "is_wrapped",
     "legacy_vmap_level",
     "level_of",
@@ -146,6 +150,7 @@ __all__ = [
     "source_name",
     "storage_id",
     "to_copy",
+    "trace_artifact",
     "transforms_active",
     "unwrapped",
     "version",
@@ -394,6 +399,25 @@ flex_options: Any = flex_attention._apply_kernel_options
 """(query, key, value, whether the log-sum-exp is wanted, options, other results wanted) → the options of the operator, with
 OUTPUT_MAX. Dynamo traces it, and it is a function with code; it refuses the maximum on a CPU.
 """
+
+
+# ------------------------------------------------------------------------------------------------------- logs and traces
+
+
+def artifact_logger(module: str, name: str) -> Logger:
+    """The log of the artifact ``name``, to whose debug() TORCH_LOGS=name listens. Raises ValueError where torch does not know
+    the name."""
+    return _logging.getArtifactLogger(module, name)
+
+
+def is_traced() -> bool:
+    """Whether somebody reads what ``trace_artifact`` is given: TORCH_TRACE says where to write it."""
+    return bool(_logging.trace_log.handlers)
+
+
+def trace_artifact(name: str, encoding: str, content: Callable[[], str]) -> None:
+    """Adds a text to the trace of what is being compiled, of which tlparse makes a file. ``encoding``: "string" or "json"."""
+    _logging.trace_structured("artifact", lambda: {"name": name, "encoding": encoding}, payload_fn=content)
 
 
 # ------------------------------------------------------------------------------------------------------------- processes

@@ -31,6 +31,8 @@ from fuse.targets.cpp import compiler
 
 # Else pytest attaches its handler to this logger, which turns on torch's traces: slow, and shown with every failure.
 logging.getLogger("torch.__trace").propagate = True
+# torch keeps what it prints itself from the root's handlers, pytest's among them.
+logging.getLogger("fuse").propagate = True
 
 # Compiling a graph makes many objects and few cycles: looking for them as often as Python does takes a tenth of the time.
 gc.set_threshold(200_000, 20, 100)

@@ -91,7 +91,7 @@ def test_a_new_process_with_an_empty_cache_builds_and_judges_nothing(tmp_path: P
 
     first, second = process("save"), process("load")
     assert first[:3] == [3, 1, []]  # two kernels, and what calls them
-    kernels = ["cpp/attention_backward_float32_16x16", "cpp/attention_float32_16x16"]
+    kernels = ["cpp/causal_backward_float32_16x16", "cpp/causal_float32_16x16"]
     found = second[2]
     assert second[:2] == [0, 0] and isinstance(found, list) and len(found) == 4
     assert [name.rpartition("_")[0] for name in found[:2]] == kernels and found[2:] == ["cpp/op", "cpp/verdict"]

@@ -31,3 +31,11 @@ class TestSources:
         listed = re.findall(r"^//   (\w+) ", outline.split("contents, in order")[1], re.M)
         assert {"BatchIndex", "weigh", "fuse_attention"} <= set(listed)
         assert not [x for x in listed if not re.search(rf"\b{x}\b", body)]
+        assert listed == sorted(listed, key=lambda x: re.search(rf"^[^/].*\b{x}\b *[({{_]", body, re.M).start())  # type: ignore[union-attr]
+
+    def test_the_top_says_what_each_operand_is_and_where_the_result_goes(self, name: str, isa: str) -> None:
+        top = self.source(name, isa).partition("#define FUSE_WIDTH")[0]
+        for part, axes in (("query", "q, d"), ("key", "k, d"), ("value", "k, e")):
+            assert re.search(rf"^// operand \d \w+, \d dimensions: .*{part} at \[b0, b1, {axes}\]", top, re.M)
+        assert "\n// sizes     B0, B1, q_len, kv_len" in top
+        assert re.search(r"\n// result    \w+ at \[b0, b1, q, e\], in memory by b0, b1, q, e\n", top)

@@ -149,7 +149,7 @@ def test_a_library_without_the_entry_is_built_again_once(folder: Path, libraries
 
 @pytest.mark.parametrize("made", ["nothing", "empty", "garbage", "half", "without the entry"])
 def test_a_compiler_that_makes_no_kernel_and_says_it_did_leaves_no_entry(folder: Path, libraries: Path, made: str) -> None:
-    instead, right = folder.with_name("instead"), next(libraries.glob("attention_float32*.so"))
+    instead, right = folder.with_name("instead"), next(libraries.glob("causal_float32*.so"))
     if made == "nothing":
         instead.mkdir()  # which cp without -r refuses
     else:
@@ -181,5 +181,5 @@ def test_a_library_that_ends_or_stops_the_process_that_loads_it_is_never_loaded(
 
 def test_what_says_that_no_kernel_was_made_names_its_source_and_what_to_do(folder: Path, libraries: Path) -> None:
     shutil.copy(libraries / "other.so", folder.with_name("instead"))
-    with pytest.warns(RuntimeWarning, match=r"attention_float32.*\.cpp.*Set CXX to another"):
+    with pytest.warns(RuntimeWarning, match=r"causal_float32.*\.cpp.*Set CXX to another"):
         assert forward().by == "reference"

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 ROOT = Path(__file__).parents[1]
-SOURCES = ("fuse", "passes", "templates", "pyproject.toml", "README.md", "LICENSE")
+SOURCES = ("fuse", "passes", "templates", "torch_fuse_logs.py", "pyproject.toml", "README.md", "LICENSE")
 
 USE = """
 import sys, torch
@@ -72,7 +72,7 @@ def test_the_wheel_holds_passes_templates_types_and_license(wheel: Path) -> None
 
 def test_the_wheel_holds_nothing_else(wheel: Path) -> None:
     tops = {name.split("/")[0] for name in zipfile.ZipFile(wheel).namelist()}
-    assert {top for top in tops if not top.endswith(".dist-info")} == {"fuse"}
+    assert {top for top in tops if not top.endswith(".dist-info")} == {"fuse", "torch_fuse_logs.py"}
 
 
 @pytest.mark.compiler

@@ -378,7 +378,7 @@ def test_what_no_generated_kernel_showed_is_not_kept(
     faulty: Callable[[str, Fault], None], qualified: Path, monkeypatch: pytest.MonkeyPatch, by: Any
 ) -> None:
     """An edit goes away again, and a compiler may be installed."""
-    monkeypatch.setattr(FaultyKernel, "runs", Runs(by))
+    monkeypatch.setattr(FaultyKernel, "runs", Runs(by, Path("mine.cpp") if by == "edited kernel" else None))
     faulty("reference", Fault(results=Slow(0.01)))
     compiled("faulty")(*inputs())
     assert fuse.report().sites[-1].recovered == (by == "edited kernel") and not list(qualified.rglob("verdict-*"))

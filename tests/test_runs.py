@@ -246,7 +246,7 @@ def dumped(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     assert ran().runs["forward"].by == "kernel"
     fuse.reset()
     targets.reset()
-    (file,) = (folder / "dump").iterdir()
+    (file,) = (folder / "dump").glob("*.cpp")
     return file
 
 

@@ -42,7 +42,7 @@ class Times:
         return self.fuse > _MARGIN * self.other
 
     def __str__(self) -> str:
-        return f"{self.name}: {_milliseconds(self.other)}, fuse {_milliseconds(self.fuse)}"
+        return f"{self.name}: {milliseconds(self.other)}, fuse {milliseconds(self.fuse)}"
 
 
 def times(call: ExpectedCall, wanted: Sequence[bool], called: bool, traced: bool = True) -> Times | None:
@@ -51,17 +51,18 @@ def times(call: ExpectedCall, wanted: Sequence[bool], called: bool, traced: bool
     called  whether the site is a call of SDPA; else its operations are what it is beside
     traced  whether Inductor will write the calls of the kernels, in which no autograd is left
     """
-    if _bytes_of_scores(call) > _MEMORY * _free(call.device):
+    if not fits(call):
         return None
     problem = whole(call, wanted)
     rival = sdpa(problem, wanted)
     if rival is None:
         return None
     ours = (_traced if traced else _called)(call, problem, wanted)
-    theirs = _way(rival.attend, rival.matrices, rival.wanted)
+    theirs = way(rival.attend, rival.matrices, rival.wanted)
     with nullcontext() if called else sdpa_kernel(SDPBackend.MATH):
         for _ in range(_TRIALS):
-            found = Times(*_in_turn((ours, theirs), call.device), SDPA if called else PLAIN)
+            mine, other = in_turn((ours, theirs), call.device)
+            found = Times(mine, other, SDPA if called else PLAIN)
             if not found.lost:
                 break
     return found
@@ -69,7 +70,7 @@ def times(call: ExpectedCall, wanted: Sequence[bool], called: bool, traced: bool
 
 def _called(call: ExpectedCall, problem: Problem, wanted: Sequence[bool]) -> Call:
     op = torch.ops.fuse.attention.default
-    return _way(lambda *t: op(t, problem.sizes, call.spec, call.target), problem.operands, wanted)
+    return way(lambda *t: op(t, problem.sizes, call.spec, call.target), problem.operands, wanted)
 
 
 def _traced(call: ExpectedCall, problem: Problem, wanted: Sequence[bool]) -> Call:
@@ -86,7 +87,7 @@ def _traced(call: ExpectedCall, problem: Problem, wanted: Sequence[bool]) -> Cal
     return run
 
 
-def _way(attend: Callable[..., Tensor], tensors: Sequence[Tensor], wanted: Sequence[bool]) -> Call:
+def way(attend: Callable[..., Tensor], tensors: Sequence[Tensor], wanted: Sequence[bool]) -> Call:
     """A call, with its gradients where they are wanted."""
     leaves = [t.detach().requires_grad_(w) for t, w in zip(tensors, wanted, strict=True)]
     if not any(wanted):
@@ -96,17 +97,17 @@ def _way(attend: Callable[..., Tensor], tensors: Sequence[Tensor], wanted: Seque
     return lambda: torch.autograd.grad(attend(*leaves), wanting, grad)
 
 
-def _in_turn(ways: tuple[Call, Call], device: torch.device) -> tuple[float, float]:
+def in_turn(ways: Sequence[Call], device: torch.device) -> tuple[float, ...]:
     """The shortest time of each: what else runs on the machine only ever adds to it. Fuse, the first, may win at once."""
     seconds = _on_gpu if device.type == "cuda" else _on_cpu
     for way in ways:
         seconds(way, 1)
     best = tuple(seconds(way, 1) for way in ways)
     for _ in range(_ROUNDS):
-        if best[0] * _CLEAR < best[1]:
+        if best[0] * _CLEAR < min(best[1:], default=0.0):
             break
         best = tuple(min(b, seconds(way, max(1, int(_LEAST / b)))) for b, way in zip(best, ways, strict=True))
-    return best[0], best[1]
+    return best
 
 
 def _on_cpu(call: Call, count: int) -> float:
@@ -128,6 +129,11 @@ def _on_gpu(call: Call, count: int) -> float:
     return max(seconds, 1e-7)
 
 
+def fits(call: ExpectedCall) -> bool:
+    """Whether there is memory for all scores of a call."""
+    return _bytes_of_scores(call) <= _MEMORY * _free(call.device)
+
+
 def _bytes_of_scores(call: ExpectedCall) -> int:
     """Of scores, probabilities and their gradients, in float32."""
     return 4 * 4 * math.prod(call.sizes[: parsed(call.spec).batch + 2])
@@ -140,5 +146,5 @@ def _free(device: torch.device) -> float:
     return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if known else math.inf
 
 
-def _milliseconds(seconds: float) -> str:
+def milliseconds(seconds: float) -> str:
     return f"{seconds * 1e3:.3g} ms"

@@ -9,6 +9,7 @@ import warnings
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 
 import torch
 from torch.fx import Node
@@ -22,17 +23,19 @@ from fuse.passes.read.varlen import VARLEN, VARLEN_OUT
 from fuse.qualify import faster, right, verdict
 from fuse.qualify.problem import map_used
 from fuse.qualify.verdict import Case, Kind, Verdict, case_of
-from fuse.report.reasons import KernelRefused, Reason, Slower
+from fuse.report.reasons import EditRefused, KernelRefused, Reason, Slower
 from fuse.report.runs import Runs
 from fuse.report.site import Site
 from fuse.targets import registry
 from fuse.torch_private import default_store
 
-log = logging.getLogger("fuse")
+log = logging.getLogger(__name__)
 # Operators that SDPA does not stand for: nothing is timed beside them.
 _WITH_KERNELS = ("flex_attention", VARLEN, VARLEN_OUT)
 _KEPT, _UNCHECKED = Verdict("kept"), Verdict("refused", "there was no memory to check it")
-_REASONS: dict[Kind, Callable[[str], Reason | None]] = {"kept": lambda why: None, "refused": KernelRefused, "slower": Slower}
+_REASONS: dict[Kind, Callable[[str], Reason | None]] = {
+    "kept": lambda why: None, "refused": KernelRefused, "edit refused": EditRefused, "slower": Slower,
+}  # fmt: skip
 _decided: dict[Case, Verdict] = {}
 at_forget(_decided.clear)
 
@@ -54,7 +57,7 @@ class Question:
 class Trial:
     """The calls of one graph: what was decided of them before it was read, and what is still to be decided.
 
-    anew    nothing that was decided before counts
+    anew    nothing that was decided before counts, as it may have been of other kernels: where FUSE_DUMP has edited ones, say
     asked   whoever chose the target wants it wherever it is right
     traced  Inductor will write the calls
     """
@@ -106,32 +109,40 @@ def _judge(case: Case, question: Question) -> Verdict:
     call, wanted, device = question.call, question.wanted, question.call.device
     with _on(device), torch.autocast(device.type, enabled=False), torch.enable_grad():  # whatever surrounds the user's call
         found = _decided[case] = _agreed(case, _judged(question))
+    if found.kind == "edit refused":
+        _warn(f"fuse does not use {found.why}. {EditRefused.unblock[0].upper()}{EditRefused.unblock[1:]}")
     if found == _UNCHECKED or any(part.by != "kernel" for part in _running(call, wanted)):
         return found  # it says nothing of the kernel that another run will have
     verdict.write(case, found)
     if found.kind == "refused":
         source = targets.kernel(parsed(case.spec), case.target).source
-        warnings.warn(
-            f"fuse does not use the kernel {source}: {found.why}. Please send it, with {case.path}.",
-            RuntimeWarning,
-            stacklevel=2,
-        )
+        _warn(f"fuse does not use the kernel {source}: {found.why}. Please send it, with {case.path}.")
     return found
+
+
+def _warn(text: str) -> None:
+    warnings.warn(text, RuntimeWarning, stacklevel=3)
 
 
 def _judged(question: Question) -> Verdict:
     call, wanted = question.call, question.wanted
-    if not registry.named(call.target).generated or any(part.by == "edited kernel" for part in _running(call, wanted)):
+    if not registry.named(call.target).generated:
         return _KEPT
     try:
         wrong = next((f for f in right.findings(call, wanted) if f.wrong), None)
     except torch.OutOfMemoryError:
         return _UNCHECKED
     except Exception as error:
-        return Verdict("refused", f"{type(error).__name__}: {error}")
+        return _refused(call, wanted, f"{type(error).__name__}: {error}")
     if wrong is not None:
-        return Verdict("refused", str(wrong))
-    return _KEPT if question.written in _WITH_KERNELS else _timed(question)
+        return _refused(call, wanted, str(wrong))
+    # Who edits a kernel wants it to run, be it slow.
+    return _KEPT if question.written in _WITH_KERNELS or edited_kernels(call, wanted) else _timed(question)
+
+
+def _refused(call: ExpectedCall, wanted: tuple[bool, ...], why: str) -> Verdict:
+    edited = " and ".join(f"the edited kernel {file}" for file in edited_kernels(call, wanted))
+    return Verdict("edit refused", f"{edited}: {why}") if edited else Verdict("refused", why)
 
 
 def _running(call: ExpectedCall, wanted: tuple[bool, ...]) -> Iterable[Runs]:
@@ -143,6 +154,11 @@ def _running(call: ExpectedCall, wanted: tuple[bool, ...]) -> Iterable[Runs]:
     if any(wanted):
         targets.backward_kernel(spec, call.target, wanted)
     return targets.running(spec, call.target, wanted).values()
+
+
+def edited_kernels(call: ExpectedCall, wanted: tuple[bool, ...]) -> tuple[Path, ...]:
+    """The files of those that somebody edited (FUSE_DUMP), when all are built."""
+    return tuple(part.file for part in _running(call, wanted) if part.by == "edited kernel" and part.file is not None)
 
 
 def _timed(question: Question) -> Verdict:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from fractions import Fraction
 
 import torch
 from torch import Tensor
@@ -49,6 +51,12 @@ def whole(call: ExpectedCall, wanted: Sequence[bool]) -> Problem:
     return _drawn(call, spec, call.sizes, [tuple(t.shape) for t in call.operands], wanted, 0, 1.0, masked=False)
 
 
+def as_called(call: ExpectedCall, wanted: Sequence[bool]) -> Problem:
+    """As ``whole``, with masks that hide something, and gaps in memory as large as those of the call."""
+    spec = parsed(call.spec)
+    return _drawn(call, spec, call.sizes, [tuple(t.shape) for t in call.operands], wanted, 0, 1.0, most=sys.maxsize)
+
+
 def _small_sizes(spec: AttentionSpec, sizes: Sequence[int]) -> tuple[int, ...]:
     """Sizes that differ stay different, in their order, and equal ones equal; groups of heads become two."""
     groups = [n.value for n in walk(*spec.roots().values()) if isinstance(n, Const) and isinstance(n.value, int)]
@@ -64,7 +72,7 @@ def _within(shape: Sequence[int], given: Sequence[int]) -> tuple[int, ...]:
 
 def _drawn(
     call: ExpectedCall, spec: AttentionSpec, sizes: tuple[int, ...], shapes: Sequence[tuple[int, ...]], wanted: Sequence[bool],
-    seed: int, factor: float, masked: bool = True,
+    seed: int, factor: float, masked: bool = True, most: int = _GAP,
 ) -> Problem:  # fmt: skip
     generator = torch.Generator(call.device).manual_seed(seed)
     use = map_used(spec)
@@ -75,7 +83,7 @@ def _drawn(
         if use is not None and i == use.load.operand:
             operands.append(reference.tile_map(use.tile_map, *of_map(use, spec, operands, sizes)))
             continue
-        x = laid_out(like, shape, call.device)
+        x = laid_out(like, shape, call.device, most)
         _fill(_once(x), [n for n in loads if n.operand == i], spec, shapes, generator, masked and not wanted[i])
         if i in scales:
             _once(x).mul_(scales[i])
@@ -118,21 +126,21 @@ def _read_twice(spec: AttentionSpec) -> Iterable[tuple[int, int]]:
     return zip(simpler, longer, strict=True) if len(simpler) == len(longer) else ()
 
 
-def laid_out(like: Tensor, shape: Sequence[int], device: torch.device) -> Tensor:
-    """A tensor of zeros of another shape that lies in memory as ``like`` does."""
-    strides = strides_as(like, shape)
+def laid_out(like: Tensor, shape: Sequence[int], device: torch.device, most: int = _GAP) -> Tensor:
+    """A tensor of zeros of another shape that lies in memory as ``like`` does, with gaps up to ``most`` times its size."""
+    strides = strides_as(like, shape, most)
     size = 1 + sum((n - 1) * s for n, s in zip(shape, strides, strict=True)) if math.prod(shape) else 0
     return torch.zeros(size, dtype=like.dtype, device=device).as_strided(list(shape), strides)
 
 
-def strides_as(like: Tensor, shape: Sequence[int]) -> list[int]:
+def strides_as(like: Tensor, shape: Sequence[int], most: int = _GAP) -> list[int]:
     """Of a tensor of another shape whose dimensions follow each other in memory as those of ``like`` do: with its gaps, as of a
     view of a larger tensor, and sharing what it shares."""
     strides, dense, before = [0] * len(shape), 1, 1
     for dim in sorted(range(len(shape)), key=lambda d: (like.stride(d), like.shape[d])):
         if like.stride(dim) == 0 or like.shape[dim] == 1:
             continue
-        gap = min(like.stride(dim) / before, _GAP) if before else 1
+        gap = min(Fraction(like.stride(dim), before), Fraction(most)) if before else Fraction(1)
         strides[dim] = max(1, math.ceil(dense * gap))
         dense, before = strides[dim] * shape[dim], like.stride(dim) * like.shape[dim]
     return strides

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from fuse import targets
+from fuse.ir.spec import AttentionSpec
 from fuse.ops.warm import ExpectedCall
 from fuse.qualify.problem import Problem, map_used, of_map, small
 from fuse.targets import reference
+from fuse.targets.protocols import Backward, Kernel, MapKernel
 from fuse.torch_private import TorchDispatchMode
 
 # Eager's error is one draw of rounding errors, a kernel's another: they are seldom so many times apart. Where scores are large,
@@ -21,7 +23,7 @@ _ROUNDINGS = 32
 _PROBLEMS = ((1.0, 4), (30.0, 16))  # how large scores are, and how many times eager's error a kernel's may be
 # The error of one number may be next to nothing by chance: of so few, eager's is the largest of several draws.
 _FEW, _DRAWS = 16, 5
-_RESULT = "the result"
+_RESULT, _MAP = "the result", "the map of its mask"
 
 
 @dataclass(frozen=True)
@@ -55,10 +57,21 @@ def findings(call: ExpectedCall, wanted: Sequence[bool]) -> Iterator[Finding]:
         asked = _asked(small(call, wanted, seed, factor), tuple(wanted))
         few = any(part.exact.numel() < _FEW for part in asked.parts)
         seeds = range(len(_PROBLEMS) + 1, len(_PROBLEMS) + _DRAWS) if few else ()
-        others = [_asked(small(call, wanted, other, factor), tuple(wanted)).parts for other in seeds]
-        for i, (part, found) in enumerate(zip(asked.parts, _answers(asked, call.target), strict=True)):
-            eager = max([part.eager_error, *(parts[i].eager_error for parts in others)])
-            yield _compared(part, found, times * eager, 1.0 if part.of_result else asked.problem.terms)
+        others = [_asked(small(call, wanted, other, factor), tuple(wanted)) for other in seeds]
+        yield from _judged(asked, _Kernels.of(asked.problem.spec, call.target, asked.wanted), times, others)
+
+
+def findings_of(p: Problem, kernel: Kernel, backward: Backward | None, wanted: Sequence[bool]) -> Iterator[Finding]:
+    """As ``findings``, of these kernels and one problem; no map of tiles is asked for."""
+    asked = _asked(p, tuple(wanted))
+    parts = tuple(part for part in asked.parts if part.name != _MAP)
+    yield from _judged(replace(asked, parts=parts), _Kernels(kernel, backward), _PROBLEMS[0][1])
+
+
+def _judged(asked: _Asked, kernels: _Kernels, times: float, others: Sequence[_Asked] = ()) -> Iterator[Finding]:
+    for i, (part, found) in enumerate(zip(asked.parts, _answers(asked, kernels), strict=True)):
+        eager = max([part.eager_error, *(other.parts[i].eager_error for other in others)])
+        yield _compared(part, found, times * eager, 1.0 if part.of_result else asked.problem.terms)
 
 
 @dataclass(frozen=True)
@@ -88,6 +101,24 @@ class _Asked:
     parts: tuple[_Part, ...]
 
 
+@dataclass(frozen=True)
+class _Kernels:
+    """What answers: gradients are not asked of ``backward`` where it is None, nor a map of ``tile_map``."""
+
+    forward: Kernel
+    backward: Backward | None = None
+    tile_map: MapKernel | None = None
+
+    @staticmethod
+    def of(spec: AttentionSpec, target: str, wanted: tuple[bool, ...]) -> _Kernels:
+        use = map_used(spec)
+        return _Kernels(
+            targets.kernel(spec, target),
+            targets.backward_kernel(spec, target, wanted) if any(wanted) else None,
+            None if use is None else targets.map_kernel(use.tile_map, target),
+        )
+
+
 def _asked(p: Problem, wanted: tuple[bool, ...]) -> _Asked:
     exact, eager = (reference.attention(p.spec, p.operands, p.sizes, precision) for precision in ("exact", "eager"))
     grad = torch.randn(eager.shape, generator=torch.Generator(eager.device).manual_seed(2), device=eager.device).to(eager.dtype)
@@ -98,7 +129,7 @@ def _asked(p: Problem, wanted: tuple[bool, ...]) -> _Asked:
         parts += [_Part(f"the gradient of operand {i}", *both) for i, *both in zip(numbers, *of, strict=True)]
     if (use := map_used(p.spec)) is not None:
         cells = p.operands[use.load.operand].double()
-        parts.append(_Part("the map of its mask", cells, cells))
+        parts.append(_Part(_MAP, cells, cells))
     return _Asked(p, wanted, grad, tuple(parts))
 
 
@@ -115,19 +146,17 @@ class _FilledWithNaN(TorchDispatchMode):
         return made
 
 
-def _answers(asked: _Asked, target: str) -> list[Tensor]:
+def _answers(asked: _Asked, kernels: _Kernels) -> list[Tensor]:
     """The kernels' results, in the order of the parts."""
     p, use = asked.problem, map_used(asked.problem.spec)
-    kernel = targets.kernel(p.spec, target)
     with _FilledWithNaN():  # type: ignore[no-untyped-call]
-        if any(asked.wanted):
-            out, lse = kernel.forward(p.operands, p.sizes)
-            backward = targets.backward_kernel(p.spec, target, asked.wanted)
-            found = [out, *backward(asked.grad_out, p.operands, p.sizes, out, lse)]
+        if kernels.backward is not None:
+            out, lse = kernels.forward.forward(p.operands, p.sizes)
+            found = [out, *kernels.backward(asked.grad_out, p.operands, p.sizes, out, lse)]
         else:
-            found = [kernel(p.operands, p.sizes)]
-        if use is not None:
-            found.append(targets.map_kernel(use.tile_map, target)(*of_map(use, p.spec, p.operands, p.sizes)).double())
+            found = [kernels.forward(p.operands, p.sizes)]
+        if use is not None and kernels.tile_map is not None:
+            found.append(kernels.tile_map(*of_map(use, p.spec, p.operands, p.sizes)).double())
     return found
 
 

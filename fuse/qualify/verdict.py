@@ -23,12 +23,13 @@ from fuse.targets.sealed import sealed
 
 FORMAT = 2
 _FEW = 16  # of each dimension of a tensor whose strides stand for a layout, whatever the sizes
-Kind = Literal["kept", "refused", "slower"]
+Kind = Literal["kept", "refused", "edit refused", "slower"]
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """``kind``: the kernels run, were wrong, or are slower than what torch has; ``why``: with figures."""
+    """``kind``: the kernels run, were wrong, as rendered or as somebody edited them, or are slower than what torch has; ``why``
+    has figures."""
 
     kind: Kind
     why: str = ""

@@ -132,6 +132,11 @@ class KernelRefused(Reason):
     unblock = "send the kernel's source, which the warning names"
 
 
+class EditRefused(Reason):
+    message = "an edit was refused: {detail}"
+    unblock = "correct the file, or delete it to have the kernel as it was rendered; qualify='never' takes it unchecked"
+
+
 class Slower(Reason):
     message = "left to {detail}"
     unblock = "nothing: it runs as fast as it can here; qualify='never' fuses it all the same"

@@ -19,7 +19,7 @@ from typing import Any
 from fuse.targets import adopt
 from fuse.torch_private import artifact_manager
 
-log = logging.getLogger("fuse")
+log = logging.getLogger(__name__)
 TYPE = "fuse"  # also of the list of names in torch's CacheInfo: fuse_artifacts
 
 

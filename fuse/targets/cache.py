@@ -8,9 +8,11 @@ process or a full disk left half done, and what was cut short or overwritten sin
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import tempfile
 import threading
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +27,7 @@ from fuse.targets.private import NotPrivate, check_folders, check_private, make_
 from fuse.targets.stored import BUILDING, LIBRARY, LOCK, MANIFEST
 
 T = TypeVar("T")
+log = logging.getLogger(__name__)
 
 
 class BuildFailed(RuntimeError):
@@ -108,7 +111,9 @@ class _Wanted:
         write_atomically(self.path, self.source)
         with tempfile.TemporaryDirectory(dir=self.path.parent, prefix=f"{BUILDING}{self.path.stem}-") as scratch:
             made = Path(scratch) / self.binary.name
+            begun = time.monotonic()
             build(self.path, made)
+            log.info("built %s in %.1f s", self.path, time.monotonic() - begun)
             data = content(made)
             if data is None:
                 raise BuildFailed(f"nothing was built of {self.path}")

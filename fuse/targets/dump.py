@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
-import hashlib
+import logging
 from dataclasses import dataclass
 from pathlib import Path
 
+from fuse.memoize import at_forget
 from fuse.report.runs import Runs
 from fuse.settings import settings
+from fuse.targets import dump_index
 from fuse.targets.cache import BuildFailed
 from fuse.targets.files import content, write_atomically
+
+log = logging.getLogger(__name__)
+_announced: set[Path] = set()
+at_forget(_announced.clear)
 
 
 @dataclass(frozen=True)
@@ -36,7 +42,7 @@ def dumped(name: str, rendered: str, suffix: str) -> DumpedSource:
     folder = settings().dump
     if folder is None:
         return DumpedSource(rendered)
-    path = folder / f"{name}-{hashlib.sha256(rendered.encode()).hexdigest()[:12]}{suffix}"
+    path = folder / f"{name}-{dump_index.digest(rendered)}{suffix}"
     try:
         if not path.exists():
             _written(folder, path, rendered)
@@ -46,7 +52,18 @@ def dumped(name: str, rendered: str, suffix: str) -> DumpedSource:
         text = data.decode()
     except (OSError, UnicodeDecodeError) as error:
         raise BuildFailed(f"FUSE_DUMP: {path} is no source that can be read and written: {error}. Move it away") from error
-    return DumpedSource(text, None if text == rendered else path)
+    dump_index.write(folder)
+    if text == rendered:
+        return DumpedSource(text)
+    _announce(path)
+    return DumpedSource(text, path)
+
+
+def _announce(path: Path) -> None:
+    """Once, that somebody's own kernel is taken."""
+    if path not in _announced:
+        _announced.add(path)
+        log.warning("fuse takes the edited kernel %s in place of the one that it rendered", path)
 
 
 def _written(folder: Path, path: Path, text: str) -> None:

@@ -19,7 +19,7 @@ try:
 except ImportError:  # not a POSIX system: two processes may then do the same, and either result is right
     fcntl = None  # type: ignore[assignment]
 
-log = logging.getLogger("fuse")
+log = logging.getLogger(__name__)
 # Seconds: longer than any build may take, and after which whoever waits is told why.
 LIMIT, _TOLD, _PAUSE = 900.0, 20.0, 0.02
 

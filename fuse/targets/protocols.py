@@ -97,3 +97,16 @@ class Shown(Protocol):
         ...
 
     def tile_map_source(self, spec: TileMap) -> str: ...
+
+
+@runtime_checkable
+class FromFile(Protocol):
+    """A target that can run a file as it is, be it edited. Each raises BuildFailed where that cannot be built."""
+
+    def forward_of(self, spec: AttentionSpec, source: Path) -> Kernel: ...
+
+    def backward_of(self, of: Gradient, source: Path) -> Backward:
+        """Raises Unsupported, too."""
+        ...
+
+    def tile_map_of(self, spec: TileMap, source: Path) -> MapKernel: ...

@@ -4,11 +4,12 @@
 # spec  {"batch":2,"empty_row":"nan","expr":{"nodes":[["Index","int64","b0"],["Index","int64","b1"],["Index","int64","q"],["Index","int64","d"],["Load","bfloat16",0,[0,1,2,3]],["Index","int64","k"],["Load","bfloat16",1,[0,1,5,3]],["Index","int64","e"],["Load","bfloat16",2,[0,1,5,7]],["Score","bfloat16"],["Const","bfloat16","0x1.0000000000000p-3"],["Apply","bfloat16","mul",[9,10]],["Apply","bool","le",[5,2]],["Const","bfloat16","0x0.0p+0"],["Const","bfloat16","-0x1.fe00000000000p+127"],["Apply","bfloat16","where",[12,13,14]],["Apply","bfloat16","add",[11,15]],["Prob","bfloat16"],["Const","int64",1],["Apply","int64","add",[18,2]]],"roots":{"key":6,"mask.predicate":12,"mask.upper":19,"mask.visible":11,"query":4,"score":16,"value":8,"weight":17}},"extra":[],"fill":"-0x1.fe00000000000p+127","operands":[[4,"bfloat16"],[4,"bfloat16"],[4,"bfloat16"]],"out_dtype":"bfloat16","out_order":[0,2,1,3],"qk_dim":64,"v_dim":64,"version":1}
 # plan  TritonPlan(width=64, v_width=64, block_q=128, block_k=128, warps=8, stages=3, described=True)
 # made by torch-fuse …
-# alone: python <this file>
-# operand 0 bfloat16, 4 dimensions: query
-# operand 1 bfloat16, 4 dimensions: key
-# operand 2 bfloat16, 4 dimensions: value
+# alone: python -m fuse.alone <this file>, which compares it with float64 and times it beside SDPA
+# operand 0 bfloat16, 4 dimensions: query at [b0, b1, q, d]
+# operand 1 bfloat16, 4 dimensions: key at [b0, b1, k, d]
+# operand 2 bfloat16, 4 dimensions: value at [b0, b1, k, e]
 # sizes     B0, B1, q_len, kv_len
+# result    bfloat16 at [b0, b1, q, e], in memory by b0, q, b1, e
 # contents, in order
 #   fuse_attention           The result of a block of queries, from the keys that they see.
 #   # edit                   the score of an entry, from raw, the product of query and key
@@ -184,6 +185,6 @@ def fuse_attention(
 
 
 if __name__ == "__main__":
-    # Runs the kernel on random tensors; prints the median time and a checksum.
-    from fuse.targets.triton.alone import run
+    # Runs the kernel by itself: --help says how.
+    from fuse.alone import run
     run(__file__)

@@ -4,19 +4,29 @@
 // spec  {"batch":2,"empty_row":"nan","expr":{"nodes":[["Index","int64","b0"],["Index","int64","b1"],["Index","int64","q"],["Index","int64","d"],["Load","float32",0,[0,1,2,3]],["Index","int64","k"],["Load","float32",1,[0,1,5,3]],["Index","int64","e"],["Load","float32",2,[0,1,5,7]],["Score","float32"],["Const","float32","0x1.0000000000000p-3"],["Apply","float32","mul",[9,10]],["Apply","bool","le",[5,2]],["Const","float32","0x0.0p+0"],["Const","float32","-0x1.fffffe0000000p+127"],["Apply","float32","where",[12,13,14]],["Apply","float32","add",[11,15]],["Prob","float32"],["Const","int64",1],["Apply","int64","add",[18,2]]],"roots":{"key":6,"mask.predicate":12,"mask.upper":19,"mask.visible":11,"query":4,"score":16,"value":8,"weight":17}},"extra":[],"fill":"-0x1.fffffe0000000p+127","operands":[[4,"float32"],[4,"float32"],[4,"float32"]],"out_dtype":"float32","out_order":[0,2,1,3],"qk_dim":64,"v_dim":64,"version":1}
 // plan  Plan(core='lanes', isa='avx2', real='float', width=8, vectors=3, rows=4, block_k=128, wave_bytes=8388608, thread_work=262144, part_keys=384, decode_queries=4)
 // made by torch-fuse …
-// alone: c++ -std=c++17 -O3 -march=native -w -fopenmp -DFUSE_STANDALONE <this file> -o kernel && ./kernel [threads]
-// operand 0 float32, 4 dimensions: query
-// operand 1 float32, 4 dimensions: key
-// operand 2 float32, 4 dimensions: value
+// alone: python -m fuse.alone <this file>, which compares it with float64 and times it beside SDPA
+// without Python: c++ -std=c++17 -O3 -march=native -w -fopenmp -DFUSE_STANDALONE <this file> -o kernel && ./kernel [threads]
+// operand 0 float32, 4 dimensions: query at [b0, b1, q, d]
+// operand 1 float32, 4 dimensions: key at [b0, b1, k, d]
+// operand 2 float32, 4 dimensions: value at [b0, b1, k, e]
 // sizes     B0, B1, q_len, kv_len
+// result    float32 at [b0, b1, q, e], in memory by b0, q, b1, e
+// read from the entry up: each part uses those above it
 // contents, in order
+//   VR               vectors, memory, functions: the same in every kernel, up to Call
 //   Call             the arguments of a call
 //   BatchIndex       one batch index: where its operands begin
 //   upper_key        edit: one past the last key that a query may see
+//   Packed           keys and values of one head, as tiles are read
+//   Rows             what is known of the queries of a block
+//   Tile             what functions of entries are given: queries, and some keys
 //   score_full       edit: the score of an entry, lanes are queries
 //   score_partial    edit: the same where the mask hides some
 //   score_exact      edit: the same as eager rounds it
 //   weigh            edit: the weight of an entry, lanes are queries
+//   multiply         a product of small matrices
+//   InPlace          few queries: keys and values where they lie
+//   block            tiles of keys, one after the other
 //   queries_in       a block of queries against its keys, lanes are queries
 //   fuse_attention   the entry
 #define FUSE_WIDTH 8
@@ -1053,7 +1063,7 @@ extern "C" __attribute__((visibility("default"))) int fuse_attention(const int64
     return 0;
 }
 #ifdef FUSE_STANDALONE
-// Runs the kernel alone on random tensors: ./kernel [threads], and prints the median time and a checksum.
+// Runs the kernel alone on random tensors: ./kernel [threads], and prints sizes, the median time and a checksum.
 #include <algorithm>
 #include <chrono>
 #include <cstdio>
@@ -1088,8 +1098,15 @@ struct Tensor {
 
 int main(int count, char** texts) {
     const int64_t threads = count > 1 ? atoll(texts[1]) : 1;
+    const char* said = "B0 = 1, B1 = 8, q_len = 512, kv_len = 512";
     if (count > 2 || threads < 1) {
-        printf("usage: %s [threads]\n", texts[0]);
+        printf("usage: %s [threads]\n\n", texts[0]);
+        printf("Runs the kernel 11 times on random tensors of these sizes; prints the median time and a checksum:\n");
+        printf("    %s\n", said);
+        printf("    operand 0 float32, 1 x 8 x 512 x 64\n");
+        printf("    operand 1 float32, 1 x 8 x 512 x 64\n");
+        printf("    operand 2 float32, 1 x 8 x 512 x 64\n");
+        printf("python -m fuse.alone FILE takes the sizes of your model, compares with float64 and times it beside SDPA.\n");
         return count != 2 || std::string(texts[1]) != "--help";
     }
     const std::vector<int64_t> sizes = { 1, 8, 512, 512 };  // B0, B1, q_len, kv_len
@@ -1113,7 +1130,7 @@ int main(int count, char** texts) {
     std::sort(times.begin(), times.end());
     double sum = 0;
     sum += out.sum<float>();
-    printf("%.3f ms, sum of the result %.6g\n", times[times.size() / 2] * 1e3, sum);
+    printf("%s, threads = %d: %.3f ms, sum of the result %.6g\n", said, int(threads), times[times.size() / 2] * 1e3, sum);
     return 0;
 }
 #endif

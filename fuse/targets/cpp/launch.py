@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import json
+import re
 import struct
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -17,7 +18,8 @@ from torch import Tensor
 from fuse.ir.interval import MAX_LENGTH
 from fuse.ir.spec import AttentionSpec
 from fuse.ir.tile_map import TileMap
-from fuse.kernel.source import ENTRY
+from fuse.kernel.names import kernel_name
+from fuse.kernel.source import ENTRY, header_of
 from fuse.report.runs import Part, Runs
 from fuse.targets import reference
 from fuse.targets.cache import BuildFailed, entry
@@ -25,7 +27,7 @@ from fuse.targets.cpp import NAME, SUFFIX, op, render
 from fuse.targets.cpp.compiler import OTHER_COMPILER, command_for, compile_library, depends, instruction_set
 from fuse.targets.cpp.plan import lse_dtype, plan, plan_tile_map
 from fuse.targets.cpp.render_tile_map import render_tile_map
-from fuse.targets.dump import dumped
+from fuse.targets.dump import DumpedSource, dumped
 from fuse.targets.fallback_warnings import left_to_reference
 
 _LONG: dict[Part, str] = {
@@ -65,8 +67,7 @@ def build_tile_map(spec: TileMap, isa: str | None = None) -> Built:
 
 def rendered(spec: AttentionSpec, isa: str | None = None) -> Rendered:
     chosen = plan(spec, isa or instruction_set())
-    name = f"attention_{spec.out_dtype}_{spec.qk_dim}x{spec.v_dim}_{chosen.isa}"
-    return Rendered(name, chosen.isa, render.render(spec, chosen))
+    return Rendered(f"{kernel_name(spec)}_{chosen.isa}", chosen.isa, render.render(spec, chosen))
 
 
 def rendered_tile_map(spec: TileMap, isa: str | None = None) -> Rendered:
@@ -76,7 +77,18 @@ def rendered_tile_map(spec: TileMap, isa: str | None = None) -> Rendered:
 
 def build_source(name: str, isa: str, rendered: str) -> Built:
     """Raises BuildFailed, which names the file that somebody edited where it is not ours."""
-    source, command = dumped(name, rendered, SUFFIX), command_for(isa)
+    return _built(name, isa, dumped(name, rendered, SUFFIX))
+
+
+def build_file(path: Path) -> Built:
+    """The kernel of a file as it is, for the instruction set that it was rendered for. Raises BuildFailed."""
+    text = path.read_text()
+    isa = re.search(r"isa='(\w+)'", header_of(text).plan)
+    return _built("alone", isa[1] if isa else instruction_set(), DumpedSource(text, path))
+
+
+def _built(name: str, isa: str, source: DumpedSource) -> Built:
+    command = command_for(isa)
     text = source.text if source.edited is None else f"#line 1 {json.dumps(str(source.edited))}\n{source.text}"
     try:
         found = entry(NAME, name, SUFFIX, text, depends(command), partial(compile_library, command), _load)

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from fuse.ir.spec import AttentionSpec
 from fuse.kernel.destinations import destinations
+from fuse.kernel.names import kernel_name
 from fuse.report.runs import Runs
 from fuse.targets import reference
 from fuse.targets.cpp import op
@@ -31,8 +32,7 @@ def rendered_backward(spec: AttentionSpec, wanted: Sequence[bool], isa: str | No
     """Raises Unsupported."""
     terms = any(s.kind not in ("matrix", "logit") for s in destinations(spec, wanted))
     plan = backward_plan(spec, isa or instruction_set(), terms)
-    name = f"attention_backward_{spec.out_dtype}_{spec.qk_dim}x{spec.v_dim}_{plan.isa}"
-    return Rendered(name, plan.isa, render_backward(spec, wanted, plan))
+    return Rendered(f"{kernel_name(spec, 'backward')}_{plan.isa}", plan.isa, render_backward(spec, wanted, plan))
 
 
 class CppBackward:

@@ -24,7 +24,7 @@ from fuse.targets.cpp import NAME, SUFFIX
 from fuse.targets.cpp.compiler import FLAGS, compile_library, cxx_compiler, depends
 from fuse.targets.cpp.plan import lse_dtype
 
-log = logging.getLogger("fuse")
+log = logging.getLogger(__name__)
 _SOURCES = tuple(Path(fuse.templates.__path__[0]) / "cpp" / name for name in ("op.cpp", "caller.cpp"))
 _OPERATORS = ("attention", "attention_forward", "attention_backward")
 _loaded: list[Any] = []  # at most one: what it registers with torch stays for as long as the process does

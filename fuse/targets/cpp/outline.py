@@ -6,18 +6,25 @@ import re
 
 from fuse.ir.spec import AttentionSpec
 from fuse.ir.tile_map import TileMap
-from fuse.kernel.source import ENTRY, operand_lines
+from fuse.kernel.source import CONTENTS, ENTRY, READ, operand_lines
 
 WIDTH = 128
 _ONE_LINE = re.compile(r"( *)([^{}]*\)(?: const)?) \{ (.*;) \}")  # a function, or a block after its condition
 # What a source may hold: how its definition begins, and what it is; in the order in which it is found.
 _PARTS = (
+    (r"typedef R VR ", "VR", "vectors, memory, functions: the same in every kernel, up to Call"),
     (r"struct Call ", "Call", "the arguments of a call"),
     (r"struct BatchIndex ", "BatchIndex", "one batch index: where its operands begin"),
     (r"static int64_t lower_key\(", "lower_key", "edit: the first key that a query may see"),
     (r"static int64_t upper_key\(", "upper_key", "edit: one past the last key that a query may see"),
     (r"struct Destinations ", "Destinations", "where gradients go"),
+    (r"struct KeyPart ", "KeyPart", "keys whose gradients a thread sums"),
     (r"struct Matrix ", "Matrix", "products of bfloat16"),
+    (r"struct Packed ", "Packed", "keys and values of one head, as tiles are read"),
+    (r"struct PackedKeys ", "PackedKeys", "keys and values, as tiles are read"),
+    (r"struct PackedQueries ", "PackedQueries", "queries and gradients of results, as tiles are read"),
+    (r"template <int N> struct Rows ", "Rows", "what is known of the queries of a block"),
+    (r"template <int N> struct Tile ", "Tile", "what functions of entries are given: queries, and some keys"),
     (r"void score_full\(", "score_full", "edit: the score of an entry, lanes are queries"),
     (r"void score_partial\(", "score_partial", "edit: the same where the mask hides some"),
     (r"void score_exact\(", "score_exact", "edit: the same as eager rounds it"),
@@ -30,6 +37,10 @@ _PARTS = (
     (r"void entries_partial\(", "entries_partial", "edit: the same where the mask hides some"),
     (r"struct EntriesFull ", "EntriesFull", "edit: weight and gradient of an entry, lanes are keys"),
     (r"struct EntriesPartial ", "EntriesPartial", "edit: the same where the mask hides some"),
+    (r"INLINE void multiply\(", "multiply", "a product of small matrices"),
+    (r"struct InPlace ", "InPlace", "few queries: keys and values where they lie"),
+    (r"static bool block\(", "block", "tiles of keys, one after the other"),
+    (r"static void attend\(", "attend", "a block of queries against a part of the keys"),
     (r"static void queries_in\(", "queries_in", "a block of queries against its keys, lanes are queries"),
     (r"struct QueryBlock ", "QueryBlock", "a block of queries against its keys, by matrix products"),
     (r"struct Backward ", "Backward", "how the gradients are shared by the threads"),
@@ -40,7 +51,7 @@ _PARTS = (
 def finished(text: str, header: str, spec: AttentionSpec | TileMap) -> str:
     """The source with an outline after its header, in lines of WIDTH."""
     body = text[len(header) :]
-    lines = [*operand_lines(spec), f"sizes     {', '.join(spec.symbols)}", "contents, in order", *_contents(body)]
+    lines = [*operand_lines(spec), READ, CONTENTS, *_contents(body)]
     outline = "\n".join(f"// {line}" for line in lines)
     return f"{header}\n{outline}{wrapped(body)}"
 

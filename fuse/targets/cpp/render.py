@@ -14,7 +14,7 @@ from fuse.ir.spec import AttentionSpec
 from fuse.ir.tile_map import KEYS, ROWS
 from fuse.kernel.example import example
 from fuse.kernel.forward import forward_program
-from fuse.kernel.source import ENTRY, environment, header_lines, made_by
+from fuse.kernel.source import ENTRY, alone_lines, environment, header_lines, made_by
 from fuse.targets.cpp import write_keys
 from fuse.targets.cpp.outline import finished
 from fuse.targets.cpp.plan import Plan, lse_dtype
@@ -171,5 +171,5 @@ def header(spec: AttentionSpec, plan: Plan) -> str:
 
 
 def origin(plan: Plan) -> list[str]:
-    alone = "alone: c++ -std=c++17 -O3 -march=native -w -fopenmp -DFUSE_STANDALONE <this file> -o kernel && ./kernel [threads]"
-    return [f"plan  {plan}", made_by(), alone]
+    build = "c++ -std=c++17 -O3 -march=native -w -fopenmp -DFUSE_STANDALONE <this file> -o kernel && ./kernel [threads]"
+    return [f"plan  {plan}", made_by(), *alone_lines(build)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -155,7 +156,8 @@ def render_backward(spec: AttentionSpec, wanted: Sequence[bool], plan: Plan) -> 
     matrices = {s.name for s in found if s.kind == "matrix"}
     entries = any(s.kind in ("dense", "row", "key", "entry") for s in found)
     read = ", ".join(s.name if s.kind == "matrix" else str(s.load) for s in found)
-    lines = (f"gradients of {read}, as fuse.ir.gradient has them, of", *header_lines(spec), *origin(plan))
+    asked = f"wanted  {json.dumps(list(wanted))}"
+    lines = (f"gradients of {read}, as fuse.ir.gradient has them, of", *header_lines(spec), asked, *origin(plan))
     header = "\n".join(f"// {line}" for line in lines)
     context = call_context(source, plan) | {
         "header": header,

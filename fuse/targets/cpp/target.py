@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,7 +14,7 @@ from fuse.ir.spec import AttentionSpec
 from fuse.ir.tile_map import TileMap
 from fuse.targets.cpp import NAME, SUFFIX, op
 from fuse.targets.cpp.compiler import instruction_set, toolchain
-from fuse.targets.cpp.launch import CppKernel, CppTileMap, build, build_tile_map, rendered, rendered_tile_map
+from fuse.targets.cpp.launch import CppKernel, CppTileMap, build, build_file, build_tile_map, rendered, rendered_tile_map
 from fuse.targets.cpp.launch_backward import CppBackward, build_backward, rendered_backward
 from fuse.targets.cpp.plan import lse_dtype, plan
 
@@ -59,6 +60,15 @@ class CppTarget:
 
     def tile_map_source(self, spec: TileMap) -> str:
         return rendered_tile_map(spec).text
+
+    def forward_of(self, spec: AttentionSpec, source: Path) -> CppKernel:
+        return CppKernel(spec, build_file(source))
+
+    def backward_of(self, of: Gradient, source: Path) -> CppBackward:
+        return CppBackward(of.spec, of.wanted, build_file(source))
+
+    def tile_map_of(self, spec: TileMap, source: Path) -> CppTileMap:
+        return CppTileMap(spec, build_file(source))
 
     def tile_size(self, spec: AttentionSpec) -> tuple[int, int]:
         chosen = plan(spec, instruction_set())

@@ -5,23 +5,27 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from functools import cached_property, partial
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from fuse.ir.spec import AttentionSpec
 from fuse.kernel import sharing
+from fuse.kernel.destinations import Unsupported
+from fuse.kernel.names import kernel_name
 from fuse.kernel.source import ENTRY
 from fuse.targets.triton import plan_decode
 from fuse.targets.triton.arguments import Arguments, strided
 from fuse.targets.triton.copies import Copies
 from fuse.targets.triton.launch_decode import TritonDecode
 from fuse.targets.triton.launch_tiles import TritonTiles
-from fuse.targets.triton.module import Module, current_architecture, made, precision, processors
+from fuse.targets.triton.module import Module, current_architecture, from_file, made, precision, processors
 from fuse.targets.triton.plan import TritonPlan, candidates, plan_triton
 from fuse.targets.triton.plan_choice import PlanChoice
 from fuse.targets.triton.plan_decode import Route
 from fuse.targets.triton.render import render_triton
+from fuse.targets.triton.render_decode import MERGE
 
 
 class TritonKernel:
@@ -30,9 +34,8 @@ class TritonKernel:
     def __init__(self, spec: AttentionSpec, module: Module | None = None) -> None:
         self._spec = spec
         self.plans = PlanChoice(partial(candidates, spec))
-        name = f"attention_{spec.out_dtype}_{spec.qk_dim}x{spec.v_dim}"
         plan = plan_triton(spec, current_architecture())
-        module = module or made(name, render_triton(spec, plan))
+        module = module or made(kernel_name(spec), render_triton(spec, plan))
         self.source, self.runs, self.function = module.source, module.runs, module.function(ENTRY, replans=True)
         self._runs, self._arguments = sharing.runs(spec), Arguments(spec)
         self._copies = Copies(spec, ("query", "key", "value"), plan.described)
@@ -90,3 +93,22 @@ class TritonKernel:
     def tune(self) -> None:
         """Measures plans on the operands of the next calls, where no earlier process has."""
         self.plans.tune = True
+
+
+class DecodeAlone(TritonKernel):
+    """A kernel of few queries from its own ``module``, which takes no other calls."""
+
+    def __init__(self, spec: AttentionSpec, module: Module) -> None:
+        super().__init__(spec)
+        self.source, self.runs, self.decode = module.source, module.runs, TritonDecode(spec, module)
+
+    def launch(self, operands: Sequence[Tensor], sizes: Sequence[int], lse: Tensor | None, route: Route | None) -> Tensor:
+        if route is None:
+            raise Unsupported("it computes calls of few queries, and there is none among those that it is run with")
+        return super().launch(operands, sizes, lse, route)
+
+
+def kernel_of(spec: AttentionSpec, path: Path) -> TritonKernel:
+    """The kernel of a file, as it is. Raises BuildFailed."""
+    module = from_file(path)
+    return DecodeAlone(spec, module) if hasattr(module.content, MERGE) else TritonKernel(spec, module)

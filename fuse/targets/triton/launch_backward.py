@@ -16,6 +16,7 @@ from fuse.ir.spec import AttentionSpec
 from fuse.kernel.backward import recomputed_above, recomputed_below
 from fuse.kernel.destinations import Destination, destinations
 from fuse.kernel.groups import BatchGroups, groups_of
+from fuse.kernel.names import kernel_name
 from fuse.kernel.source import ENTRY
 from fuse.targets import reference
 from fuse.targets.fallback_warnings import OVERLAPPING, left_to_reference
@@ -48,10 +49,9 @@ class TritonBackward:
         self._groups: dict[tuple[object, ...], list[BatchGroups]] = {}
         self.plans = PlanChoice(lambda arch: candidates_backward(spec, arch, self._shared))
         self._tiles = {owner: TritonTiles(spec, owner) for owner in ("k", "q")}
-        name = f"attention_backward_{spec.out_dtype}_{spec.qk_dim}x{spec.v_dim}"
         rendered = described(spec, current_architecture())
         self._copies = Copies(spec, COPIED, rendered)
-        module = module or made(name, render_backward(spec, wanted, rendered))
+        module = module or made(kernel_name(spec, "backward"), render_backward(spec, wanted, rendered))
         self.source, self.runs = module.source, module.runs
         names = ["rows", "keys", "queries", *(["distances"] if written_by("k - q", self._destinations) else [])]
         self.functions = {name: module.function(f"{ENTRY}_{name}", name in _PLANNED) for name in names}

@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 
 from fuse.ir.spec import AttentionSpec
+from fuse.kernel.names import kernel_name
 from fuse.kernel.source import ENTRY
 from fuse.targets.triton import plan_decode
-from fuse.targets.triton.module import current_architecture, made, precision
+from fuse.targets.triton.module import Module, current_architecture, made, precision
 from fuse.targets.triton.plan import TritonPlan
 from fuse.targets.triton.plan_choice import PlanChoice
 from fuse.targets.triton.plan_decode import Route
@@ -20,13 +21,13 @@ from fuse.targets.triton.render_decode import MERGE, render_decode
 
 
 class TritonDecode:
-    """A loaded pair of kernels of an attention spec."""
+    """A loaded pair of kernels of an attention spec; ``module``: another than would be rendered."""
 
-    def __init__(self, spec: AttentionSpec) -> None:
+    def __init__(self, spec: AttentionSpec, module: Module | None = None) -> None:
         self._spec = spec
         self.plans = PlanChoice(partial(plan_decode.plans, spec))
-        name = f"decode_{spec.out_dtype}_{spec.qk_dim}x{spec.v_dim}"
-        module = made(name, render_decode(spec, plan_decode.plans(spec, current_architecture())[0]))
+        rendered = render_decode(spec, plan_decode.plans(spec, current_architecture())[0])
+        module = module or made(kernel_name(spec, "decode"), rendered)
         self.source, self.function, self.merge = module.source, module.function(ENTRY, replans=True), module.function(MERGE)
 
     def attend(self, route: Route, sizes: Sequence[int], out: Tensor, lse: Tensor | None, given: dict[str, Any]) -> None:

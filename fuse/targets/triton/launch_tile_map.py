@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fuse.ir.tile_map import TileMap
 from fuse.targets.triton.arguments import Arguments
-from fuse.targets.triton.module import made
+from fuse.targets.triton.module import Module, made
 from fuse.targets.triton.render_tile_map import TILE_MAP, render_tile_map_triton
 
 # Cells of a program.
@@ -18,11 +18,11 @@ _MANY = 8
 
 
 class TritonTileMap:
-    """A loaded kernel of a TileMap; called with its operands and the values of its symbols."""
+    """A loaded kernel of a TileMap; called with its operands and the values of its symbols. ``module`` as of TritonKernel."""
 
-    def __init__(self, spec: TileMap) -> None:
+    def __init__(self, spec: TileMap, module: Module | None = None) -> None:
         self._spec, self._arguments = spec, Arguments(spec)
-        module = made("tile_map", render_tile_map_triton(spec))
+        module = module or made("tile_map", render_tile_map_triton(spec))
         self.source, self.runs, self.function = module.source, module.runs, module.function(TILE_MAP)
 
     def __call__(self, operands: Sequence[Tensor], sizes: Sequence[int]) -> Tensor:

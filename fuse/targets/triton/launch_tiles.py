@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from fuse.ir.spec import AttentionSpec
+from fuse.kernel.names import kernel_name
 from fuse.targets.triton.module import made
 from fuse.targets.triton.plan import TritonPlan
 from fuse.targets.triton.plan_backward import Launch
@@ -30,7 +31,7 @@ class TritonTiles:
         self._owner = owner
         self._batch, self._axes, self._needed = spec.batch, mask_axes(spec), is_listed(spec, owner)
         if self._needed:
-            self.function = made("tiles", render_tiles(spec, owner)).function(f"{TILES}_{owner}")
+            self.function = made(kernel_name(spec, "tiles"), render_tiles(spec, owner)).function(f"{TILES}_{owner}")
 
     def of(
         self, given: dict[str, Any], sizes: Sequence[int], plan: TritonPlan | Launch, like: Tensor

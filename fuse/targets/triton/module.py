@@ -16,7 +16,7 @@ from triton.runtime import driver
 
 from fuse.report.runs import Runs
 from fuse.targets.cache import BuildFailed, write_once
-from fuse.targets.dump import dumped
+from fuse.targets.dump import DumpedSource, dumped
 from fuse.targets.triton import NAME, SUFFIX
 from fuse.targets.triton.function import REFUSALS, Function, Spilled
 from fuse.targets.triton.plan import ARCHITECTURES, Architecture, architecture
@@ -52,7 +52,15 @@ class Module:
 def made(name: str, rendered: str) -> Module:
     """The module of ``rendered``, or of what somebody made of it in FUSE_DUMP's folder. Raises BuildFailed."""
     source = dumped(name, rendered, SUFFIX)
-    path = source.edited or write_once(NAME, name, SUFFIX, rendered)
+    return _loaded(source.edited or write_once(NAME, name, SUFFIX, rendered), source)
+
+
+def from_file(path: Path) -> Module:
+    """The module of a file as it is. Raises BuildFailed."""
+    return _loaded(path, DumpedSource(path.read_text(), path))
+
+
+def _loaded(path: Path, source: DumpedSource) -> Module:
     try:
         return Module(path, load_module(path), source.runs(path))
     except Exception as error:

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 
 from fuse.ir.spec import AttentionSpec
 from fuse.ir.tile_map import TileMap
-from fuse.kernel.source import environment, made_by, operand_lines
+from fuse.kernel.source import CONTENTS, alone_lines, environment, made_by, operand_lines
 
 WIDTH = 128
 # What names of kernels begin with; other functions are called by them.
@@ -27,10 +27,9 @@ def rendered(template: str, spec: AttentionSpec | TileMap, header: Sequence[str]
     parts = [_taking_what_it_reads(part) if _name(part).startswith(KERNEL) else part for part in _called(parts)]
     used = _words("\n".join(parts))
     needed = "\n".join(line for line in imports.splitlines() if line.split()[-1] in used)
-    alone = ["alone: python <this file>"] if "__name__" in used else []
+    alone = alone_lines() if "__name__" in used else []
     lines = [
-        *header, made_by(), *alone, *operand_lines(spec), f"sizes     {', '.join(spec.symbols)}",
-        "contents, in order", *_contents(parts),
+        *header, made_by(), *alone, *operand_lines(spec), CONTENTS, *_contents(parts),
     ]  # fmt: skip
     code = "\n\n\n".join([needed, *parts])
     return "\n".join([*(f"# {line}" for line in lines), *map(_broken, code.split("\n"))]) + "\n"

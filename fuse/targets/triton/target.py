@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from importlib.util import find_spec
+from pathlib import Path
 
 import torch
 
@@ -86,6 +87,26 @@ class TritonTarget:
             from fuse.targets.triton.render_tile_map import render_tile_map_triton
 
         return render_tile_map_triton(spec)
+
+    def forward_of(self, spec: AttentionSpec, source: Path) -> Kernel:
+        with _installed():
+            from fuse.targets.triton.launch import kernel_of
+
+        return kernel_of(spec, source)
+
+    def backward_of(self, of: Gradient, source: Path) -> Backward:
+        with _installed():
+            from fuse.targets.triton.launch_backward import TritonBackward
+            from fuse.targets.triton.module import from_file
+
+        return TritonBackward(of.spec, of.wanted, from_file(source))
+
+    def tile_map_of(self, spec: TileMap, source: Path) -> MapKernel:
+        with _installed():
+            from fuse.targets.triton.launch_tile_map import TritonTileMap
+            from fuse.targets.triton.module import from_file
+
+        return TritonTileMap(spec, from_file(source))
 
     def tile_size(self, spec: AttentionSpec) -> tuple[int, int]:
         try:

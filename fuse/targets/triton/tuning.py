@@ -25,7 +25,7 @@ from fuse.targets.triton.module import despite_spills
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
 
-log = logging.getLogger("fuse")
+log = logging.getLogger(__name__)
 VERSION = 2
 Clock = Callable[[Callable[[], None]], float]
 P = TypeVar("P", bound="DataclassInstance")  # a plan, which is frozen
