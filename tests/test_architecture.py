@@ -15,20 +15,31 @@ import fuse.passes
 
 # From the ground up; what a module imports stands on its own level or below.
 LEVELS = (
-    ("errors", "settings", "memoize", "torch_private", "assumptions", "trainer"),
+    ("errors", "settings", "memoize", "torch_private", "assumptions", "when_imported", "trainer", "failure"),
     ("ir",),
-    ("report.reasons", "report.runs", "report.site", "report.wording", "report.formula", "report.excerpt", "report.notebook"),
+    (
+        "report.reasons",
+        "report.runs",
+        "report.site",
+        "report.wording",
+        "report.formula",
+        "report.excerpt",
+        "report.notebook",
+        "report.paths",
+    ),
     ("kernel",),
     ("targets",),
     ("options",),
     ("ops",),
     ("passes",),
-    ("flex", "inner", "report.check", "qualify"),
+    ("flex", "inner", "report.check", "report.required", "qualify"),
     ("backend",),
     ("report",),
     ("transform", "models"),
+    ("bench",),
     ("inductor",),
-    ("", "__main__"),
+    ("public",),
+    ("", "cli", "__main__"),
 )
 FOLDERS = {"fuse": Path(fuse.__file__).parent, "fuse.passes": Path(fuse.passes.__file__).parent}
 
