@@ -1,0 +1,30 @@
+"""The shell: ``python -m fuse``, or ``torch-fuse``. One command a file, which is imported when it is asked for."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+from collections.abc import Sequence
+
+from fuse.cli.parser import parsed
+from fuse.errors import FuseError
+
+WRONG, INTERRUPTED = 2, 130  # exit statuses, as shells and argparse have them
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The exit status: 0 all is well, 1 what was asked for is not so (--require-all, --check), 2 a mistake in the question."""
+    if "" not in sys.path:
+        sys.path.insert(0, "")  # a program does not look for modules in the current folder, as ``python -m`` does
+    try:
+        args = parsed(sys.argv[1:] if arguments is None else arguments)
+        return int(importlib.import_module(f"fuse.cli.{args.command}").run(args))
+    except FuseError as error:
+        print(f"{type(error).__name__}: {error}", file=sys.stderr)
+        return WRONG
+    except KeyboardInterrupt:
+        return INTERRUPTED
+    except BrokenPipeError:  # whoever reads has enough, as head has: https://docs.python.org/3/library/signal.html
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
