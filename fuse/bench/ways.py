@@ -14,7 +14,7 @@ from types import TracebackType
 from typing import Any
 
 from fuse.bench.case import Case, Failed, Measured
-from fuse.bench.worker import CALL, EAGER, FUSE, serve
+from fuse.bench.worker import CALL, EAGER, FUSE, begin
 from fuse.errors import FuseError
 
 WAYS = (EAGER, "inductor", FUSE)
@@ -67,7 +67,7 @@ class _Worker:
         context = multiprocessing.get_context("spawn")
         self._pipe: Connection
         self._pipe, theirs = context.Pipe()
-        self._process = context.Process(target=serve, args=(theirs, way), daemon=True)
+        self._process = context.Process(target=begin, args=(theirs, way), daemon=True)
         self._process.start()
         theirs.close()  # else the death of the worker would go unnoticed
 

@@ -21,12 +21,17 @@ EAGER, FUSE = "eager", "fuse"
 CALL = "call"
 
 
+def begin(pipe: Connection, way: str) -> None:
+    """A process, which whoever started it ends."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    warnings.simplefilter("ignore")
+    serve(pipe, way)
+
+
 def serve(pipe: Connection, way: str) -> None:
     """For each (case, file of its exact results): Measured or Failed, then the seconds of one call for each CALL, until
     something else comes; None ends it. A mistake of the user's is sent as the FuseError that it is.
     """
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # whoever started it ends it
-    warnings.simplefilter("ignore")
     while (task := pipe.recv()) is not None:
         case, exact = task
         try:

@@ -9,8 +9,9 @@ import platform
 import shutil
 import tempfile
 import time
+import warnings
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from importlib import metadata
 from importlib.util import find_spec
 
@@ -32,6 +33,7 @@ from fuse.targets import registry, upkeep
 from fuse.targets.private import make_private
 from fuse.targets.protocols import Examined, Finding
 
+Part = Callable[[], Iterator[Finding]]
 _PRECISE = 1e-5  # relative error of attention in float32
 
 
@@ -39,7 +41,7 @@ def run(args: argparse.Namespace) -> int:
     """Exit status 1 where something is missing."""
     with work() as say:
         say("looking at this machine, and building a kernel")
-        findings = [finding for part in (_software, _settings, _targets, _cache, _tried) for finding in part()]
+        findings = [finding for part in _PARTS for finding in _safely(part)]
     missing = [finding for finding in findings if finding.remedy]
     table = Table.grid(padding=(0, 2))
     for finding in findings:
@@ -50,6 +52,14 @@ def run(args: argparse.Namespace) -> int:
     show(table)
     print("All is well." if not missing else f"{len(missing)} to mend.")
     return int(bool(missing))
+
+
+def _safely(part: Part) -> Iterator[Finding]:
+    """With the mistake of the user's that keeps it from saying more."""
+    try:
+        yield from part()
+    except FuseError as error:
+        yield Finding("mistake", type(error).__name__, str(error))
 
 
 def _software() -> Iterator[Finding]:
@@ -64,15 +74,10 @@ def _software() -> Iterator[Finding]:
     yield Finding("machine", machine())
 
 
-def _settings() -> Iterator[Finding]:
+def _environment() -> Iterator[Finding]:
     given = [f"{name}={os.environ[name]}" for name in VARIABLES if name in os.environ]
-    try:
-        resolve(None, None)
-        settings()
-    except FuseError as error:
-        yield Finding("environment", ", ".join(given), str(error))
-    else:
-        yield Finding("environment", ", ".join(given) or "no variable of fuse is set")
+    yield Finding("environment", ", ".join(given) or "no variable of fuse is set")
+    resolve(None, None)
 
 
 def _targets() -> Iterator[Finding]:
@@ -112,7 +117,7 @@ def _run_on(device: str) -> Finding:
     compiled = torch.compile(_attention, backend="fuse", options={"inner": "eager", "qualify": "never"})
     before, start = len(backend.compiled), time.perf_counter()
     try:
-        with torch.no_grad():
+        with torch.no_grad(), warnings.catch_warnings(action="ignore"):  # the finding says it
             got = compiled(q)
     except Exception as error:
         return Finding(f"kernel on {device}", "it failed", told(error))
@@ -131,3 +136,6 @@ def _attention(q: torch.Tensor) -> torch.Tensor:
     i = torch.arange(q.shape[2], device=q.device)
     scores = (q @ q.mT / math.sqrt(q.shape[3])).masked_fill(i > i[:, None], -math.inf)
     return scores.softmax(-1) @ q
+
+
+_PARTS: tuple[Part, ...] = (_software, _environment, _targets, _cache, _tried)

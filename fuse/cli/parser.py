@@ -26,7 +26,7 @@ DTYPES = ("float32", "bfloat16", "float16", "float64")
 
 def parsed(arguments: Sequence[str]) -> argparse.Namespace:
     """Raises UnknownWord for a command or an option that there is not; exits where argparse does."""
-    parser, commands = _parsers()
+    parser, commands = parsers()
     command = next(iter(arguments), "--help")
     if not command.startswith("-") and command not in commands:
         raise UnknownWord(command="", what="command", name=command, hint=did_you_mean(command, commands))
@@ -39,7 +39,7 @@ def parsed(arguments: Sequence[str]) -> argparse.Namespace:
     return args
 
 
-def _parsers() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParser]]:
+def parsers() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParser]]:
     """Of all that is typed, and of each command."""
     prog = "torch-fuse" if Path(sys.argv[0]).name == "torch-fuse" else "python -m fuse"
     about = "What fuse does with a model, what that gains, and the kernels it has built."
