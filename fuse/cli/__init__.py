@@ -6,6 +6,7 @@ import importlib
 import os
 import sys
 from collections.abc import Sequence
+from typing import Any
 
 from fuse.cli.parser import parsed
 from fuse.errors import FuseError
@@ -19,7 +20,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         sys.path.insert(0, "")  # a program does not look for modules in the current folder, as ``python -m`` does
     try:
         args = parsed(sys.argv[1:] if arguments is None else arguments)
-        return int(importlib.import_module(f"fuse.cli.{args.command}").run(args))
+        return int(_command(args.command).run(args))
     except FuseError as error:
         print(f"{type(error).__name__}: {error}", file=sys.stderr)
         return WRONG
@@ -28,3 +29,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # whoever reads has enough, as head has: https://docs.python.org/3/library/signal.html
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
+
+
+def _command(name: str) -> Any:
+    """Its module. Who waits at a terminal for torch to be imported, some seconds, is told."""
+    if "torch" in sys.modules or not sys.stderr.isatty():
+        return importlib.import_module(f"fuse.cli.{name}")
+    from fuse.cli.console import work
+
+    with work() as say:
+        say("importing torch")
+        return importlib.import_module(f"fuse.cli.{name}")
