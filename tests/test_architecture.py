@@ -15,18 +15,9 @@ import fuse.passes
 
 # From the ground up; what a module imports stands on its own level or below.
 LEVELS = (
-    ("errors", "settings", "memoize", "torch_private", "assumptions", "when_imported", "trainer", "failure"),
+    ("errors", "settings", "memoize", "torch_private", "assumptions", "when_imported", "trainer", "failure", "report.paths"),
     ("ir",),
-    (
-        "report.reasons",
-        "report.runs",
-        "report.site",
-        "report.wording",
-        "report.formula",
-        "report.excerpt",
-        "report.notebook",
-        "report.paths",
-    ),
+    ("report.reasons", "report.runs", "report.site", "report.wording", "report.formula", "report.excerpt", "report.notebook"),
     ("kernel",),
     ("targets",),
     ("options",),

@@ -44,9 +44,11 @@ def build():
 def wrong_shape():
     return Model(), (torch.randn(1, 5, 7),)
 
+def size(name):
+    return {"width": 8}[name]
+
 def raises():
-    sizes = {"width": 8}
-    return Model(), (torch.randn(1, 5, sizes["height"]),)
+    return Model(), (torch.randn(1, 5, size("height")),)
 
 def no_arguments():
     return Model()
@@ -196,6 +198,17 @@ def test_a_function_is_given_what_was_asked_for(mistakes: Path, capsys: pytest.C
     assert found["inputs"] == ["args[0] float64 [1, 5, 8]"]  # which takes none, so that its result is converted
 
 
+def test_a_file_finds_what_lies_beside_it_and_dataclasses_their_module(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "layers_of_mine.py").write_text(MISTAKES)
+    (tmp_path / "model_of_mine.py").write_text(
+        "from __future__ import annotations\nfrom dataclasses import dataclass\nfrom layers_of_mine import build as made\n"
+        "@dataclass\nclass Config:\n    width: int = 8\ndef build(): return made()\n"
+    )
+    assert out(capsys, "explain", f"{tmp_path}/model_of_mine.py:build").startswith("1 attention site, 1 fused")
+
+
 def test_modules_are_found_in_the_folder_where_the_shell_is(mistakes: Path) -> None:
     done = subprocess.run([program(), "explain", "mistakes:build"], capture_output=True, text=True)
     assert done.stdout.startswith("1 attention site, 1 fused"), done.stderr
@@ -216,7 +229,7 @@ def test_modules_are_found_in_the_folder_where_the_shell_is(mistakes: Path) -> N
         ("explain mistaken.py:build", "transformers model type. Did you mean 'mistakes.py'?"),
         ("explain no_such_module:build", "No module named 'no_such_module'"),
         ("explain json:build", "json has no callable 'build'"),
-        ("explain mistakes.py:raises", "mistakes.py:raises failed: KeyError: 'height' (mistakes.py:21, in raises: return"),
+        ("explain mistakes.py:raises", "mistakes.py:raises failed: KeyError: 'height' (mistakes.py:20, in size: return"),
         ("explain mistakes.py:wrong_shape", "[5, 7] X [8, 8]. (mistakes.py:10, in forward: y = self.linear(x))"),
         ("explain mistakes.py:no_arguments", "returned Model; it should return (model, args)"),
         ("explain mistakes.py:needs", "needs 'width'. Give that a default."),

@@ -27,6 +27,7 @@ def python(code: str) -> subprocess.CompletedProcess[str]:
         f"import fuse, sys; assert 'torch' not in sys.modules; import torch; {KNOWN}",
         f"import torch, fuse; {KNOWN}",
         f"from fuse.report.site import Site; import fuse, torch; assert fuse.Site is Site; {KNOWN}",
+        "from fuse.report.site import Site; import fuse; fuse.report()",
         "from fuse import *; report(); reset()",
     ],
 )

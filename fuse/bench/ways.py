@@ -51,15 +51,22 @@ class Ways:
             for way in WAYS:
                 say(f"{way}: first call")
                 found[way] = self._workers[way].ask((case, Path(folder) / "exact.pt"))
-        running = [way for way in WAYS if isinstance(found[way], Measured)]
-        seconds: dict[str, list[float]] = {way: [] for way in running}
+        seconds: dict[str, list[float]] = {way: [] for way in WAYS}
         for number in range(1, rounds + 1):
             say(f"round {number} of {rounds}")
-            for way in running:
-                seconds[way].append(self._workers[way].ask(CALL))
-        for way in running:
+            for way in _running(found):
+                answer = self._workers[way].ask(CALL)
+                if isinstance(answer, Failed):
+                    found[way] = answer
+                else:
+                    seconds[way].append(answer)
+        for way in _running(found):
             self._workers[way].tell("done")
-        return Comparison(found, {way: statistics.median(times) for way, times in seconds.items()})
+        return Comparison(found, {way: statistics.median(seconds[way]) for way in _running(found)})
+
+
+def _running(found: Mapping[str, Measured | Failed]) -> list[str]:
+    return [way for way, result in found.items() if isinstance(result, Measured)]
 
 
 class _Worker:

@@ -9,13 +9,13 @@ from pathlib import Path
 
 import torch
 
-import fuse
 from fuse.bench.case import Case, Failed, Measured
 from fuse.bench.peak import peak_of
 from fuse.bench.step import Step, relative_error
 from fuse.errors import FuseError
 from fuse.failure import told
 from fuse.models import ModelCall, to
+from fuse.report.report import report, reset
 
 EAGER, FUSE = "eager", "fuse"
 CALL = "call"
@@ -55,7 +55,7 @@ def _step(case: Case, way: str) -> Step:
     if way == EAGER:
         return Step(call, call.model, case.train)
     torch.compiler.reset()
-    fuse.reset()
+    reset()
     options = dict(case.options) if way == FUSE else None
     return Step(call, torch.compile(call.model, backend=way, options=options), case.train)
 
@@ -70,7 +70,7 @@ def _measured(step: Step, way: str, exact: Path) -> Measured:
     first, results = step.timed()
     error = relative_error(results, torch.load(exact)) if exact.exists() else None
     del results
-    return Measured(first, peak_of(step, step.device), error, fuse.report() if way == FUSE else None)
+    return Measured(first, peak_of(step, step.device), error, report() if way == FUSE else None)
 
 
 def _keep_exact(case: Case, file: Path) -> None:

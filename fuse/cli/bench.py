@@ -60,9 +60,11 @@ def _cold(asked_for: bool) -> Iterator[None]:
     before = {name: os.environ.get(name) for name in _CACHES}
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
         os.environ.update({name: str(Path(folder) / name.lower()) for name in _CACHES})
-        yield
-    for name, value in before.items():
-        os.environ.pop(name) if value is None else os.environ.update({name: value})
+        try:
+            yield
+        finally:
+            for name, value in before.items():
+                os.environ.pop(name) if value is None else os.environ.update({name: value})
 
 
 def _show(found: Comparison, args: argparse.Namespace) -> None:
@@ -71,12 +73,12 @@ def _show(found: Comparison, args: argparse.Namespace) -> None:
         table.add_column(heading, justify="right" if heading else "left")
     table.add_row(*(Text(heading, "bold") for heading in ("", "call", "extra peak", "error", "first call")))
     for way, result in found.found.items():
-        if isinstance(result, Failed):
-            table.add_row(way, Text(f"failed: {result.why}", "red", overflow="fold"))
-        else:
+        if isinstance(result, Measured):
             table.add_row(way, _time(found.seconds[way]), _memory(result.peak), _error(result.error), _time(result.first))
+    failed = [Text(f"{way} failed: {x.why}", "red") for way, x in found.found.items() if isinstance(x, Failed)]
     about = "a step of training" if args.train else "a call"
-    show(Group(table, "", f"Medians of {args.rounds} rounds of {about}, on {machine()}, torch {torch.__version__}.", _LEGEND))
+    measured = f"Medians of {args.rounds} rounds of {about}, on {machine()}, torch {torch.__version__}."
+    show(Group(table, *failed, "", measured, _LEGEND))
     ours = found.found["fuse"]
     if isinstance(ours, Measured) and ours.report is not None:
         show(_gain(found, ours.report))
@@ -96,7 +98,7 @@ def _time(seconds: float) -> str:
 
 
 def _memory(peak: int | None) -> str:
-    return "-" if peak is None else f"{peak / 1e6:,.1f} MB"
+    return "-" if peak is None else f"{peak / 2**20:,.1f} MB"
 
 
 def _error(error: float | None) -> str:

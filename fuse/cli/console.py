@@ -20,9 +20,9 @@ def is_terminal() -> bool:
 
 def show(what: RenderableType) -> None:
     if is_terminal():
-        Console(highlight=False).print(what)
+        Console(highlight=False, markup=False, emoji=False).print(what)
         return
-    plain = Console(file=io.StringIO(), width=_WIDE, highlight=False)
+    plain = Console(file=io.StringIO(), width=_WIDE, highlight=False, markup=False, emoji=False)
     with plain.capture() as captured:
         plain.print(what)
     print(*(line.rstrip() for line in captured.get().splitlines()), sep="\n")
