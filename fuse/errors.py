@@ -53,6 +53,10 @@ class NotTunable(FuseError):
     )
 
 
+class NoTorch(FuseError):
+    message = "fuse cannot be loaded: {error}. It needs {needs}; installed: {found}."
+
+
 class NoDevice(FuseError):
     message = "{what} needs a GPU that torch can use, and there is none."
 

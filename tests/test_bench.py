@@ -140,6 +140,32 @@ def test_the_shell_shows_all_three_ways(capsys: pytest.CaptureFixture[str]) -> N
     assert steps.splitlines()[0] == "eager: first call …" and steps.splitlines()[-1] == "round 1 of 1 …"
 
 
+class Answers:
+    """A worker that gives these, one after the other."""
+
+    def __init__(self, *answers: object) -> None:
+        self.answers, self.told = list(answers), []
+
+    def ask(self, what: object) -> object:
+        return self.answers.pop(0)
+
+    def tell(self, what: object) -> None:
+        self.told.append(what)
+
+
+def test_the_ways_take_turns_and_one_that_fails_in_between_sits_out() -> None:
+    ways, first = Ways(), Measured(1.0, None, None)
+    workers = {
+        "eager": Answers(first, 1.0, 5.0, 3.0), "inductor": Answers(first, 9.0, Failed("died")), "fuse": Answers(first, 2.0, 2.0, 8.0),
+    }  # fmt: skip
+    ways._workers = workers  # type: ignore[assignment]
+    steps: list[str] = []
+    found = ways.compare(Case(made), rounds=3, say=steps.append)
+    assert found.found["inductor"] == Failed("died") and found.seconds == {"eager": 3.0, "fuse": 2.0}
+    assert [bool(worker.told) for worker in workers.values()] == [True, False, True]
+    assert steps == ["eager: first call", "inductor: first call", "fuse: first call", *(f"round {n} of 3" for n in (1, 2, 3))]
+
+
 def test_a_process_that_dies_is_a_way_that_failed(tmp_path: Path) -> None:
     with Ways() as ways:
         for each in ways._workers.values():

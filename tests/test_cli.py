@@ -362,3 +362,12 @@ def test_whoever_reads_may_have_enough(cache: Path) -> None:
 def test_every_command_is_a_file() -> None:
     folder = Path(fuse.__file__).parent / "cli"
     assert set(COMMANDS) <= {file.stem for file in folder.glob("*.py")}
+
+
+def test_without_torch_it_says_what_is_needed(tmp_path: Path) -> None:
+    (tmp_path / "torch.py").write_text("raise ImportError('this torch is broken')")
+    code = "import sys; from fuse.cli import main; sys.exit(main(['doctor']))"
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 2 and done.stderr.startswith(
+        "NoTorch: fuse cannot be loaded: this torch is broken. It needs torch"
+    )

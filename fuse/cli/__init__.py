@@ -6,10 +6,12 @@ import importlib
 import os
 import sys
 from collections.abc import Sequence
+from contextlib import nullcontext
+from importlib import metadata
 from typing import Any
 
 from fuse.cli.parser import parsed
-from fuse.errors import FuseError
+from fuse.errors import FuseError, NoTorch
 
 WRONG, INTERRUPTED = 2, 130  # exit statuses, as shells and argparse have them
 
@@ -32,11 +34,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _command(name: str) -> Any:
-    """Its module. Who waits at a terminal for torch to be imported, some seconds, is told."""
-    if "torch" in sys.modules or not sys.stderr.isatty():
-        return importlib.import_module(f"fuse.cli.{name}")
+    """Its module. Who waits at a terminal for torch to be imported, some seconds, is told. Raises NoTorch."""
     from fuse.cli.console import work
 
-    with work() as say:
-        say("importing torch")
-        return importlib.import_module(f"fuse.cli.{name}")
+    try:
+        with work() if "torch" not in sys.modules and sys.stderr.isatty() else nullcontext(str) as say:
+            say("importing torch")
+            return importlib.import_module(f"fuse.cli.{name}")
+    except ImportError as error:
+        needs = ", ".join(need for need in metadata.requires("torch-fuse") or () if "extra" not in need)
+        found = ", ".join(f"{d.name} {d.version}" for d in metadata.distributions() if d.name in ("torch", "sympy", "rich"))
+        raise NoTorch(error=error, needs=needs, found=found or "none of them") from error

@@ -7,6 +7,7 @@ import gc
 import logging
 import os
 import sys
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -42,7 +43,8 @@ def _report(args: argparse.Namespace) -> Report:
     chosen = asked.options(args)
     if "TORCH_LOGS" not in os.environ:  # torch logs at length what becomes one line here
         logging.getLogger("torch").setLevel(logging.CRITICAL)
-    with work() as say:
+    with work() as say, warnings.catch_warnings():
+        warnings.filterwarnings("ignore", module=r"torch\.")
         say(f"loading {args.model}")
         call = asked.loaded(args, weights=False)
         say(f"reading {args.model}")
@@ -52,7 +54,11 @@ def _report(args: argparse.Namespace) -> Report:
         except FuseError:
             raise
         except Exception as error:
-            raise CallFailed(error=told(error), hint="") from error
+            raise CallFailed(error=told(error), hint=_hint(args.model)) from error
+
+
+def _hint(name: str) -> str:
+    return "" if ":" in name else f" Other inputs: write a function that returns them beside a {name}, and name that."
 
 
 @contextmanager
