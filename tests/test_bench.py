@@ -156,8 +156,10 @@ class Answers:
 def test_the_ways_take_turns_and_one_that_fails_in_between_sits_out() -> None:
     ways, first = Ways(), Measured(1.0, None, None)
     workers = {
-        "eager": Answers(first, 1.0, 5.0, 3.0), "inductor": Answers(first, 9.0, Failed("died")), "fuse": Answers(first, 2.0, 2.0, 8.0),
-    }  # fmt: skip
+        "eager": Answers(first, 1.0, 5.0, 3.0),
+        "inductor": Answers(first, 9.0, Failed("died")),
+        "fuse": Answers(first, 2.0, 2.0, 8.0),
+    }
     ways._workers = workers  # type: ignore[assignment]
     steps: list[str] = []
     found = ways.compare(Case(made), rounds=3, say=steps.append)
