@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+import os
 import sys
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -138,6 +140,18 @@ def test_the_shell_shows_all_three_ways(capsys: pytest.CaptureFixture[str]) -> N
     assert [way[0] for way in ways] == ["eager", "inductor", "fuse"] and all("e-" in line for line in shown.splitlines()[1:4])
     assert "1 attention site, 1 fused; " in shown and " of eager's time and " in shown
     assert steps.splitlines()[0] == "eager: first call …" and steps.splitlines()[-1] == "round 1 of 1 …"
+
+
+def test_cold_ways_have_caches_of_their_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[str] = []
+    monkeypatch.setattr(worker, "serve", lambda pipe, way: seen.append(os.environ["FUSE_CACHE_DIR"]))
+    monkeypatch.setattr(worker.signal, "signal", lambda *of: None)
+    for name in ("FUSE_CACHE_DIR", "TORCHINDUCTOR_CACHE_DIR"):
+        monkeypatch.setenv(name, "warm")
+    with warnings.catch_warnings():
+        for caches in (None, tmp_path / "eager", tmp_path / "fuse"):
+            worker.begin(Pipe(), "eager", caches)  # type: ignore[arg-type]
+    assert seen == ["warm", f"{tmp_path}/eager/fuse_cache_dir", f"{tmp_path}/fuse/fuse_cache_dir"]
 
 
 class Answers:

@@ -31,15 +31,24 @@ class Comparison:
 
 
 class Ways:
-    """A context in which there is a process for each way, ready to compare one case after the other."""
+    """A context in which there is a process for each way, ready to compare one case after the other.
+
+    cold  each has caches of its own, which are empty at first; else what one of them keeps is there for the next
+    """
+
+    def __init__(self, cold: bool = False) -> None:
+        self._cold = cold
 
     def __enter__(self) -> Ways:
-        self._workers = {way: _Worker(way) for way in WAYS}
+        self._folder = tempfile.TemporaryDirectory(ignore_cleanup_errors=True)
+        caches = {way: Path(self._folder.name) / way if self._cold else None for way in WAYS}
+        self._workers = {way: _Worker(way, caches[way]) for way in WAYS}
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         for worker in self._workers.values():
             worker.end()
+        self._folder.cleanup()
 
     def compare(self, case: Case, rounds: int, say: Say = lambda text: None) -> Comparison:
         """One after the other, since calls would disturb each other's time. ``say`` is told each of len(WAYS) + rounds steps.
@@ -70,11 +79,11 @@ def _running(found: Mapping[str, Measured | Failed]) -> list[str]:
 
 
 class _Worker:
-    def __init__(self, way: str) -> None:
+    def __init__(self, way: str, caches: Path | None) -> None:
         context = multiprocessing.get_context("spawn")
         self._pipe: Connection
         self._pipe, theirs = context.Pipe()
-        self._process = context.Process(target=begin, args=(theirs, way), daemon=True)
+        self._process = context.Process(target=begin, args=(theirs, way, caches), daemon=True)
         self._process.start()
         theirs.close()  # else the death of the worker would go unnoticed
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import warnings
 from multiprocessing.connection import Connection
@@ -19,10 +20,13 @@ from fuse.report.report import report, reset
 
 EAGER, FUSE = "eager", "fuse"
 CALL = "call"
+_CACHES = ("FUSE_CACHE_DIR", "TORCHINDUCTOR_CACHE_DIR")
 
 
-def begin(pipe: Connection, way: str) -> None:
-    """A process, which whoever started it ends."""
+def begin(pipe: Connection, way: str, caches: Path | None) -> None:
+    """A process, which whoever started it ends. ``caches``: a folder for those of fuse and of Inductor; None: as they are."""
+    if caches is not None:
+        os.environ.update({name: str(caches / name.lower()) for name in _CACHES})
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     warnings.simplefilter("ignore")
     serve(pipe, way)

@@ -3,11 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import os
-import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
-from pathlib import Path
 
 import torch
 from rich.console import Group, RenderableType
@@ -25,9 +20,9 @@ from fuse.report.required import unfused
 from fuse.report.subject import machine
 
 _LEGEND = """\
-Extra peak: memory beside what there is before the call. Error: of all results, relative to float64's; none where random
-numbers are drawn. First call: with what the caches hold; --cold empties them."""
-_CACHES = ("FUSE_CACHE_DIR", "TORCHINDUCTOR_CACHE_DIR")
+Extra peak: memory beside what there is before the call.
+Error: of all results, relative to float64's; none where random numbers are drawn.
+First call: with what the caches hold; --cold gives each way empty ones."""
 
 
 def run(args: argparse.Namespace) -> int:
@@ -35,7 +30,7 @@ def run(args: argparse.Namespace) -> int:
     asked.options(args)
     asked.check_device(args.device)
     case = Case(made, (args.model, asked.wanted(args), args.device, args.train), args.train, options)
-    with _cold(args.cold), Ways() as ways, work(len(WAYS) + args.rounds) as say:
+    with Ways(args.cold) as ways, work(len(WAYS) + args.rounds) as say:
         found = ways.compare(case, args.rounds, say)
     if isinstance(eager := found.found["eager"], Failed):
         raise CallFailed(error=eager.why, hint="")
@@ -49,22 +44,6 @@ def made(name: str, wanted: Wanted, device: str, train: bool) -> ModelCall:
     if isinstance(call.model, torch.nn.Module):
         call.model.train(train)
     return call
-
-
-@contextmanager
-def _cold(asked_for: bool) -> Iterator[None]:
-    """Processes that begin inside find empty caches, if that is asked for."""
-    if not asked_for:
-        yield
-        return
-    before = {name: os.environ.get(name) for name in _CACHES}
-    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
-        os.environ.update({name: str(Path(folder) / name.lower()) for name in _CACHES})
-        try:
-            yield
-        finally:
-            for name, value in before.items():
-                os.environ.pop(name) if value is None else os.environ.update({name: value})
 
 
 def _show(found: Comparison, args: argparse.Namespace) -> None:
