@@ -63,6 +63,7 @@ def main() -> int:
     rebuilt: set[str] = set()
     for _ in range(args.repeats):
         for way in WAYS:  # they alternate, so that a busy spell of the machine does not meet one of them alone
+            print(f"{way}: two processes, some minutes on a slow machine …", file=sys.stderr, flush=True)
             with tempfile.TemporaryDirectory() as folder:
                 caches = Path(folder)
                 cold[way].append(first_call(way, args.layers, caches))

@@ -19,7 +19,7 @@ from fuse.options import Options, resolve
 from fuse.passes.policy import Choose, Leave, leave_none
 from fuse.passes.read.graph import State
 from fuse.qualify.judge import Trial
-from fuse.report import check
+from fuse.report import check, required
 from fuse.report.reasons import InternalError
 from fuse.report.site import Reading, Site
 from fuse.targets import registry
@@ -47,8 +47,11 @@ def fuse(
         call, reading = _tried(gm, example_inputs, chosen)
     else:
         call, reading = _compiled(gm, example_inputs, chosen, (), patterns=True), unread(example_inputs, chosen)
-    compiled.append(replace(reading, sites=tuple(map(_built, reading.sites))))
+    built = tuple(_built(site, chosen.require) for site in reading.sites)
+    compiled.append(replace(reading, sites=built))
     channels.tell(compiled[-1])
+    if chosen.require:
+        required.check(built)
     return call if original is None else check.against(original, call, reading.sites)
 
 
@@ -66,6 +69,8 @@ def _tried(gm: GraphModule, example_inputs: Sequence[Any], chosen: Options) -> t
 
 def _fused(gm: GraphModule, example_inputs: Sequence[Any], chosen: Options, leave: Leave) -> tuple[Callable[..., Any], Reading]:
     reading = rewrite(gm, chosen, example_inputs, leave=leave)
+    if chosen.require:
+        required.check(reading.sites)  # before anything is built or compiled
     _prepare(gm, reading.sites, chosen.tune)  # builds run beside the inner compiler
     dump_sites.remember(gm, reading.sites)
     if chosen.qualify == "never":
@@ -113,11 +118,13 @@ def chooser(chosen: Options) -> Choose:
 
 
 def is_read(example_inputs: Sequence[Any], chosen: Options) -> bool:
-    """Whether fuse looks into a graph with such inputs; one without kernels for any of them is the inner compiler's."""
+    """Whether fuse looks into a graph with such inputs; one without kernels for any of them is the inner compiler's, unless it
+    is an error if there is attention in it.
+    """
     if chosen.disable:
         return False
     devices = _devices(example_inputs)
-    if not devices or any(map(chooser(chosen), devices)):
+    if chosen.require or not devices or any(map(chooser(chosen), devices)):
         return True
     _warn_of_devices(frozenset(d.type for d in devices), chosen.target)
     return False
@@ -150,11 +157,13 @@ def rewrite(
         return Reading((Site(False, InternalError(f"{type(error).__name__}: {error}"), "", ""),))
 
 
-def _built(site: Site) -> Site:
-    """With its kernel, which is waited for."""
+def _built(site: Site, gradients: bool) -> Site:
+    """With its kernel, which is waited for; ``gradients``: with that of its gradients, too."""
     if not site.recovered or site.spec is None:
         return site
     targets.kernel(site.spec, site.target)
+    if gradients and any(site.wanted):
+        targets.backward_kernel(site.spec, site.target, site.wanted)
     return with_runs(site)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable
+from typing import Any
 
 GET_COMPILER = (
     "Install g++ or clang++ (Debian, Ubuntu: apt install g++; Fedora: dnf install gcc-c++; macOS: xcode-select --install; "
@@ -18,6 +19,16 @@ class FuseError(Exception):
 
     def __init__(self, **facts: object) -> None:
         super().__init__(self.message.format(**facts))
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """From one process to another it goes as its text."""
+        return _said, (type(self), str(self))
+
+
+def _said(kind: type[FuseError], text: str) -> FuseError:
+    error = kind.__new__(kind)
+    error.args = (text,)
+    return error
 
 
 class UnknownOption(FuseError):
@@ -42,6 +53,10 @@ class NotTunable(FuseError):
     )
 
 
+class NoTorch(FuseError):
+    message = "fuse cannot be loaded: {error}. It needs {needs}; installed: {found}."
+
+
 class NoDevice(FuseError):
     message = "{what} needs a GPU that torch can use, and there is none."
 
@@ -63,6 +78,10 @@ class VerificationFailed(FuseError):
         "FUSE_VERIFY: output {index} of a fused graph differs from eager: relative error {error:.3g}, allowed {allowed:.3g}. "
         "Its sites: {sites}. FUSE_DISABLE=1 runs the model without fuse; please report this."
     )
+
+
+class NotFused(FuseError):
+    message = "option 'require' asks for kernels, and {count} of {total} attention sites of this graph have none:\n{sites}"
 
 
 class NotAGraph(FuseError):
@@ -96,6 +115,30 @@ class UnknownModel(FuseError):
 
 class UnusableModel(FuseError):
     message = "{name} returned {got}; it should return (model, args), (model, kwargs) or (model, args, kwargs)."
+
+
+class BuilderTakes(FuseError):
+    message = "{name} {problem}. {remedy}."
+
+
+class BuilderFailed(FuseError):
+    message = "{name} failed: {error}"
+
+
+class CallFailed(FuseError):
+    message = "the call of the model failed: {error}{hint}"
+
+
+class NotCallable(FuseError):
+    message = "fuse.explain takes a model or a function, and the arguments of its call, not {got}.{hint}"
+
+
+class UnknownWord(FuseError):
+    message = "python -m fuse {command}has no {what} {name!r}.{hint} python -m fuse {command}--help lists them."
+
+
+class CannotWrite(FuseError):
+    message = "{file} cannot be written: {why}. {remedy}."
 
 
 def did_you_mean(name: str, known: Iterable[str], cutoff: float = 0.6) -> str:

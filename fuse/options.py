@@ -29,6 +29,8 @@ class Options:
     verify    run every graph a second time as eager does and compare; slow, for finding out who is wrong
     qualify   check every kernel on this machine, time it beside what torch has, and leave what is wrong or slower as it was:
               "once" for each kernel, device, versions and sizes, and keep what was decided; "always" anew; or "never"
+    require   raise NotFused where attention is left as it was or computed by plain PyTorch; graphs without any are compiled.
+              ``disable`` wins over it
     tune      measure which tile sizes are the fastest, on the first calls' operands; kept on disk. For targets with a choice
     mode      Inductor's mode, as torch.compile got it
     inductor  Inductor's own options
@@ -39,6 +41,7 @@ class Options:
     disable: bool = False
     verify: bool = False
     qualify: str = "once"
+    require: bool = False
     tune: bool = False
     mode: str | None = None
     inductor: Mapping[str, Any] = field(default_factory=dict)
@@ -58,7 +61,7 @@ class Options:
 
 CHOICES: dict[str, Callable[[], tuple[str | bool, ...]]] = {
     "target": lambda: (registry.AUTO, *registry.names()), "inner": lambda: INNER, "qualify": lambda: QUALIFY,
-    **dict.fromkeys(("disable", "verify", "tune"), lambda: (False, True)),
+    **dict.fromkeys(("disable", "verify", "require", "tune"), lambda: (False, True)),
 }  # fmt: skip
 """By option, the values that it can have."""
 

@@ -19,6 +19,7 @@ from fuse.errors import NoExample, NotAGraph
 from fuse.options import resolve
 from fuse.passes.read.graph import LITERAL, NAME, VALUE, State
 from fuse.passes.read.propagate import forget, propagate, settle
+from fuse.report import required
 from fuse.report.check import keep
 from fuse.report.report import Report, expected
 from fuse.report.site import Reading
@@ -74,7 +75,10 @@ def _rewrite(gm: GraphModule, inputs: Sequence[Any], begins: State | None, insid
     chosen = resolve(None, None)
     if not backend.is_read(inputs, chosen):
         return backend.unread(inputs, chosen)
-    return backend.rewrite(gm, chosen, inputs, begins, inside)
+    reading = backend.rewrite(gm, chosen, inputs, begins, inside)
+    if chosen.require:
+        required.check(reading.sites)
+    return reading
 
 
 def _follow(gm: GraphModule, inputs: Sequence[Any], inside: bool = True) -> Reading:

@@ -15,7 +15,7 @@ import fuse.passes
 
 # From the ground up; what a module imports stands on its own level or below.
 LEVELS = (
-    ("errors", "settings", "memoize", "torch_private", "assumptions", "trainer"),
+    ("errors", "settings", "memoize", "torch_private", "assumptions", "when_imported", "trainer", "failure", "report.paths"),
     ("ir",),
     ("report.reasons", "report.runs", "report.site", "report.wording", "report.formula", "report.excerpt", "report.notebook"),
     ("kernel",),
@@ -23,12 +23,14 @@ LEVELS = (
     ("options",),
     ("ops",),
     ("passes",),
-    ("contents", "flex", "inner", "report.check", "report.listing", "qualify"),
+    ("contents", "flex", "inner", "report.check", "report.listing", "report.required", "qualify"),
     ("backend", "alone", "channels", "dump_sites"),
     ("report",),
     ("transform", "models"),
+    ("bench",),
     ("inductor",),
-    ("", "__main__"),
+    ("public",),
+    ("", "cli", "__main__"),
 )
 FOLDERS = {"fuse": Path(fuse.__file__).parent, "fuse.passes": Path(fuse.passes.__file__).parent}
 

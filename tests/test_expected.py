@@ -5,8 +5,6 @@ FUSE_ACCEPT=1 python -m pytest tests/test_expected.py writes tests/expected anew
 
 from __future__ import annotations
 
-import difflib
-import os
 import re
 from collections.abc import Callable
 from functools import partial
@@ -14,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from expected_text import ACCEPT, compare
 from problems import LOWEST, K, Q, hide, op, problem
 
 import fuse
@@ -29,7 +28,6 @@ from fuse.targets.triton import render as triton
 from fuse.targets.triton import render_backward as triton_backward
 
 FOLDER = Path(__file__).with_name("expected")
-ACCEPT = "FUSE_ACCEPT"
 _VERSIONS = re.compile(r"made by torch-fuse .*")
 
 
@@ -78,13 +76,7 @@ KERNELS: dict[str, Callable[[], str]] = {
 
 @pytest.mark.parametrize("name", KERNELS)
 def test_kernel_is_as_it_was_accepted(name: str) -> None:
-    file, rendered = FOLDER / name, _VERSIONS.sub("made by torch-fuse …", KERNELS[name]())
-    if os.environ.get(ACCEPT) == "1":
-        file.write_text(rendered)
-    accepted = file.read_text() if file.exists() else ""
-    if rendered != accepted:
-        lines = difflib.unified_diff(accepted.splitlines(), rendered.splitlines(), f"expected/{name}", "rendered", lineterm="")
-        pytest.fail(f"{ACCEPT}=1 accepts:\n" + "\n".join(lines), pytrace=False)
+    compare(FOLDER / name, _VERSIONS.sub("made by torch-fuse …", KERNELS[name]()))
 
 
 def test_nothing_else_is_expected() -> None:

@@ -82,6 +82,12 @@ def test_the_installed_backend_is_found_by_name_without_importing_fuse(clean_pyt
     assert Path(done.stdout.strip()).is_relative_to(clean_python.parents[1])
 
 
+def test_the_installed_program_has_the_version_of_the_wheel(clean_python: Path, wheel: Path, tmp_path: Path) -> None:
+    program = clean_python.with_name("torch-fuse")
+    done = subprocess.run([program, "--version"], cwd=tmp_path, capture_output=True, text=True)
+    assert done.stdout == f"torch-fuse {wheel.name.split('-')[1]}\n", done.stderr
+
+
 def test_the_backend_is_one_entry_point() -> None:
     (entry,) = {e.value for e in entry_points(group="torch_dynamo_backends", name="fuse")}
     assert entry == "fuse.backend:fuse"

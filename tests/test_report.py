@@ -14,8 +14,9 @@ from torch import Tensor, nn
 
 import fuse
 from fuse import passes
+from fuse.report.paths import merge_paths
 from fuse.report.reasons import RandomNumbers
-from fuse.report.report import Report, merge_paths, skipped
+from fuse.report.report import Report, skipped
 from fuse.report.site import Reading, Site
 
 

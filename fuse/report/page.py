@@ -21,8 +21,9 @@ from fuse.report.excerpt import Excerpt, excerpt
 from fuse.report.formula import Line, Tensor, lines, tensors
 from fuse.report.listing import Listing, listings, said
 from fuse.report.notebook import report_html
+from fuse.report.paths import merge_paths
 from fuse.report.picture import EXAMPLES, Picture, draw
-from fuse.report.report import Report, merge_paths, skipped_text
+from fuse.report.report import Report, skipped_text
 from fuse.report.sentence import sentences
 from fuse.report.site import Other, Site
 from fuse.report.subject import surroundings

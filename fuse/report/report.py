@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import json
-import re
 from collections import Counter
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +13,13 @@ import torch
 from torch.fx import GraphModule, Node
 
 from fuse import backend
+from fuse.errors import CallFailed, NotCallable
+from fuse.failure import told
 from fuse.ir.expr import Load, axes, walk
 from fuse.ir.spec import AttentionSpec
-from fuse.options import resolve
+from fuse.options import Options, resolve
 from fuse.passes.census import LOOKED_FOR
+from fuse.report.paths import merge_paths
 from fuse.report.runs import Part, Runs, brief
 from fuse.report.site import Other, Reading, Site
 from fuse.report.sparsity import Coverage, coverage
@@ -35,9 +37,18 @@ def explain(model: Callable[..., Any], *args: Any, **kwargs: Any) -> Report:
 
     Nothing is built and no graph is run: where a graph ends before the model does, zeros stand in for its results. Python
     code that branches on such values may take another way than it would.
+
+    Raises NotCallable for what is no model, CallFailed where arguments were given as one tuple, and what the call raises.
     """
+    if not callable(model):
+        hint = f" python -m fuse explain {model} takes names." if isinstance(model, str) else ""
+        raise NotCallable(got=f"{model!r}"[:80], hint=hint)
+    return explained(resolve(None, None), model, args, kwargs)
+
+
+def explained(chosen: Options, model: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> Report:
+    """As ``explain``, with options. Raises what the call raises, where no graph was read before."""
     readings: list[Reading] = []
-    chosen = resolve(None, None)
 
     def analyse(gm: GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
         results = _results(gm)  # the passes may replace the nodes that know them
@@ -50,9 +61,12 @@ def explain(model: Callable[..., Any], *args: Any, **kwargs: Any) -> Report:
         with dynamo_config.patch(_ANALYSIS):
             torch.compile(original(model), backend=analyse)(*args, **kwargs)
     except Exception as error:
+        if not readings and len(args) == 1 and isinstance(args[0], tuple):
+            hint = " All arguments were given as one tuple: if they are several, write fuse.explain(model, *args)."
+            raise CallFailed(error=told(error), hint=hint) from error
         if not readings:
             raise
-        note = f"The analysis ended after {len(readings)} graphs, zeros do not lead further: {type(error).__name__}: {error}"
+        note = f"The analysis ended after {_counted(len(readings), 'graph')}, zeros do not lead further: {told(error)}"
     return replace(expected(readings, note), subject=Subject.of(model, args, kwargs))
 
 
@@ -158,11 +172,10 @@ class Report:
         return ", ".join(found)
 
     def to_json(self) -> str:
-        data = {
-            "sites": [_as_data(site) for site in self.sites], "others": [asdict(other) for other in self.others],
-            "graphs": self.graphs, "unread": self.unread, "note": self.note,
-        }  # fmt: skip
-        return json.dumps(data, indent=2)
+        """All of it, for programs, with the kernels' sources."""
+        from fuse.report import data  # which reads reports
+
+        return json.dumps(data.of(self), indent=2)
 
     def _repr_html_(self) -> str:
         """In a notebook: a short table, and the page without kernels."""
@@ -239,42 +252,6 @@ def _stored_mask(site: Site) -> str:
     return f"{' and '.join(stored)} has a value for each query and key; read as a formula would be {read}" if stored else ""
 
 
-def merge_paths(paths: Sequence[str]) -> str:
-    """("h.0.attn", "h.1.attn", "h.2.attn") as "h.{0..2}.attn": no path is lost, none is invented."""
-    patterns: dict[str, list[tuple[int, ...]]] = {}
-    for path in dict.fromkeys(paths):
-        patterns.setdefault(re.sub(r"\d+", "#", path), []).append(tuple(map(int, re.findall(r"\d+", path))))
-    return ", ".join(_fill(pattern, box) for pattern, numbers in patterns.items() for box in _boxes(numbers))
-
-
-def _boxes(numbers: Sequence[tuple[int, ...]]) -> list[tuple[tuple[int, ...], ...]]:
-    """Rows of numbers as products of columns, where rows that differ in one column only become one."""
-    boxes: list[tuple[tuple[int, ...], ...]] = [tuple((n,) for n in row) for row in numbers]
-    for column in reversed(range(len(numbers[0]))):
-        alike: dict[Any, list[int]] = {}
-        for box in boxes:
-            alike.setdefault((box[:column], box[column + 1 :]), []).extend(box[column])
-        boxes = [(*before, tuple(sorted(merged)), *after) for (before, after), merged in alike.items()]
-    return boxes
-
-
-def _fill(pattern: str, box: tuple[tuple[int, ...], ...]) -> str:
-    columns = map(_ranges, box)
-    return re.sub("#", lambda _: next(columns), pattern)
-
-
-def _ranges(numbers: Sequence[int]) -> str:
-    if len(numbers) == 1:
-        return str(numbers[0])
-    spans: list[list[int]] = []
-    for n in numbers:
-        if spans and n == spans[-1][-1] + 1:
-            spans[-1][1:] = [n]
-        else:
-            spans.append([n])
-    return "{" + ",".join("..".join(map(str, span)) for span in spans) + "}"
-
-
 def _table(groups: Sequence[SiteGroup]) -> list[str]:
     rows = [("sites", "fused", "where", "mask", "module")]
     rows += [(str(g.count), "yes" if g.site.fused else "no", g.site.where, g.site.mask or "-", g.modules) for g in groups]
@@ -285,21 +262,6 @@ def _table(groups: Sequence[SiteGroup]) -> list[str]:
         lines.append("  " + "  ".join([*cells, row[-1]]).rstrip())
         lines += [f"{'':9}{name:<11} {text}" for name, text in (group.details if group else [])]
     return lines if groups else []
-
-
-def _as_data(site: Site) -> dict[str, Any]:
-    reason, share = site.reason, skipped(site)
-    return {
-        "fused": site.fused, "where": site.where, "module": site.module, "formula": site.formula, "mask": site.mask,
-        "reason": None if reason is None else {"name": reason.name, "text": str(reason), "unblock": reason.unblock},
-        "skipped": None if share is None else {"share": share.skipped, "exact": share.exact},
-        "recovered": site.recovered, "kernels": {target: str(path) for target, path in site.kernels.items()},
-        "runs": {
-            part: {"by": runs.by, "file": None if runs.file is None else str(runs.file), "why": runs.why}
-            for part, runs in site.runs.items()
-        },
-        "spec": None if site.spec is None else json.loads(site.spec.to_json()),
-    }  # fmt: skip
 
 
 def _expected(site: Site) -> Site:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
@@ -84,6 +85,22 @@ class Tunable(Protocol):
     """A kernel that can measure which of its plans is the fastest."""
 
     def tune(self) -> None: ...
+
+
+@dataclass(frozen=True)
+class Finding:
+    """Something that kernels need, or are made for. ``remedy``: how to get what is missing; "" where nothing is."""
+
+    what: str
+    says: str
+    remedy: str = ""
+
+
+@runtime_checkable
+class Examined(Protocol):
+    """A target that can say what of this machine it uses, and what it misses."""
+
+    def examine(self) -> list[Finding]: ...
 
 
 @runtime_checkable

@@ -14,9 +14,11 @@ from fuse.ir.spec import AttentionSpec
 from fuse.ir.tile_map import TileMap
 from fuse.targets.cpp import NAME, SUFFIX, op
 from fuse.targets.cpp.compiler import instruction_set, toolchain
+from fuse.targets.cpp.examine import examine
 from fuse.targets.cpp.launch import CppKernel, CppTileMap, build, build_file, build_tile_map, rendered, rendered_tile_map
 from fuse.targets.cpp.launch_backward import CppBackward, build_backward, rendered_backward
 from fuse.targets.cpp.plan import lse_dtype, plan
+from fuse.targets.protocols import Finding
 
 
 @dataclass(frozen=True)
@@ -69,6 +71,9 @@ class CppTarget:
 
     def tile_map_of(self, spec: TileMap, source: Path) -> CppTileMap:
         return CppTileMap(spec, build_file(source))
+
+    def examine(self) -> list[Finding]:
+        return examine()
 
     def tile_size(self, spec: AttentionSpec) -> tuple[int, int]:
         chosen = plan(spec, instruction_set())

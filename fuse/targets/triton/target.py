@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
+from importlib import metadata
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -17,7 +18,7 @@ from fuse.ir.spec import AttentionSpec
 from fuse.ir.tile_map import TileMap
 from fuse.targets.cache import BuildFailed
 from fuse.targets.fallback import KernelOrElse, OrElse
-from fuse.targets.protocols import Backward, Kernel, MapKernel
+from fuse.targets.protocols import Backward, Finding, Kernel, MapKernel
 from fuse.targets.standin import ReferenceBackward, ReferenceKernel, ReferenceTileMap
 from fuse.targets.triton import NAME, SUFFIX
 from fuse.targets.triton.plan import ARCHITECTURES, described, plan_triton
@@ -108,6 +109,14 @@ class TritonTarget:
 
         return TritonTileMap(spec, from_file(source))
 
+    def examine(self) -> list[Finding]:
+        if not torch.cuda.is_available():
+            return [Finding("GPU", "none that torch can use: nothing here is missing without one")]
+        found = [_gpu(torch.device("cuda", i)) for i in range(torch.cuda.device_count())]
+        installed = find_spec("triton") is not None
+        remedy = "" if installed else "Install it: pip install 'torch-fuse[triton]'"
+        return [*found, Finding("Triton", metadata.version("triton") if installed else "not installed", remedy)]
+
     def tile_size(self, spec: AttentionSpec) -> tuple[int, int]:
         try:
             from fuse.targets.triton.module import current_architecture
@@ -124,6 +133,14 @@ def is_known(device: torch.device) -> bool:
     if torch.version.hip is not None:
         return str(found.gcnArchName).partition(":")[0] in _AMD
     return _NVIDIA[0] <= 10 * int(found.major) + int(found.minor) <= _NVIDIA[1]
+
+
+def _gpu(device: torch.device) -> Finding:
+    name = f"{device}: {torch.cuda.get_device_name(device)}"
+    if is_known(device):
+        return Finding("GPU", name)
+    remedy = 'To try it all the same: options={"target": "triton"}'
+    return Finding("GPU", f"{name}, for which kernels are not compiled in tests, so that attention is left alone", remedy)
 
 
 @contextmanager
