@@ -8,7 +8,7 @@ prints the kernel's first lines, halves the number of keys that its tiles take, 
     // softmax over k of where(q < k, -inf, score * 0.125)
     // visible where q >= k
     constexpr int BK = 128 becomes constexpr int BK = 64
-    edited kernel attention_float32_64x64_avx512-2f30c485a07f.cpp
+    edited kernel causal_float32_64x64_avx512-2f30c485a07f.cpp
 
 A process keeps the kernels that it has loaded, so the two runs are processes of their own. An edit that cannot be built is told
 with its file and line, and the model runs without it.
@@ -60,7 +60,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         with ProcessPoolExecutor(1, mp.get_context("spawn")) as another_process:
             another_process.submit(run, folder).result()
-        (file,) = Path(folder).iterdir()
+        (file,) = Path(folder).glob("*.cpp")
         edit(file)
         print(run(folder))
 

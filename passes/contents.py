@@ -43,14 +43,19 @@ def _holds(load: Load, formula: Expr, x: Tensor) -> bool:
 
 
 def _formula(load: Load, held: Tensor) -> Expr | None:
-    """What ``held`` has at the coordinates of ``load``, of which two at most are no numbers; None where it is not known."""
+    """What ``held`` has at the coordinates of ``load``, of which two at most are no numbers; None where it is not known.
+
+    Where the same number is everywhere, the coordinates do not matter.
+    """
     if held.numel() == 0 or held.numel() > _MOST or len(load.coords) != held.dim():
         return None
     varying = [c for c in load.coords if not isinstance(c, Const)]
     there = held[tuple(slice(None) if not isinstance(c, Const) else int(c.value) for c in load.coords)]
     if there.numel() > 1 and bool((there == there.flatten()[0]).all()):
         return const(there.flatten()[0].item(), load.dtype)
-    if len(varying) == 1 and len(there) > 1:
+    if not all(axes(c) <= {"q", "k"} for c in varying):  # of texts or heads it may be any numbers
+        return None
+    if len(varying) == 1 and len(there) > 2:  # two numbers always are steps
         return _progression(varying[0], there, load.dtype)
     if len(varying) == 2 and axes(varying[0]) != axes(varying[1]):
         return _band(varying, there, load.dtype)

@@ -30,6 +30,7 @@ ROOT = Path(__file__).parents[1]
 # What another machine or version prints otherwise, and what stands for it where outputs are compared.
 FIGURES = (
     (r"\d[\d.,]*(e[+-]\d+)?(?= ?(%|ms|us|s|MB)(?![\w/]))", "#"),  # times, memory, shares of tiles
+    (r"nothing, .*?(?= \()|\d+ % of the tiles(?= \()", "#"),  # of which there may be one
     (r"\d[\d.]*e[+-]\d+", "#"),  # errors
     (r"\b[0-9a-f]{12,}\b", "#"),  # digests of sources
     (r"(?<=\d)_(avx2|avx512|avx512_bf16|amx|neon|sse)\b", "_#"),

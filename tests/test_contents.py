@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -189,6 +190,13 @@ def test_positions_that_are_stored_are_positions() -> None:
     tensors = qkv()
     assert [site.mask for site in fuse.explain(windowed, *tensors).sites] == ["abs(q - k) < 5"]
     torch.testing.assert_close(compiled(windowed)(*tensors), windowed(*tensors))
+
+
+def test_what_heads_have_is_not_counted() -> None:
+    """Any two numbers are steps of a progression."""
+    reach = torch.tensor([3, 5])
+    load = Load("int64", 0, (index("b1"),))
+    assert _formula(load, reach) is None and _formula(replace(load, coords=(index("q"),)), reach) is None
 
 
 def test_a_mask_of_the_call_is_data_and_says_what_would_be_a_formula() -> None:

@@ -27,7 +27,9 @@ ILLUSTRATE = {
     "docs/tutorial.md": [
         "there is a compiler",
         "it takes half a minute",
+        *["a model of yours"] * 6,
         "tests time nothing",
+        "a model of yours",
         "needs a GPU",
         "needs a GPU",
     ],

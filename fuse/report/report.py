@@ -15,7 +15,7 @@ from torch.fx import GraphModule, Node
 from fuse import backend
 from fuse.errors import CallFailed, NotCallable
 from fuse.failure import told
-from fuse.ir.expr import Load, axes, walk
+from fuse.ir.expr import Load, index, walk
 from fuse.ir.spec import AttentionSpec
 from fuse.options import Options, resolve
 from fuse.passes.census import LOOKED_FOR
@@ -247,7 +247,7 @@ def _stored_mask(site: Site) -> str:
     if site.spec is None or site.spec.mask is None:
         return ""
     loads = [n for n in walk(site.spec.mask.predicate) if isinstance(n, Load)]
-    stored = {site.names.get(n.operand, "the mask"): None for n in loads if {"q", "k"} <= set().union(*map(axes, n.coords))}
+    stored = {site.names.get(n.operand, "the mask"): None for n in loads if {index("q"), index("k")} <= set(n.coords)}
     read = "positions that forward compares (torch.arange), or a buffer that holds what such a formula gives"
     return f"{' and '.join(stored)} has a value for each query and key; read as a formula would be {read}" if stored else ""
 
