@@ -299,8 +299,10 @@ def test_kernels_lists_sources_with_what_they_compute_and_says_which_failed(
     cache: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert out(capsys, "kernels").splitlines() == [
-        f"{cache / 'cpp'}/attention-{'0a' * 10}.cpp FAILED: it could not be built; the next run tries again", "    model.py:7", "    score * 0.25",
-    ]  # fmt: skip
+        f"{cache / 'cpp'}/attention-{'0a' * 10}.cpp FAILED: it could not be built; the next run tries again",
+        "    model.py:7",
+        "    score * 0.25",
+    ]
 
 
 def test_cache_clear_deletes_kernels_and_nothing_else(cache: Path, capsys: pytest.CaptureFixture[str]) -> None:
