@@ -362,7 +362,7 @@ def guard_input(node: Node, check: Callable[[Any], bool], always: Callable[[], b
     no further (``use_recursive_dict_tags_for_guards``, which torch 2.11 is); ``always`` is. ``said``: in its log of guards.
     """
     source, context = getattr(node.meta.get("grapharg"), "source", None), TracingContext.try_get()
-    if source is None or context is None:
+    if source is None or context is None or getattr(dynamo_config, "caching_precompile", False):  # guards are then saved
         return False
 
     def content_match(builder: Any, guard: Any) -> None:

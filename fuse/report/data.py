@@ -53,7 +53,7 @@ def _site(site: Site) -> dict[str, Any]:
         "reason": None if reason is None else {"name": reason.name, "text": str(reason), "unblock": reason.unblock},
         "skipped": None if share is None else {"share": share.skipped, "exact": share.exact},
         "sizes": {} if spec is None else dict(zip(spec.symbols, site.sizes, strict=True)),
-        "operands": _operands(site), "target": site.target, "measured": site.measured,
+        "operands": _operands(site), "relies": list(site.relies), "target": site.target, "measured": site.measured,
         "kernels": {target: str(path) for target, path in site.kernels.items()},
         "runs": {
             part: {"by": runs.by, "file": None if runs.file is None else str(runs.file), "why": runs.why}

@@ -23,7 +23,7 @@ from fuse.report.listing import Listing, listings, said
 from fuse.report.notebook import report_html
 from fuse.report.paths import merge_paths
 from fuse.report.picture import EXAMPLES, Picture, draw
-from fuse.report.report import Report, skipped_text
+from fuse.report.report import Report, hint_text, relies_text, skipped_text
 from fuse.report.sentence import sentences
 from fuse.report.site import Other, Site
 from fuse.report.subject import surroundings
@@ -227,6 +227,7 @@ def _facts(site: Site, others: bool) -> Iterator[tuple[str, str]]:
     yield "dtype", spec.out_dtype + scores
     if spec.mask is not None:
         yield "work skipped", skipped_text(site) or "none"
+    yield from ((name, text) for name, text in (("hint", hint_text(site)), ("relies on", relies_text(site))) if text)
     yield "memory saved", _memory(spec, site)
     names = {"forward": "result by", "backward": "gradients by", "tile map": "map of tiles by"}
     yield from ((names[part], said(runs)) for part, runs in site.runs.items())

@@ -211,8 +211,8 @@ class SiteGroup:
         found = [
             ("score", site.formula),
             ("skipped", skipped_text(site)),
-            ("hint", _stored_mask(site)),
-            ("relies on", f"what {' and '.join(site.relies)} holds: compiled anew when that changes" if site.relies else ""),
+            ("hint", hint_text(site)),
+            ("relies on", relies_text(site)),
             *((part, brief(str(runs))) for part, runs in site.runs.items()),
         ]
         if reason is not None:
@@ -242,7 +242,11 @@ def skipped_text(site: Site) -> str:
     return f"{found} ({sizes['q_len']} queries, {sizes['kv_len']} keys)"
 
 
-def _stored_mask(site: Site) -> str:
+def relies_text(site: Site) -> str:
+    return f"what {' and '.join(site.relies)} holds: compiled anew when that changes" if site.relies else ""
+
+
+def hint_text(site: Site) -> str:
     """What would make a formula of a mask that is stored entry by entry; "" where none is."""
     if site.spec is None or site.spec.mask is None:
         return ""
