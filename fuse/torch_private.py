@@ -149,6 +149,7 @@ __all__ = [
     "schema",
     "source_name",
     "storage_id",
+    "tensor_id",
     "to_copy",
     "trace_artifact",
     "transforms_active",
@@ -254,6 +255,10 @@ def without_vmap_loops() -> Iterator[None]:
 
 
 # -------------------------------------------------------------------------------------------------- tensors and sizes
+
+
+tensor_id: Callable[[Tensor], int] = attrgetter("_cdata")
+"""The address of what a tensor is in C++, which a Python object of it begins with."""
 
 
 def storage_id(x: Tensor) -> int:

@@ -188,6 +188,25 @@ def test_a_call_that_is_no_kernels_own_is_an_error(missing: str) -> None:
         torch.ops.fuse.attention.default(operands, sizes, text, "cpp")
 
 
+def test_a_torch_that_it_cannot_be_built_for_is_told(
+    tmp_path: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(op, "_loaded", [])
+    monkeypatch.setattr(op, "_SOURCES", (tmp_path / "op.cpp",))
+    (tmp_path / "op.cpp").write_text("#error of another torch")
+    op.load()
+    assert not op._loaded and "of another torch" in caplog.text and "go through Python" in caplog.text
+
+
+def test_tensors_that_are_laid_out_in_another_way_are_not_read(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(op, "_loaded", [])
+    monkeypatch.setattr(op, "tensor_id", lambda x: 0)
+    op.load()
+    assert not op._loaded and "laid out in another way" in caplog.text
+
+
 def test_what_was_forgotten_is_not_called() -> None:
     made = problem("float32", batch=(1, 2), q_len=5)
     call(made, text := made.spec.to_json())

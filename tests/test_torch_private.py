@@ -288,6 +288,11 @@ def test_detect_fake_mode() -> None:
     assert private.detect_fake_mode([None, fake]) is fake.fake_mode and private.detect_fake_mode([torch.ones(2)]) is None
 
 
+def test_tensor_id() -> None:
+    x, y = torch.ones(2), torch.ones(2)
+    assert private.tensor_id(x) == private.tensor_id(x) != private.tensor_id(y)
+
+
 def test_storage_id() -> None:
     x, fake = torch.empty(4), faked(4)
     assert private.storage_id(x) == private.storage_id(x[1:]) != private.storage_id(x.clone())

@@ -3,8 +3,16 @@
 // A caller is a function of Python that knows its spec. Lists, texts and dispatch cost a call through torch.ops more than many
 // kernels take. What is not plain tensors on a CPU, below autograd and beside every mode of torch, goes to `slow`, a function of
 // Python that takes the same and calls the operator.
-#include <torch/csrc/Exceptions.h>
-#include <torch/csrc/autograd/python_variable.h>
+#include <Python.h>
+
+// What torch/csrc/autograd/python_variable.h declares, which takes longer to read than all the rest. Whether a tensor is laid out
+// so is asked when the library is loaded: fuse_reads.
+struct THPVariable {
+    PyObject_HEAD
+    at::Tensor cdata;
+};
+extern PyObject *THPVariableClass, *ParameterClass;
+PyObject* THPVariable_Wrap(const at::TensorBase&);
 
 namespace {
 
@@ -27,8 +35,9 @@ bool is_plain(const at::Tensor& t) {
 }
 
 bool take(PyObject* of, at::Tensor& to) {
-    if (!THPVariable_CheckExact(of)) return false;
-    to = THPVariable_Unpack(of);
+    PyObject* const type = reinterpret_cast<PyObject*>(Py_TYPE(of));
+    if (type != THPVariableClass && type != ParameterClass) return false;
+    to = reinterpret_cast<THPVariable*>(of)->cdata;
     return is_plain(to);
 }
 
@@ -102,13 +111,16 @@ PyObject* gradients(const Caller& of, PyObject* const* given, Py_ssize_t count, 
 
 const Caller& caller_of(PyObject* self) { return *static_cast<const Caller*>(PyCapsule_GetPointer(self, nullptr)); }
 
+// What goes wrong goes wrong again the long way, where torch says it in Python.
 template <class Take>
 PyObject* called(PyObject* self, PyObject* const* given, Py_ssize_t count, PyObject* names, Take take) {
-    HANDLE_TH_ERRORS
     const Caller& of = caller_of(self);
-    PyObject* const found = take(of);
+    PyObject* found = nullptr;
+    try {
+        found = take(of);
+    } catch (const std::exception&) {
+    }
     return found || PyErr_Occurred() ? found : PyObject_Vectorcall(of.slow, given, count, names);
-    END_HANDLE_TH_ERRORS
 }
 
 PyObject* call_attention(PyObject* self, PyObject* const* given, Py_ssize_t count, PyObject* names) {
@@ -133,6 +145,9 @@ void forget(PyObject* capsule) {
 }
 
 }  // namespace
+
+// The address that Python knows a tensor by (Tensor._cdata), as it is read here.
+EXPORTED int64_t fuse_reads(PyObject* tensor) { return reinterpret_cast<int64_t*>(tensor)[sizeof(PyObject) / sizeof(int64_t)]; }
 
 // `which`: the number of one of the methods. A new reference, or null with an exception.
 EXPORTED PyObject* fuse_caller(int which, const char* spec, const char* target, PyObject* slow) {

@@ -23,9 +23,11 @@ from fuse.targets.cache import BuildFailed, entry
 from fuse.targets.cpp import NAME, SUFFIX
 from fuse.targets.cpp.compiler import FLAGS, compile_library, cxx_compiler, depends
 from fuse.targets.cpp.plan import lse_dtype
+from fuse.torch_private import tensor_id
 
 log = logging.getLogger(__name__)
 _SOURCES = tuple(Path(fuse.templates.__path__[0]) / "cpp" / name for name in ("op.cpp", "caller.cpp"))
+_STANDARD = "-std=c++20"  # torch 2.14's headers are written in it
 _OPERATORS = ("attention", "attention_forward", "attention_backward")
 _loaded: list[Any] = []  # at most one: what it registers with torch stays for as long as the process does
 
@@ -55,19 +57,19 @@ def load() -> None:
     if _loaded:
         return
     folder = Path(torch.__file__).parent
-    included = (
-        f"-I{folder / 'include'}",
-        f"-I{folder / 'include' / 'torch' / 'csrc' / 'api' / 'include'}",
-        f"-I{sysconfig.get_path('include')}",
-    )
+    included = (f"-I{folder / 'include'}", f"-I{sysconfig.get_path('include')}")
     linked = ("-Wl,--no-as-needed", f"-L{folder / 'lib'}", "-ltorch_cpu", "-lc10", "-ltorch_python")
     try:
-        command = (*cxx_compiler(), *FLAGS, "-O2", *included, *linked)
+        compiler = cxx_compiler()
+    except BuildFailed:  # which every kernel says, too
+        return
+    try:
+        command = (*compiler, *FLAGS, _STANDARD, "-O2", *included, *linked)
         versions = f"{depends(command)}\ntorch {torch.__version__}\n{sysconfig.get_config_var('SOABI')}"
         source = "\n".join(file.read_text() for file in _SOURCES)
         found = entry(NAME, "op", SUFFIX, source, versions, partial(compile_library, command), _opened)
     except (BuildFailed, OSError) as error:
-        log.info("calls of kernels go through Python: %s", error)
+        log.warning("calls of kernels go through Python, some microseconds later: %s", error)
         return
     _loaded.append(found.loaded)
 
@@ -77,8 +79,11 @@ def _opened(binary: Path) -> Any:
     try:
         library: Any = ctypes.CDLL(str(binary))
         take, take_backward, caller = library.fuse_take, library.fuse_take_backward, ("fuse_caller", library)
+        reads = ctypes.PYFUNCTYPE(ctypes.c_int64, ctypes.py_object)(("fuse_reads", library))
     except (OSError, AttributeError) as error:
         raise BuildFailed(str(error)) from error
+    if reads(known := torch.empty(0, device="cpu")) != tensor_id(known):
+        raise BuildFailed("tensors of this torch are laid out in another way")
     number, text, run = ctypes.c_int64, ctypes.c_char_p, ctypes.c_void_p
     numbers = ctypes.POINTER(number)
     take.argtypes = (text, run, number, number, number, numbers, text, text)
