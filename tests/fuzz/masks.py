@@ -66,8 +66,10 @@ SPELLINGS = (
 )
 
 
-def forms(batches: bool = True, data: bool = True) -> st.SearchStrategy[str]:
-    """``data``: also what is read from tensors; ``batches``: also from those that have rows for batches."""
+def forms(batches: bool = True, data: bool = True, stored: bool = False) -> st.SearchStrategy[str]:
+    """``data``: also what is read from tensors; ``batches``: also from those that have rows for batches; ``stored``: also from
+    those that stand above programs.
+    """
     n, size = st.integers(-3, 6), st.integers(1, 5)
     of_tensors = (*(_READ_OF_ALL if data else ()), *(_READ_OF_BATCHES if data and batches else ()))
     leaves = [
@@ -80,7 +82,7 @@ def forms(batches: bool = True, data: bool = True) -> st.SearchStrategy[str]:
         size.map("i // {0} >= j // {0}".format),
         size.map("((i - j) % {} == 0) & (j <= i)".format),
         n.map("torch.ones(n, m, dtype=torch.bool).tril({})".format),
-        st.sampled_from(_STORED),
+        *([st.sampled_from(_STORED)] if stored else []),
         *([st.sampled_from(of_tensors)] if of_tensors else []),
     ]
 

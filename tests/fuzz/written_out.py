@@ -73,7 +73,7 @@ def step(d: Draft) -> str:
 
 def form(d: Draft) -> str:
     """The expression of a mask that broadcasts to the scores."""
-    text = d.draw(masks.forms(batches=len(d.sizes.lead) == 2))
+    text = d.draw(masks.forms(batches=len(d.sizes.lead) == 2, stored=True))
     for name in masks.read(text):
         d.given(masks.DATA[name].replace("B", str(d.sizes.lead[0] if d.sizes.lead else 1)), name)
     return text
