@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, MutableMapping
 
 from torch import Tensor
 from torch.fx import Node
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from fuse.memoize import at_forget
 from fuse.passes.policy import Contents
@@ -25,12 +26,20 @@ class Buffers(Contents):
         x = given_for(node)
         if type(x) not in PLAIN or isinstance(x, FakeTensor) or x.requires_grad or x.is_inference() or x.is_meta:
             return None
-        known = is_state(node) and source_name(node) not in _written
+        known = is_state(node) and source_name(node) not in _written and x not in _unset
         return x.detach() if known else None
 
     def rely(self, node: Node, holds: Callable[[Tensor], bool]) -> bool:
         held = Held(given_for(node), holds, source_name(node))
         return guard_input(node, held.by, held.unchanged, f"what {held.name} holds, of which fuse has read a formula")
+
+
+_unset: MutableMapping[Tensor, bool] = WeakTensorKeyDictionary()
+
+
+def unset(tensors: Iterable[Tensor]) -> None:
+    """Says that nobody has given these a content yet: memory that a model got for its structure alone."""
+    _unset.update(dict.fromkeys(tensors, True))
 
 
 _written: set[str] = set()  # where buffers were that did change: nothing is known of them from then on

@@ -16,9 +16,12 @@ from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import fuse
+from fuse import contents as held_contents
+from fuse import models
 from fuse.ir.expr import Load, const, index
 from fuse.ir.grid import Grid
 from fuse.memoize import forget
+from fuse.models.call import Wanted
 from fuse.passes.contents import _formula
 from fuse.report.report import Report
 
@@ -137,6 +140,17 @@ def test_a_state_that_is_loaded_is_looked_at() -> None:
     call(*tensors)
     model.load_state_dict({"kept": ones().triu()})
     torch.testing.assert_close(call(*tensors), model(*tensors))
+
+
+def test_memory_that_nobody_has_set_holds_nothing() -> None:
+    """A model type is explained without weights: whatever its buffers show is not the model's."""
+    model = Attention(ones().tril(), hidden_where_zero)
+    held_contents.unset(model.buffers())
+    assert [site.mask for site in fuse.explain(model, *qkv()).sites] == ["kept[q, k] != 0"]
+    call = models.load("swin", Wanted(layers=1), weights=False)
+    for buffer in call.model.buffers():
+        buffer.zero_()  # as new memory is
+    assert all(not site.relies for site in fuse.explain(call.model, *call.args, **call.kwargs).sites)
 
 
 def test_layers_that_are_compiled_one_by_one_share_a_graph() -> None:

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from fuse import contents
 from fuse.errors import BuilderFailed, UnknownModel, did_you_mean
 from fuse.failure import told
 from fuse.models.call import ModelCall, Wanted
@@ -39,7 +40,10 @@ def load(name: str, wanted: Wanted, weights: bool) -> ModelCall:
     inputs = {key: x.to(model.dtype) if x.is_floating_point() else x for key, x in inputs.items()}
     if wanted.padding and "attention_mask" in parameters and "input_ids" in parameters:
         inputs["attention_mask"] = _attention_mask(inputs["input_ids"], wanted.padding)
-    return ModelCall(model if weights else model.to_empty(device="cpu"), (), inputs)
+    if not weights:
+        model.to_empty(device="cpu")
+        contents.unset(model.buffers())
+    return ModelCall(model, (), inputs)
 
 
 def _hint(name: str, known: Any) -> str:

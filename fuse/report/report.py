@@ -209,7 +209,7 @@ class SiteGroup:
         """What there is to say below the line of the table: (name, text)."""
         site, reason = self.site, self.site.reason
         found = [
-            ("score", site.formula),
+            ("score", "" if site.formula == "score" else site.formula),  # nothing but the product
             ("skipped", skipped_text(site)),
             ("hint", hint_text(site)),
             ("relies on", relies_text(site)),
