@@ -166,6 +166,7 @@ class _Emitter:
         storage = storage_of(node)
         shared = [n for n in self.order if storage is not None and storage_of(n) == storage]
         writers = [w for n in shared for w in n.users if any(storage_of(x) == storage for x in writes(w))]
+        writers = [w for w in writers if self.order[w] > self.order[node]]  # what was written before is what the node has
         ran = {u for n in shared for u in n.users if u in self.trace.ran}
         readers = [self.order[u] for u in ran if u in self.read_over or u in writers]  # what the trace wrote it had read
         for writer in sorted(writers, key=self.order.__getitem__):
@@ -173,9 +174,7 @@ class _Emitter:
             if writer in self.trace.ran and node in self.trace.ran:
                 if at > root:
                     raise Declined(Mutated(user_name(node), location(writer)))
-            elif (
-                readers and at < root and (min(readers) < at or writer in ran)
-            ):  # an input of the trace stands for what it held when it was read
+            elif at < root and (writer in ran or min(readers, default=at) < at):  # what it held when it was read is meant
                 if max(readers) > at and writer not in self.trace.ran:  # the trace has what it ran in order
                     raise Declined(Mutated(user_name(node), location(writer)))
                 with self.graph.inserting_before(writer):

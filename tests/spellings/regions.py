@@ -168,6 +168,16 @@ def bias_written_between_two_reads(q: Tensor, k: Tensor, v: Tensor, bias: Tensor
     return (s + bias).softmax(-1) @ v
 
 
+@spelling()
+def query_written_by_halves_and_turned(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """What is attended with is a view that is taken after the writes."""
+    q = q.transpose(1, 2)
+    turned = torch.empty_like(q)
+    turned[..., 0::2] = q[..., 0::2] * 2 - q[..., 1::2]
+    turned[..., 1::2] = q[..., 1::2] * 2 + q[..., 0::2]
+    return F.scaled_dot_product_attention(turned.type_as(q).permute(0, 2, 1, 3), k, v)
+
+
 @spelling(extra=lambda: (torch.ones(11, 11).tril(-1).long(),))
 def mask_written_before_a_part_of_it_is_read(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
     """What is written is computed from what was there."""
