@@ -239,8 +239,8 @@ def test_a_report_gives_the_predicate_in_the_user_s_terms_and_the_share_of_tiles
 
 def test_a_site_that_is_declined_is_in_the_report_with_its_reason() -> None:
     def program(x: Tensor) -> tuple[Tensor, Tensor]:
-        p = (x @ x.mT).softmax(-1)
-        return p @ x, p
+        s = x @ x.mT
+        return s.softmax(-1) @ x, s
 
     (site,) = fuse.explain(program, torch.randn(2, 64, 16)).sites
     assert not site.fused and site.reason is not None and site.reason.name == "ProbabilitiesUsed"

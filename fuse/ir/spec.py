@@ -213,6 +213,13 @@ def _expressions(roots: Mapping[str, Expr], fill: float | None) -> dict[str, Any
     return found | {"extra_logits": tuple(extra_logits), "mask": None if fill is None else Mask(**of_mask, fill=fill)}
 
 
+def weights_shape(spec: AttentionSpec, sizes: Sequence[IntLike], heads: IntLike) -> tuple[IntLike, ...]:
+    """Of a matrix of weights: (B0, …, q_len, kv_len); (batch indices / heads, q_len, kv_len) of means over ``heads`` that are
+    not 0."""
+    batch = tuple(sizes[: spec.batch])
+    return (*(batch if heads == 0 else (math.prod(batch) // heads,)), *sizes[spec.batch : spec.batch + 2])
+
+
 def verify(spec: AttentionSpec) -> None:
     """Raises InvalidSpec if ``spec`` breaks an invariant of AttentionSpec."""
     batch = frozenset(f"b{i}" for i in range(spec.batch))

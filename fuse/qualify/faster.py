@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,7 +20,7 @@ from fuse.ops.warm import ExpectedCall
 from fuse.ops.written import caller
 from fuse.passes.find import ATTENTION
 from fuse.qualify.problem import Problem, whole
-from fuse.qualify.torchs_own import sdpa
+from fuse.qualify.torchs_own import sdpa, with_weights
 
 SDPA, PLAIN = ATTENTION, "plain operations"
 _MARGIN = 1.05  # by how much a kernel has to lose: benchmarks/never_slower.py asks for no less
@@ -54,10 +55,10 @@ def times(call: ExpectedCall, wanted: Sequence[bool], called: bool, traced: bool
     if not fits(call):
         return None
     problem = whole(call, wanted)
-    rival = sdpa(problem, wanted)
+    rival = (with_weights if call.weights else sdpa)(problem, wanted)
     if rival is None:
         return None
-    ours = (_traced if traced else _called)(call, problem, wanted)
+    ours = (_traced if traced and not call.weights else _called)(call, problem, wanted)
     theirs = way(rival.attend, rival.matrices, rival.wanted)
     with nullcontext() if called else sdpa_kernel(SDPBackend.MATH):
         for _ in range(_TRIALS):
@@ -69,8 +70,17 @@ def times(call: ExpectedCall, wanted: Sequence[bool], called: bool, traced: bool
 
 
 def _called(call: ExpectedCall, problem: Problem, wanted: Sequence[bool]) -> Call:
-    op = torch.ops.fuse.attention.default
-    return way(lambda *t: op(t, problem.sizes, call.spec, call.target), problem.operands, wanted)
+    ops: Any = torch.ops.fuse
+    if not call.weights:
+        return way(lambda *t: ops.attention(t, problem.sizes, call.spec, call.target), problem.operands, wanted)
+
+    def attend(*operands: Tensor) -> Tensor:
+        out, _, lse = ops.attention_rows(operands, problem.sizes, call.spec, call.target)
+        for matrix, heads in call.weights:
+            ops.attention_weights(operands, lse, problem.sizes, matrix, call.target, heads)
+        return out  # type: ignore[no-any-return]
+
+    return way(attend, problem.operands, wanted)
 
 
 def _traced(call: ExpectedCall, problem: Problem, wanted: Sequence[bool]) -> Call:

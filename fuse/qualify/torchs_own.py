@@ -34,6 +34,29 @@ class Rival:
 
 def sdpa(p: Problem, wanted: Sequence[bool]) -> Rival | None:
     """The problem as SDPA has it, with masks and biases made beforehand; None where SDPA has no such argument."""
+    return _rival(p, wanted, F.scaled_dot_product_attention)
+
+
+def with_weights(p: Problem, wanted: Sequence[bool]) -> Rival | None:
+    """The problem in the operations that a model writes to have its weights as well; None where it is not plain enough."""
+    return _rival(p, wanted, _with_weights)
+
+
+def _with_weights(
+    query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None, is_causal: bool, scale: float, enable_gqa: bool
+) -> Tensor:
+    """As SDPA; weights are made, and nobody keeps them."""
+    if enable_gqa:
+        key, value = (x.repeat_interleave(query.shape[-3] // x.shape[-3], -3) for x in (key, value))
+    score = query @ key.mT * scale
+    if is_causal:
+        attn_mask = torch.ones(score.shape[-2:], dtype=torch.bool, device=score.device).tril()
+    if attn_mask is not None:
+        score = score.masked_fill(~attn_mask, -torch.inf) if attn_mask.dtype == torch.bool else score + attn_mask
+    return score.softmax(-1).to(value.dtype) @ value
+
+
+def _rival(p: Problem, wanted: Sequence[bool], attend: Callable[..., Tensor]) -> Rival | None:
     spec = p.spec
     parts = _parts(spec.score if spec.mask is None else spec.mask.visible)
     views = [_view(load, matrix, p) for load, matrix in ((spec.query, "qd"), (spec.key, "kd"), (spec.value, "ke"))]
@@ -44,9 +67,7 @@ def sdpa(p: Problem, wanted: Sequence[bool]) -> Rival | None:
         return None
     causal = _is_causal(p) and not parts.biases
     mask = None if causal else _mask(p, parts)
-    call = partial(
-        F.scaled_dot_product_attention, attn_mask=mask, is_causal=causal, scale=parts.scale, enable_gqa=key.groups != 1
-    )
+    call = partial(attend, attn_mask=mask, is_causal=causal, scale=parts.scale, enable_gqa=key.groups != 1)
     of_query, of_key, of_value = (wanted[load.operand] for load in (spec.query, spec.key, spec.value))
     return Rival(call, (query.matrix, key.matrix, value.matrix), (of_query, of_key, of_value))
 

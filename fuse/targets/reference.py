@@ -16,7 +16,7 @@ from torch import Tensor
 from fuse.ir.expr import Expr, Load, Prob, Score, walk
 from fuse.ir.gradient import Gradient, gradient
 from fuse.ir.grid import Extent, Grid, dtype_of
-from fuse.ir.spec import AttentionSpec, InvalidSpec
+from fuse.ir.spec import AttentionSpec, InvalidSpec, weights_shape
 from fuse.ir.tile_map import EMPTY, FULL, KEYS, ROWS, TileMap
 
 # Scores computed at a time: 32 MB in float64, whatever the sequence length.
@@ -89,6 +89,36 @@ def attention_backward(
     backward = _Backward(_call(spec, operands, sizes, precision), gradient(spec, tuple(wanted)))
     with torch.no_grad(), torch.autocast(grad_out.device.type, enabled=False):
         return backward.run(grad_out, grad_lse)
+
+
+def weights(
+    spec: AttentionSpec, operands: Sequence[Tensor], sizes: Sequence[int], heads: int = 0, precision: str = "exact"
+) -> Tensor:
+    """The matrix of what ``spec.weight`` makes of each probability, dense, of shape ``weights_shape(spec, sizes, heads)``."""
+    call = _call(spec, operands, sizes, precision)
+    matrix = torch.empty(weights_shape(spec, sizes, heads), dtype=call.dtype(spec.out_dtype), device=call.device)
+    with torch.no_grad(), torch.autocast(call.device.type, enabled=False):
+        key = call.key()
+        for rows in call.blocks():
+            matrix[..., slice(*rows), :] = call.weights(rows, key, heads)
+    return matrix
+
+
+def weights_backward(
+    spec: AttentionSpec, grad: Tensor, operands: Sequence[Tensor], sizes: Sequence[int], wanted: Sequence[bool], heads: int = 0,
+    precision: str = "eager",
+) -> list[Tensor]:  # fmt: skip
+    """The gradients of the ``wanted`` operands from that of ``weights``, as ``attention_backward`` gives its."""
+    backward = _Backward(_call(spec, operands, sizes, precision), gradient(spec, tuple(wanted)))
+    with torch.no_grad(), torch.autocast(grad.device.type, enabled=False):
+        return backward.run_of_weights(grad, heads)
+
+
+def weights_at_once(spec: AttentionSpec, operands: Sequence[Tensor], sizes: Sequence[int], heads: int = 0) -> Tensor:
+    """As ``weights`` with precision "eager", of operations that PyTorch can differentiate: every score of the call is held."""
+    call = _call(spec, operands, sizes, "eager")
+    with torch.autocast(call.device.type, enabled=False):
+        return call.weights((0, call.q_len), call.key(), heads).to(call.dtype(spec.out_dtype))
 
 
 def attention_second(
@@ -212,6 +242,13 @@ class _Call:
         score = self.entries(self.spec.score, rows, {Score: raw})
         return raw, score.expand(*score.shape[:-1], self.kv_len)
 
+    def weights(self, rows: Extent, key: Tensor, heads: int) -> Tensor:
+        """Of these rows; means over so many ``heads`` that are not 0."""
+        found = self.entries(self.spec.weight, rows, {Prob: self.softmax(rows, key).prob})
+        if heads == 0:
+            return found
+        return found.to(self.dtype(self.spec.out_dtype)).reshape(-1, heads, *found.shape[-2:]).mean(1)
+
     def softmax(self, rows: Extent, key: Tensor) -> _Softmax:
         raw, score = self.score(rows, key)
         extra = [self.entries(x, rows, {}).to(score.dtype) for x in self.spec.extra_logits]
@@ -235,17 +272,29 @@ class _Backward:
     gradient: Gradient
 
     def run(self, grad_out: Tensor, grad_lse: Tensor | None) -> list[Tensor]:
-        sums = [torch.zeros(t.shape, dtype=self._dtype(t), device=t.device) for t in self._wanted()]
-        numbers = [i for i, wanted in enumerate(self.gradient.wanted) if wanted]
-        totals = dict(zip(numbers, sums, strict=True))
-        key, value = self.call.key(), self.call.value()
+        totals, key, value = self._zeros(), self.call.key(), self.call.value()
         for rows in self.call.blocks():
             own = None if grad_lse is None else grad_lse[..., slice(*rows), None]
             self._rows(rows, grad_out[..., slice(*rows), :], own, key, value, totals)
-        return [self._like(t).copy_(x) for x, t in zip(sums, self._wanted(), strict=True)]
+        return self._results(totals)
 
-    def _wanted(self) -> list[Tensor]:
-        return [t for t, wanted in zip(self.call.operands, self.gradient.wanted, strict=True) if wanted]
+    def run_of_weights(self, grad: Tensor, heads: int) -> list[Tensor]:
+        call, totals, key = self.call, self._zeros(), self.call.key()
+        for rows in call.blocks():
+            d_weight = grad[..., slice(*rows), :]
+            if heads != 0:
+                d_weight = (d_weight / heads).repeat_interleave(heads, 0).reshape(*call.batch_shape, *d_weight.shape[-2:])
+            self._entries(rows, call.softmax(rows, key), d_weight, None, key, totals)
+        return self._results(totals)
+
+    def _zeros(self) -> dict[int, Tensor]:
+        return {i: torch.zeros(t.shape, dtype=self._dtype(t), device=t.device) for i, t in self._wanted()}
+
+    def _results(self, totals: Mapping[int, Tensor]) -> list[Tensor]:
+        return [self._like(t).copy_(totals[i]) for i, t in self._wanted()]
+
+    def _wanted(self) -> list[tuple[int, Tensor]]:
+        return [(i, t) for i, t in enumerate(self.call.operands) if self.gradient.wanted[i]]
 
     def _like(self, operand: Tensor) -> Tensor:
         return torch.empty_like(operand, dtype=torch.float64 if self.call.exact else operand.dtype)
@@ -258,23 +307,29 @@ class _Backward:
         self, rows: Extent, grad_out: Tensor, grad_lse: Tensor | None, key: Tensor, value: Tensor, totals: dict[int, Tensor]
     ) -> None:
         """Adds to ``totals``, operand → gradient, what these rows contribute."""
+        softmax = self.call.softmax(rows, key)
+        weight = self.call.entries(self.call.spec.weight, rows, {Prob: softmax.prob})
+        self._entries(rows, softmax, _product(grad_out, value.mT).to(weight.dtype), grad_lse, key, totals)
+        if self.gradient.value:
+            keys, e = (0, self.call.kv_len), (0, self.call.spec.v_dim)
+            self._scatter(self.call.spec.value, _product(weight.mT, grad_out), totals, k=keys, e=e)
+
+    def _entries(
+        self, rows: Extent, softmax: _Softmax, d_weight: Tensor, grad_lse: Tensor | None, key: Tensor, totals: dict[int, Tensor]
+    ) -> None:
+        """As ``_rows``, from the gradient of the weights: to the scores, and to what they and the weights load."""
         call, spec, of = self.call, self.call.spec, self.gradient
-        softmax = call.softmax(rows, key)
         leaves: dict[type[Expr], Tensor] = {Score: softmax.raw, Prob: softmax.prob}
-        weight = call.entries(spec.weight, rows, leaves)
-        d_weight = _product(grad_out, value.mT).to(weight.dtype)
         d_prob = (d_weight * call.entries(of.weight, rows, leaves)).to(softmax.prob.dtype)
         delta = (softmax.prob * d_prob).sum(-1, keepdim=True)
         delta = delta if grad_lse is None else delta - grad_lse
         d_score = softmax.prob * (d_prob - delta)
         d_raw = (d_score * call.entries(of.score, rows, leaves)).to(softmax.raw.dtype)
-        keys, d, e = (0, call.kv_len), (0, spec.qk_dim), (0, spec.v_dim)
+        keys, d = (0, call.kv_len), (0, spec.qk_dim)
         if of.query:
             self._scatter(spec.query, _product(d_raw, key), totals, q=rows, d=d)
         if of.key:
             self._scatter(spec.key, _product(d_raw.mT, call.query(rows)), totals, k=keys, d=d)
-        if of.value:
-            self._scatter(spec.value, _product(weight.mT, grad_out), totals, k=keys, e=e)
         of_root = {"score": d_score, "weight": d_weight}
         of_root |= {f"extra_logits.{i}": -p * delta for i, p in enumerate(softmax.extra)}
         for term in of.terms:

@@ -1,0 +1,153 @@
+"""``fuse::attention_weights``: a matrix of weights, from the scores and the log-sum-exp of their rows.
+
+``fuse::attention_rows`` has computed the result, which does not wait for it. ``spec`` is that of the result, but for ``weight``,
+which is what is to be written of each probability, and ``out_dtype``. The matrix is dense, of shape (B0, …, q_len, kv_len); where
+its number of ``heads`` is not 0 it is the mean over so many neighbouring batch indices: (batch indices / heads, q_len, kv_len).
+Its gradient is plain PyTorch, in blocks of rows; where none arrives nothing is computed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fuse.ir.gradient import differentiable
+from fuse.ir.spec import IntLike, weights_shape
+from fuse.memoize import memoize
+from fuse.ops import attention, batching, levels
+from fuse.ops.attention import parsed
+from fuse.torch_private import any_tangent, below_autograd
+
+_library: Any = torch.library.Library("fuse", "FRAGMENT")
+for _schema in (
+    "attention_weights(Tensor[] operands, Tensor lse, SymInt[] sizes, str spec, str target, SymInt heads) -> Tensor",
+    "attention_weights_backward(Tensor grad, Tensor[] operands, SymInt[] sizes, str spec, bool[] wanted, SymInt heads) "
+    "-> Tensor[]",
+):
+    _library.define(_schema, tags=attention.TAGS)
+_ops: Any = torch.ops.fuse
+
+
+@cache
+def _differentiable(text: str) -> tuple[bool, ...]:
+    return differentiable(parsed(text), values=False)
+
+
+# --------------------------------------------------------------------------------------------------------- kernels
+
+
+@memoize
+def _kernel(text: str, target: str) -> Any:
+    from fuse import targets
+
+    return targets.weights_kernel(parsed(text), target)
+
+
+def _weights(operands: list[Tensor], lse: Tensor, sizes: list[int], spec: str, target: str, heads: int) -> Tensor:
+    matrix: Tensor = _kernel(spec, target)(operands, lse, sizes, heads)
+    return matrix
+
+
+def _weights_backward(
+    grad: Tensor, operands: list[Tensor], sizes: list[int], spec: str, wanted: list[bool], heads: int
+) -> list[Tensor]:
+    """AOTAutograd gives zeros where no gradient arrives."""
+    from fuse.targets import reference
+
+    if not grad.any():
+        return [torch.zeros_like(t) for t, w in zip(operands, wanted, strict=True) if w]
+    return reference.weights_backward(parsed(spec), grad, operands, sizes, wanted, heads)
+
+
+# ----------------------------------------------------------------------------------------------------------- fakes
+
+
+def _fake_weights(operands: list[Tensor], lse: Tensor, sizes: list[IntLike], spec: str, target: str, heads: IntLike) -> Tensor:
+    of = parsed(spec)
+    return operands[0].new_empty(weights_shape(of, sizes, heads), dtype=getattr(torch, of.out_dtype))
+
+
+def _fake_weights_backward(
+    grad: Tensor, operands: list[Tensor], sizes: list[IntLike], spec: str, wanted: list[bool], heads: IntLike
+) -> list[Tensor]:
+    return [torch.empty_like(t) for t, w in zip(operands, wanted, strict=True) if w]
+
+
+# -------------------------------------------------------------------------------------------------------- autograd
+
+
+def _of_some(
+    operands: Sequence[Tensor], moving: Sequence[bool], compute: Callable[[list[Tensor]], Tensor]
+) -> tuple[Callable[..., Tensor], tuple[Tensor, ...]]:
+    """``compute`` as a function of the operands that are ``moving``, and these."""
+
+    def function(*moved: Tensor) -> Tensor:
+        given = iter(moved)
+        return compute([next(given) if m else t for t, m in zip(operands, moving, strict=True)])
+
+    return function, tuple(t for t, m in zip(operands, moving, strict=True) if m)
+
+
+class _Weights(levels.Function):
+    """Saves what the result's does already; the scores are computed again."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, lse: Tensor, sizes: list[IntLike], spec: str, target: str, heads: IntLike, *operands: Tensor
+    ) -> Tensor:
+        with torch.enable_grad(), below_autograd():
+            matrix: Tensor = _ops.attention_weights.default(operands, lse, sizes, spec, target, heads)
+        ctx.save_for_backward(*operands)
+        ctx.save_for_forward(*operands)
+        ctx.call = sizes, spec, heads
+        return matrix
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        operands, (sizes, spec, heads) = ctx.saved_tensors, ctx.call
+        wanted = [w and d for w, d in zip(ctx.needs_input_grad[5:], _differentiable(spec), strict=True)]
+        grads = iter(_ops.attention_weights_backward.default(grad, operands, sizes, spec, wanted, heads))
+        return (None, None, None, None, None, *(next(grads) if w else None for w in wanted))
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> Tensor:
+        """PyTorch's own, of the reference."""
+        from fuse.targets import reference
+
+        operands, (sizes, spec, heads) = ctx.saved_tensors, ctx.call
+        moving = [t is not None and d for t, d in zip(tangents[5:], _differentiable(spec), strict=True)]
+        matrix, leaves = _of_some(operands, moving, lambda given: reference.weights_at_once(parsed(spec), given, sizes, heads))
+        along = tuple(t for t, m in zip(tangents[5:], moving, strict=True) if m)
+        return torch.func.jvp(matrix, leaves, along)[1]  # type: ignore[no-any-return]
+
+
+def _weights_autograd(operands: list[Tensor], lse: Tensor, sizes: list[int], spec: str, target: str, heads: int) -> Tensor:
+    if attention.any_gradient(operands, _differentiable(spec)) or any_tangent(operands):
+        found: Tensor = levels.apply(_Weights, lse.detach(), sizes, spec, target, heads, *operands)
+        return found
+    with below_autograd():
+        return _ops.attention_weights.default(operands, lse, sizes, spec, target, heads)  # type: ignore[no-any-return]
+
+
+def _weights_backward_autograd(
+    grad: Tensor, operands: list[Tensor], sizes: list[int], spec: str, wanted: list[bool], heads: int
+) -> list[Tensor]:
+    """Where a derivative of it is wanted, it is made of operations that have one."""
+    if attention.any_gradient((grad, *operands), [True] * (1 + len(operands))) or any_tangent((grad, *operands)):
+        from fuse.targets import reference
+
+        matrix, leaves = _of_some(operands, wanted, lambda given: reference.weights_at_once(parsed(spec), given, sizes, heads))
+        return list(torch.func.vjp(matrix, *leaves)[1](grad))
+    with below_autograd():
+        return list(_ops.attention_weights_backward.default(grad, operands, sizes, spec, wanted, heads))
+
+
+attention.register("attention_weights", _weights, _weights_autograd, _fake_weights, batching.weights_rule)
+attention.register(
+    "attention_weights_backward", _weights_backward, _weights_backward_autograd, _fake_weights_backward,
+    batching.weights_backward_rule,
+)  # fmt: skip
