@@ -3,7 +3,7 @@
 of a graph
     expand    composite calls, written out
     states    what surrounds each node: autocast, grad mode, functorch level
-    find      candidates: a normalisation, the contraction behind it, the slice of the graph around them
+    find      candidates: a normalisation or a first product, the contraction behind it, the slice of the graph around them
     trace     the slices as functional ATen, for reading
 of each site
     lift      one element of the result as mathematics: an AttentionSpec, or a reason why not
@@ -34,6 +34,7 @@ from fuse.passes.find import Candidate, find, is_attention
 from fuse.passes.layout import put_keys_innermost
 from fuse.passes.lift import Lifted, Pass, SiteContext, lift
 from fuse.passes.masks import recover_mask
+from fuse.passes.pays import check_pays
 from fuse.passes.policy import Choose, Contents, Leave, Policy, leave_none
 from fuse.passes.read.bodies import Body, bodies
 from fuse.passes.read.graph import State, hidden_subclass, operator_name, states, tensor_of
@@ -46,9 +47,11 @@ from fuse.report.reasons import (
     Declined,
     InternalError,
     NoScoreProduct,
+    NothingSaved,
     NotSoftmax,
     OtherDevice,
     Reason,
+    Slower,
     Subclass,
     UnsupportedShape,
 )
@@ -107,11 +110,18 @@ class _Told:
     lacking: dict[Node, Reason] = field(default_factory=dict)
 
     def decline(self, candidate: Candidate, reason: Reason) -> None:
-        if isinstance(reason, (NotSoftmax, NoScoreProduct)) and not is_attention(candidate.anchor):
+        if not candidate.softmax:
+            self._two_products(candidate, reason)
+        elif isinstance(reason, (NotSoftmax, NoScoreProduct)) and not is_attention(candidate.anchor):
             self.lacking[candidate.anchor] = reason
         else:
             self.nodes.add(candidate.anchor)
             self.sites.append(declined_site(candidate, reason))
+
+    def _two_products(self, candidate: Candidate, reason: Reason) -> None:
+        """Of any two products without a softmax little can be said: what was read as attention is told of."""
+        if isinstance(reason, (NothingSaved, Slower)):
+            self.lacking[candidate.anchor] = reason
 
 
 def _run_graph(body: Body, policy: Policy) -> Reading:
@@ -192,10 +202,11 @@ def _fuse_site(graph: Graph, candidate: Candidate, context: SiteContext, state_o
     declined: Declined | None = None
     for root in reversed(candidate.roots):
         try:
-            lifted = lift(root, context.trace)
+            lifted = lift(root, context.trace, candidate.softmax)
         except Declined as d:
             declined = declined or d
             continue
+        check_pays(lifted)
         check_transforms(lifted, candidate.inputs, state_of[candidate.anchor], state_of[root])
         steps = [("lift", lifted.spec)]
         for each in PASSES:

@@ -14,7 +14,9 @@ from fuse.report.reasons import Reason, UnreadBody, UnreadOperator
 from fuse.report.site import Other, Site
 from fuse.torch_private import HigherOrderOperator, OpOverload
 
-LOOKED_FOR = "softmax or exp before a product, scaled_dot_product_attention, nn.MultiheadAttention, operators named attention"
+LOOKED_FOR = (
+    "softmax, exp or a product before a product, scaled_dot_product_attention, nn.MultiheadAttention, operators named attention"
+)
 _NAMED = ("attention", "attn")
 _CALLS = ("call_function", "call_method", "call_module")
 _SOFTMAXES = NORMALISATIONS - {"exp", "exp_"}

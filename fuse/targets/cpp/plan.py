@@ -95,4 +95,4 @@ def lse_dtype(spec: AttentionSpec) -> str:
 def _is_bfloat16(spec: AttentionSpec) -> bool:
     """Whether both products take bfloat16, and nothing asks for more than float around them."""
     factors = all(load.dtype == "bfloat16" for load in (spec.query, spec.key, spec.value))
-    return factors and spec.lse_dtype != "float64"
+    return factors and spec.lse_dtype != "float64" and spec.softmax
