@@ -50,6 +50,7 @@ from fuse.report.reasons import (
     NothingSaved,
     NotSoftmax,
     OtherDevice,
+    ProbabilitiesUsed,
     Reason,
     Slower,
     Subclass,
@@ -120,7 +121,7 @@ class _Told:
 
     def _two_products(self, candidate: Candidate, reason: Reason) -> None:
         """Of any two products without a softmax little can be said: what was read as attention is told of."""
-        if isinstance(reason, (NothingSaved, Slower)):
+        if isinstance(reason, (NothingSaved, ProbabilitiesUsed, Slower)):
             self.lacking[candidate.anchor] = reason
 
 
@@ -156,20 +157,28 @@ def _fuse_sites(body: Body, policy: Policy, expansions: Sequence[Expansion]) -> 
     candidates = find(graph, state_of)
     found: list[Found] = []
     refused = None if policy.refused is None else ((c, policy.refused) for c in candidates)
+    settled: set[Node] = set()
     for candidate, traced in refused or _traces(graph, candidates, state_of):
+        if not candidate.softmax and candidate.roots[0] in settled:
+            continue
         try:
             if isinstance(traced, Declined):
                 raise traced
             site = _fuse_site(graph, candidate, _context(traced, candidate, policy), state_of)
             _check_wanted(graph, site, policy.leave, calls.get(candidate.anchor, candidate.anchor))
             found.append(site)
+            settled.add(candidate.roots[0])
         except Declined as d:
             told.decline(candidate, d.reason)
+            settled.update(() if isinstance(d.reason, (NotSoftmax, NoScoreProduct)) else candidate.roots[:1])
         except Exception as e:
             told.decline(candidate, _failure(e))
-    if candidates:
-        told.sites += accept(graph, candidates, found, kept)
-        told.nodes |= {f.candidate.anchor for f in found}
+    for f, decided in accept(graph, candidates, found, kept) if candidates else ():
+        if isinstance(decided, Site):
+            told.sites.append(decided)
+            told.nodes |= {f.candidate.anchor} if f.candidate.softmax else f.candidate.nodes
+        else:
+            told.decline(f.candidate, decided)
     return told
 
 
@@ -182,10 +191,13 @@ def _failure(error: Exception) -> Reason:
 def _traces(
     graph: Graph, candidates: list[Candidate], state_of: Mapping[Node, State]
 ) -> Iterator[tuple[Candidate, Trace | Declined]]:
-    """One trace for all slices, so that a mask built once is read once; one each where that fails."""
-    together = _trace_slices(graph, candidates, state_of)
-    for c in candidates:
-        yield c, together if isinstance(together, Trace) else _trace_slices(graph, [c], state_of)
+    """One trace for all slices, so that a mask built once is read once; one each where that fails. What has no softmax may be no
+    attention, and must not change how others are read."""
+    for softmax in (True, False):
+        alike = [c for c in candidates if c.softmax == softmax]
+        together = _trace_slices(graph, alike, state_of) if alike else None
+        for c in alike:
+            yield c, together if isinstance(together, Trace) else _trace_slices(graph, [c], state_of)
 
 
 def _trace_slices(graph: Graph, candidates: list[Candidate], state_of: Mapping[Node, State]) -> Trace | Declined:

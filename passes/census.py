@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Set
 from torch.fx import Graph, Node
 
 from fuse.passes.expand import COMPOSITES
-from fuse.passes.find import ATTENTION, NORMALISATIONS
+from fuse.passes.find import ATTENTION, FUNCTIONS, NORMALISATIONS
 from fuse.passes.read.bodies import graphs_of, is_ordinary
 from fuse.passes.read.graph import frames, location, module_path, operator_name
 from fuse.report.reasons import Reason, UnreadBody, UnreadOperator
@@ -19,7 +19,7 @@ LOOKED_FOR = (
 )
 _NAMED = ("attention", "attn")
 _CALLS = ("call_function", "call_method", "call_module")
-_SOFTMAXES = NORMALISATIONS - {"exp", "exp_"}
+_SOFTMAXES = NORMALISATIONS - FUNCTIONS
 
 
 def unread(graph: Graph, told: Set[Node]) -> list[Site]:

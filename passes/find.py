@@ -25,6 +25,8 @@ NORMALISATIONS = {
     "softmax", "_softmax", "log_softmax", "_log_softmax", "_safe_softmax", "special_softmax", "special_log_softmax", "softmin",
     "exp", "exp_",
 }  # fmt: skip
+# An exponential may also be no more than a function of the score, or a part of its mask.
+FUNCTIONS = {"exp", "exp_"}
 ATTENTION = "scaled_dot_product_attention"
 MATRIX_PRODUCTS = {"matmul", "__matmul__", "bmm", "baddbmm", "einsum"}
 CONTRACTIONS = MATRIX_PRODUCTS | {"mm", "sum", "tensordot", "mv", "matvec", "inner"}
@@ -69,7 +71,7 @@ class Candidate:
     anchor   the normalisation, a call of attention as a whole, or the first of two contractions without either
     roots    nodes whose value may be the attention's result, most likely first
     rows     beside a root: what of it somebody reads
-    softmax  whether there is a normalisation
+    softmax  whether there is a normalisation; of one root there may be two candidates, with and without
     """
 
     anchor: Node
@@ -98,12 +100,15 @@ def find(graph: Graph, states: Mapping[Node, State]) -> list[Candidate]:
             for contraction, passed in _contractions_after(node, order):
                 # The nearest normalisation counts; one further up, such as a router's, may also end here
                 reached[contraction] = (node, passed | reached.get(contraction, (node, set()))[1])
-    chained = _chained(graph, order, reached.keys() | found.keys())
-    for contraction, (anchor, passed) in (reached | chained).items():
+    for contraction, (anchor, passed) in reached.items():
         roots = (contraction, *_divisions_after(contraction))
-        candidate = _slice(anchor, roots, passed, states, mutations, order)
-        found[contraction] = replace(candidate, softmax=contraction in reached)
-    return sorted(found.values(), key=lambda c: order[c.roots[0]])
+        found[contraction] = _slice(anchor, roots, passed, states, mutations, order)
+    settled = {c.roots[0] for c in found.values() if operator_name(c.anchor) not in FUNCTIONS}
+    chains = [
+        replace(_slice(first, (second, *_divisions_after(second)), passed, states, mutations, order), softmax=False)
+        for second, (first, passed) in _chained(graph, order).items() if second not in settled
+    ]  # fmt: skip
+    return sorted([*found.values(), *chains], key=lambda c: order[c.roots[0]])
 
 
 def is_attention(node: Node) -> bool:
@@ -151,8 +156,8 @@ def _contractions_after(
     return [(end, seen) for end in ends]
 
 
-def _chained(graph: Graph, order: Mapping[Node, int], known: Set[Node]) -> dict[Node, tuple[Node, set[Node]]]:
-    """Products that another one reaches without a normalisation, by more than views: that one, and the nodes between.
+def _chained(graph: Graph, order: Mapping[Node, int]) -> dict[Node, tuple[Node, set[Node]]]:
+    """Products that another one reaches without a softmax: that one, and the nodes between.
 
     A product by a parameter, as of a layer, gives no scores.
     """
@@ -160,8 +165,8 @@ def _chained(graph: Graph, order: Mapping[Node, int], known: Set[Node]) -> dict[
     for node in graph.nodes:
         if operator_name(node) not in MATRIX_PRODUCTS or not is_contraction(node) or _of_parameter(node):
             continue
-        for end, passed in _contractions_after(node, order, NORMALISATIONS):
-            if operator_name(end) in MATRIX_PRODUCTS and end not in known and not _of_parameter(end):
+        for end, passed in _contractions_after(node, order, NORMALISATIONS - FUNCTIONS):
+            if operator_name(end) in MATRIX_PRODUCTS and not _of_parameter(end):
                 found[end] = (node, passed)
     return found
 
