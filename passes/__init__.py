@@ -191,8 +191,8 @@ def _failure(error: Exception) -> Reason:
 def _traces(
     graph: Graph, candidates: list[Candidate], state_of: Mapping[Node, State]
 ) -> Iterator[tuple[Candidate, Trace | Declined]]:
-    """One trace for all slices, so that a mask built once is read once; one each where that fails. What has no softmax may be no
-    attention, and must not change how others are read."""
+    """One trace for all slices, so that a mask built once is read once; one each where that fails. What has no softmax may be
+    no attention, and must not change how others are read."""
     for softmax in (True, False):
         alike = [c for c in candidates if c.softmax == softmax]
         together = _trace_slices(graph, alike, state_of) if alike else None

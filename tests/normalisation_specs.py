@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from problems import B0, B1, K, Problem, Q, both, case, cast, hide, load, op, problem, rand
 
-from fuse.ir.expr import Expr, const
+from fuse.ir.expr import Expr, Prob, const
 from fuse.ir.spec import Mask
 
 
@@ -87,6 +87,13 @@ def biased_without_a_softmax(dtype: str) -> Problem:
         return op("mul", op("sigmoid", op("add", s, load(bias, 3, B1, Q, K))), load(gate, 4, B0, B1, Q))
 
     return problem(dtype, bias, gate, q_len=45, kv_batch=(2,), kv_index=[B0], score=score, normalisation="none")
+
+
+@case
+def weight_without_a_softmax(dtype: str) -> Problem:
+    """Something else than the probability multiplies the values."""
+    kept = op("where", op("eq", op("mod", op("add", Q, K), 3), 0), const(0.0, dtype), op("mul", Prob(dtype), 1.5))
+    return problem(dtype, q_len=50, score=_positive, weight=kept, normalisation="sum")
 
 
 @case

@@ -6,8 +6,9 @@ import math
 
 import torch
 import torch.nn.functional as F
-from spellings import spelling
 from torch import Tensor
+
+from spellings import spelling
 
 # Of fewer keys nothing would be saved.
 LONG = (2, 3, 96, 16)

@@ -139,7 +139,7 @@ def call_context(source: CppSource, plan: Plan) -> dict[str, object]:
         "value": source.access("value", spec.value), "out_ctype": C_TYPES[spec.out_dtype],
         "bounds": [{"name": b.name, "text": source.function(b.node)} for b in source.computed.bounds],
         "masked": source.computed.masked, "residual": residual is not None, "empty_row": spec.empty_row,
-        "normalisation": spec.normalisation,
+        "normalisation": spec.normalisation, "softmax": spec.softmax,
         "drawn": drawn_in(*spec.roots().values()),
         "tile_map": tile_map, "map_rows": ROWS, "map_keys": KEYS,
         "ranges": ranges_of(None if tile_map is not None else residual, source.writer, source.count),
@@ -151,7 +151,8 @@ def _matrix_context(source: CppSource) -> dict[str, object]:
     """What ``matrix/forward.cpp.jinja`` needs besides; the lanes core stays in it, for rows that need more than bfloat16."""
     spec, computed = source.spec, source.computed
     runs = write_keys.KeyRuns()
-    program = partial(write_keys.key_program, source.batch_index, runs, source.count)
+    hidden = "vr(-R(INFINITY))" if spec.softmax else "VR{}"
+    program = partial(write_keys.key_program, source.batch_index, runs, source.count, hidden)
     programs = [program("ScoreFull", "Every entry is visible.", computed.visible)]
     if computed.masked:
         names = tuple(bound.name for bound in computed.bounds)
