@@ -51,6 +51,7 @@ class CppSource:
     def __init__(self, spec: AttentionSpec) -> None:
         self.spec, self.computed = spec, forward_program(spec)
         self.count = [0]
+        self.hidden = "vr(-R(INFINITY))" if spec.softmax else "VR{}"  # the score of an entry that is not seen
         self.batch_index = Body(prefix="b.")
         self.rows = Body(lanes=True, prefix="r.", suffix="[v]")
 
@@ -80,8 +81,7 @@ class CppSource:
         program.result = writer.value(node).spread("real")
         if masked:
             allowed = " & ".join(self.seen(writer))
-            hidden = "vr(-R(INFINITY))" if self.spec.softmax else "VR{}"
-            program.entry.lines.append(f"const VR visible = select({allowed}, {program.result}, {hidden});")
+            program.entry.lines.append(f"const VR visible = select({allowed}, {program.result}, {self.hidden});")
             program.result = "visible"
         return program
 
@@ -151,12 +151,11 @@ def _matrix_context(source: CppSource) -> dict[str, object]:
     """What ``matrix/forward.cpp.jinja`` needs besides; the lanes core stays in it, for rows that need more than bfloat16."""
     spec, computed = source.spec, source.computed
     runs = write_keys.KeyRuns()
-    hidden = "vr(-R(INFINITY))" if spec.softmax else "VR{}"
-    program = partial(write_keys.key_program, source.batch_index, runs, source.count, hidden)
+    program = partial(write_keys.key_program, source.batch_index, runs, source.count)
     programs = [program("ScoreFull", "Every entry is visible.", computed.visible)]
     if computed.masked:
         names = tuple(bound.name for bound in computed.bounds)
-        masked = program("ScorePartial", "Some entries are masked.", computed.visible, names, computed.residual)
+        masked = program("ScorePartial", "Some entries are masked.", computed.visible, names, computed.residual, source.hidden)
         programs.append(masked)
     if computed.weighted:
         programs.append(program("Weight", "What the product with the values takes in place of the probability.", spec.weight))

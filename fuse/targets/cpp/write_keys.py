@@ -86,14 +86,14 @@ def key_program(
     batch_index: Body,
     runs: KeyRuns,
     count: list[int],
-    hidden: str,
     name: str,
     comment: str,
     node: Expr,
     bounds: tuple[str, ...] = (),
     predicate: Expr | None = None,
+    hidden: str = "",
 ) -> KeyProgram:
-    """The score or weight ``node`` of every entry; ``hidden`` outside the mask's ``bounds`` and where ``predicate`` is false."""
+    """The score or weight ``node`` of every entry; ``hidden`` outside the ``bounds`` and where ``predicate`` is false."""
     argument = "prob" if name == "Weight" else "score"
     program = KeyProgram(name, comment, argument)
     writer = KeyWriter(batch_index, program, runs, count)
