@@ -139,9 +139,7 @@ def is_contraction(node: Node) -> bool:
     return node.op in ("call_function", "call_method") and operator_name(node) in CONTRACTIONS
 
 
-def _contractions_after(
-    anchor: Node, order: Mapping[Node, int], stops: Set[str] = frozenset()
-) -> list[tuple[Node, set[Node]]]:
+def _contractions_after(anchor: Node, order: Mapping[Node, int], stops: Set[str] = frozenset()) -> list[tuple[Node, set[Node]]]:
     """The contractions that the anchor's value reaches through other operations but ``stops``, with the nodes it passed."""
     seen, queue, ends = {anchor}, [anchor], []
     while queue and len(seen) < _FORWARD_LIMIT:

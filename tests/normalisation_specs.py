@@ -109,4 +109,3 @@ def decoding_without_a_softmax(dtype: str) -> Problem:
 @case
 def decoding_divided_by_its_sum(dtype: str) -> Problem:
     return problem(dtype, q_len=2, kv_len=700, score=_positive, normalisation="sum")
-
