@@ -3,7 +3,7 @@
 of a graph
     expand    composite calls, written out
     states    what surrounds each node: autocast, grad mode, functorch level
-    find      candidates: a normalisation, the contraction behind it, the slice of the graph around them
+    find      candidates: a normalisation or a first product, the contraction behind it, the slice of the graph around them
     trace     the slices as functional ATen, for reading
 of each site
     lift      one element of the result as mathematics: an AttentionSpec, or a reason why not
@@ -17,10 +17,10 @@ of the graph
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence, Set
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, field
-from typing import Any
+from functools import partial
+from typing import Any, TypeVar
 
 from torch.fx import Graph, GraphModule, Node
 
@@ -38,6 +38,7 @@ from fuse.passes.find import Candidate, find, is_attention
 from fuse.passes.layout import put_keys_innermost
 from fuse.passes.lift import Lifted, Pass, SiteContext, lift
 from fuse.passes.masks import recover_mask
+from fuse.passes.pays import check_pays
 from fuse.passes.policy import Choose, Contents, Leave, Policy, leave_none
 from fuse.passes.read.bodies import Body, bodies
 from fuse.passes.read.graph import State, hidden_subclass, operator_name, states, tensor_of
@@ -50,15 +51,19 @@ from fuse.report.reasons import (
     Declined,
     InternalError,
     NoScoreProduct,
+    NothingSaved,
     NotSoftmax,
     OtherDevice,
+    ProbabilitiesUsed,
     Reason,
+    Slower,
     Subclass,
     UnsupportedShape,
 )
 from fuse.report.site import Reading, Site
 from fuse.torch_private import SizeWouldBeFixed
 
+T = TypeVar("T")
 PASSES: tuple[Pass, ...] = (
     know_contents,  # what a buffer holds is a formula
     recover_mask,  # the predicate is separated from the score and bounded in closed form
@@ -112,27 +117,36 @@ class _Told:
     lacking: dict[Node, Reason] = field(default_factory=dict)
     anchors: list[Node] = field(default_factory=list)
 
-    @contextmanager
-    def declined(self, candidate: Candidate) -> Iterator[None]:
-        """What is raised inside is the reason why the candidate is left."""
+    def tried(self, candidate: Candidate, make: Callable[[], T], made: list[T]) -> Reason | None:
+        """Adds what ``make`` gives to ``made``; what it raises is the reason why the candidate is left."""
         try:
-            yield
+            made.append(make())
+            return None
         except Declined as d:
-            self._decline(candidate, d.reason)
+            reason = d.reason
         except Exception as e:
-            self._decline(candidate, _failure(e))
+            reason = _failure(e)
+        self.decline(candidate, reason)
+        return reason
 
     def forget_readers(self, anchors: Sequence[Node]) -> None:
         """Products that are no attention, but read weights that one of these ``anchors`` gives."""
         self.sites = [site for site, anchor in zip(self.sites, self.anchors, strict=True) if anchor not in anchors]
 
-    def _decline(self, candidate: Candidate, reason: Reason) -> None:
-        if isinstance(reason, (NotSoftmax, NoScoreProduct)) and not is_attention(candidate.anchor):
+    def decline(self, candidate: Candidate, reason: Reason) -> None:
+        if not candidate.softmax:
+            self._two_products(candidate, reason)
+        elif isinstance(reason, (NotSoftmax, NoScoreProduct)) and not is_attention(candidate.anchor):
             self.lacking[candidate.anchor] = reason
         else:
             self.nodes.add(candidate.anchor)
             self.sites.append(declined_site(candidate, reason))
             self.anchors.append(candidate.anchor)
+
+    def _two_products(self, candidate: Candidate, reason: Reason) -> None:
+        """Of any two products without a softmax little can be said: what was read as attention is told of."""
+        if isinstance(reason, (NothingSaved, ProbabilitiesUsed, Slower)):
+            self.lacking[candidate.anchor] = reason
 
 
 def _run_graph(body: Body, policy: Policy) -> Reading:
@@ -167,21 +181,29 @@ def _fuse_sites(body: Body, policy: Policy, expansions: Sequence[Expansion]) -> 
     candidates = find(graph, state_of)
     refused = None if policy.refused is None else ((c, policy.refused) for c in candidates)
     read: list[_Read] = []
+    settled: set[Node] = set()
     for candidate, traced in refused or _traces(graph, candidates, state_of):
-        with told.declined(candidate):
-            read.append(_read_site(candidate, traced, policy, state_of))
-    live, given = _live_beside(graph, candidates, read, kept), set[Node]()
+        if candidate.softmax or candidate.roots[0] not in settled:
+            reason = told.tried(candidate, partial(_read_site, candidate, traced, policy, state_of), read)
+            if not isinstance(reason, (NotSoftmax, NoScoreProduct, InternalError)):
+                settled.add(candidate.roots[0])
+    live = _live_beside(graph, candidates, read, kept)
     found: list[Found] = []
+
+    def put(site: _Read) -> Found:
+        made = _insert_site(graph, site, state_of, live, {old for f in found for old, _ in f.replacement.beside})
+        _check_wanted(graph, made, policy.leave, calls.get(site.candidate.anchor, site.candidate.anchor))
+        return made
+
     for site in read:
-        with told.declined(site.candidate):
-            made = _insert_site(graph, site, state_of, live, given)
-            _check_wanted(graph, made, policy.leave, calls.get(made.candidate.anchor, made.candidate.anchor))
-            found.append(made)
-            given.update(old for old, _ in made.replacement.beside)
+        told.tried(site.candidate, partial(put, site), found)
     told.forget_readers([f.candidate.anchor for f in found if f.replacement.weights])
-    if candidates:
-        told.sites += accept(graph, candidates, found, kept)
-        told.nodes |= {f.candidate.anchor for f in found}
+    for f, decided in accept(graph, candidates, found, kept) if candidates else ():
+        if isinstance(decided, Site):
+            told.sites.append(decided)
+            told.nodes |= {f.candidate.anchor} if f.candidate.softmax else f.candidate.nodes
+        else:
+            told.decline(f.candidate, decided)
     return told
 
 
@@ -202,10 +224,13 @@ def _failure(error: Exception) -> Reason:
 def _traces(
     graph: Graph, candidates: list[Candidate], state_of: Mapping[Node, State]
 ) -> Iterator[tuple[Candidate, Trace | Declined]]:
-    """One trace for all slices, so that a mask built once is read once; one each where that fails."""
-    together = _trace_slices(graph, candidates, state_of)
-    for c in candidates:
-        yield c, together if isinstance(together, Trace) else _trace_slices(graph, [c], state_of)
+    """One trace for all slices, so that a mask built once is read once; one each where that fails. What has no softmax may be
+    no attention, and must not change how others are read."""
+    for softmax in (True, False):
+        alike = [c for c in candidates if c.softmax == softmax]
+        together = _trace_slices(graph, alike, state_of) if alike else None
+        for c in alike:
+            yield c, together if isinstance(together, Trace) else _trace_slices(graph, [c], state_of)
 
 
 def _trace_slices(graph: Graph, candidates: list[Candidate], state_of: Mapping[Node, State]) -> Trace | Declined:
@@ -236,10 +261,11 @@ def _read_site(candidate: Candidate, traced: Trace | Declined, policy: Policy, s
     declined: Declined | None = None
     for root in reversed(candidate.roots):
         try:
-            lifted = lift(root, context.trace)
+            lifted = lift(root, context.trace, candidate.softmax)
         except Declined as d:
             declined = declined or d
             continue
+        check_pays(lifted)
         check_transforms(lifted, candidate.inputs, state_of[candidate.anchor], state_of[root])
         steps = [("lift", lifted.spec)]
         for each in PASSES:

@@ -81,7 +81,8 @@ def read_beside(
     others  what other sites give
     """
     finder = _Finder(candidate, root, lifted, context, states, live, others)
-    finder.search()
+    if lifted.spec.softmax:  # what others divide by has no kernel that gives it
+        finder.search()
     order = {n: i for i, n in enumerate(root.graph.nodes)}
     readers = [u for n in finder.given for u in n.users if u in live]
     first = min((root, *readers), key=order.__getitem__)

@@ -17,10 +17,24 @@ from spellings import (
     regions,
     scales,
     softmaxes,
+    unnormalised,
 )
 from together import narrow
 
-TOPICS = (beside, softmaxes, products, scales, masks, biases, layouts, composites, regions, near_misses, near_miss_masks)
+TOPICS = (
+    beside,
+    softmaxes,
+    products,
+    scales,
+    masks,
+    biases,
+    layouts,
+    composites,
+    regions,
+    near_misses,
+    near_miss_masks,
+    unnormalised,
+)
 
 
 # A row that is NaN gives NaN to all gradients; eager's masked_fill keeps it from those of queries and keys.

@@ -94,10 +94,10 @@ def leaves(p: Problem) -> list[Tensor]:
 def test_opcheck(name: str, heads: int) -> None:
     p = ALL[name]("float32")
     heads = p.sizes[1] if heads else 0
-    out, lse = reference.attention_with_lse(p.spec, p.operands, p.sizes, "eager")
+    _, lse = reference.attention_with_lse(p.spec, p.operands, p.sizes, "eager")
     arguments = (leaves(p), lse, p.sizes, p.spec.to_json(), "reference", heads)
     torch.library.opcheck(torch.ops.fuse.attention_weights.default, arguments)
-    torch.library.opcheck(torch.ops.fuse.attention_rows.default, (leaves(p), p.sizes, p.spec.to_json(), "reference"))
+    torch.library.opcheck(torch.ops.fuse.attention_rows.default, (p.operands, p.sizes, p.spec.to_json(), "reference"))
 
 
 @pytest.mark.parametrize("heads", [0, 3])
@@ -145,12 +145,16 @@ def test_where_no_gradient_arrives_at_weights_none_is_computed(monkeypatch: pyte
             ].square().sum().backward()
 
 
-def test_second_derivatives_and_tangents_of_weights_are_plain_pytorch() -> None:
+@pytest.mark.parametrize("heads", [0, 1])
+def test_second_derivatives_and_tangents_of_weights_are_plain_pytorch(heads: int) -> None:
     p = CASES["causal"]("float64")
     small = replace(p, operands=[t[:1, :1, :5] for t in p.operands], sizes=[1, 1, 5, 5])
-    for heads in (0, 1):
-        assert torch.autograd.gradcheck(lambda *t: given(small, list(t), heads)[1], leaves(small), check_forward_ad=True)
-        assert torch.autograd.gradgradcheck(lambda *t: given(small, list(t), heads)[1], leaves(small))
+
+    def matrix(*operands: Tensor) -> Tensor:
+        return given(small, list(operands), heads)[1]
+
+    assert torch.autograd.gradcheck(matrix, leaves(small), check_forward_ad=True)
+    assert torch.autograd.gradgradcheck(matrix, leaves(small))
 
 
 @pytest.mark.parametrize("heads", [0, 3])

@@ -1,20 +1,21 @@
 """``fuse::attention_weights``: a matrix of weights, from the scores and the log-sum-exp of their rows.
 
-``fuse::attention_rows`` has computed the result, which does not wait for it. ``spec`` is that of the result, but for ``weight``,
-which is what is to be written of each probability, and ``out_dtype``. The matrix is dense, of shape (B0, …, q_len, kv_len); where
-its number of ``heads`` is not 0 it is the mean over so many neighbouring batch indices: (batch indices / heads, q_len, kv_len).
-Its gradient is plain PyTorch, in blocks of rows; where none arrives nothing is computed.
+``fuse::attention_rows`` has computed the result, which does not wait for it. ``spec`` is the result's, but for ``weight``, what
+is to be written of each probability, and ``out_dtype``. The matrix is dense, of shape (B0, …, q_len, kv_len). If ``heads`` is
+not 0 it is the mean over so many neighbouring batch indices, of shape (batch indices / heads, q_len, kv_len). Its
+gradient is plain PyTorch, in blocks of rows; where none arrives nothing is computed.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
 from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
+from fuse.errors import TangentOfGradient
 from fuse.ir.gradient import differentiable
 from fuse.ir.spec import IntLike, weights_shape
 from fuse.memoize import memoize
@@ -80,18 +81,6 @@ def _fake_weights_backward(
 # -------------------------------------------------------------------------------------------------------- autograd
 
 
-def _of_some(
-    operands: Sequence[Tensor], moving: Sequence[bool], compute: Callable[[list[Tensor]], Tensor]
-) -> tuple[Callable[..., Tensor], tuple[Tensor, ...]]:
-    """``compute`` as a function of the operands that are ``moving``, and these."""
-
-    def function(*moved: Tensor) -> Tensor:
-        given = iter(moved)
-        return compute([next(given) if m else t for t, m in zip(operands, moving, strict=True)])
-
-    return function, tuple(t for t, m in zip(operands, moving, strict=True) if m)
-
-
 class _Weights(levels.Function):
     """Saves what the result's does already; the scores are computed again."""
 
@@ -119,10 +108,35 @@ class _Weights(levels.Function):
         from fuse.targets import reference
 
         operands, (sizes, spec, heads) = ctx.saved_tensors, ctx.call
-        moving = [t is not None and d for t, d in zip(tangents[5:], _differentiable(spec), strict=True)]
-        matrix, leaves = _of_some(operands, moving, lambda given: reference.weights_at_once(parsed(spec), given, sizes, heads))
-        along = tuple(t for t, m in zip(tangents[5:], moving, strict=True) if m)
-        return torch.func.jvp(matrix, leaves, along)[1]  # type: ignore[no-any-return]
+        along = [t if d else None for t, d in zip(tangents[5:], _differentiable(spec), strict=True)]
+        return reference.weights_tangent(parsed(spec), operands, along, sizes, heads)
+
+
+class _WeightsBackward(levels.Function):
+    """The backward pass, whose derivative is PyTorch's of the reference."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, sizes: list[IntLike], spec: str, wanted: list[bool], heads: IntLike, grad: Tensor, *operands: Tensor
+    ) -> tuple[Tensor, ...]:
+        ctx.save_for_backward(grad, *operands)
+        ctx.call = sizes, spec, wanted, heads
+        with torch.enable_grad(), below_autograd():
+            return tuple(_ops.attention_weights_backward.default(grad, operands, sizes, spec, wanted, heads))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        from fuse.targets import reference
+
+        (grad, *operands), (sizes, spec, wanted, heads) = ctx.saved_tensors, ctx.call
+        by_grad, by_operands = reference.weights_second(parsed(spec), grad, operands, sizes, wanted, heads, grads)
+        rest = iter(by_operands)
+        return (None, None, None, None, by_grad, *(next(rest) if w else None for w in wanted))
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> None:
+        raise TangentOfGradient
 
 
 def _weights_autograd(operands: list[Tensor], lse: Tensor, sizes: list[int], spec: str, target: str, heads: int) -> Tensor:
@@ -136,12 +150,9 @@ def _weights_autograd(operands: list[Tensor], lse: Tensor, sizes: list[int], spe
 def _weights_backward_autograd(
     grad: Tensor, operands: list[Tensor], sizes: list[int], spec: str, wanted: list[bool], heads: int
 ) -> list[Tensor]:
-    """Where a derivative of it is wanted, it is made of operations that have one."""
-    if attention.any_gradient((grad, *operands), [True] * (1 + len(operands))) or any_tangent((grad, *operands)):
-        from fuse.targets import reference
-
-        matrix, leaves = _of_some(operands, wanted, lambda given: reference.weights_at_once(parsed(spec), given, sizes, heads))
-        return list(torch.func.vjp(matrix, *leaves)[1](grad))
+    tensors = (grad, *operands)
+    if attention.any_gradient(tensors, [True] * len(tensors)) or any_tangent(tensors):
+        return list(levels.apply(_WeightsBackward, sizes, spec, wanted, heads, grad, *operands))
     with below_autograd():
         return list(_ops.attention_weights_backward.default(grad, operands, sizes, spec, wanted, heads))
 

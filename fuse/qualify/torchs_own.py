@@ -1,4 +1,5 @@
-"""The same attention as one call of F.scaled_dot_product_attention, where it can say it."""
+"""The same attention as torch has it: one call of F.scaled_dot_product_attention where it can say it; without a softmax two
+products."""
 
 from __future__ import annotations
 
@@ -32,14 +33,38 @@ class Rival:
     wanted: tuple[bool, bool, bool]
 
 
-def sdpa(p: Problem, wanted: Sequence[bool]) -> Rival | None:
+def rival(p: Problem, wanted: Sequence[bool], weights: bool = False) -> Rival | None:
+    """What torch has for the problem; None where it has nothing that could be called.
+
+    weights  they are made as well, in the operations that a model writes: no operator gives them
+    """
+    spec = p.spec
+    views = [_view(load, matrix, p) for load, matrix in ((spec.query, "qd"), (spec.key, "kd"), (spec.value, "ke"))]
+    query, key, value = views
+    if query is None or key is None or value is None or query.groups != 1 or key.groups != value.groups:
+        return None
+    call = _sdpa(p, key.groups, weights) if spec.softmax else partial(_products, key.groups)
+    of_query, of_key, of_value = (wanted[load.operand] for load in (spec.query, spec.key, spec.value))
+    return call and Rival(call, (query.matrix, key.matrix, value.matrix), (of_query, of_key, of_value))
+
+
+def _products(groups: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    """The least that scores without a softmax can cost where they are written: one operation on each, between two products."""
+    shared = query.unflatten(-3, (-1, groups)) if groups > 1 else query
+    key, value = (x.unsqueeze(-3) if groups > 1 else x for x in (key, value))
+    return ((shared @ key.mT) * 0.5) @ value
+
+
+def _sdpa(p: Problem, groups: int, weights: bool) -> Callable[..., Tensor] | None:
     """The problem as SDPA has it, with masks and biases made beforehand; None where SDPA has no such argument."""
-    return _rival(p, wanted, F.scaled_dot_product_attention)
-
-
-def with_weights(p: Problem, wanted: Sequence[bool]) -> Rival | None:
-    """The problem in the operations that a model writes to have its weights as well; None where it is not plain enough."""
-    return _rival(p, wanted, _with_weights)
+    spec = p.spec
+    parts = _parts(spec.score if spec.mask is None else spec.mask.visible)
+    if parts is None or spec.extra_logits or not isinstance(_plain(spec.weight), Prob):
+        return None
+    causal = _is_causal(p) and not parts.biases
+    mask = None if causal else _mask(p, parts)
+    attend = _with_weights if weights else F.scaled_dot_product_attention
+    return partial(attend, attn_mask=mask, is_causal=causal, scale=parts.scale, enable_gqa=groups != 1)
 
 
 def _with_weights(
@@ -54,22 +79,6 @@ def _with_weights(
     if attn_mask is not None:
         score = score.masked_fill(~attn_mask, -torch.inf) if attn_mask.dtype == torch.bool else score + attn_mask
     return score.softmax(-1).to(value.dtype) @ value
-
-
-def _rival(p: Problem, wanted: Sequence[bool], attend: Callable[..., Tensor]) -> Rival | None:
-    spec = p.spec
-    parts = _parts(spec.score if spec.mask is None else spec.mask.visible)
-    views = [_view(load, matrix, p) for load, matrix in ((spec.query, "qd"), (spec.key, "kd"), (spec.value, "ke"))]
-    if parts is None or spec.extra_logits or not isinstance(_plain(spec.weight), Prob):
-        return None
-    query, key, value = views
-    if query is None or key is None or value is None or query.groups != 1 or key.groups != value.groups:
-        return None
-    causal = _is_causal(p) and not parts.biases
-    mask = None if causal else _mask(p, parts)
-    call = partial(attend, attn_mask=mask, is_causal=causal, scale=parts.scale, enable_gqa=key.groups != 1)
-    of_query, of_key, of_value = (wanted[load.operand] for load in (spec.query, spec.key, spec.value))
-    return Rival(call, (query.matrix, key.matrix, value.matrix), (of_query, of_key, of_value))
 
 
 def _plain(e: Expr) -> Expr:

@@ -97,8 +97,8 @@ def caller(operator: str, text: str, target: str, slow: Callable[..., Any]) -> C
 def running(
     spec: AttentionSpec, target: str, wanted: tuple[bool, ...], weights: Sequence[AttentionSpec] = ()
 ) -> dict[Part, Runs]:
-    """What computes ``spec``, the gradients of its ``wanted`` operands, the map of its mask, and ``weights`` beside it, as far as
-    anybody has asked for them. Waits for nothing. Of several matrices the one that is worst off counts.
+    """What computes ``spec``, the gradients of its ``wanted`` operands, the map of its mask, and ``weights`` beside it, as far
+    as anybody has asked for them. Waits for nothing. Of several matrices the one that is worst off counts.
     """
     use = _map_of(spec)
     found: dict[Part, Future[Any] | None] = {

@@ -7,7 +7,7 @@ sequences; ``mask`` is not used, since ``score`` alone is always right.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -39,7 +39,7 @@ def attention(spec: AttentionSpec, operands: Sequence[Tensor], sizes: Sequence[i
 def attention_with_lse(
     spec: AttentionSpec, operands: Sequence[Tensor], sizes: Sequence[int], precision: str = "exact"
 ) -> tuple[Tensor, Tensor]:
-    """The result as ``attention`` gives it, and the log-sum-exp of each row as ``fuse.ir.gradient`` defines it.
+    """The result as ``attention`` gives it, and the log-sum-exp or total of each row as ``fuse.ir.gradient`` defines it.
 
     lse  dense, of shape ``spec.lse_shape(sizes)``; in ``spec.lse_dtype``, or in float64 where precision is "exact"
     """
@@ -50,10 +50,10 @@ def attention_with_lse(
     with torch.no_grad(), torch.autocast(call.device.type, enabled=False):
         key, value = call.key(), call.value()
         for rows in call.blocks():
-            softmax = call.softmax(rows, key)
-            weight = call.entries(spec.weight, rows, {Prob: softmax.prob})
+            found = call.probabilities(rows, key)
+            weight = call.entries(spec.weight, rows, {Prob: found.prob})
             out[..., slice(*rows), :] = _product(weight, value).to(out.dtype)
-            lse[..., slice(*rows)] = softmax.lse
+            lse[..., slice(*rows)] = found.lse
     return out, lse
 
 
@@ -121,6 +121,21 @@ def weights_at_once(spec: AttentionSpec, operands: Sequence[Tensor], sizes: Sequ
         return call.weights((0, call.q_len), call.key(), heads).to(call.dtype(spec.out_dtype))
 
 
+def weights_second(
+    spec: AttentionSpec, grad: Tensor, operands: Sequence[Tensor], sizes: Sequence[int], wanted: Sequence[bool], heads: int,
+    grads: Sequence[Tensor],
+) -> tuple[Tensor, list[Tensor]]:  # fmt: skip
+    """As ``attention_second``, of ``weights_backward``."""
+
+    def matrix(*leaves: Tensor) -> tuple[Tensor]:
+        rest = iter(leaves)
+        found = weights_at_once(spec, [next(rest) if w else t for t, w in zip(operands, wanted, strict=True)], sizes, heads)
+        return (found.to(grad.dtype),)
+
+    (by_grad,), by_leaves = _second(matrix, (grad,), [t for t, w in zip(operands, wanted, strict=True) if w], grads)
+    return by_grad, by_leaves
+
+
 def attention_second(
     spec: AttentionSpec,
     given: tuple[Tensor, ...],
@@ -141,15 +156,22 @@ def attention_second(
         rest = iter(leaves)
         call = _call(spec, [next(rest) if w else t for t, w in zip(operands, wanted, strict=True)], sizes, "eager")
         rows = (0, call.q_len)
-        softmax = call.softmax(rows, call.key())
-        out = _product(call.entries(spec.weight, rows, {Prob: softmax.prob}), call.value())
-        return tuple(x.to(grad.dtype) for x, grad in zip((out, softmax.lse), given, strict=False))
+        found = call.probabilities(rows, call.key())
+        out = _product(call.entries(spec.weight, rows, {Prob: found.prob}), call.value())
+        return tuple(x.to(grad.dtype) for x, grad in zip((out, found.lse), given, strict=False))
+
+    return _second(results, given, [t for t, w in zip(operands, wanted, strict=True) if w], grads)
+
+
+def _second(
+    results: Callable[..., tuple[Tensor, ...]], given: tuple[Tensor, ...], leaves: Sequence[Tensor], grads: Sequence[Tensor]
+) -> tuple[tuple[Tensor, ...], list[Tensor]]:
+    """Of the backward pass of ``results``, a function of ``leaves``, which was ``given`` their gradients."""
 
     def backward(grads: tuple[Tensor, ...], *leaves: Tensor) -> tuple[Tensor, ...]:
         return torch.func.vjp(results, *leaves)[1](grads)  # type: ignore[no-any-return]
 
     with torch.autocast(given[0].device.type, enabled=False):
-        leaves = [t for t, w in zip(operands, wanted, strict=True) if w]
         by_given, *by_leaves = torch.func.vjp(backward, given, *leaves)[1](tuple(grads))
         return by_given, by_leaves
 
@@ -160,6 +182,12 @@ def _call(spec: AttentionSpec, operands: Sequence[Tensor], sizes: Sequence[int],
     return _Call(spec, operands, sizes, precision == "exact")
 
 
+def _mean(spec: AttentionSpec, prob: Tensor, x: Tensor) -> Tensor:
+    """Of each row of ``x``; nothing where rows are not normalised."""
+    mean = (prob * x).sum(-1, keepdim=True)
+    return mean if spec.normalisation != "none" else torch.zeros_like(mean)
+
+
 def _product(a: Tensor, b: Tensor) -> Tensor:
     """The matrix product in the wider of both dtypes."""
     common = torch.promote_types(a.dtype, b.dtype)
@@ -167,13 +195,17 @@ def _product(a: Tensor, b: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True)
-class _Softmax:
-    """Rows of the raw score, of the probabilities of the keys, of those of the extra logits, and their log-sum-exp."""
+class _Probabilities:
+    """Rows of the raw score, of the probabilities of the keys, of those of the extra logits, and their log-sum-exp or total.
+
+    rate  what a score's gradient is multiplied by, beside the probability's less ``delta``
+    """
 
     raw: Tensor
     prob: Tensor
     extra: tuple[Tensor, ...]
     lse: Tensor
+    rate: Tensor
 
 
 @dataclass(frozen=True)
@@ -244,13 +276,18 @@ class _Call:
 
     def weights(self, rows: Extent, key: Tensor, heads: int) -> Tensor:
         """Of these rows; means over so many ``heads`` that are not 0."""
-        found = self.entries(self.spec.weight, rows, {Prob: self.softmax(rows, key).prob})
-        if heads == 0:
-            return found
-        return found.to(self.dtype(self.spec.out_dtype)).reshape(-1, heads, *found.shape[-2:]).mean(1)
+        return self.averaged(self.entries(self.spec.weight, rows, {Prob: self.probabilities(rows, key).prob}), heads)
 
-    def softmax(self, rows: Extent, key: Tensor) -> _Softmax:
+    def averaged(self, matrix: Tensor, heads: int) -> Tensor:
+        if heads == 0:
+            return matrix
+        return matrix.to(self.dtype(self.spec.out_dtype)).reshape(-1, heads, *matrix.shape[-2:]).mean(1)
+
+    def probabilities(self, rows: Extent, key: Tensor) -> _Probabilities:
         raw, score = self.score(rows, key)
+        return self._softmax(rows, raw, score) if self.spec.softmax else self._divided(raw, score)
+
+    def _softmax(self, rows: Extent, raw: Tensor, score: Tensor) -> _Probabilities:
         extra = [self.entries(x, rows, {}).to(score.dtype) for x in self.spec.extra_logits]
         logits = torch.cat((score, *extra), -1)
         prob, lse = logits.softmax(-1), logits.to(self.dtype(self.spec.lse_dtype)).logsumexp(-1)
@@ -258,7 +295,13 @@ class _Call:
             empty = (score == -math.inf).all(-1, keepdim=True)
             prob, lse = prob.masked_fill(empty, 0.0), lse.masked_fill(empty[..., 0], math.inf)
         keys, *rest = prob.split([self.kv_len] + [1] * len(extra), -1)
-        return _Softmax(raw, keys, tuple(rest), lse)
+        return _Probabilities(raw, keys, tuple(rest), lse, keys)
+
+    def _divided(self, raw: Tensor, score: Tensor) -> _Probabilities:
+        """By its sum, or by nothing."""
+        by_sum = self.spec.normalisation == "sum"
+        total = score.sum(-1, keepdim=True) if by_sum else score.new_ones((*score.shape[:-1], 1))
+        return _Probabilities(raw, score / total, (), total[..., 0].to(self.dtype(self.spec.lse_dtype)), 1 / total)
 
 
 # -------------------------------------------------------------------------------------------------------- backward
@@ -284,7 +327,7 @@ class _Backward:
             d_weight = grad[..., slice(*rows), :]
             if heads != 0:
                 d_weight = (d_weight / heads).repeat_interleave(heads, 0).reshape(*call.batch_shape, *d_weight.shape[-2:])
-            self._entries(rows, call.softmax(rows, key), d_weight, None, key, totals)
+            self._entries(rows, call.probabilities(rows, key), d_weight, None, key, totals)
         return self._results(totals)
 
     def _zeros(self) -> dict[int, Tensor]:
@@ -307,31 +350,37 @@ class _Backward:
         self, rows: Extent, grad_out: Tensor, grad_lse: Tensor | None, key: Tensor, value: Tensor, totals: dict[int, Tensor]
     ) -> None:
         """Adds to ``totals``, operand → gradient, what these rows contribute."""
-        softmax = self.call.softmax(rows, key)
-        weight = self.call.entries(self.call.spec.weight, rows, {Prob: softmax.prob})
-        self._entries(rows, softmax, _product(grad_out, value.mT).to(weight.dtype), grad_lse, key, totals)
+        found = self.call.probabilities(rows, key)
+        weight = self.call.entries(self.call.spec.weight, rows, {Prob: found.prob})
+        self._entries(rows, found, _product(grad_out, value.mT).to(weight.dtype), grad_lse, key, totals)
         if self.gradient.value:
             keys, e = (0, self.call.kv_len), (0, self.call.spec.v_dim)
             self._scatter(self.call.spec.value, _product(weight.mT, grad_out), totals, k=keys, e=e)
 
     def _entries(
-        self, rows: Extent, softmax: _Softmax, d_weight: Tensor, grad_lse: Tensor | None, key: Tensor, totals: dict[int, Tensor]
+        self,
+        rows: Extent,
+        found: _Probabilities,
+        d_weight: Tensor,
+        grad_lse: Tensor | None,
+        key: Tensor,
+        totals: dict[int, Tensor],
     ) -> None:
         """As ``_rows``, from the gradient of the weights: to the scores, and to what they and the weights load."""
         call, spec, of = self.call, self.call.spec, self.gradient
-        leaves: dict[type[Expr], Tensor] = {Score: softmax.raw, Prob: softmax.prob}
-        d_prob = (d_weight * call.entries(of.weight, rows, leaves)).to(softmax.prob.dtype)
-        delta = (softmax.prob * d_prob).sum(-1, keepdim=True)
+        leaves: dict[type[Expr], Tensor] = {Score: found.raw, Prob: found.prob}
+        d_prob = (d_weight * call.entries(of.weight, rows, leaves)).to(found.prob.dtype)
+        delta = _mean(spec, found.prob, d_prob)
         delta = delta if grad_lse is None else delta - grad_lse
-        d_score = softmax.prob * (d_prob - delta)
-        d_raw = (d_score * call.entries(of.score, rows, leaves)).to(softmax.raw.dtype)
+        d_score = found.rate * (d_prob - delta)
+        d_raw = (d_score * call.entries(of.score, rows, leaves)).to(found.raw.dtype)
         keys, d = (0, call.kv_len), (0, spec.qk_dim)
         if of.query:
             self._scatter(spec.query, _product(d_raw, key), totals, q=rows, d=d)
         if of.key:
             self._scatter(spec.key, _product(d_raw.mT, call.query(rows)), totals, k=keys, d=d)
         of_root = {"score": d_score, "weight": d_weight}
-        of_root |= {f"extra_logits.{i}": -p * delta for i, p in enumerate(softmax.extra)}
+        of_root |= {f"extra_logits.{i}": -p * delta for i, p in enumerate(found.extra)}
         for term in of.terms:
             grad = of_root[term.root] * call.entries(term.factor, rows, leaves)
             self._scatter(term.load, grad, totals, q=rows, k=(0, grad.shape[-1]))
@@ -350,12 +399,10 @@ def attention_tangent(
     """The derivatives of the result and of its rows' log-sum-exp along ``tangents``, one for each operand or None: forward-mode
     differentiation.
 
-    The tangent of a softmax is prob * (t - sum of prob * t), t the scores'; that sum is the log-sum-exp's. Laid out as these.
+    The tangent of a softmax is prob * (t - sum of prob * t), t the scores'; that sum is the log-sum-exp's. That of s / sum of s
+    is t / sum of s - prob * sum of (t / sum of s). Laid out as these.
     """
-    wanted = tuple(t is not None for t in tangents)
-    still = [torch.zeros_like(x) if x.is_floating_point() else x for x in operands]  # integers say where others are read
-    along = [x if t is None else t for x, t in zip(still, tangents, strict=True)]
-    tangent = _Tangent(_call(spec, operands, sizes, "eager"), _call(spec, along, sizes, "eager"), gradient(spec, wanted))
+    tangent = _tangent(spec, operands, tangents, sizes)
     out = torch.empty_strided(
         spec.out_shape(sizes), spec.out_strides(sizes), dtype=getattr(torch, spec.out_dtype), device=operands[0].device
     )
@@ -367,6 +414,27 @@ def attention_tangent(
     return out, lse
 
 
+def weights_tangent(
+    spec: AttentionSpec, operands: Sequence[Tensor], tangents: Sequence[Tensor | None], sizes: Sequence[int], heads: int
+) -> Tensor:
+    """As ``attention_tangent``, of ``weights``."""
+    tangent = _tangent(spec, operands, tangents, sizes)
+    matrix = torch.empty(weights_shape(spec, sizes, heads), dtype=getattr(torch, spec.out_dtype), device=operands[0].device)
+    with torch.no_grad(), torch.autocast(matrix.device.type, enabled=False):
+        for rows in tangent.call.blocks():
+            matrix[..., slice(*rows), :] = tangent.call.averaged(tangent.weights(rows)[0], heads)
+    return matrix
+
+
+def _tangent(
+    spec: AttentionSpec, operands: Sequence[Tensor], tangents: Sequence[Tensor | None], sizes: Sequence[int]
+) -> _Tangent:
+    wanted = tuple(t is not None for t in tangents)
+    still = [torch.zeros_like(x) if x.is_floating_point() else x for x in operands]  # integers say where others are read
+    along = [x if t is None else t for x, t in zip(still, tangents, strict=True)]
+    return _Tangent(_call(spec, operands, sizes, "eager"), _call(spec, along, sizes, "eager"), gradient(spec, wanted))
+
+
 @dataclass(frozen=True)
 class _Tangent:
     """``along`` is the call with tangents in the place of the operands; the other names are those of ``fuse.ir.gradient``."""
@@ -376,19 +444,24 @@ class _Tangent:
     gradient: Gradient
 
     def rows(self, rows: Extent) -> tuple[Tensor, Tensor]:
+        """Of the result and of the log-sum-exp."""
+        of_weight, mean, weight = self.weights(rows)
+        return _product(of_weight, self.call.value()) + _product(weight, self.along.value()), mean
+
+    def weights(self, rows: Extent) -> tuple[Tensor, Tensor, Tensor]:
+        """Of the weights and of the log-sum-exp, and the weights."""
         call, along, spec = self.call, self.along, self.call.spec
-        key, value = call.key(), call.value()
-        softmax = call.softmax(rows, key)
-        leaves: dict[type[Expr], Tensor] = {Score: softmax.raw, Prob: softmax.prob}
+        key = call.key()
+        found = call.probabilities(rows, key)
+        leaves: dict[type[Expr], Tensor] = {Score: found.raw, Prob: found.prob}
         raw = along.query(rows) @ key.mT + call.query(rows) @ along.key().mT
         score = raw * call.entries(self.gradient.score, rows, leaves) + self._terms("score", rows, leaves)
-        mean = (softmax.prob * score).sum(-1, keepdim=True)
-        for i, p in enumerate(softmax.extra):
+        mean = _mean(spec, found.rate, score)
+        for i, p in enumerate(found.extra):
             mean = mean + p * self._terms(f"extra_logits.{i}", rows, leaves)
-        prob = softmax.prob * (score - mean)
-        weight = prob * call.entries(self.gradient.weight, rows, leaves) + self._terms("weight", rows, leaves)
-        out = _product(weight, value) + _product(call.entries(spec.weight, rows, leaves), along.value())
-        return out, mean
+        prob = found.rate * score - found.prob * mean
+        of_weight = prob * call.entries(self.gradient.weight, rows, leaves) + self._terms("weight", rows, leaves)
+        return of_weight, mean, call.entries(spec.weight, rows, leaves)
 
     def _terms(self, root: str, rows: Extent, leaves: Mapping[type[Expr], Tensor]) -> Tensor | float:
         """What loads add to the tangent of ``root``."""

@@ -1,4 +1,6 @@
-"""Softmax in any spelling: which scores are normalised over the keys, and what happens to the probabilities after."""
+"""Softmax in any spelling: which scores are normalised over the keys, and what happens to the probabilities after. And what
+multiplies values without one: scores, or these divided by their sum.
+"""
 
 from __future__ import annotations
 
@@ -21,8 +23,9 @@ _SINK_LIMIT = 8  # extra positions of the softmax that have no key
 class Softmax:
     """weight(p) with p = softmax over k of score, ``extra_logits`` joining.
 
-    safe     rows without a score give zeros
-    rounded  probabilities are exp(score - logsumexp), of which a row of equal and very low scores has one each
+    safe           rows without a score give zeros
+    rounded        probabilities are exp(score - logsumexp), of which a row of equal and very low scores has one each
+    normalisation  as fuse.ir.spec has it, where it is none
     """
 
     score: Expr
@@ -30,6 +33,7 @@ class Softmax:
     weight: Expr
     safe: bool
     rounded: bool = False
+    normalisation: str = "softmax"
 
 
 @dataclass(frozen=True)
@@ -50,6 +54,27 @@ def recognise(r: Reader, weights: Expr, deferred: DeferredNormalisation | None, 
     if isinstance(factor, Apply) and factor.op == "reciprocal":
         return _by_exp(r, weights, _uncast(factor.operands[0]), k)
     return _with_gate(r, _recognise(r, weights, k), factor, k)
+
+
+def unnormalised(r: Reader, weights: Expr, deferred: DeferredNormalisation | None, k: sympy.Symbol) -> Softmax:
+    """``weights`` is what multiplies the values, and holds no softmax. Raises Declined where rows are scaled by something else
+    than their sum."""
+    if deferred is not None:
+        if deferred.op == "div" and _reduces(r, deferred.factor, _uncast(weights), k, ("sum",)):
+            return _of_scores(weights, Prob(weights.dtype), "sum")
+        raise Declined(NotSoftmax("the result is scaled by something else"))
+    for quotient in (n for n in expr.walk(weights) if isinstance(n, Apply) and n.op in ("div", "mul") and _divides(n)):
+        score, total = _divides(quotient) or (quotient, quotient)
+        if not _reduces(r, total, score, k, ("sum",)):
+            raise Declined(NotSoftmax("scores are divided by more than their sum"))
+        weight = expr.substitute(weights, {quotient: Prob(quotient.dtype)})
+        _check_linear(weight)
+        return _of_scores(score, weight, "sum")
+    return _of_scores(weights, Prob(weights.dtype), "none")
+
+
+def _of_scores(score: Expr, weight: Expr, normalisation: str) -> Softmax:
+    return Softmax(score, (), weight, safe=False, normalisation=normalisation)
 
 
 def _with_gate(r: Reader, softmax: Softmax, gate: Expr, k: sympy.Symbol) -> Softmax:
@@ -172,7 +197,7 @@ def _minus_maximum(r: Reader, e: Expr, at: IndexExpr, k: sympy.Symbol) -> Expr |
 
 def _reduces(r: Reader, m: Expr, x: Expr, at: IndexExpr, names: tuple[str, ...]) -> bool:
     """Is m the reduction, along one dimension, of the very tensor whose element at ``at`` is x?"""
-    m = _uncast(r.behind(m)) if names != ("logsumexp",) else m  # a maximum may be detached, a normaliser may not
+    m = _uncast(r.behind(m)) if "max" in names else _uncast(m)  # a maximum may be detached, a normaliser may not
     if not (isinstance(m, Opaque) and m.name in names and m.value.output == 0):
         return False
     inner = reduced_element(r, m, at)
