@@ -73,10 +73,11 @@ class RowStatistic:
 @dataclass(frozen=True)
 class Candidate:
     """
-    anchor   the normalisation, a call of attention as a whole, or the first of two contractions without either
-    roots    nodes whose value may be the attention's result, most likely first
-    rows     beside a root: what of it somebody reads
-    softmax  whether there is a normalisation; of one root there may be two candidates, with and without
+    anchor      the normalisation, a call of attention as a whole, or the first of two contractions without either
+    roots       nodes whose value may be the attention's result, most likely first
+    rows        beside a root: what of it somebody reads
+    statistics  nodes that no root needs, but that may be such, or weights
+    softmax     whether there is a normalisation; of one root there may be two candidates, with and without
     """
 
     anchor: Node
@@ -84,6 +85,7 @@ class Candidate:
     nodes: frozenset[Node]
     inputs: frozenset[Node]
     rows: tuple[RowStatistic, ...] = ()
+    statistics: frozenset[Node] = frozenset()
     softmax: bool = True
 
 
@@ -148,7 +150,7 @@ def _with_statistics(of: Candidate) -> Candidate:
         found = (n for n in behind - nodes if operator_name(n) in _STATISTICS and not writes(n))
         more = {n for n in found if {*n.all_input_nodes} <= nodes | of.inputs}
         if not more:
-            return replace(of, nodes=frozenset(nodes))
+            return replace(of, nodes=frozenset(nodes), statistics=frozenset(nodes - of.nodes))
         nodes |= more
 
 
