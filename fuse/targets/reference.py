@@ -281,7 +281,8 @@ class _Call:
     def averaged(self, matrix: Tensor, heads: int) -> Tensor:
         if heads == 0:
             return matrix
-        return matrix.to(self.dtype(self.spec.out_dtype)).reshape(-1, heads, *matrix.shape[-2:]).mean(1)
+        groups = math.prod(self.batch_shape) // heads
+        return matrix.to(self.dtype(self.spec.out_dtype)).reshape(groups, heads, *matrix.shape[-2:]).mean(1)
 
     def probabilities(self, rows: Extent, key: Tensor) -> _Probabilities:
         raw, score = self.score(rows, key)

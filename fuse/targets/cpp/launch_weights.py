@@ -18,7 +18,7 @@ from fuse.targets.cpp.render_weights import render_weights
 
 
 def build_weights(spec: AttentionSpec, isa: str | None = None) -> Built:
-    """The built kernel of the weights of ``spec``. Raises BuildFailed."""
+    """The built kernel of the weights of ``spec``. Raises BuildFailed, and Unsupported."""
     return build_source(*rendered_weights(spec, isa))
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from fuse.ir.spec import AttentionSpec
 from fuse.kernel.backward import recomputed_above, recomputed_below
+from fuse.kernel.destinations import Unsupported
 from fuse.kernel.source import environment, made_by
 from fuse.targets.cpp.outline import finished
 from fuse.targets.cpp.plan import Plan, lse_dtype
@@ -11,7 +12,9 @@ from fuse.targets.cpp.render import CppSource, call_context
 
 
 def render_weights(spec: AttentionSpec, plan: Plan) -> str:
-    """One self-contained C++ source with the entry point ``ENTRY(const int64_t* arguments)``."""
+    """One self-contained C++ source with the entry point ``ENTRY(const int64_t* arguments)``. Raises Unsupported."""
+    if not spec.softmax:
+        raise Unsupported("weights of rows that have no log-sum-exp")
     source = CppSource(spec)
     computed, recomputed = source.computed, recomputed_below(spec)
     programs = [source.program("score_full", "Every entry is visible.", computed.visible)]
