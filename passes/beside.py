@@ -8,6 +8,7 @@ Where it is neither, that may be said of what it is made of, and it stays in the
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Set
 from dataclasses import dataclass, field, replace
 from itertools import permutations
@@ -25,7 +26,7 @@ from fuse.passes.layout import memory_order
 from fuse.passes.lift import SUPPORTED, Lifted, Read, SiteContext
 from fuse.passes.read.elements import dims, op_name
 from fuse.passes.read.graph import Calls, State, reached_from, storage_of, writes
-from fuse.passes.read.softmax import is_log_sum_exp, recognise
+from fuse.passes.read.softmax import empty_log_sum_exp, recognise
 from fuse.passes.read.trace import Value
 from fuse.report.reasons import Declined
 from fuse.targets import registry
@@ -172,8 +173,10 @@ def _log_sum_exp(lifted: Lifted, value: Value) -> Calls | None:
         if any(sizes[x] != n for x, n in zip(coords, shape, strict=False)):
             continue
         element = read.reader.element(value, [*coords, *[sympy.Integer(0)] * kept])
-        if is_log_sum_exp(read.reader, element, read.softmax, read.k):
+        empty = empty_log_sum_exp(read.reader, element, read.softmax, read.k)
+        if empty is not None:
             calls: Calls = () if list(order) == sorted(order) else ((aten.permute.default, (list(order),)),)
+            calls += ((aten.nan_to_num.default, (math.nan, math.inf, math.nan)),) * (empty == "nan")
             calls += ((aten.unsqueeze.default, (-1,)),) * kept
             return calls + ((aten.to.dtype, (value.meta.dtype,)),) * (value.dtype != given)
     return None

@@ -301,30 +301,30 @@ def _by_logsumexp(r: Reader, weights: Expr, k: sympy.Symbol) -> Softmax:
     raise Declined(NotSoftmax("exp without a sum over the keys"))
 
 
-def is_log_sum_exp(r: Reader, e: Expr, of: Softmax, k: sympy.Symbol) -> bool:
+def empty_log_sum_exp(r: Reader, e: Expr, of: Softmax, k: sympy.Symbol) -> str | None:
     """Is e the logarithm of what ``of`` divides by: the sum of exp(score) over k, and of exp of each extra logit?
 
-    By its name, or as log(sum(exp(s - m))) + m, m being the maximum.
+    By its name, or as log(sum(exp(s - m))) + m, m being the maximum. None where it is not, else what it is in a row without any
+    score: "-inf", or by a maximum "nan".
     """
     e, wanted = _uncast(e), [of.score, *of.extra_logits]
     if isinstance(e, Opaque) and e.name == "logsumexp":
-        return any(_all_same(found, wanted) for found in _joined(r, e, k))
+        return "-inf" if any(_all_same(found, wanted) for found in _joined(r, e, k)) else None
     total, m = _plus_maximum(e)
     sums = [n for n in expr.walk(total) if isinstance(n, Opaque) and n.name == "sum"]
     inner = reduced_element(r, sums[0], k) if len(sums) == 1 else None
     if inner is None or not (isinstance(total, Apply) and total.op == "log"):
-        return False
+        return None
     try:
         found = _by_exp(r, inner, total.operands[0], k)
     except Declined:
-        return False
+        return None
     exponential = _uncast(inner)
-    shift = _shifted(r, exponential.args[0], k)[0]
-    return (
-        (m is None) == (shift is None)
-        and _all_same([found.score, *found.extra_logits], wanted)
-        and (m is None or shift is None or _uncast(m) is _uncast(shift))
-    )
+    assert isinstance(exponential, Apply)  # see _by_exp
+    shift = _shifted(r, exponential.operands[0], k)[0]
+    if (m and _uncast(m)) is not (shift and _uncast(shift)) or not _all_same([found.score, *found.extra_logits], wanted):
+        return None
+    return "-inf" if m is None else "nan"
 
 
 def _plus_maximum(e: Expr) -> tuple[Expr, Expr | None]:

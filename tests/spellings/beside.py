@@ -50,6 +50,15 @@ def logsumexp_by_hand(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, ...]:
     return (e @ v) / total, (m + total.log()).squeeze(-1)
 
 
+@spelling(extra=lambda: (torch.arange(9) % 4 > 0,))
+def logsumexp_by_hand_of_rows_without_a_score(q: Tensor, k: Tensor, v: Tensor, there: Tensor) -> tuple[Tensor, ...]:
+    """Infinity less infinity is no number; the operator's is minus infinity."""
+    s = scores(q, k).masked_fill(~there[:, None], float("-inf"))
+    m = s.amax(-1, keepdim=True)
+    total = torch.exp(s - m).sum(-1, keepdim=True)
+    return s.softmax(-1) @ v, total.log() + m, s.logsumexp(-1)
+
+
 @spelling()
 def logsumexp_without_a_maximum(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, ...]:
     e = scores(q, k).exp()
