@@ -96,7 +96,7 @@ def merged(q: Tensor, k: Tensor, v: Tensor) -> Results:
     parts = [(q @ a.mT * WIDTH**-0.5, b) for a, b in zip(k.split(half, -2), v.split(half, -2), strict=True)]
     sums = [s.logsumexp(-1, keepdim=True) for s, _ in parts]
     whole = torch.logaddexp(*sums)
-    return (sum((s.softmax(-1) @ b) * (l - whole).exp() for (s, b), l in zip(parts, sums, strict=True)),)
+    return (sum((s.softmax(-1) @ b) * (of - whole).exp() for (s, b), of in zip(parts, sums, strict=True)),)
 
 
 # -------------------------------------------------------------------------------------------------------------- cases
