@@ -15,6 +15,7 @@ import argparse
 import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from functools import partial
 
 import machine
 import torch
@@ -169,7 +170,7 @@ def run_case(case: Case, seconds: float) -> Row:
     for training in (False, True):
         torch._dynamo.reset()
         fuse.reset()
-        ways = working({way: lambda way=way: made(case, way, training) for way in WAYS})  # type: ignore[misc]
+        ways = working({way: partial(made, case, way, training) for way in WAYS})
         report = fuse.report()
         sites = (report.fused, len(report.sites))
         times.append({n: t.processor / case.heads for n, t in measure(ways, seconds, enough=seconds).items()})
