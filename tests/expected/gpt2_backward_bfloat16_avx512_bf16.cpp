@@ -1245,7 +1245,7 @@ static void pack_keys(const Call& c, const BatchIndex& b, char* memory, int64_t 
 struct PackedQueries {
     Bf16 query[BQ * 2 * DPAIRS], grad[BQ * 2 * EPAIRS];        // [BQ][2 * DPAIRS], [BQ][2 * EPAIRS]
     Bf16 query_lanes[DROWS * BQ], grad_lanes[EROWS * BQ];  // [DROWS][BQ], [EROWS][BQ]
-    R lse[BQ], delta[BQ];                                  // of each row; lse in base 2
+    R lse[BQ], delta[BQ]; // of each row; lse in base 2
 
     static int64_t bytes(const Call& c) { return (c.q_len + BQ - 1) / BQ * int64_t(sizeof(PackedQueries)); }
     static PackedQueries& at(char* p, int64_t q0) { return ((PackedQueries*)p)[q0 / BQ]; }

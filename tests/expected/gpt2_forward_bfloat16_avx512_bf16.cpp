@@ -1347,7 +1347,7 @@ struct ScoreRows {
 };
 
 // Queries q0 … q0 + nq of one head against every tile of keys that they may see. While the scores of tile j + 1 and the
-// values of tile j - 1 go through the matrix unit, a few rows at a time, the softmax of tile j goes through the vector units.
+// values of tile j - 1 go through the matrix unit, a few rows at a time, the weights of tile j go through the vector units.
 struct QueryBlock {
     const Call& c;
     const BatchIndex& b;
@@ -1393,7 +1393,7 @@ struct QueryBlock {
         matrix.flush();
     }
     // Rows from … to. Returns the larger of ``most`` and their sums of weights.
-    VR softmax(const KeyTile& t, int from, int to, VR most) const {
+    VR weigh(const KeyTile& t, int from, int to, VR most) const {
         const ScoreRows rows = {c, b, w, runs[t.side], q0, t.k0, t.nk, t.side};
         if (!t.full) return rows.weigh<ScorePartial, true>(from, to, most);
         return t.nk % 32 ? rows.weigh<ScoreFull, true>(from, to, most) : rows.weigh<ScoreFull, false>(from, to, most);
@@ -1444,10 +1444,10 @@ struct QueryBlock {
                 if (i < scores) score_step(next, i);
                 else value_step(before, i - scores);
                 const int to = nq * (i + 1) / steps;
-                most = softmax(now, row, to, most);
+                most = weigh(now, row, to, most);
                 row = to;
             }
-            if (steps == 0) most = softmax(now, 0, nq, most);
+            if (steps == 0) most = weigh(now, 0, nq, most);
             pending = !too_large(most);
             if (!pending) {
                 all_values(now);

@@ -76,11 +76,9 @@ def backward_plan(spec: AttentionSpec, isa: str, terms: bool) -> Plan:
     """The plan of the backward kernel of ``spec`` on ``isa``; ValueError for an unknown one.
 
     terms   whether entries have gradients beside those of query, key and value, which the matrix core does not sum
-
-    Nor has it those of scores without a softmax.
     """
     forward = plan(spec, isa)
-    if forward.core == "matrix" and not terms and spec.softmax:
+    if forward.core == "matrix" and not terms:
         return replace(forward, vectors=12, block_k=64, part_keys=768, decode_queries=0)
     return replace(plan(spec, "avx512") if forward.core == "matrix" else forward, block_k=96, decode_queries=0)
 

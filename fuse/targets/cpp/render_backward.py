@@ -106,15 +106,19 @@ class _Programs:
         # Elsewhere nothing else makes what is derived there vanish, be it infinite.
         terms = [replace(t, text=_where_seen(t.text, allowed)) for t in self._terms(writer, factors)]
         slope_seen = _where_seen(self._slope(writer, slope, as_eager), allowed)
-        return Results(weight, "norm.inverse[v]", gate, slope_seen, tuple(terms))
+        return Results(weight, self._inverse(writer), gate, slope_seen, tuple(terms))
 
     def _probability(self, writer: Writer, score: str, factor: float) -> str:
         """Lanes of keys are rounded to bfloat16, and their rows have ``lse`` in base 2."""
         if not self.computed.spec.softmax:
-            return f"{score} * R({factor!r}) * norm.inverse[v]"
+            return f"{score} * R({factor!r}) * {self._inverse(writer)}"
         if isinstance(writer, KeyWriter):
             return f"exp2_near({score} * (R({factor!r}) * {_LOG2E}) - lse)"
         return f"exp2_lanes(({score} * R({factor!r}) - lse) * {_LOG2E}) * norm.inverse[v]"
+
+    @staticmethod
+    def _inverse(writer: Writer) -> str:
+        return "inverse" if isinstance(writer, KeyWriter) else "norm.inverse[v]"
 
     def _terms(self, writer: Writer, factors: Sequence[Expr]) -> Iterator[Added]:
         found = [s for s in self.computed.destinations if s.kind != "matrix"]
