@@ -60,7 +60,8 @@ def accept(
                 old.replace_all_uses_with(new)
             decided.append((f, _fused_site(f)))
         else:
-            decided.append((f, ProbabilitiesUsed(_user_of(f, live, slices - f.candidate.statistics))))
+            reader, lacks = _user_of(f, live, slices - f.candidate.statistics), f.replacement.lacks
+            decided.append((f, ProbabilitiesUsed(f"{reader}: {lacks}" if lacks else reader)))
     remove(graph, [n for n in graph.nodes if n in slices and n not in live])
     graph.lint()
     return decided

@@ -58,11 +58,16 @@ class WeightsOf:
 
 @dataclass(frozen=True)
 class Beside:
-    """What is given beside a result. ``before``: the first node that needs any of it, or the root."""
+    """What is given beside a result.
+
+    before  the first node that needs any of it, or the root
+    lacks   why weights that somebody reads are not given; "" where there are none such
+    """
 
     rows: tuple[RowStatistic, ...]
     weights: tuple[WeightsOf, ...]
     before: Node
+    lacks: str
 
     @property
     def words(self) -> tuple[str, ...]:
@@ -87,7 +92,7 @@ def read_beside(
     order = {n: i for i, n in enumerate(root.graph.nodes)}
     readers = [u for n in finder.given for u in n.users if u in live]
     first = min((root, *readers), key=order.__getitem__)
-    return Beside((*candidate.rows, *finder.rows), tuple(finder.weights), first)
+    return Beside((*candidate.rows, *finder.rows), tuple(finder.weights), first, finder.lacks)
 
 
 @dataclass
@@ -102,6 +107,7 @@ class _Finder:
     rows: list[RowStatistic] = field(default_factory=list)
     weights: list[WeightsOf] = field(default_factory=list)
     given: set[Node] = field(default_factory=set)
+    lacks: str = ""
 
     def search(self) -> None:
         of_scores = self._between()
@@ -141,11 +147,12 @@ class _Finder:
     def _weights(self, node: Node, value: Value) -> WeightsOf | None:
         if memory_order(node) != tuple(range(len(value.shape))):  # who reads it may rely on how it lies
             return None
-        if not isinstance(registry.named(self.context.target), Writes):
-            return None
         weight, heads = _weights(self.lifted.read, value), None
         if weight is None and (mean := _mean(self.lifted.read, value)) is not None:
             weight, heads = mean
+        if weight is not None and not isinstance(registry.named(self.context.target), Writes):
+            self.lacks = f"target {self.context.target!r} has no kernels that write weights"
+            return None
         return None if weight is None else WeightsOf(node, weight, value.dtype, dims(value), heads)
 
 

@@ -49,6 +49,7 @@ class Replacement:
     beside  other results and what stands for them
     given   what these are, in words
     weights their specs, of those that are weights
+    lacks   see Beside
     leaves  the nodes behind spec.operands
     made    all nodes that were made for it, in order
     wanted  for each operand whether it wants a gradient
@@ -62,6 +63,7 @@ class Replacement:
     beside: tuple[tuple[Node, Node], ...]
     given: tuple[str, ...]
     weights: tuple[AttentionSpec, ...]
+    lacks: str
     spec: AttentionSpec
     leaves: tuple[Node, ...]
     made: tuple[Node, ...]
@@ -107,8 +109,8 @@ def insert(
         new.meta["example_value"] = old.meta.get("example_value")
     wanted = tuple(flowing and d and trace.flows(x) for x, d in zip(lifted.leaves, differentiable(spec), strict=True))
     return Replacement(
-        root, result, op, target, others, beside.words, tuple(weights_of(spec, w) for w in beside.weights), spec, leaves,
-        tuple(emitter.new), wanted, around,
+        root, result, op, target, others, beside.words, tuple(weights_of(spec, w) for w in beside.weights), beside.lacks,
+        spec, leaves, tuple(emitter.new), wanted, around,
     )  # fmt: skip
 
 

@@ -12,7 +12,8 @@ from specs import CASES, RANDOM_CASES
 from together import asked, narrow, together
 from torch import Tensor
 
-import fuse.ops.weights  # noqa: F401  (defines the ops)
+import fuse
+import fuse.ops.weights
 from fuse import targets
 from fuse.ir.spec import AttentionSpec, weights_shape
 from fuse.targets import reference
@@ -178,6 +179,15 @@ def test_a_target_without_kernels_for_weights_says_so() -> None:
     from fuse.targets import registry
 
     registry.register(ToyTarget())
+
+    def program(q: Tensor) -> tuple[Tensor, Tensor]:
+        p = (q @ q.mT / 4).softmax(-1)
+        return p @ q, p
+
+    fuse.reset()
+    torch.compile(program, backend="fuse", options={"inner": "eager", "target": "toy"})(torch.randn(2, 3, 9, 16))
+    (site,) = fuse.report().sites
+    assert str(site.reason).endswith("the graph's output: target 'toy' has no kernels that write weights")
     spec: AttentionSpec = CASES["plain"]("float32").spec
     with pytest.warns(RuntimeWarning, match="attention weights without its kernels.*no kernels for weights"):
         assert targets.weights_kernel(spec, "toy").runs.by == "reference"
