@@ -6,7 +6,7 @@ prints, and ends with status 1 if there is a site that is not fused:
 
     model.Encoder: 2 attention sites, 2 fused
     model.Pooling: 1 attention site, 0 fused
-        explain_in_ci.py:38: the scores, or what is made of them, are also used by the graph's output
+        explain_in_ci.py:37: the scores, or what is made of them, are also used by the graph's output
         use the weights that the softmax or its dropout gives, or the logsumexp of the scores: fuse gives these too
 
 Nothing is built and nothing runs: a model of billions of parameters is explained in seconds.

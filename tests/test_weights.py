@@ -15,7 +15,8 @@ from torch import Tensor
 import fuse
 import fuse.ops.weights
 from fuse import targets
-from fuse.ir.spec import AttentionSpec, weights_shape
+from fuse.ir.spec import AttentionSpec
+from fuse.ir.weights import weights_shape
 from fuse.targets import reference
 from fuse.targets.cpp.launch import CppKernel, build
 from fuse.targets.cpp.launch_weights import CppWeights, build_weights
@@ -102,15 +103,20 @@ def test_opcheck(name: str, heads: int) -> None:
 
 
 @pytest.mark.parametrize("heads", [0, 3])
-@pytest.mark.parametrize("name", ["plain", "causal", "sinks", "weight_factor", "alibi", "dropout"])
-def test_gradients_of_weights_are_those_of_autograd(name: str, heads: int) -> None:
+@pytest.mark.parametrize(
+    "name, target",
+    [(name, "reference") for name in ("plain", "causal", "sinks", "weight_factor", "alibi", "dropout", "grouped_query")]
+    + [pytest.param(name, "cpp", marks=pytest.mark.compiler) for name in ("causal", "weight_factor", "dropout")],
+)
+def test_gradients_of_weights_are_those_of_autograd(name: str, target: str, heads: int) -> None:
     """In float64, of the weights alone and of the result and the weights together."""
     p = ALL[name]("float64")
+    heads = p.sizes[1] if heads else 0
     numbers = torch.randn(
         weights_shape(p.spec, p.sizes, heads), dtype=torch.float64, generator=torch.Generator().manual_seed(1)
     )
     operands, others = leaves(p), leaves(p)
-    out, matrix = given(p, operands, heads)
+    out, matrix = given(p, operands, heads, target)
     wanting = [t for t in operands if t.requires_grad]
     alone = torch.autograd.grad((matrix * numbers).sum(), wanting, retain_graph=True, materialize_grads=True)
     plain = reference.weights_at_once(p.spec, others, p.sizes, heads)
@@ -129,7 +135,7 @@ def test_where_no_gradient_arrives_at_weights_none_is_computed(monkeypatch: pyte
     def never(*of: object) -> None:
         raise AssertionError("computed")
 
-    monkeypatch.setattr(reference, "weights_backward", never)
+    monkeypatch.setattr("fuse.ops.weights._gradient_text", never)
 
     def program(q: Tensor) -> tuple[Tensor, Tensor]:
         p = (q @ q.mT / 4).softmax(-1)

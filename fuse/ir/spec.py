@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -230,13 +229,6 @@ def _expressions(roots: Mapping[str, Expr], fill: float | None) -> dict[str, Any
     found: dict[str, Any] = {name: roots[name] for name in _OF_SPEC}
     extra_logits = (roots[f"extra_logits.{i}"] for i in range(sum(n.startswith("extra_logits.") for n in roots)))
     return found | {"extra_logits": tuple(extra_logits), "mask": None if fill is None else Mask(**of_mask, fill=fill)}
-
-
-def weights_shape(spec: AttentionSpec, sizes: Sequence[IntLike], heads: IntLike) -> tuple[IntLike, ...]:
-    """Of a matrix of weights: (B0, …, q_len, kv_len); (batch indices / heads, q_len, kv_len) of means over ``heads`` that are
-    not 0."""
-    batch = tuple(sizes[: spec.batch])
-    return (*(batch if heads == 0 else (math.prod(batch) // heads,)), *sizes[spec.batch : spec.batch + 2])
 
 
 def verify(spec: AttentionSpec) -> None:

@@ -104,8 +104,8 @@ def weights_rule(
 
 
 def weights_backward_rule(
-    info: VmapInfo, in_dims: Any, grad: Tensor, operands: list[Tensor], sizes: list[IntLike], spec: str, wanted: list[bool],
-    heads: IntLike,
+    info: VmapInfo, in_dims: Any, grad: Tensor, operands: list[Tensor], sizes: list[IntLike], spec: str, target: str,
+    wanted: list[bool], heads: IntLike,
 ) -> tuple[list[Tensor], list[int]]:  # fmt: skip
     """Each example has its own gradients, also of an operand that all of them read."""
     at, n = _batch(spec), info.batch_size
@@ -116,7 +116,7 @@ def weights_backward_rule(
     if heads != 0:
         each = (each / heads).repeat_interleave(heads, 1).unflatten(1, sizes[:at])
     of_whole = each.movedim(0, at)
-    grads = torch.ops.fuse.attention_weights_backward.default(of_whole, given, all_sizes, text, wanted, 0)
+    grads = torch.ops.fuse.attention_weights_backward.default(of_whole, given, all_sizes, text, target, wanted, 0)
     return grads, [0] * len(grads)
 
 

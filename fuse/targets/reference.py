@@ -16,8 +16,9 @@ from torch import Tensor
 from fuse.ir.expr import Expr, Load, Prob, Score, walk
 from fuse.ir.gradient import Gradient, gradient
 from fuse.ir.grid import Extent, Grid, dtype_of
-from fuse.ir.spec import AttentionSpec, InvalidSpec, weights_shape
+from fuse.ir.spec import AttentionSpec, InvalidSpec
 from fuse.ir.tile_map import EMPTY, FULL, KEYS, ROWS, TileMap
+from fuse.ir.weights import weights_shape
 
 # Scores computed at a time: 32 MB in float64, whatever the sequence length.
 BLOCK_ELEMENTS = 2**22
@@ -102,16 +103,6 @@ def weights(
         for rows in call.blocks():
             matrix[..., slice(*rows), :] = call.weights(rows, key, heads)
     return matrix
-
-
-def weights_backward(
-    spec: AttentionSpec, grad: Tensor, operands: Sequence[Tensor], sizes: Sequence[int], wanted: Sequence[bool], heads: int = 0,
-    precision: str = "eager",
-) -> list[Tensor]:  # fmt: skip
-    """The gradients of the ``wanted`` operands from that of ``weights``, as ``attention_backward`` gives its."""
-    backward = _Backward(_call(spec, operands, sizes, precision), gradient(spec, tuple(wanted)))
-    with torch.no_grad(), torch.autocast(grad.device.type, enabled=False):
-        return backward.run_of_weights(grad, heads)
 
 
 def weights_at_once(spec: AttentionSpec, operands: Sequence[Tensor], sizes: Sequence[int], heads: int = 0) -> Tensor:
@@ -316,29 +307,17 @@ class _Backward:
     gradient: Gradient
 
     def run(self, grad_out: Tensor, grad_lse: Tensor | None) -> list[Tensor]:
-        totals, key, value = self._zeros(), self.call.key(), self.call.value()
+        sums = [torch.zeros(t.shape, dtype=self._dtype(t), device=t.device) for t in self._wanted()]
+        numbers = [i for i, wanted in enumerate(self.gradient.wanted) if wanted]
+        totals = dict(zip(numbers, sums, strict=True))
+        key, value = self.call.key(), self.call.value()
         for rows in self.call.blocks():
             own = None if grad_lse is None else grad_lse[..., slice(*rows), None]
             self._rows(rows, grad_out[..., slice(*rows), :], own, key, value, totals)
-        return self._results(totals)
+        return [self._like(t).copy_(x) for x, t in zip(sums, self._wanted(), strict=True)]
 
-    def run_of_weights(self, grad: Tensor, heads: int) -> list[Tensor]:
-        call, totals, key = self.call, self._zeros(), self.call.key()
-        for rows in call.blocks():
-            d_weight = grad[..., slice(*rows), :]
-            if heads != 0:
-                d_weight = (d_weight / heads).repeat_interleave(heads, 0).reshape(*call.batch_shape, *d_weight.shape[-2:])
-            self._entries(rows, call.probabilities(rows, key), d_weight, None, key, totals)
-        return self._results(totals)
-
-    def _zeros(self) -> dict[int, Tensor]:
-        return {i: torch.zeros(t.shape, dtype=self._dtype(t), device=t.device) for i, t in self._wanted()}
-
-    def _results(self, totals: Mapping[int, Tensor]) -> list[Tensor]:
-        return [self._like(t).copy_(totals[i]) for i, t in self._wanted()]
-
-    def _wanted(self) -> list[tuple[int, Tensor]]:
-        return [(i, t) for i, t in enumerate(self.call.operands) if self.gradient.wanted[i]]
+    def _wanted(self) -> list[Tensor]:
+        return [t for t, wanted in zip(self.call.operands, self.gradient.wanted, strict=True) if wanted]
 
     def _like(self, operand: Tensor) -> Tensor:
         return torch.empty_like(operand, dtype=torch.float64 if self.call.exact else operand.dtype)
@@ -351,35 +330,23 @@ class _Backward:
         self, rows: Extent, grad_out: Tensor, grad_lse: Tensor | None, key: Tensor, value: Tensor, totals: dict[int, Tensor]
     ) -> None:
         """Adds to ``totals``, operand → gradient, what these rows contribute."""
-        found = self.call.probabilities(rows, key)
-        weight = self.call.entries(self.call.spec.weight, rows, {Prob: found.prob})
-        self._entries(rows, found, _product(grad_out, value.mT).to(weight.dtype), grad_lse, key, totals)
-        if self.gradient.value:
-            keys, e = (0, self.call.kv_len), (0, self.call.spec.v_dim)
-            self._scatter(self.call.spec.value, _product(weight.mT, grad_out), totals, k=keys, e=e)
-
-    def _entries(
-        self,
-        rows: Extent,
-        found: _Probabilities,
-        d_weight: Tensor,
-        grad_lse: Tensor | None,
-        key: Tensor,
-        totals: dict[int, Tensor],
-    ) -> None:
-        """As ``_rows``, from the gradient of the weights: to the scores, and to what they and the weights load."""
         call, spec, of = self.call, self.call.spec, self.gradient
+        found = call.probabilities(rows, key)
         leaves: dict[type[Expr], Tensor] = {Score: found.raw, Prob: found.prob}
+        weight = call.entries(spec.weight, rows, leaves)
+        d_weight = _product(grad_out, value.mT).to(weight.dtype)
         d_prob = (d_weight * call.entries(of.weight, rows, leaves)).to(found.prob.dtype)
         delta = _mean(spec, found.prob, d_prob)
         delta = delta if grad_lse is None else delta - grad_lse
         d_score = found.rate * (d_prob - delta)
         d_raw = (d_score * call.entries(of.score, rows, leaves)).to(found.raw.dtype)
-        keys, d = (0, call.kv_len), (0, spec.qk_dim)
+        keys, d, e = (0, call.kv_len), (0, spec.qk_dim), (0, spec.v_dim)
         if of.query:
             self._scatter(spec.query, _product(d_raw, key), totals, q=rows, d=d)
         if of.key:
             self._scatter(spec.key, _product(d_raw.mT, call.query(rows)), totals, k=keys, d=d)
+        if of.value:
+            self._scatter(spec.value, _product(weight.mT, grad_out), totals, k=keys, e=e)
         of_root = {"score": d_score, "weight": d_weight}
         of_root |= {f"extra_logits.{i}": -p * delta for i, p in enumerate(found.extra)}
         for term in of.terms:

@@ -7,7 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from fuse.ir.spec import AttentionSpec, weights_shape
+from fuse.ir.spec import AttentionSpec
+from fuse.ir.weights import weights_shape
 from fuse.kernel.names import kernel_name
 from fuse.report.runs import Runs
 from fuse.targets import reference
