@@ -18,8 +18,8 @@ from fuse.ir.spec import AttentionSpec
 from fuse.ir.tile_map import TileMap
 from fuse.targets.cache import BuildFailed
 from fuse.targets.fallback import KernelOrElse, OrElse
-from fuse.targets.protocols import Backward, Finding, Kernel, MapKernel
-from fuse.targets.standin import ReferenceBackward, ReferenceKernel, ReferenceTileMap
+from fuse.targets.protocols import Backward, Finding, Kernel, MapKernel, WeightsKernel
+from fuse.targets.standin import ReferenceBackward, ReferenceKernel, ReferenceTileMap, ReferenceWeights
 from fuse.targets.triton import NAME, SUFFIX
 from fuse.targets.triton.plan import ARCHITECTURES, described, plan_triton
 
@@ -61,6 +61,13 @@ class TritonTarget:
             from fuse.targets.triton.launch_backward import TritonBackward
 
         return OrElse(TritonBackward(of.spec, of.wanted), partial(ReferenceBackward, of), REFUSALS, "backward")
+
+    def weights(self, spec: AttentionSpec) -> WeightsKernel:
+        with _installed():
+            from fuse.targets.triton.function import REFUSALS
+            from fuse.targets.triton.launch_weights import TritonWeights
+
+        return OrElse(TritonWeights(spec), partial(ReferenceWeights, spec), REFUSALS, "weights")
 
     def tile_map(self, spec: TileMap) -> MapKernel:
         with _installed():
