@@ -8,6 +8,7 @@ of a graph
 of each site
     lift      one element of the result as mathematics: an AttentionSpec, or a reason why not
     PASSES    from one spec to the next, verified after each
+    beside    what somebody reads of it that is not its result
     insert    the op before the site's root, reading what the spec reads
 of the graph
     accept    one fuse::attention in the place of each root whose scores nothing else needs; what nothing uses is removed
@@ -16,18 +17,21 @@ of the graph
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, field
-from typing import Any
+from functools import partial
+from typing import Any, TypeVar
 
 from torch.fx import Graph, GraphModule, Node
 
 import fuse.ops.attention
 import fuse.ops.snapshot
-import fuse.ops.tile_map  # noqa: F401  they register their ops
-from fuse.ir.spec import InvalidSpec, verify
+import fuse.ops.tile_map
+import fuse.ops.weights  # noqa: F401  they register their ops
+from fuse.ir.spec import AttentionSpec, InvalidSpec, verify
 from fuse.passes import census
 from fuse.passes.accept import Found, accept, declined_site
+from fuse.passes.beside import read_beside
 from fuse.passes.contents import know_contents
 from fuse.passes.expand import Expansion, expand
 from fuse.passes.find import Candidate, find, is_attention
@@ -39,7 +43,7 @@ from fuse.passes.policy import Choose, Contents, Leave, Policy, leave_none
 from fuse.passes.read.bodies import Body, bodies
 from fuse.passes.read.graph import State, hidden_subclass, operator_name, states, tensor_of
 from fuse.passes.read.trace import Trace, trace
-from fuse.passes.replace import insert, remove
+from fuse.passes.replace import insert, live_nodes, remove, unread_nodes
 from fuse.passes.tables import tabulate
 from fuse.passes.tiles import map_tiles
 from fuse.passes.transforms import check_transforms
@@ -59,6 +63,7 @@ from fuse.report.reasons import (
 from fuse.report.site import Reading, Site
 from fuse.torch_private import SizeWouldBeFixed
 
+T = TypeVar("T")
 PASSES: tuple[Pass, ...] = (
     know_contents,  # what a buffer holds is a formula
     recover_mask,  # the predicate is separated from the score and bounded in closed form
@@ -104,11 +109,29 @@ def _never_raises(body: Body, policy: Policy) -> Reading:
 
 @dataclass
 class _Told:
-    """Sites so far, the nodes that they tell of, and what normalisations lack that are no attention's."""
+    """Sites so far, the nodes that they tell of, what normalisations lack that are no attention's, and where those sites stand
+    that were left."""
 
     sites: list[Site] = field(default_factory=list)
     nodes: set[Node] = field(default_factory=set)
     lacking: dict[Node, Reason] = field(default_factory=dict)
+    anchors: list[Node] = field(default_factory=list)
+
+    def tried(self, candidate: Candidate, make: Callable[[], T], made: list[T]) -> Reason | None:
+        """Adds what ``make`` gives to ``made``; what it raises is the reason why the candidate is left."""
+        try:
+            made.append(make())
+            return None
+        except Declined as d:
+            reason = d.reason
+        except Exception as e:
+            reason = _failure(e)
+        self.decline(candidate, reason)
+        return reason
+
+    def forget_readers(self, anchors: Sequence[Node]) -> None:
+        """Products that are no attention, but read weights that one of these ``anchors`` gives."""
+        self.sites = [site for site, anchor in zip(self.sites, self.anchors, strict=True) if anchor not in anchors]
 
     def decline(self, candidate: Candidate, reason: Reason) -> None:
         if not candidate.softmax:
@@ -118,6 +141,7 @@ class _Told:
         else:
             self.nodes.add(candidate.anchor)
             self.sites.append(declined_site(candidate, reason))
+            self.anchors.append(candidate.anchor)
 
     def _two_products(self, candidate: Candidate, reason: Reason) -> None:
         """Of any two products without a softmax little can be said: what was read as attention is told of."""
@@ -155,24 +179,25 @@ def _fuse_sites(body: Body, policy: Policy, expansions: Sequence[Expansion]) -> 
     calls = {n: e.call for e in expansions for n in e.nodes}
     state_of = states(graph, body.begins)
     candidates = find(graph, state_of)
-    found: list[Found] = []
     refused = None if policy.refused is None else ((c, policy.refused) for c in candidates)
+    read: list[_Read] = []
     settled: set[Node] = set()
     for candidate, traced in refused or _traces(graph, candidates, state_of):
-        if not candidate.softmax and candidate.roots[0] in settled:
-            continue
-        try:
-            if isinstance(traced, Declined):
-                raise traced
-            site = _fuse_site(graph, candidate, _context(traced, candidate, policy), state_of)
-            _check_wanted(graph, site, policy.leave, calls.get(candidate.anchor, candidate.anchor))
-            found.append(site)
-            settled.add(candidate.roots[0])
-        except Declined as d:
-            told.decline(candidate, d.reason)
-            settled.update(() if isinstance(d.reason, (NotSoftmax, NoScoreProduct)) else candidate.roots[:1])
-        except Exception as e:
-            told.decline(candidate, _failure(e))
+        if candidate.softmax or candidate.roots[0] not in settled:
+            reason = told.tried(candidate, partial(_read_site, candidate, traced, policy, state_of), read)
+            if not isinstance(reason, (NotSoftmax, NoScoreProduct, InternalError)):
+                settled.add(candidate.roots[0])
+    live = _live_beside(graph, candidates, read, kept)
+    found: list[Found] = []
+
+    def put(site: _Read) -> Found:
+        made = _insert_site(graph, site, state_of, live, {old for f in found for old, _ in f.replacement.beside})
+        _check_wanted(graph, made, policy.leave, calls.get(site.candidate.anchor, site.candidate.anchor))
+        return made
+
+    for site in read:
+        told.tried(site.candidate, partial(put, site), found)
+    told.forget_readers([f.candidate.anchor for f in found if f.replacement.weights])
     for f, decided in accept(graph, candidates, found, kept) if candidates else ():
         if isinstance(decided, Site):
             told.sites.append(decided)
@@ -180,6 +205,14 @@ def _fuse_sites(body: Body, policy: Policy, expansions: Sequence[Expansion]) -> 
         else:
             told.decline(f.candidate, decided)
     return told
+
+
+def _live_beside(graph: Graph, candidates: Sequence[Candidate], read: Sequence[_Read], kept: Set[Node]) -> Set[Node]:
+    """What is needed beside the results of the sites that were read."""
+    slices = set().union(*(c.nodes for c in candidates))
+    slices |= unread_nodes(graph, slices) - kept
+    elsewhere = next(iter(graph.nodes))
+    return live_nodes(graph, slices, {site.root: elsewhere for site in read})
 
 
 def _failure(error: Exception) -> Reason:
@@ -209,8 +242,22 @@ def _trace_slices(graph: Graph, candidates: list[Candidate], state_of: Mapping[N
         return d
 
 
-def _fuse_site(graph: Graph, candidate: Candidate, context: SiteContext, state_of: Mapping[Node, State]) -> Found:
+@dataclass(frozen=True)
+class _Read:
+    """A candidate of which a root was read; ``steps``: as of Found."""
+
+    candidate: Candidate
+    root: Node
+    lifted: Lifted
+    context: SiteContext
+    steps: tuple[tuple[str, AttentionSpec], ...]
+
+
+def _read_site(candidate: Candidate, traced: Trace | Declined, policy: Policy, state_of: Mapping[Node, State]) -> _Read:
     """The site at the outermost of the candidate's roots that can be read."""
+    if isinstance(traced, Declined):
+        raise traced
+    context = _context(traced, candidate, policy)
     declined: Declined | None = None
     for root in reversed(candidate.roots):
         try:
@@ -224,10 +271,16 @@ def _fuse_site(graph: Graph, candidate: Candidate, context: SiteContext, state_o
         for each in PASSES:
             lifted = _verified(each, each(lifted, context))
             steps.append((each.__name__, lifted.spec))
-        replacement = insert(graph, root, candidate.rows, lifted, context, state_of[root].transforms)
-        return Found(candidate, lifted, replacement, (*steps, ("insert", replacement.spec)))
+        return _Read(candidate, root, lifted, context, tuple(steps))
     assert declined is not None
     raise declined
+
+
+def _insert_site(graph: Graph, site: _Read, state_of: Mapping[Node, State], live: Set[Node], given: Set[Node]) -> Found:
+    """``live``: what is needed beside the results of all sites; ``given``: of that, what others give."""
+    beside = read_beside(site.candidate, site.root, site.lifted, site.context, state_of, live, given)
+    replacement = insert(graph, site.root, beside, site.lifted, site.context, state_of[site.root].transforms)
+    return Found(site.candidate, site.lifted, replacement, (*site.steps, ("insert", replacement.spec)))
 
 
 def _context(traced: Trace, candidate: Candidate, policy: Policy) -> SiteContext:

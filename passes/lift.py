@@ -58,6 +58,20 @@ class Product:
 
 
 @dataclass(frozen=True)
+class Read:
+    """How a site was read, for who reads on beside its result: the softmax in terms of the trace's axes.
+
+    batch, q, k  the axes that the spec calls b0, b1, …, q and k
+    """
+
+    reader: Reader
+    softmax: Softmax
+    batch: tuple[sympy.Symbol, ...]
+    q: sympy.Symbol
+    k: sympy.Symbol
+
+
+@dataclass(frozen=True)
 class Lifted:
     """What ``replace`` needs to put the op into the graph.
 
@@ -65,6 +79,7 @@ class Lifted:
     sizes      the values of spec.symbols
     out_dims   root dimension → dimension of the op's result
     scores     the product of query and key, which must not be used elsewhere
+    read       see Read
     relied     of what it is known what they hold, on which the spec relies
     """
 
@@ -73,6 +88,7 @@ class Lifted:
     sizes: tuple[IndexExpr, ...]
     out_dims: tuple[int, ...]
     scores: Value
+    read: Read
     relied: tuple[Node, ...] = ()
 
 
@@ -330,7 +346,7 @@ class _Lift:
         order = [*batch, q, e]
         out_dims = tuple(order.index(x) for x in self.axes)
         all_sizes = (*sizes, *(self.r.symbols[s] for s in others))
-        return Lifted(spec, leaves, all_sizes, out_dims, scores)
+        return Lifted(spec, leaves, all_sizes, out_dims, scores, Read(self.r, softmax, tuple(batch), q, k))
 
 
 def _named_sizes(sizes: Sequence[IndexExpr], batch: int) -> dict[str, str]:

@@ -46,6 +46,17 @@ class Backward(Protocol):
     ) -> list[Tensor]: ...  # fmt: skip
 
 
+class WeightsKernel(Protocol):
+    """Writes a matrix of weights from the scores and the log-sum-exp of their rows, as ``Kernel.forward`` gives it."""
+
+    @property
+    def runs(self) -> Runs: ...
+
+    def __call__(self, operands: Sequence[Tensor], lse: Tensor, sizes: Sequence[int], heads: int) -> Tensor:
+        """Dense, of shape ``weights_shape(spec, sizes, heads)``: see fuse.ops.weights."""
+        ...
+
+
 class MapKernel(Protocol):
     """Computes a map of tiles."""
 
@@ -77,6 +88,15 @@ class Short(Protocol):
 
         Where that is ``slow`` itself there is no such way.
         """
+        ...
+
+
+@runtime_checkable
+class Writes(Protocol):
+    """A target that has kernels for weights."""
+
+    def weights(self, spec: AttentionSpec) -> WeightsKernel:
+        """As ``forward``."""
         ...
 
 

@@ -17,6 +17,7 @@ from fuse.targets.cpp.compiler import instruction_set, toolchain
 from fuse.targets.cpp.examine import examine
 from fuse.targets.cpp.launch import CppKernel, CppTileMap, build, build_file, build_tile_map, rendered, rendered_tile_map
 from fuse.targets.cpp.launch_backward import CppBackward, build_backward, rendered_backward
+from fuse.targets.cpp.launch_weights import CppWeights, build_weights
 from fuse.targets.cpp.plan import lse_dtype, plan
 from fuse.targets.protocols import Finding
 
@@ -50,6 +51,9 @@ class CppTarget:
 
     def backward(self, of: Gradient) -> CppBackward:
         return CppBackward(of.spec, of.wanted, build_backward(of.spec, of.wanted))
+
+    def weights(self, spec: AttentionSpec) -> CppWeights:
+        return CppWeights(spec, build_weights(spec))
 
     def tile_map(self, spec: TileMap) -> CppTileMap:
         return CppTileMap(spec, build_tile_map(spec))
