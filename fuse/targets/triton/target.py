@@ -96,6 +96,13 @@ class TritonTarget:
 
         return render_tile_map_triton(spec)
 
+    def weights_source(self, spec: AttentionSpec) -> str:
+        with _installed():
+            from fuse.targets.triton.module import current_architecture
+            from fuse.targets.triton.render_weights import render_weights
+
+        return render_weights(spec, plan_triton(spec, current_architecture()))
+
     def forward_of(self, spec: AttentionSpec, source: Path) -> Kernel:
         with _installed():
             from fuse.targets.triton.launch import kernel_of
