@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
@@ -97,6 +97,15 @@ class Writes(Protocol):
 
     def weights(self, spec: AttentionSpec) -> WeightsKernel:
         """As ``forward``."""
+        ...
+
+
+@runtime_checkable
+class Packaging(Protocol):
+    """A target whose kernels can be called in processes without Python."""
+
+    def package(self, specs: Mapping[str, AttentionSpec], folder: Path) -> Path:
+        """Writes the kernels of ``specs``, by the text that calls give, and a library that calls them: the path of that."""
         ...
 
 
