@@ -30,7 +30,7 @@ from fuse.passes.read.elements import POLYNOMIAL, PRODUCTS, Opaque, Reader, as_i
 from fuse.passes.read.graph import reached_from
 from fuse.passes.read.random import with_scaled_choices
 from fuse.passes.read.softmax import DeferredNormalisation, Softmax, recognise
-from fuse.passes.read.trace import Trace, Value
+from fuse.passes.read.trace import Trace, Value, depends_on
 from fuse.report.reasons import (  # fmt: skip
     Declined,
     IntegersWrap,
@@ -216,7 +216,7 @@ class _Lift:
             batch = {x.name for x in self.axes if x not in self.r.inner and self.r.space.sizes[x] != 1}
             score = hoist_lookups(self.r, self._with_addend(score, candidate), {q.name, k.name}, batch)
             score = self._loaded(score)
-            if any(_depends_on(leaf, product.value) for leaf in self._used(score, softmax)):
+            if any(depends_on(leaf, product.value) for leaf in self._used(score, softmax)):
                 raise Declined(ScoresUsed(self._culprit(score, softmax, product.value)))
             return score, product.value, query, key, product.over
         raise Declined(NoScoreProduct(", ".join(sorted({o.name for o in opaque})) or "the scores are loaded"))
@@ -279,11 +279,11 @@ class _Lift:
         return expr.rewrite(score, rule)
 
     def _used(self, score: Expr, softmax: Softmax) -> list[Value]:
-        roots = (score, softmax.weight, *softmax.extra_logits)
+        roots = (score, *map(self._loaded, (softmax.weight, *softmax.extra_logits)))
         return [self.r.leaves[i] for i in expr.operands(*roots)]
 
     def _culprit(self, score: Expr, softmax: Softmax, scores: Value) -> str:
-        return next(op_name(leaf) for leaf in self._used(score, softmax) if _depends_on(leaf, scores))
+        return next(op_name(leaf) for leaf in self._used(score, softmax) if depends_on(leaf, scores))
 
     # -------------------------------------------------------------------------------------------------- assembly
 
@@ -404,16 +404,3 @@ def _normalised(e: Expr) -> bool:
 
 def _free(coords: Sequence[IndexExpr]) -> set[sympy.Symbol]:
     return set().union(*(c.free_symbols for c in coords)) if coords else set()
-
-
-def _depends_on(value: Value, source: Value) -> bool:
-    seen: set[Value] = set()
-    stack = [value]
-    while stack:
-        v = stack.pop()
-        if v is source:
-            return True
-        if v not in seen:
-            seen.add(v)
-            stack.extend(v.inputs())
-    return False

@@ -326,6 +326,13 @@ def may_wrap(e: Expr, dtype: str) -> bool:
     return not (whole.low < found.low and found.high < whole.high)
 
 
+def uncast(e: Expr) -> Expr:
+    """What a chain of casts between floats was given."""
+    while isinstance(e, Apply) and e.op == "cast" and e.dtype in expr.FLOATS and e.operands[0].dtype in expr.FLOATS:
+        e = e.operands[0]
+    return e
+
+
 def has_opaque(e: Expr) -> bool:
     return any(isinstance(n, Opaque) for n in expr.walk(e))
 

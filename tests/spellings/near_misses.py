@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from spellings import rand, spelling
+from spellings import qkv, rand, spelling, trained
 
 
 def scores(q: Tensor, k: Tensor) -> Tensor:
@@ -85,7 +85,7 @@ def sum_over_more_keys_than_the_product(q: Tensor, k: Tensor, v: Tensor) -> Tens
     return e[..., :5] / e.sum(-1, keepdim=True) @ v[:, :, :5]
 
 
-@spelling(0, extra=lambda: (rand(9, 1, seed=5),))
+@spelling(0, reason="ScoresUsed", extra=lambda: (rand(9, 1, seed=5),))
 def denominator_with_exp_of_another_number(q: Tensor, k: Tensor, v: Tensor, x: Tensor) -> Tensor:
     """exp(-max) beside the sum is a logit of zero; exp(-x) of any other x is none."""
     s = scores(q, k)
@@ -93,11 +93,42 @@ def denominator_with_exp_of_another_number(q: Tensor, k: Tensor, v: Tensor, x: T
     return e / (e.sum(-1, keepdim=True) + (-x).exp()) @ v
 
 
-@spelling(0, extra=lambda: (rand(9, 1, seed=5),))
+@spelling(0, reason="ScoresUsed", extra=lambda: (rand(9, 1, seed=5),))
 def denominator_with_exp_less_another_number(q: Tensor, k: Tensor, v: Tensor, x: Tensor) -> Tensor:
     s = scores(q, k)
     e = (s - s.amax(-1, keepdim=True)).exp()
     return e / (e.sum(-1, keepdim=True) + (0.5 - x).exp()) @ v
+
+
+@spelling(0, reason="ScoresUsed")
+def maximum_subtracted_twice_from_one(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    s = scores(q, k)
+    m = s.amax(-1, keepdim=True)
+    e = (s - m - m).exp()
+    return e / (e.sum(-1, keepdim=True) + (-m).exp()) @ v
+
+
+@spelling(0, reason="ScoresUsed")
+def rows_hidden_by_their_maximum(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Added to a whole row, but a mask: such a row is NaN."""
+    s = scores(q, k)
+    return (s + torch.where(s.amax(-1, keepdim=True) > 0.8, 0.0, -math.inf)).softmax(-1) @ v
+
+
+@spelling(0, reason="ScoresUsed")
+def mean_of_masked_scores_subtracted(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Minus infinity in every row with a hidden key, which is NaN for that."""
+    s = scores(q, k).masked_fill(torch.ones(9, 9).tril() == 0, -math.inf)
+    return (s - s.mean(-1, keepdim=True)).softmax(-1) @ v
+
+
+@spelling(0, reason="ScoresUsed", inputs=lambda: trained(qkv()), grad=True)
+def maximum_detached_in_one_place(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """The same numbers, but not the same gradients: that of the maximum that is added stays."""
+    s = scores(q, k)
+    m = s.amax(-1, keepdim=True)
+    e = (s - m.detach()).exp()
+    return e / (e.sum(-1, keepdim=True) + (-m).exp()) @ v
 
 
 @spelling(0)
