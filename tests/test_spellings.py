@@ -75,6 +75,7 @@ SYMBOLIC = (
     "products.einsum_heads_third", "products.einsum_batch_last_in_scores", "products.sum_of_products", "products.bmm",
     "scales.on_both_by_power", "scales.as_full_tensor", "masks.causal_buffer_slice", "masks.window", "masks.padding_extended",
     "masks.causal_and_padding_combined", "masks.four_masks", "biases.alibi", "biases.t5", "biases.relative_by_gather",
+    "biases.added_to_a_part_in_place",
     "layouts.packed_split", "layouts.cache_by_cat", "composites.sdpa_causal_more_keys", "composites.mha_both_masks",
     "composites.encoder_layer", "regions.autocast_inside", "regions.two_in_a_row", "near_miss_masks.empty_rows_lowest",
 )  # fmt: skip

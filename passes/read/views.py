@@ -10,6 +10,7 @@ from fuse.ir import expr
 from fuse.ir.expr import Expr, Load, apply, const
 from fuse.ir.index import IndexExpr
 from fuse.passes.read.elements import Reader, arguments, as_index, dims, handles, has_opaque, op_name
+from fuse.passes.read.pieces import read_piece
 from fuse.passes.read.pointwise import read
 from fuse.passes.read.trace import Value
 
@@ -147,8 +148,7 @@ def _cat(r: Reader, v: Value, coords: Coords) -> Expr:
         c = coords[dim]
         if r.at_most(end, c) is TRUE or r.at_most(c + 1, begin) is TRUE:
             continue
-        at = r.clamped(c - begin, end - begin)
-        found = _cast(r, part, (*coords[:dim], at, *coords[dim + 1 :]), v.dtype)
+        found = apply("cast", read_piece(r, part, coords, dim, c - begin), dtype=v.dtype)
         out = found if out is None else apply("where", r.at_most(c + 1, end), found, out, dtype=v.dtype)
     return r.load(v, coords) if out is None else out
 
@@ -251,7 +251,7 @@ def _slice_scatter(r: Reader, v: Value, coords: Coords) -> Expr:
     n = dims(a["src"])[dim]
     c = coords[dim]
     inside = apply("and", r.at_most(start, c), r.at_most(c, start + n - 1), dtype="bool")
-    written = _cast(r, a["src"], (*coords[:dim], r.clamped(c - start, n), *coords[dim + 1 :]), v.dtype)
+    written = apply("cast", read_piece(r, a["src"], coords, dim, c - start), dtype=v.dtype)
     return apply("where", inside, written, r.element(a["self"], coords), dtype=v.dtype)
 
 
