@@ -145,14 +145,18 @@ def _fuse_sites(body: Body, policy: Policy, expansions: Sequence[Expansion]) -> 
     state_of = states(graph, body.begins)
     candidates = find(graph, state_of)
     found: list[Found] = []
+    summed: set[Node] = set()  # products that are parts of sites
     refused = None if policy.refused is None else ((c, policy.refused) for c in candidates)
     for candidate, traced in refused or _traces(graph, candidates, state_of):
+        if candidate.roots[0] in summed:
+            continue
         try:
             if isinstance(traced, Declined):
                 raise traced
             site = _fuse_site(graph, candidate, _context(traced, candidate, policy), state_of)
             _check_wanted(graph, site, policy.leave, calls.get(candidate.anchor, candidate.anchor))
             found.append(site)
+            summed |= candidate.sums if site.replacement.root is candidate.roots[-1] else set()
         except Declined as d:
             told.decline(candidate, d.reason)
         except Exception as e:

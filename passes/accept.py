@@ -32,7 +32,8 @@ class Found:
     def consumed(self) -> set[Node]:
         """The nodes that nothing else may need: the scores, and what draws random numbers, which are now others."""
         drawn = {leaf.origin for leaf in self.lifted.leaves if isinstance(leaf, Seed)}
-        return {n for n in {self.lifted.scores.origin, *drawn} if n is not None and n is not self.replacement.root}
+        scores = {value.origin for value in self.lifted.scores}
+        return {n for n in scores | drawn if n is not None and n is not self.replacement.root}
 
 
 def accept(graph: Graph, candidates: list[Candidate], found: list[Found], kept: set[Node]) -> list[Site]:

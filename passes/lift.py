@@ -26,8 +26,10 @@ from fuse.passes.lookups import hoist_lookups
 from fuse.passes.policy import Contents
 from fuse.passes.predicate import REPLACED, separate
 from fuse.passes.read import pointwise, views  # noqa: F401  the readers register themselves
-from fuse.passes.read.elements import POLYNOMIAL, PRODUCTS, Opaque, Reader, as_index, dims, may_wrap, op_name
+from fuse.passes.read.elements import POLYNOMIAL, Opaque, Reader, as_index, dims, may_wrap, op_name, summed_into
 from fuse.passes.read.graph import reached_from
+from fuse.passes.read.joined import joined_products, joined_scores
+from fuse.passes.read.products import Product, Side, product_of
 from fuse.passes.read.random import with_scaled_choices
 from fuse.passes.read.softmax import DeferredNormalisation, Softmax, recognise
 from fuse.passes.read.trace import Trace, Value, depends_on
@@ -48,22 +50,13 @@ SUPPORTED = ("float32", "bfloat16", "float16", "float64")
 
 
 @dataclass(frozen=True)
-class Product:
-    """sum over t of left[..., t] * right[..., t] as the two operands' values and coordinates."""
-
-    value: Value
-    sides: tuple[tuple[Value, tuple[IndexExpr, ...]], tuple[Value, tuple[IndexExpr, ...]]]
-    over: sympy.Symbol
-
-
-@dataclass(frozen=True)
 class Lifted:
     """What ``replace`` needs to put the op into the graph.
 
     leaves     the tensors behind spec.operands
     sizes      the values of spec.symbols
     out_dims   root dimension → dimension of the op's result
-    scores     the product of query and key, which must not be used elsewhere
+    scores     the products of query and keys, which must not be used elsewhere
     relied     of what it is known what they hold, on which the spec relies
     """
 
@@ -71,7 +64,7 @@ class Lifted:
     leaves: tuple[Value, ...]
     sizes: tuple[IndexExpr, ...]
     out_dims: tuple[int, ...]
-    scores: Value
+    scores: tuple[Value, ...]
     relied: tuple[Node, ...] = ()
 
 
@@ -138,54 +131,23 @@ class _Lift:
 
     def _result(self) -> tuple[Product, DeferredNormalisation | None]:
         """The product with the values, and what it is divided or multiplied by where the normalisation is deferred."""
-        found = _uncast(self.r.element(self.out, self.axes))
-        if isinstance(found, Opaque) and (product := self.product(found, "k")):
+        found = joined_products(self.r, _uncast(self.r.element(self.out, self.axes)))
+        if isinstance(found, Opaque) and (product := product_of(self.r, found, "k")):
             return product, None
         if isinstance(found, Apply) and found.op in ("div", "mul"):
             left, right = map(_uncast, found.operands)
-            if isinstance(left, Opaque) and (product := self.product(left, "k")):
+            if isinstance(left, Opaque) and (product := product_of(self.r, left, "k")):
                 return product, DeferredNormalisation(found.op, right)
         raise Declined(NoScoreProduct(f"the result is {type(found).__name__.lower()} {getattr(found, 'op', '')}".strip()))
 
-    def product(self, found: Opaque, over: str) -> Product | None:
-        """The two sides of a matrix product or of a sum of products."""
-        coords = tuple(self.r.index(c) for c in found.coords)
-        name, v = found.name, found.value
-        if name in PRODUCTS:
-            left, right = v.args[1:3] if name in ("baddbmm", "addmm") else v.args[:2]
-            if left.dtype != right.dtype:  # tracing lets it pass, eager refuses it
-                raise Declined(UnsupportedType(f"a product of {left.dtype} and {right.dtype}"))
-            t = self.r.space.add(over, dims(left)[-1])
-            batch, (i, j) = coords[:-2], coords[-2:]
-            return Product(v, ((left, (*batch, i, t)), (right, (*batch, t, j))), t)
-        if name == "sum" and op_name(v.args[0]) == "mul" and (at := self._summed(v, coords, over)):
-            factors = [x for x in v.args[0].args if isinstance(x, Value)]
-            if len(factors) == 2:
-                a, b = ((x, pointwise.broadcast(at[0], x)) for x in factors)
-                return Product(v, (a, b), at[1])
-        return None
-
-    def _summed(self, v: Value, coords: tuple[IndexExpr, ...], over: str) -> tuple[tuple[IndexExpr, ...], sympy.Symbol] | None:
-        source = dims(v.args[0])
-        axes = v.args[1] if len(v.args) > 1 else []
-        if not isinstance(axes, (list, tuple)) or len(axes) != 1:
-            return None
-        axis, keepdim = axes[0] % len(source), len(coords) == len(source)
-        t = self.r.space.add(over, source[axis])
-        return (*coords[:axis], t, *coords[axis + keepdim :]), t
-
-    def _probabilities_and_values(
-        self, product: Product
-    ) -> tuple[tuple[Value, tuple[IndexExpr, ...]], tuple[Value, tuple[IndexExpr, ...]]]:
+    def _probabilities_and_values(self, product: Product) -> tuple[Side, Side]:
         """Which side holds the normalised scores: the one whose coordinates reach a softmax or an exp."""
         for side, other in (product.sides, product.sides[::-1]):
             if _normalised(self.r.element(*side)):
                 return side, other
         raise Declined(NotSoftmax("neither factor is normalised"))
 
-    def _row_and_feature(
-        self, probs: tuple[Value, tuple[IndexExpr, ...]], values: tuple[Value, tuple[IndexExpr, ...]], k: sympy.Symbol
-    ) -> tuple[sympy.Symbol, sympy.Symbol]:
+    def _row_and_feature(self, probs: Side, values: Side, k: sympy.Symbol) -> tuple[sympy.Symbol, sympy.Symbol]:
         """The query index is read by the probabilities alone, the value feature by the values alone."""
         p_axes, v_axes = _free(probs[1]), _free(values[1])
         rows = [x for x in self.axes if x in p_axes - v_axes]
@@ -203,22 +165,29 @@ class _Lift:
 
     # ------------------------------------------------------------------------------------------------- the score
 
-    def _score(self, softmax: Softmax, q: sympy.Symbol, k: sympy.Symbol) -> tuple[Expr, Value, Load, Load, sympy.Symbol]:
-        opaque = _last_first(_summed_into(softmax.score))
+    def _score(
+        self, softmax: Softmax, q: sympy.Symbol, k: sympy.Symbol
+    ) -> tuple[Expr, tuple[Value, ...], Load, Load, sympy.Symbol]:
+        joined = joined_scores(self.r, softmax.score, q, k)
+        raw = softmax.score if joined is None else joined.score
+        opaque = _last_first(summed_into(raw))
         for candidate in opaque:
-            product = self.product(candidate, "d")
+            one = joined is not None and candidate is joined.marker
+            product = joined.product if joined is not None and one else product_of(self.r, candidate, "d")
             if product is None or (sides := self._query_and_key(product, q, k)) is None:
                 continue
             self._fix(product.over, *(value for value, _ in product.sides))
             self.r.inner.add(product.over)
             query, key = (self._operand(*side) for side in sides)
-            score = expr.substitute(softmax.score, {candidate: Score(candidate.dtype)})
+            score = expr.substitute(raw, {candidate: Score(candidate.dtype)})
             batch = {x.name for x in self.axes if x not in self.r.inner and self.r.space.sizes[x] != 1}
             score = hoist_lookups(self.r, self._with_addend(score, candidate), {q.name, k.name}, batch)
             score = self._loaded(score)
-            if any(depends_on(leaf, product.value) for leaf in self._used(score, softmax)):
-                raise Declined(ScoresUsed(self._culprit(score, softmax, product.value)))
-            return score, product.value, query, key, product.over
+            scores = joined.of if joined is not None and one else (product.value,)
+            for leaf in self._used(score, softmax):
+                if any(depends_on(leaf, s) for s in scores):
+                    raise Declined(ScoresUsed(op_name(leaf)))
+            return score, scores, query, key, product.over
         raise Declined(NoScoreProduct(", ".join(sorted({o.name for o in opaque})) or "the scores are loaded"))
 
     def _with_addend(self, score: Expr, candidate: Opaque) -> Expr:
@@ -246,9 +215,7 @@ class _Lift:
         if not size.is_Integer:
             raise Declined(UnsupportedShape(f"a feature dimension of size {size}"))
 
-    def _query_and_key(
-        self, product: Product, q: sympy.Symbol, k: sympy.Symbol
-    ) -> tuple[tuple[Value, tuple[IndexExpr, ...]], tuple[Value, tuple[IndexExpr, ...]]] | None:
+    def _query_and_key(self, product: Product, q: sympy.Symbol, k: sympy.Symbol) -> tuple[Side, Side] | None:
         """The sides in the order query, key if one is read at row q and the other at key k, and nowhere else."""
         one_row, one_key = (self.r.space.sizes[x] == 1 for x in (q, k))
         for a, b in (product.sides, product.sides[::-1]):
@@ -282,16 +249,13 @@ class _Lift:
         roots = (score, *map(self._loaded, (softmax.weight, *softmax.extra_logits)))
         return [self.r.leaves[i] for i in expr.operands(*roots)]
 
-    def _culprit(self, score: Expr, softmax: Softmax, scores: Value) -> str:
-        return next(op_name(leaf) for leaf in self._used(score, softmax) if depends_on(leaf, scores))
-
     # -------------------------------------------------------------------------------------------------- assembly
 
     def _assemble(
         self,
         softmax: Softmax,
         score: Expr,
-        scores: Value,
+        scores: tuple[Value, ...],
         loads: Sequence[Load],
         axes: tuple[sympy.Symbol, sympy.Symbol, sympy.Symbol, sympy.Symbol],
     ) -> Lifted:
@@ -363,18 +327,6 @@ def _check_numbers(roots: Sequence[Expr]) -> None:
                 raise Declined(UnsupportedType(f"the number {n.value:g} is no normal one"))
         if isinstance(n, Apply) and n.op in POLYNOMIAL and may_wrap(n, n.dtype):
             raise Declined(IntegersWrap(f"{to_text(n)} as {n.dtype}"))
-
-
-def _summed_into(score: Expr) -> list[Opaque]:
-    """The products that reach the score as numbers; those that only decide a condition belong to its mask."""
-    seen: dict[Expr, None] = {}
-    stack = [score]
-    while stack:
-        node = stack.pop()
-        if node not in seen and node.dtype != "bool":
-            seen[node] = None
-            stack.extend(node.args)
-    return [n for n in seen if isinstance(n, Opaque)]
 
 
 def _last_first(products: list[Opaque]) -> list[Opaque]:

@@ -141,7 +141,7 @@ class _Emitter:
         self.around = around  # values of a transform's level are not to be had outside of it
         self.saves = flowing  # operands are kept for the backward pass, in which they must be what they were
         # What is computed from the scores, if only from their shape, would keep them alive
-        self.of_scores = reached_from(lifted.scores.origin)
+        self.of_scores = set().union(*(reached_from(value.origin) for value in lifted.scores))
         self.order = {n: i for i, n in enumerate(graph.nodes)}
         self.read_over = _between([n for v in lifted.leaves if (n := self._held(v)) is not None], root)
         self.made: dict[Value, Node] = {}
@@ -311,6 +311,10 @@ def live_nodes(graph: Graph, slices: Iterable[Node], replaced: Mapping[Node, Nod
     that they write.
     """
     inside = set(slices)
+    roots = {storage_of(n) for n in replaced}
+    made = set().union(
+        *map(reached_from, (*replaced, *replaced.values()))
+    )  # what reads a root's memory reads the replacement's
     live: set[Node] = set()
     stack = [n for n in graph.nodes if n not in inside]
     while True:
@@ -319,7 +323,7 @@ def live_nodes(graph: Graph, slices: Iterable[Node], replaced: Mapping[Node, Nod
             if node not in live:
                 live.add(node)
                 stack.extend(replaced.get(x, x) for x in node.all_input_nodes)
-        memory = {storage_of(n) for n in live} - {None}
+        memory = {storage_of(n) for n in live if n not in made or storage_of(n) not in roots} - {None}
         stack = [n for n in inside - live if any(storage_of(w) in memory for w in writes(n))]
         if not stack:
             return live

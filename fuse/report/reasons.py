@@ -67,6 +67,11 @@ class NoScoreProduct(Reason):
     unblock = "nothing: the scores come from elsewhere"
 
 
+class ScoresJoined(Reason):
+    message = "scores of several sets of keys are joined that are not those of one query: {detail}"
+    unblock = "multiply one query with the keys of all sets, each in one product"
+
+
 class NotLinear(Reason):
     message = "{detail} cannot be read with fixed strides"
     unblock = "bring it into a (batch, position, feature) layout"

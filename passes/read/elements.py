@@ -124,6 +124,7 @@ class Reader:
     views_only: bool = False
     _simpler: dict[Value, Value | None] = field(default_factory=dict)
     _atoms: dict[Expr, sympy.Symbol] = field(default_factory=dict)
+    _made: dict[Expr, IndexExpr] = field(default_factory=dict)
     _known: dict[tuple[Value, tuple[IndexExpr, ...], bool], Expr] = field(default_factory=dict)
 
     def element(self, value: Value, coords: Sequence[IndexExpr]) -> Expr:
@@ -206,10 +207,14 @@ class Reader:
     def expression(self, e: IndexExpr) -> Expr:
         """sympy → Expr."""
         self.symbols.update({s.name: s for s in e.free_symbols if s not in self.space.sizes})
-        return index_to_expr(e, {s: x for x, s in self._atoms.items()}, self.space)
+        made = index_to_expr(e, {s: x for x, s in self._atoms.items()}, self.space)
+        self._made.setdefault(made, e)
+        return made
 
     def index(self, e: Expr) -> IndexExpr:
-        """Expr of an integer → sympy."""
+        """Expr of an integer → sympy. What was made of sympy is that again: places in tensors, which do not wrap."""
+        if e in self._made:
+            return self._made[e]
         if isinstance(e, expr.Const):
             return sympy.Integer(int(e.value))
         if isinstance(e, expr.Index):
@@ -331,6 +336,18 @@ def uncast(e: Expr) -> Expr:
     while isinstance(e, Apply) and e.op == "cast" and e.dtype in expr.FLOATS and e.operands[0].dtype in expr.FLOATS:
         e = e.operands[0]
     return e
+
+
+def summed_into(score: Expr) -> list[Opaque]:
+    """The products that reach the score as numbers; those that only decide a condition belong to its mask."""
+    seen: dict[Expr, None] = {}
+    stack = [score]
+    while stack:
+        node = stack.pop()
+        if node not in seen and node.dtype != "bool":
+            seen[node] = None
+            stack.extend(node.args)
+    return [n for n in seen if isinstance(n, Opaque)]
 
 
 def has_opaque(e: Expr) -> bool:

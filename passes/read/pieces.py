@@ -4,9 +4,11 @@ at b holds at c - b.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import sympy
 
-from fuse.ir.expr import Expr, Index, Load, walk
+from fuse.ir.expr import Expr, Index, Load, substitute, walk
 from fuse.ir.index import IndexExpr
 from fuse.passes.read.elements import Coords, Opaque, Reader, dims
 from fuse.passes.read.trace import Value
@@ -24,6 +26,22 @@ def read_piece(r: Reader, piece: Value, coords: Coords, dim: int, at: IndexExpr)
     if at.free_symbols & r.inner:
         r.inner.add(place)
     return _moved(r, r.element(piece, (*coords[:dim], place, *coords[dim + 1 :])), place, at)
+
+
+def as_others(r: Reader, e: Expr, others: Sequence[Expr], at: IndexExpr, only: IndexExpr) -> Expr:
+    """The element of a piece of one, which is read where ``at`` is ``only``, in the terms of other pieces: x[9] as x[at]."""
+    (index,) = at.free_symbols if len(at.free_symbols) == 1 and at.is_Symbol else (None,)
+    if index is None:
+        return e
+    own = [n for n in walk(e) if isinstance(n, Opaque)]
+    theirs = [n for n in walk(*others) if isinstance(n, Opaque) and n not in own]
+
+    def same(a: Opaque, b: Opaque) -> bool:
+        return a.value is b.value and all(
+            r.index(x) == r.index(y).subs(index, only) for x, y in zip(a.coords, b.coords, strict=True)
+        )
+
+    return substitute(e, {a: b for a in own for b in theirs if same(a, b)})
 
 
 def _moved(r: Reader, e: Expr, place: sympy.Symbol, to: IndexExpr) -> Expr:

@@ -122,8 +122,10 @@ PRODUCTS = (
 def normalised(d: Draft) -> None:
     """``out``, of (…, n, features of values)."""
     z = d.sizes
-    way = d.one(*("softmax",) * 8, "deferred", "sink", "sink", "near miss")
+    way = d.one(*("softmax",) * 8, "deferred", "sink", "sink", "sets", "near miss")
     product = d.one(*PRODUCTS)
+    if way == "sets":
+        return sets_of_keys(d)
     if way == "deferred":
         d.write(d.one("p = s.exp()", "p = (s - s.amax(-1, keepdim=True)).exp()"))
         weighed(d)
@@ -139,6 +141,16 @@ def normalised(d: Draft) -> None:
             d.write(line)
     weighed(d)
     d.write(f"out = {product}")
+
+
+def sets_of_keys(d: Draft) -> None:
+    """A second set of keys and values under the same softmax."""
+    z, n = d.sizes, d.one(5, 1, 16)
+    lead = z.lead if d.often(70) else ()
+    k, v = (d.given(f"randn({listed((*lead, n, features))})") for features in (z.qk, z.v))
+    d.write(f"p = torch.cat([s, (q @ {k}.mT * 0.2).to(s.dtype)], -1).softmax(-1).to(v.dtype)")
+    parts = ("p[..., :m] @ v", f"p[..., m:] @ {v}")
+    d.write(f"out = {' + '.join(parts if d.often(50) else parts[::-1])}")
 
 
 WEIGHTS = (
