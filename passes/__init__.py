@@ -16,6 +16,7 @@ of the graph
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -38,8 +39,9 @@ from fuse.passes.policy import Choose, Contents, Leave, Policy, leave_none
 from fuse.passes.read.bodies import Body, bodies
 from fuse.passes.read.graph import State, hidden_subclass, operator_name, states, tensor_of
 from fuse.passes.read.trace import Trace, trace
-from fuse.passes.replace import insert, remove
+from fuse.passes.replace import add_up, insert, remove
 from fuse.passes.tables import tabulate
+from fuse.passes.terms import terms_of
 from fuse.passes.tiles import map_tiles
 from fuse.passes.transforms import check_transforms
 from fuse.report.reasons import (
@@ -49,6 +51,7 @@ from fuse.report.reasons import (
     NotSoftmax,
     OtherDevice,
     Reason,
+    SeveralSoftmaxes,
     Subclass,
     UnsupportedShape,
 )
@@ -62,6 +65,8 @@ PASSES: tuple[Pass, ...] = (
     put_keys_innermost,  # biases that lie across the keys are copied once
     map_tiles,  # what an opaque mask lets be seen of each tile is computed once in the graph
 )
+
+_NO_ATTENTION = (NotSoftmax, NoScoreProduct)
 
 
 def run(
@@ -107,7 +112,7 @@ class _Told:
     lacking: dict[Node, Reason] = field(default_factory=dict)
 
     def decline(self, candidate: Candidate, reason: Reason) -> None:
-        if isinstance(reason, (NotSoftmax, NoScoreProduct)) and not is_attention(candidate.anchor):
+        if isinstance(reason, _NO_ATTENTION) and not is_attention(candidate.anchor):
             self.lacking[candidate.anchor] = reason
         else:
             self.nodes.add(candidate.anchor)
@@ -153,10 +158,10 @@ def _fuse_sites(body: Body, policy: Policy, expansions: Sequence[Expansion]) -> 
         try:
             if isinstance(traced, Declined):
                 raise traced
-            site = _fuse_site(graph, candidate, _context(traced, candidate, policy), state_of)
-            _check_wanted(graph, site, policy.leave, calls.get(candidate.anchor, candidate.anchor))
-            found.append(site)
-            summed |= candidate.sums if site.replacement.root is candidate.roots[-1] else set()
+            sites = _fuse_candidate(graph, candidate, _context(traced, candidate, policy), state_of)
+            _check_wanted(graph, sites, policy.leave, calls.get(candidate.anchor, candidate.anchor))
+            found += sites
+            summed |= candidate.sums if sites[0].replacement.root is candidate.roots[-1] else set()
         except Declined as d:
             told.decline(candidate, d.reason)
         except Exception as e:
@@ -191,24 +196,55 @@ def _trace_slices(graph: Graph, candidates: list[Candidate], state_of: Mapping[N
         return d
 
 
-def _fuse_site(graph: Graph, candidate: Candidate, context: SiteContext, state_of: Mapping[Node, State]) -> Found:
-    """The site at the outermost of the candidate's roots that can be read."""
+def _fuse_candidate(graph: Graph, candidate: Candidate, context: SiteContext, state_of: Mapping[Node, State]) -> list[Found]:
+    """The site at the outermost of the candidate's roots that can be read; several where the weights are a sum."""
     declined: Declined | None = None
     for root in reversed(candidate.roots):
         try:
-            lifted = lift(root, context.trace)
+            lifted = lift(context.trace.value_of[root], context.trace)
         except Declined as d:
             declined = declined or d
             continue
-        check_transforms(lifted, candidate.inputs, state_of[candidate.anchor], state_of[root])
-        steps = [("lift", lifted.spec)]
-        for each in PASSES:
-            lifted = _verified(each, each(lifted, context))
-            steps.append((each.__name__, lifted.spec))
-        replacement = insert(graph, root, candidate.rows, lifted, context, state_of[root].transforms)
-        return Found(candidate, lifted, replacement, (*steps, ("insert", replacement.spec)))
+        return [_fuse_site(graph, candidate, root, lifted, context, state_of)]
     assert declined is not None
-    raise declined
+    return _fuse_terms(graph, candidate, context, state_of, declined)
+
+
+def _fuse_terms(
+    graph: Graph, candidate: Candidate, context: SiteContext, state_of: Mapping[Node, State], declined: Declined
+) -> list[Found]:
+    """A site for each term of the weights that is an attention. Raises ``declined``, or what is known better, if none is."""
+    root, trace = candidate.roots[0], context.trace
+    lifted, plain = [], []
+    for term in terms_of(trace.value_of[root], trace.stops if trace.value_of[root] in trace.flowing else ()):
+        try:
+            lifted.append(lift(term, trace))
+        except Declined as d:
+            plain.append(term)
+            declined = d if isinstance(declined.reason, (*_NO_ATTENTION, SeveralSoftmaxes)) else declined
+    if not lifted:
+        raise declined
+    found: list[Found] = []
+    try:
+        for each in lifted:
+            found.append(_fuse_site(graph, candidate, root, each, context, state_of))
+    except Declined:
+        remove(graph, [n for f in found for n in f.replacement.made])
+        raise
+    added = add_up(graph, [f.replacement for f in found], plain, lifted[0], context)
+    return [dataclasses.replace(f, replacement=r) for f, r in zip(found, added, strict=True)]
+
+
+def _fuse_site(
+    graph: Graph, candidate: Candidate, root: Node, lifted: Lifted, context: SiteContext, state_of: Mapping[Node, State]
+) -> Found:
+    check_transforms(lifted, candidate.inputs, state_of[candidate.anchor], state_of[root])
+    steps = [("lift", lifted.spec)]
+    for each in PASSES:
+        lifted = _verified(each, each(lifted, context))
+        steps.append((each.__name__, lifted.spec))
+    replacement = insert(graph, root, candidate.rows, lifted, context, state_of[root].transforms)
+    return Found(candidate, lifted, replacement, (*steps, ("insert", replacement.spec)))
 
 
 def _context(traced: Trace, candidate: Candidate, policy: Policy) -> SiteContext:
@@ -224,14 +260,15 @@ def _target(candidate: Candidate, choose: Choose) -> str:
     return target
 
 
-def _check_wanted(graph: Graph, site: Found, leave: Leave, call: Node) -> None:
-    """Raises Declined, and takes the op back, where the site is to be left as it is. ``call``: see Leave; or no attention."""
-    anchor, made = site.candidate.anchor, site.replacement
+def _check_wanted(graph: Graph, sites: Sequence[Found], leave: Leave, call: Node) -> None:
+    """Raises Declined, and takes the ops back, where one is to be left as it is. ``call``: see Leave; or no attention."""
+    anchor = sites[0].candidate.anchor
     written = anchor if is_attention(anchor) else call if call is not anchor else None
-    reason = leave(made.op, made.wanted, "" if written is None else operator_name(written))
-    if reason is not None:
-        remove(graph, made.made)
-        raise Declined(reason)
+    name = "" if written is None else operator_name(written)
+    for reason in [leave(f.replacement.op, f.replacement.wanted, name) for f in sites]:
+        if reason is not None:
+            remove(graph, {n for f in sites for n in f.replacement.made})
+            raise Declined(reason)
 
 
 def _verified(by: Pass, lifted: Lifted) -> Lifted:

@@ -48,7 +48,8 @@ def accept(graph: Graph, candidates: list[Candidate], found: list[Found], kept: 
     while True:
         replaced = {old: new for f in accepted for old, new in f.replacement.pairs}
         live = live_nodes(graph, slices, replaced)
-        still = [f for f in accepted if live.isdisjoint(f.consumed)]
+        kept_back = {f.replacement.root for f in accepted if not live.isdisjoint(f.consumed)}  # a sum is fused in whole
+        still = [f for f in accepted if f.replacement.root not in kept_back]
         if len(still) == len(accepted):
             break
         accepted = still
@@ -58,7 +59,7 @@ def accept(graph: Graph, candidates: list[Candidate], found: list[Found], kept: 
             for old, new in f.replacement.pairs:
                 old.replace_all_uses_with(new)
             sites.append(_fused_site(f))
-        else:
+        elif all(s.replacement.root is not f.replacement.root for s in found[: found.index(f)]):
             sites.append(declined_site(f.candidate, ProbabilitiesUsed(_user_of(f, live, slices))))
     remove(graph, [n for n in graph.nodes if n in slices and n not in live])
     graph.lint()

@@ -85,14 +85,13 @@ class Pass(Protocol):
     def __call__(self, lifted: Lifted, context: SiteContext, /) -> Lifted: ...
 
 
-def lift(root: Node, trace: Trace) -> Lifted:
-    """The spec of what ``root`` computes. Raises Declined with the reason that blocked it."""
-    out = trace.value_of[root]
+def lift(out: Value, trace: Trace) -> Lifted:
+    """The spec of what ``out`` is. Raises Declined with the reason that blocked it."""
     if out.dtype not in SUPPORTED:
         raise Declined(UnsupportedType(f"the result is {out.dtype}"))
     for _ in range(_SPECIALISATIONS):
         try:
-            return _Lift(Reader(held=trace.node_of, stops=trace.stops if out in trace.flowing else ()), out).run()
+            return _Lift(Reader(held=trace.node_of, stops=trace.stops if trace.flows(out) else ()), out).run()
         except _Specialised:
             continue  # as a rule the sizes of the trace now show the number
     raise Declined(UnsupportedShape("a feature dimension is a formula of several sizes"))

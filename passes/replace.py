@@ -31,7 +31,7 @@ from fuse.passes.read.graph import (
     writes,
 )
 from fuse.passes.read.trace import Seed, Trace, Value
-from fuse.report.reasons import Declined, Mutated, NotTraceable, ScoresUsed, UnsupportedShape
+from fuse.report.reasons import Declined, Mutated, NotTraceable, RandomNumbers, ScoresUsed, UnsupportedShape
 from fuse.torch_private import CleanDiv, FloorDiv, schema
 
 aten = torch.ops.aten  # programs of torch.export hold nothing else
@@ -98,11 +98,45 @@ def insert(
         if flowing and _may_be_written(graph, root):
             result = emitter.new_call(aten.clone.default, (result,), {})
     for node in emitter.new[first:]:
-        node.meta.update({k: v for k, v in root.meta.items() if k in ("stack_trace", "nn_module_stack", "source_fn_stack")})
+        node.meta.update(_traced(root))
     for old, new in ((root, result), *beside):
         new.meta["example_value"] = old.meta.get("example_value")
     wanted = tuple(flowing and d and trace.flows(x) for x, d in zip(lifted.leaves, differentiable(spec), strict=True))
     return Replacement(root, result, op, target, beside, spec, leaves, tuple(emitter.new), wanted, around)
+
+
+def add_up(
+    graph: Graph, terms: Sequence[Replacement], plain: Sequence[Value], lifted: Lifted, context: SiteContext
+) -> tuple[Replacement, ...]:
+    """``terms``, all of one root, with the sum of their results and of ``plain`` in its place; plain values are computed anew.
+
+    Raises Declined, and leaves the graph without the terms, if one of these cannot be had. lifted: of any of the terms
+    """
+    root, around = terms[0].root, terms[0].around
+    emitter = _Emitter(graph, root, context.trace, lifted, context.trace.value_of[root] in context.trace.flowing, around)
+    with graph.inserting_before(root):
+        try:
+            out, *others = [*(term.result for term in terms), *map(emitter.tensor, plain)]
+        except Declined:
+            emitter.undo()
+            remove(graph, {n for term in terms for n in term.made})
+            raise
+        for other in others:
+            out = emitter.new_call(aten.add.Tensor, (out, other), {})
+        dtype = context.trace.value_of[root].meta.dtype
+        if dtype in (torch.bfloat16, torch.float16):
+            out = emitter.new_call(aten._to_copy.default, (out,), {"dtype": dtype})
+    for node in emitter.new:
+        node.meta.update(_traced(root))
+    for term in terms:
+        del term.result.meta["example_value"]
+    out.meta["example_value"] = root.meta.get("example_value")
+    return tuple(replace(term, result=out, made=(*term.made, *emitter.new)) for term in terms)
+
+
+def _traced(root: Node) -> dict[str, Any]:
+    """What is known of where a node comes from."""
+    return {k: v for k, v in root.meta.items() if k in ("stack_trace", "nn_module_stack", "source_fn_stack")}
 
 
 def _results(
@@ -202,6 +236,8 @@ class _Emitter:
             node = self.trace.node_of.get(value)
             if node in self.of_scores:
                 raise Declined(ScoresUsed(operator_name(node), location(node)))
+            if value.op is not None:
+                raise Declined(RandomNumbers(f"those of {schema(value.op).name} are needed as a tensor"))
             raise Declined(NotTraceable("a tensor that the graph does not hold"))
         args, kwargs = self._arguments(value.args), self._arguments(dict(value.kwargs))
         node = self._call(value.op, args, kwargs)

@@ -17,11 +17,13 @@ from spellings import (
     scales,
     sets_of_keys,
     softmaxes,
+    terms,
 )
 from together import narrow
 
 TOPICS = (
-    softmaxes, products, scales, masks, biases, layouts, sets_of_keys, composites, regions, near_misses, near_miss_masks,
+    softmaxes, products, scales, masks, biases, layouts, sets_of_keys, terms, composites, regions, near_misses,
+    near_miss_masks,
 )  # fmt: skip
 
 
@@ -80,6 +82,7 @@ SYMBOLIC = (
     "masks.causal_and_padding_combined", "masks.four_masks", "biases.alibi", "biases.t5", "biases.relative_by_gather",
     "biases.added_to_a_part_in_place",
     "sets_of_keys.weights_sliced_the_other_way_round", "sets_of_keys.causal_among_the_first",
+    "terms.difference_by_head_in_place", "terms.convit",
     "layouts.packed_split", "layouts.cache_by_cat", "composites.sdpa_causal_more_keys", "composites.mha_both_masks",
     "composites.encoder_layer", "regions.autocast_inside", "regions.two_in_a_row", "near_miss_masks.empty_rows_lowest",
 )  # fmt: skip

@@ -62,6 +62,11 @@ class WeightNotLinear(Reason):
     unblock = "move the operation behind the product with the values, or into the scores"
 
 
+class SeveralSoftmaxes(Reason):
+    message = "several softmaxes are in the weights, which are not a sum of them: {detail}"
+    unblock = "write the weights as a sum of softmaxes, each with a factor"
+
+
 class NoScoreProduct(Reason):
     message = "no product of query and key was found behind the softmax: {detail}"
     unblock = "nothing: the scores come from elsewhere"

@@ -10,10 +10,10 @@ import sympy
 from fuse.ir import expr
 from fuse.ir.expr import Apply, Expr, Prob, apply, const
 from fuse.ir.index import IndexExpr
-from fuse.passes.read.elements import Opaque, Reader, dims, uncast
+from fuse.passes.read.elements import PRODUCTS, Opaque, Reader, dims, summed_into, uncast
 from fuse.passes.read.shifts import without_shift
 from fuse.passes.read.trace import Value
-from fuse.report.reasons import Declined, NotSoftmax, WeightNotLinear, WrongDimension
+from fuse.report.reasons import Declined, NotSoftmax, Reason, SeveralSoftmaxes, WeightNotLinear, WrongDimension
 
 _SINK_LIMIT = 8  # extra positions of the softmax that have no key
 
@@ -93,7 +93,7 @@ def _divides(n: Apply) -> tuple[Expr, Expr] | None:
 
 def _by_name(r: Reader, weights: Expr, named: list[Opaque], k: sympy.Symbol) -> Softmax:
     if len(named) > 1:
-        raise Declined(NotSoftmax("several softmaxes in one product"))
+        raise Declined(_of_several(r, weights, named, k))
     node = named[0]
     dim = node.value.args[1] % len(node.coords)
     coords = tuple(r.index(c) for c in node.coords)
@@ -114,6 +114,15 @@ def _by_name(r: Reader, weights: Expr, named: list[Opaque], k: sympy.Symbol) -> 
     softmax_dtype = probability.dtype
     return _finish(_cast(score, softmax_dtype), tuple(_cast(x, softmax_dtype) for x in extra), weights, probability,
                    node.name == "_safe_softmax")  # fmt: skip
+
+
+def _of_several(r: Reader, weights: Expr, named: list[Opaque], k: sympy.Symbol) -> Reason:
+    """Attention where some of them are taken of products that differ by key."""
+    for node in named:
+        score = r.element(node.value.args[0], tuple(r.index(c) for c in node.coords))
+        if any(n.name in PRODUCTS and k.name in expr.axes(n) for n in summed_into(score)):
+            return SeveralSoftmaxes(f"{len(named)}, below {getattr(weights, 'op', 'a product')}")
+    return NotSoftmax("several softmaxes in one product")
 
 
 def _cast(e: Expr, dtype: str) -> Expr:

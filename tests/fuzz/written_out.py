@@ -122,7 +122,7 @@ PRODUCTS = (
 def normalised(d: Draft) -> None:
     """``out``, of (…, n, features of values)."""
     z = d.sizes
-    way = d.one(*("softmax",) * 8, "deferred", "sink", "sink", "sets", "near miss")
+    way = d.one(*("softmax",) * 8, "deferred", "sink", "sink", "sets", "terms", "near miss")
     product = d.one(*PRODUCTS)
     if way == "sets":
         return sets_of_keys(d)
@@ -139,8 +139,18 @@ def normalised(d: Draft) -> None:
         spelt = SOFTMAX[-NEAR_MISSES:] if way == "near miss" else SOFTMAX[:-NEAR_MISSES]
         for line in d.one(*spelt).split("; "):
             d.write(line)
+    if way == "terms":
+        for line in d.one(*TERMS[: len(TERMS) if z.lead == z.kv_lead else 1]).split("; "):
+            d.write(line)
     weighed(d)
     d.write(f"out = {product}")
+
+
+TERMS = (
+    "p = p + 0.1",
+    "p = p - 0.3 * (q @ k.mT * 0.2).softmax(-1)", "p += (q.flip(-1) @ k.mT).masked_fill(j > i, -1e9).softmax(-1)",
+    "p = p * 0.7 + (q @ k.mT * 0.2).softmax(-1) * 0.3; p = p / p.sum(-1, keepdim=True)",
+)  # fmt: skip
 
 
 def sets_of_keys(d: Draft) -> None:

@@ -297,7 +297,7 @@ def probabilities_transposed(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return scores(q, k).softmax(-1).mT @ v
 
 
-@spelling(0, reason="WeightNotLinear")
+@spelling()
 def probabilities_plus_identity(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return (scores(q, k).softmax(-1) + torch.eye(9)) @ v
 
