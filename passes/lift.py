@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import sympy
@@ -29,10 +29,11 @@ from fuse.passes.read import pointwise, views  # noqa: F401  the readers registe
 from fuse.passes.read.elements import POLYNOMIAL, Opaque, Reader, as_index, dims, may_wrap, op_name, summed_into
 from fuse.passes.read.graph import reached_from
 from fuse.passes.read.joined import joined_products, joined_scores
+from fuse.passes.read.mixed import check_before
 from fuse.passes.read.products import Product, Side, product_of
 from fuse.passes.read.random import with_scaled_choices
 from fuse.passes.read.softmax import DeferredNormalisation, Softmax, recognise
-from fuse.passes.read.trace import Trace, Value, depends_on
+from fuse.passes.read.trace import Trace, Value, computed, depends_on
 from fuse.report.reasons import (  # fmt: skip
     Declined,
     IntegersWrap,
@@ -45,6 +46,7 @@ from fuse.report.reasons import (  # fmt: skip
     UnsupportedType,
 )
 
+_FEATURES = 256  # of all feature dimensions together
 _SPECIALISATIONS = 4  # feature dimensions of query and value, with something to spare
 SUPPORTED = ("float32", "bfloat16", "float16", "float64")
 
@@ -56,6 +58,7 @@ class Lifted:
     leaves     the tensors behind spec.operands
     sizes      the values of spec.symbols
     out_dims   root dimension → dimension of the op's result
+    features   sizes of what the op's last dimension has to be split into, if it stands for several of the root's
     scores     the products of query and keys, which must not be used elsewhere
     relied     of what it is known what they hold, on which the spec relies
     """
@@ -66,6 +69,7 @@ class Lifted:
     out_dims: tuple[int, ...]
     scores: tuple[Value, ...]
     relied: tuple[Node, ...] = ()
+    features: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -94,11 +98,31 @@ def lift(out: Value, trace: Trace) -> Lifted:
             return _Lift(Reader(held=trace.node_of, stops=trace.stops if trace.flows(out) else ()), out).run()
         except _Specialised:
             continue  # as a rule the sizes of the trace now show the number
+        except _SeveralFeatures as several:
+            return _lift_joined(out, several.dims, trace)
     raise Declined(UnsupportedShape("a feature dimension is a formula of several sizes"))
 
 
 class _Specialised(Exception):
     """A size was fixed to its number, with a guard: what was read before still has the symbol."""
+
+
+class _SeveralFeatures(Exception):
+    """The values have several feature dimensions: these of the result, from outermost to innermost in theirs."""
+
+    def __init__(self, dims: Sequence[int]) -> None:
+        super().__init__(dims)
+        self.dims = tuple(dims)
+
+
+def _lift_joined(out: Value, features: Sequence[int], trace: Trace) -> Lifted:
+    """``out`` read with its feature dimensions as one."""
+    others = [d for d in range(len(out.shape)) if d not in features]
+    joined = computed([out], lambda x: x.permute(*others, *features).flatten(len(others)))
+    lifted = lift(joined, trace)
+    place = {d: lifted.out_dims[i] for i, d in enumerate(others)} | {d: len(others) + i for i, d in enumerate(features)}
+    out_dims = tuple(place[d] for d in range(len(out.shape)))
+    return replace(lifted, out_dims=out_dims, features=tuple(int(out.shape[d]) for d in features))
 
 
 class _Lift:
@@ -153,14 +177,25 @@ class _Lift:
         features = [x for x in self.axes if x in v_axes - p_axes]
         if not features and self.shape[-1] == 1:
             features = [x for x in self.axes[-1:] if x not in rows]
-        if len(features) != 1:
-            raise Declined(UnsupportedShape("the values have no single feature dimension"))
-        self._fix(features[0], self.out)
+        if not features:
+            raise Declined(UnsupportedShape("the values have no feature dimension"))
+        for x in features:
+            self._fix(x, self.out)
+        if len(features) > 1:
+            self._check_together(features)
+            raise _SeveralFeatures([self.axes.index(x) for x in sorted(features, key=lambda x: -_step(x, values[1]))])
         if not rows:
-            rows = [x for x in reversed(self.axes) if self.r.space.sizes[x] == 1 and x != features[0]][:1]
+            rows = [x for x in reversed(self.axes) if self.r.space.sizes[x] == 1 and x not in features][:1]
         if not rows:
             raise Declined(UnsupportedShape("there is no query dimension"))
         return rows[-1], features[0]
+
+    def _check_together(self, features: Sequence[sympy.Symbol]) -> None:
+        count = math.prod(int(self.r.space.sizes[x]) for x in features)
+        if count > _FEATURES:
+            raise Declined(
+                UnsupportedShape(f"one row of weights has {count} features of values, in {len(features)} dimensions")
+            )
 
     # ------------------------------------------------------------------------------------------------- the score
 
@@ -173,7 +208,11 @@ class _Lift:
         for candidate in opaque:
             one = joined is not None and candidate is joined.marker
             product = joined.product if joined is not None and one else product_of(self.r, candidate, "d")
-            if product is None or (sides := self._query_and_key(product, q, k)) is None:
+            if product is None:
+                continue
+            sides = self._query_and_key(product, q, k)
+            if sides is None:
+                check_before(self.r, product, k)
                 continue
             self._fix(product.over, *(value for value, _ in product.sides))
             self.r.inner.add(product.over)
@@ -289,6 +328,12 @@ class _Lift:
         out_dims = tuple(order.index(x) for x in self.axes)
         all_sizes = (*sizes, *(self.r.symbols[s] for s in others))
         return Lifted(spec, leaves, all_sizes, out_dims, scores)
+
+
+def _step(x: sympy.Symbol, coords: Sequence[IndexExpr]) -> int:
+    """How far x moves the coordinate that it is in."""
+    steps = [parts[0] for c in coords if x in c.free_symbols and (parts := linear(c, x)) is not None]
+    return max((abs(int(step)) for step in steps if step.is_Integer), default=0)
 
 
 def _named_sizes(sizes: Sequence[IndexExpr], batch: int) -> dict[str, str]:

@@ -81,7 +81,7 @@ def insert(
 
     rows  see Candidate
     """
-    spec = replace(lifted.spec, out_order=tuple(lifted.out_dims[d] for d in memory_order(root)))
+    spec = replace(lifted.spec, out_order=_out_order(root, lifted))
     verify(spec)
     trace, target = context.trace, context.target
     flowing = trace.value_of[root] in trace.flowing
@@ -94,7 +94,7 @@ def insert(
             emitter.undo()
             raise
         first = len(emitter.new)
-        op, result, beside = _results(emitter, (list(leaves), sizes, in_graph(spec.to_json()), target), lifted.out_dims, rows)
+        op, result, beside = _results(emitter, (list(leaves), sizes, in_graph(spec.to_json()), target), lifted, rows)
         if flowing and _may_be_written(graph, root):
             result = emitter.new_call(aten.clone.default, (result,), {})
     for node in emitter.new[first:]:
@@ -140,10 +140,11 @@ def _traced(root: Node) -> dict[str, Any]:
 
 
 def _results(
-    emitter: _Emitter, arguments: tuple[Any, ...], out_dims: Sequence[int], rows: Sequence[RowStatistic]
+    emitter: _Emitter, arguments: tuple[Any, ...], lifted: Lifted, rows: Sequence[RowStatistic]
 ) -> tuple[Node, Node, tuple[tuple[Node, Node], ...]]:
     """The op, and what has the root's dimensions: the result, and what stands for other nodes."""
     found: dict[str, Node] = {}
+    out_dims = lifted.out_dims
     if any(of.kind == "lse" for of in rows):
         op = emitter.new_call(torch.ops.fuse.attention_lse.default, arguments, {})
         out, found["lse"] = (emitter.new_call(operator.getitem, (op, i), {}) for i in (0, 1))
@@ -152,7 +153,22 @@ def _results(
     if any(of.kind == "max" for of in rows):
         found["max"] = emitter.new_call(torch.ops.fuse.attention_max.default, arguments[:-1], {})
     beside = ((of.node, _as_given(emitter, found[of.kind], out_dims, of)) for of in rows)
+    if lifted.features:
+        out = emitter.new_call(aten.unflatten.int, (out, -1, list(lifted.features)), {})
     return op, emitter.permuted(out, out_dims), tuple(beside)
+
+
+def _out_order(root: Node, lifted: Lifted) -> tuple[int, ...]:
+    """The op's dimensions from outermost to innermost in memory, as those of the root are."""
+    order = [lifted.out_dims[d] for d in memory_order(root)]
+    if lifted.features:
+        last = len(order) - len(lifted.features)
+        together = list(range(last, len(order)))
+        at = order.index(last)
+        if order[at : at + len(together)] != together:
+            raise Declined(UnsupportedShape("feature dimensions of the result lie apart in memory"))
+        order[at : at + len(together)] = [last]
+    return tuple(order)
 
 
 def _as_given(emitter: _Emitter, rows: Node, out_dims: Sequence[int], of: RowStatistic) -> Node:

@@ -57,6 +57,11 @@ class WrongDimension(Reason):
     unblock = "nothing: this is no attention over keys"
 
 
+class HeadsMixed(Reason):
+    message = "heads are mixed {detail} the softmax: each weight reads the scores of all heads"
+    unblock = "nothing yet: a kernel would hold the scores of all heads at once, as many tiles as there are heads"
+
+
 class WeightNotLinear(Reason):
     message = "what follows the softmax is not linear in the probabilities: {detail}"
     unblock = "move the operation behind the product with the values, or into the scores"

@@ -11,6 +11,7 @@ from fuse.ir import expr
 from fuse.ir.expr import Apply, Expr, Prob, apply, const
 from fuse.ir.index import IndexExpr
 from fuse.passes.read.elements import PRODUCTS, Opaque, Reader, dims, summed_into, uncast
+from fuse.passes.read.mixed import check_behind
 from fuse.passes.read.shifts import without_shift
 from fuse.passes.read.trace import Value
 from fuse.report.reasons import Declined, NotSoftmax, Reason, SeveralSoftmaxes, WeightNotLinear, WrongDimension
@@ -101,6 +102,8 @@ def _by_name(r: Reader, weights: Expr, named: list[Opaque], k: sympy.Symbol) -> 
         coords = (*coords[:dim], k, *coords[dim + 1 :])
     for i, c in enumerate(coords):
         if (k in c.free_symbols) != (i == dim):
+            if coords[dim] in r.space.sizes:
+                check_behind(r, r.element(node.value.args[0], coords), k, coords[dim])
             raise Declined(WrongDimension(f"dimension {dim} of {tuple(node.value.shape)}"))
     source = node.value.args[0]
     pieces = _pieces(r, source, coords, dim, k)

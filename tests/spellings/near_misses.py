@@ -239,14 +239,29 @@ def gumbel_noise(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return F.gumbel_softmax(scores(q, k), dim=-1) @ v
 
 
-@spelling(0)
+@spelling(0, reason="HeadsMixed")
 def talking_heads(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """Heads are mixed before the softmax."""
     mix = torch.eye(3, dtype=q.dtype).roll(1, 0) + 0.1
     return torch.einsum("bhqk,hg->bgqk", scores(q, k), mix).softmax(-1) @ v
 
 
-@spelling(0, reason="WrongDimension")
+@spelling(0, reason="HeadsMixed")
+def heads_mixed_on_both_sides(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """As talking heads are defined."""
+    mix = torch.eye(3, dtype=q.dtype).roll(1, 0) + 0.1
+    s = torch.einsum("bhqk,hg->bgqk", scores(q, k), mix)
+    return torch.einsum("bhqk,hg->bgqk", s.softmax(-1), mix) @ v
+
+
+@spelling(0, inputs=lambda: (*qkv(), nn.Linear(3, 3), nn.Linear(3, 3)))
+def heads_mixed_by_layers(q: Tensor, k: Tensor, v: Tensor, before: nn.Module, behind: nn.Module) -> Tensor:
+    """CaiT; a layer is not looked into."""
+    s = before(scores(q, k).permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+    return behind(s.softmax(-1).permute(0, 2, 3, 1)).permute(0, 3, 1, 2) @ v
+
+
+@spelling(0, reason="HeadsMixed")
 def heads_mixed_after_softmax(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     mix = torch.eye(3, dtype=q.dtype).roll(1, 0) + 0.1
     return torch.einsum("bhqk,hg->bgqk", scores(q, k).softmax(-1), mix) @ v
@@ -356,6 +371,12 @@ def distances_not_products(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 def additive_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """Bahdanau: tanh of a sum instead of a product."""
     return torch.tanh(q[:, :, :, None] + k[:, :, None]).sum(-1).softmax(-1) @ v
+
+
+@spelling(0)
+def additive_attention_by_a_product(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """What is summed over is features, not heads."""
+    return (torch.tanh((q @ k[0, 0, :8].mT)[:, :, :, None] + (k @ q[0, 0, :8].mT)[:, :, None]) @ v[0, 0, 0, :8]).softmax(-1) @ v
 
 
 @spelling(0)
