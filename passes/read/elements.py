@@ -148,7 +148,11 @@ class Reader:
     def _element(self, value: Value, coords: tuple[IndexExpr, ...]) -> Expr:
         if value.literal is not None:
             return const(value.literal, value.dtype)
-        if value.op is None or (self.views_only and (not _is_view(value) or self._only_view_held(value))):
+        if (
+            value.op is None
+            or self._is_written(value)
+            or (self.views_only and (not _is_view(value) or self._only_view_held(value)))
+        ):
             return self.load(value, coords)
         if value in self.stops:
             found = self.load if self.views_only else self._stopped
@@ -189,6 +193,13 @@ class Reader:
         while base.op is not None and _is_view(base):
             base = base.args[0]
         return value in self.held and base.op is not None and base not in self.held
+
+    def _is_written(self, value: Value) -> bool:
+        """Is it torch.tensor([…]) of several numbers? The graph has a node for it, none for the numbers."""
+        base = value
+        while op_name(base) in ("detach", "lift_fresh", "lift_fresh_copy"):
+            base = base.args[0]
+        return value in self.held and base.op is None and base.literal is None and base not in self.held
 
     def load(self, value: Value, coords: Sequence[IndexExpr]) -> Expr:
         if value not in self.leaves:

@@ -353,3 +353,9 @@ def scores_added_to_other_places(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """What is written is what lies one place further on."""
     s = q @ k.mT / 4
     return torch.cat((s[..., 1:], s[..., :1]), -1).add(s).softmax(-1) @ v
+
+
+@spelling()
+def numbers_written_in_the_program(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    bias = torch.tensor([0.5, 0, 1, -1, 2, 0, 0, 3, -0.25])
+    return attend(scores(q, k) + bias - torch.as_tensor([[1.0], [2.0], [3.0]])[:, None] * bias[:, None], v)
