@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import math
 
+import forms
 import machine
 import torch
 import torch.nn.functional as F
@@ -37,7 +38,8 @@ def visible(kind: str, length: int, kept: Tensor, documents: Tensor) -> Tensor |
     return None
 
 
-KINDS = ("full", "causal", "window", "padding", "causal and padding", "documents", "alibi", "t5", "soft-cap")
+NO_SOFTMAX = ("sigmoid", "retention", "linear")  # of forms.py
+KINDS = ("full", "causal", "window", "padding", "causal and padding", "documents", "alibi", "t5", "soft-cap", *NO_SOFTMAX)
 
 
 def t5_bias(length: int) -> Tensor:
@@ -50,6 +52,8 @@ def t5_bias(length: int) -> Tensor:
 
 
 def attention(kind: str, query: Tensor, key: Tensor, value: Tensor, kept: Tensor, documents: Tensor) -> Tensor:
+    if kind in NO_SOFTMAX:
+        return forms.FORMS[kind](query, key, value)[0]
     length = query.shape[-2]
     scores = query @ key.transpose(-1, -2) * WIDTH**-0.5
     if kind == "alibi":
@@ -71,7 +75,7 @@ def with_sdpa(kind: str, query: Tensor, key: Tensor, value: Tensor, kept: Tensor
 
 def measure(way: str, kind: str, length: int, dtype: str) -> float:
     """MB beyond inputs and output; NaN where the way has no such case."""
-    if way == "sdpa" and kind in ("alibi", "t5", "soft-cap"):
+    if way == "sdpa" and kind in ("alibi", "t5", "soft-cap", *NO_SOFTMAX):
         return math.nan
     torch.manual_seed(0)
     query, key, value = (torch.randn(1, length, 1, WIDTH).to(getattr(torch, dtype)).transpose(1, 2) for _ in range(3))

@@ -22,7 +22,7 @@ from fuse.kernel.source import Header, header_of
 from fuse.ops.warm import ExpectedCall
 from fuse.qualify import faster, right
 from fuse.qualify.problem import Problem, as_called, small
-from fuse.qualify.torchs_own import Rival, sdpa
+from fuse.qualify.torchs_own import Rival, rival
 from fuse.targets import dump_index, reference, registry
 from fuse.targets.cache import BuildFailed
 from fuse.targets.dump_index import Call, Layout
@@ -166,9 +166,9 @@ class _Attention(_Base):
 
     def time(self, call: Call) -> None:
         p = self._problem(call, compared=False)
-        rival = sdpa(p, self.header.wanted or (False,) * len(p.operands)) if faster.fits(self._expected(call)) else None
-        ways = [self._way(p), *([self._rivals_way(rival)] if rival is not None else [])]
-        _print_times(ways, self.device)
+        other = rival(p, self.header.wanted or (False,) * len(p.operands)) if faster.fits(self._expected(call)) else None
+        ways = [self._way(p), *([self._rivals_way(other)] if other is not None else [])]
+        _print_times(ways, self.device, faster.SDPA if self.spec.softmax else faster.PRODUCTS)
 
     def _way(self, p: Problem) -> faster.Call:
         if self.backward is None:
@@ -263,9 +263,9 @@ def _print_operands(call: Call, operands: Sequence[Tensor]) -> None:
         print(f"    operand{i}{name}  {str(t.dtype).removeprefix('torch.')} {list(t.shape)}, strides {list(t.stride())}")
 
 
-def _print_times(ways: Sequence[Callable[[], object]], device: torch.device) -> None:
+def _print_times(ways: Sequence[Callable[[], object]], device: torch.device, rival: str = "") -> None:
     times = [faster.milliseconds(t) for t in faster.in_turn(ways, device)]
-    beside = f", {faster.SDPA} {times[1]}" if len(times) > 1 else ""
+    beside = f", {rival} {times[1]}" if len(times) > 1 else ""
     threads = f", {torch.get_num_threads()} thread{'s' * (torch.get_num_threads() != 1)}" if device.type == "cpu" else ""
     print(f"    time {times[0]}{beside}{threads}")
 

@@ -3,7 +3,7 @@
 of a graph
     expand    composite calls, written out
     states    what surrounds each node: autocast, grad mode, functorch level
-    find      candidates: a normalisation, the contraction behind it, the slice of the graph around them
+    find      candidates: a normalisation or a first product, the contraction behind it, the slice of the graph around them
     trace     the slices as functional ATen, for reading
 of each site
     lift      one element of the result as mathematics: an AttentionSpec, or a reason why not
@@ -35,6 +35,7 @@ from fuse.passes.find import Candidate, find, is_attention
 from fuse.passes.layout import put_keys_innermost
 from fuse.passes.lift import Lifted, Pass, SiteContext, lift
 from fuse.passes.masks import recover_mask
+from fuse.passes.pays import check_pays
 from fuse.passes.policy import Choose, Contents, Leave, Policy, leave_none
 from fuse.passes.read.bodies import Body, bodies
 from fuse.passes.read.graph import State, hidden_subclass, operator_name, states, tensor_of
@@ -48,10 +49,13 @@ from fuse.report.reasons import (
     Declined,
     InternalError,
     NoScoreProduct,
+    NothingSaved,
     NotSoftmax,
     OtherDevice,
+    ProbabilitiesUsed,
     Reason,
     SeveralSoftmaxes,
+    Slower,
     Subclass,
     UnsupportedShape,
 )
@@ -112,11 +116,18 @@ class _Told:
     lacking: dict[Node, Reason] = field(default_factory=dict)
 
     def decline(self, candidate: Candidate, reason: Reason) -> None:
-        if isinstance(reason, _NO_ATTENTION) and not is_attention(candidate.anchor):
+        if not candidate.softmax:
+            self._two_products(candidate, reason)
+        elif isinstance(reason, _NO_ATTENTION) and not is_attention(candidate.anchor):
             self.lacking[candidate.anchor] = reason
         else:
             self.nodes.add(candidate.anchor)
             self.sites.append(declined_site(candidate, reason))
+
+    def _two_products(self, candidate: Candidate, reason: Reason) -> None:
+        """Of any two products without a softmax little can be said: what was read as attention is told of."""
+        if isinstance(reason, (NothingSaved, ProbabilitiesUsed, Slower)):
+            self.lacking[candidate.anchor] = reason
 
 
 def _run_graph(body: Body, policy: Policy) -> Reading:
@@ -152,8 +163,9 @@ def _fuse_sites(body: Body, policy: Policy, expansions: Sequence[Expansion]) -> 
     found: list[Found] = []
     summed: set[Node] = set()  # products that are parts of sites
     refused = None if policy.refused is None else ((c, policy.refused) for c in candidates)
+    settled: set[Node] = set()
     for candidate, traced in refused or _traces(graph, candidates, state_of):
-        if candidate.roots[0] in summed:
+        if candidate.roots[0] in summed or (not candidate.softmax and candidate.roots[0] in settled):
             continue
         try:
             if isinstance(traced, Declined):
@@ -161,14 +173,19 @@ def _fuse_sites(body: Body, policy: Policy, expansions: Sequence[Expansion]) -> 
             sites = _fuse_candidate(graph, candidate, _context(traced, candidate, policy), state_of)
             _check_wanted(graph, sites, policy.leave, calls.get(candidate.anchor, candidate.anchor))
             found += sites
+            settled.add(candidate.roots[0])
             summed |= candidate.sums if sites[0].replacement.root is candidate.roots[-1] else set()
         except Declined as d:
             told.decline(candidate, d.reason)
+            settled.update(() if isinstance(d.reason, _NO_ATTENTION) else candidate.roots[:1])
         except Exception as e:
             told.decline(candidate, _failure(e))
-    if candidates:
-        told.sites += accept(graph, candidates, found, kept)
-        told.nodes |= {f.candidate.anchor for f in found}
+    for f, decided in accept(graph, candidates, found, kept) if candidates else ():
+        if isinstance(decided, Site):
+            told.sites.append(decided)
+            told.nodes |= {f.candidate.anchor} if f.candidate.softmax else f.candidate.nodes
+        else:
+            told.decline(f.candidate, decided)
     return told
 
 
@@ -181,10 +198,13 @@ def _failure(error: Exception) -> Reason:
 def _traces(
     graph: Graph, candidates: list[Candidate], state_of: Mapping[Node, State]
 ) -> Iterator[tuple[Candidate, Trace | Declined]]:
-    """One trace for all slices, so that a mask built once is read once; one each where that fails."""
-    together = _trace_slices(graph, candidates, state_of)
-    for c in candidates:
-        yield c, together if isinstance(together, Trace) else _trace_slices(graph, [c], state_of)
+    """One trace for all slices, so that a mask built once is read once; one each where that fails. What has no softmax may be
+    no attention, and must not change how others are read."""
+    for softmax in (True, False):
+        alike = [c for c in candidates if c.softmax == softmax]
+        together = _trace_slices(graph, alike, state_of) if alike else None
+        for c in alike:
+            yield c, together if isinstance(together, Trace) else _trace_slices(graph, [c], state_of)
 
 
 def _trace_slices(graph: Graph, candidates: list[Candidate], state_of: Mapping[Node, State]) -> Trace | Declined:
@@ -201,12 +221,14 @@ def _fuse_candidate(graph: Graph, candidate: Candidate, context: SiteContext, st
     declined: Declined | None = None
     for root in reversed(candidate.roots):
         try:
-            lifted = lift(context.trace.value_of[root], context.trace)
+            lifted = lift(context.trace.value_of[root], context.trace, candidate.softmax)
         except Declined as d:
             declined = declined or d
             continue
         return [_fuse_site(graph, candidate, root, lifted, context, state_of)]
     assert declined is not None
+    if not candidate.softmax:
+        raise declined
     return _fuse_terms(graph, candidate, context, state_of, declined)
 
 
@@ -238,6 +260,7 @@ def _fuse_terms(
 def _fuse_site(
     graph: Graph, candidate: Candidate, root: Node, lifted: Lifted, context: SiteContext, state_of: Mapping[Node, State]
 ) -> Found:
+    check_pays(lifted)
     check_transforms(lifted, candidate.inputs, state_of[candidate.anchor], state_of[root])
     steps = [("lift", lifted.spec)]
     for each in PASSES:

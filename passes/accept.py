@@ -36,7 +36,9 @@ class Found:
         return {n for n in scores | drawn if n is not None and n is not self.replacement.root}
 
 
-def accept(graph: Graph, candidates: list[Candidate], found: list[Found], kept: set[Node]) -> list[Site]:
+def accept(
+    graph: Graph, candidates: list[Candidate], found: list[Found], kept: set[Node]
+) -> list[tuple[Found, Site | ProbabilitiesUsed]]:
     """Decides for all sites together, so that products that share probabilities are fused, or none of them is.
 
     Removes what nothing reads any more, but for ``kept``.
@@ -53,17 +55,17 @@ def accept(graph: Graph, candidates: list[Candidate], found: list[Found], kept: 
         if len(still) == len(accepted):
             break
         accepted = still
-    sites = []
+    decided: list[tuple[Found, Site | ProbabilitiesUsed]] = []
     for f in found:
         if f in accepted:
             for old, new in f.replacement.pairs:
                 old.replace_all_uses_with(new)
-            sites.append(_fused_site(f))
+            decided.append((f, _fused_site(f)))
         elif all(s.replacement.root is not f.replacement.root for s in found[: found.index(f)]):
-            sites.append(declined_site(f.candidate, ProbabilitiesUsed(_user_of(f, live, slices))))
+            decided.append((f, ProbabilitiesUsed(_user_of(f, live, slices))))
     remove(graph, [n for n in graph.nodes if n in slices and n not in live])
     graph.lint()
-    return sites
+    return decided
 
 
 def declined_site(candidate: Candidate, reason: Reason) -> Site:

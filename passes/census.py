@@ -7,17 +7,19 @@ from collections.abc import Iterator, Mapping, Set
 from torch.fx import Graph, Node
 
 from fuse.passes.expand import COMPOSITES
-from fuse.passes.find import ATTENTION, NORMALISATIONS
+from fuse.passes.find import ATTENTION, FUNCTIONS, NORMALISATIONS
 from fuse.passes.read.bodies import graphs_of, is_ordinary
 from fuse.passes.read.graph import frames, location, module_path, operator_name
 from fuse.report.reasons import Reason, UnreadBody, UnreadOperator
 from fuse.report.site import Other, Site
 from fuse.torch_private import HigherOrderOperator, OpOverload
 
-LOOKED_FOR = "softmax or exp before a product, scaled_dot_product_attention, nn.MultiheadAttention, operators named attention"
+LOOKED_FOR = (
+    "softmax, exp or a product before a product, scaled_dot_product_attention, nn.MultiheadAttention, operators named attention"
+)
 _NAMED = ("attention", "attn")
 _CALLS = ("call_function", "call_method", "call_module")
-_SOFTMAXES = NORMALISATIONS - {"exp", "exp_"}
+_SOFTMAXES = NORMALISATIONS - FUNCTIONS
 
 
 def unread(graph: Graph, told: Set[Node]) -> list[Site]:

@@ -1,4 +1,5 @@
-"""Candidates: a normalisation, the contraction that it feeds, and the slice of the graph that may belong to them.
+"""Candidates: a normalisation, the contraction that it feeds, and the slice of the graph that may belong to them. Where there
+is no normalisation, a contraction that feeds another one is in its place.
 
 A slice reaches back from the contraction through everything that can be read per element, and stops at what makes
 activations (linear, convolution, normalisation, …). Operands of a contraction are followed through views only.
@@ -6,7 +7,7 @@ activations (linear, convolution, normalisation, …). Operands of a contraction
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Set
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -24,8 +25,11 @@ NORMALISATIONS = {
     "softmax", "_softmax", "log_softmax", "_log_softmax", "_safe_softmax", "special_softmax", "special_log_softmax", "softmin",
     "exp", "exp_",
 }  # fmt: skip
+# An exponential may also be no more than a function of the score, or a part of its mask.
+FUNCTIONS = {"exp", "exp_"}
 ATTENTION = "scaled_dot_product_attention"
-CONTRACTIONS = {"matmul", "__matmul__", "bmm", "mm", "baddbmm", "einsum", "sum", "tensordot", "mv", "matvec", "inner"}
+MATRIX_PRODUCTS = {"matmul", "__matmul__", "bmm", "baddbmm", "einsum"}
+CONTRACTIONS = MATRIX_PRODUCTS | {"mm", "sum", "tensordot", "mv", "matvec", "inner"}
 PRODUCERS = {
     "linear", "embedding_bag", "layer_norm", "group_norm", "batch_norm", "instance_norm", "rms_norm",
     "native_layer_norm", "lstm", "gru", "rnn_tanh", "interpolate", "grid_sample", "bilinear", "cdist", "addmm",
@@ -65,10 +69,11 @@ class RowStatistic:
 @dataclass(frozen=True)
 class Candidate:
     """
-    anchor  the normalisation, or a call of attention as a whole
-    roots   nodes whose value may be the attention's result, most likely first
-    rows    beside a root: what of it somebody reads
-    sums    where the last root adds up products behind one anchor: these
+    anchor   the normalisation, a call of attention as a whole, or the first of two contractions without either
+    roots    nodes whose value may be the attention's result, most likely first
+    rows     beside a root: what of it somebody reads
+    sums     where the last root adds up products behind one anchor: these
+    softmax  whether there is a normalisation; of one root there may be two candidates, with and without
     """
 
     anchor: Node
@@ -77,6 +82,7 @@ class Candidate:
     inputs: frozenset[Node]
     rows: tuple[RowStatistic, ...] = ()
     sums: frozenset[Node] = frozenset()
+    softmax: bool = True
 
 
 def find(graph: Graph, states: Mapping[Node, State]) -> list[Candidate]:
@@ -103,7 +109,12 @@ def find(graph: Graph, states: Mapping[Node, State]) -> list[Candidate]:
         roots = (contraction, *((total,) if total is not None and first else _divisions_after(contraction)))
         made = _slice(anchor, roots, passed, states, mutations, order)
         found[contraction] = replace(made, sums=products) if first else made
-    return sorted(found.values(), key=lambda c: order[c.roots[0]])
+    settled = {c.roots[0] for c in found.values() if operator_name(c.anchor) not in FUNCTIONS}
+    chains = [
+        replace(_slice(first, (second, *_divisions_after(second)), passed, states, mutations, order), softmax=False)
+        for second, (first, passed) in _chained(graph, order).items() if second not in settled
+    ]  # fmt: skip
+    return sorted([*found.values(), *chains], key=lambda c: order[c.roots[0]])
 
 
 def is_attention(node: Node) -> bool:
@@ -134,8 +145,8 @@ def is_contraction(node: Node) -> bool:
     return node.op in ("call_function", "call_method") and operator_name(node) in CONTRACTIONS
 
 
-def _contractions_after(anchor: Node, order: Mapping[Node, int]) -> list[tuple[Node, set[Node]]]:
-    """The contractions that the anchor's value reaches through other operations, with the nodes it passed."""
+def _contractions_after(anchor: Node, order: Mapping[Node, int], stops: Set[str] = frozenset()) -> list[tuple[Node, set[Node]]]:
+    """The contractions that the anchor's value reaches through other operations but ``stops``, with the nodes it passed."""
     seen, queue, ends = {anchor}, [anchor], []
     while queue and len(seen) < _FORWARD_LIMIT:
         for user in _readers(queue.pop(0), order):
@@ -144,9 +155,36 @@ def _contractions_after(anchor: Node, order: Mapping[Node, int]) -> list[tuple[N
             seen.add(user)
             if is_contraction(user) and not _is_row_sum(user):
                 ends.append(user)
-            elif operator_name(user) not in PRODUCERS:
+            elif operator_name(user) not in PRODUCERS | stops:
                 queue.append(user)
     return [(end, seen) for end in ends]
+
+
+def _chained(graph: Graph, order: Mapping[Node, int]) -> dict[Node, tuple[Node, set[Node]]]:
+    """Products that another one reaches without a softmax: that one, and the nodes between.
+
+    A product by a parameter, as of a layer, gives no scores.
+    """
+    found: dict[Node, tuple[Node, set[Node]]] = {}
+    for node in graph.nodes:
+        if operator_name(node) not in MATRIX_PRODUCTS or not is_contraction(node) or _of_parameter(node):
+            continue
+        for end, passed in _contractions_after(node, order, NORMALISATIONS - FUNCTIONS):
+            if operator_name(end) in MATRIX_PRODUCTS and not _of_parameter(end):
+                found[end] = (node, passed)
+    return found
+
+
+def _of_parameter(product: Node) -> bool:
+    """Is a factor a parameter, or a view of one?"""
+    return any(isinstance(tensor_of(_viewed(arg)), torch.nn.Parameter) for arg in product.all_input_nodes)
+
+
+def _viewed(node: Node) -> Node:
+    """What a chain of views is of."""
+    while _is_view(node) and node.all_input_nodes:
+        node = node.all_input_nodes[0]
+    return node
 
 
 def _readers(node: Node, order: Mapping[Node, int]) -> Iterable[Node]:

@@ -2,7 +2,8 @@
 
     sum over k of weight(softmax over k of score(sum over d of q * k)) * v
 
-by its mathematics. Everything else that the element depends on becomes an operand.
+by its mathematics; in the place of the softmax there may be nothing, or a division by the sum over k. Everything else that
+the element depends on becomes an operand.
 """
 
 from __future__ import annotations
@@ -26,13 +27,13 @@ from fuse.passes.lookups import hoist_lookups
 from fuse.passes.policy import Contents
 from fuse.passes.predicate import REPLACED, separate
 from fuse.passes.read import pointwise, views  # noqa: F401  the readers register themselves
-from fuse.passes.read.elements import POLYNOMIAL, Opaque, Reader, as_index, dims, may_wrap, op_name, summed_into
+from fuse.passes.read.elements import POLYNOMIAL, PRODUCTS, Opaque, Reader, as_index, dims, may_wrap, op_name, summed_into
 from fuse.passes.read.graph import reached_from
 from fuse.passes.read.joined import joined_products, joined_scores
 from fuse.passes.read.mixed import check_before
 from fuse.passes.read.products import Product, Side, product_of
 from fuse.passes.read.random import with_scaled_choices
-from fuse.passes.read.softmax import DeferredNormalisation, Softmax, recognise
+from fuse.passes.read.softmax import DeferredNormalisation, Softmax, recognise, unnormalised
 from fuse.passes.read.trace import Trace, Value, computed, depends_on
 from fuse.report.reasons import (  # fmt: skip
     Declined,
@@ -89,17 +90,18 @@ class Pass(Protocol):
     def __call__(self, lifted: Lifted, context: SiteContext, /) -> Lifted: ...
 
 
-def lift(out: Value, trace: Trace) -> Lifted:
-    """The spec of what ``out`` is. Raises Declined with the reason that blocked it."""
+def lift(out: Value, trace: Trace, softmax: bool = True) -> Lifted:
+    """The spec of what ``out`` is, with a softmax or without. Raises Declined with the reason that blocked it."""
     if out.dtype not in SUPPORTED:
         raise Declined(UnsupportedType(f"the result is {out.dtype}"))
     for _ in range(_SPECIALISATIONS):
         try:
-            return _Lift(Reader(held=trace.node_of, stops=trace.stops if trace.flows(out) else ()), out).run()
+            reader = Reader(held=trace.node_of, stops=trace.stops if trace.flows(out) else ())
+            return _Lift(reader, out, softmax).run()
         except _Specialised:
             continue  # as a rule the sizes of the trace now show the number
         except _SeveralFeatures as several:
-            return _lift_joined(out, several.dims, trace)
+            return _lift_joined(out, several.dims, trace, softmax)
     raise Declined(UnsupportedShape("a feature dimension is a formula of several sizes"))
 
 
@@ -115,20 +117,21 @@ class _SeveralFeatures(Exception):
         self.dims = tuple(dims)
 
 
-def _lift_joined(out: Value, features: Sequence[int], trace: Trace) -> Lifted:
+def _lift_joined(out: Value, features: Sequence[int], trace: Trace, softmax: bool) -> Lifted:
     """``out`` read with its feature dimensions as one."""
     others = [d for d in range(len(out.shape)) if d not in features]
     joined = computed([out], lambda x: x.permute(*others, *features).flatten(len(others)))
-    lifted = lift(joined, trace)
+    lifted = lift(joined, trace, softmax)
     place = {d: lifted.out_dims[i] for i, d in enumerate(others)} | {d: len(others) + i for i, d in enumerate(features)}
     out_dims = tuple(place[d] for d in range(len(out.shape)))
     return replace(lifted, out_dims=out_dims, features=tuple(int(out.shape[d]) for d in features))
 
 
 class _Lift:
-    def __init__(self, reader: Reader, out: Value) -> None:
+    def __init__(self, reader: Reader, out: Value, softmax: bool) -> None:
         self.r = reader
         self.out = out
+        self.softmax = softmax
         self.shape = dims(out)
         self.axes = [reader.space.add(f"x{i}", n) for i, n in enumerate(self.shape)]
 
@@ -141,7 +144,7 @@ class _Lift:
         q, e = self._row_and_feature(probs, values, k)
         self.r.inner = {q, k, e}
         weights = self.r.element(*probs)
-        softmax = recognise(self.r, weights, deferred, k)
+        softmax = (recognise if self.softmax else unnormalised)(self.r, weights, deferred, k)
         if any({k.name, e.name} & expr.axes(z) for z in softmax.extra_logits):
             raise Declined(NotSoftmax("what is added to the sum differs by key or feature"))
         score, scores, query, key, d = self._score(softmax, q, k)
@@ -164,11 +167,13 @@ class _Lift:
         raise Declined(NoScoreProduct(f"the result is {type(found).__name__.lower()} {getattr(found, 'op', '')}".strip()))
 
     def _probabilities_and_values(self, product: Product) -> tuple[Side, Side]:
-        """Which side holds the normalised scores: the one whose coordinates reach a softmax or an exp."""
+        """Which side holds the normalised scores: the one whose coordinates reach a softmax or an exp, or where there is none
+        a product that is not a value by itself."""
         for side, other in (product.sides, product.sides[::-1]):
-            if _normalised(self.r.element(*side)):
+            found = self.r.element(*side)
+            if _normalised(found) if self.softmax else _made_of_products(found):
                 return side, other
-        raise Declined(NotSoftmax("neither factor is normalised"))
+        raise Declined(NotSoftmax("neither factor is normalised" if self.softmax else "neither factor is made of a product"))
 
     def _row_and_feature(self, probs: Side, values: Side, k: sympy.Symbol) -> tuple[sympy.Symbol, sympy.Symbol]:
         """The query index is read by the probabilities alone, the value feature by the values alone."""
@@ -320,7 +325,7 @@ class _Lift:
             operands=tuple(Operand(len(v.shape), v.dtype) for v in leaves),
             query=query, key=key, value=value, score=_as_float(score), mask=None, extra_logits=tuple(extra_logits),
             weight=weight, empty_row="zero" if softmax.safe else "nan", out_dtype=self.out.dtype,
-            out_order=tuple(range(len(batch) + 2)), extra=extra,
+            out_order=tuple(range(len(batch) + 2)), extra=extra, normalisation=softmax.normalisation,
         )  # fmt: skip
         if softmax.rounded and (low := _low_number(spec)) is not None:
             raise Declined(NotSoftmax(f"the logarithm of a number of keys is rounded away beside a score of {low:g}"))
@@ -396,6 +401,10 @@ def _normalised(e: Expr) -> bool:
     return any(
         (isinstance(n, Opaque) and "softmax" in n.name) or (isinstance(n, Apply) and n.op == "exp") for n in expr.walk(e)
     )
+
+
+def _made_of_products(e: Expr) -> bool:
+    return not isinstance(_uncast(e), Opaque) and any(isinstance(n, Opaque) and n.name in PRODUCTS for n in expr.walk(e))
 
 
 def _free(coords: Sequence[IndexExpr]) -> set[sympy.Symbol]:

@@ -15,7 +15,7 @@ from fuse.passes.read.trace import Value
 def recover_mask(lifted: Lifted, _: SiteContext) -> Lifted:
     """With what can be proved about entries that are masked."""
     spec = lifted.spec
-    split = separate(spec.score, spec.batch)
+    split = separate(spec.score, spec.batch, spec.softmax)
     if split is None:
         return lifted
     predicate = pushed(split.predicate)

@@ -4,6 +4,7 @@ A mask is a truth value under which the score is a large negative number, howeve
 addend, a product, a maximum. So the truth values in a score are tried: if the score that is left under one of its two values
 can only be a large negative number (``intervals``), entries where it has that value are masked, and the rest goes on with
 the other value. Tensors that are read for several heads count likewise, by whether they hold 0, 1, or a large negative number.
+Without a softmax, what is masked is zero.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ _ATTEMPTS = 400  # assumptions tried per score, after which what was found is al
 
 @dataclass(frozen=True)
 class Split:
-    """The score is ``visible`` where ``predicate`` holds and at most ``fill`` elsewhere."""
+    """The score is ``visible`` where ``predicate`` holds and at most ``fill`` elsewhere; without a softmax it is zero there."""
 
     predicate: Expr
     visible: Expr
@@ -36,10 +37,10 @@ class Split:
 
 
 @lru_cache(maxsize=256)
-def separate(score: Expr, batch: int) -> Split | None:
+def separate(score: Expr, batch: int, softmax: bool = True) -> Split | None:
     """The masks in a score over ``batch`` batch indices; None where nothing is masked."""
-    found = _Separation(batch).split(_plain(score))
-    return found and Split(found.predicate, _without_zeros(found.visible), found.fill)
+    found = _Separation(batch, softmax).split(_plain(score))
+    return found and Split(found.predicate, _without_zeros(found.visible), found.fill if softmax else 0.0)
 
 
 @dataclass
@@ -47,11 +48,12 @@ class _Separation:
     """One score's cases. ``attempts`` bounds them; ``settled`` is data that was looked at."""
 
     batch: int
+    softmax: bool = True
     attempts: int = _ATTEMPTS
     settled: set[Expr] = field(default_factory=set)
 
     def split(self, e: Expr) -> Split | None:
-        if highest(e) <= REPLACED:
+        if self._vanishes(highest(e), e):
             return Split(_FALSE, e, highest(e))
         return next((found for case in CASES.values() if (found := case(self, e)) is not None), None)
 
@@ -59,7 +61,8 @@ class _Separation:
         """A truth value of which one alone masks."""
         for condition in _conditions(e):
             for value in (True, False):
-                if (top := self._highest(assume(e, condition, value))) <= REPLACED:
+                hidden = assume(e, condition, value)
+                if self._vanishes(top := self._highest(hidden), hidden):
                     visible = _not(condition) if value else condition
                     return self._and(visible, top, assume(e, condition, not value))
         return None
@@ -71,17 +74,18 @@ class _Separation:
             if addend in self.settled or not loads or not self._shared(addend):
                 continue
             self.settled.add(addend)
-            tops = {visible: top for visible, top in self._values(e, loads) if top <= REPLACED}
-            tops = tops or {visible: top for visible, top in self._low(e, addend) if top <= REPLACED}
+            tops = dict(self._values(e, loads)) or (dict(self._low(e, addend)) if self.softmax else {})
             if tops:
                 return self._and(_every(list(tops)), max(tops.values()), e)
         return None
 
     def _values(self, e: Expr, loads: list[Load]) -> Iterator[tuple[Expr, float]]:
-        """What must hold for an entry to be visible, and the highest score where it does not."""
+        """What must hold for an entry to be visible, and the highest score where it does not, if it vanishes there."""
         for load in loads:
             for value in (const(0, load.dtype), const(1, load.dtype)):
-                yield apply("ne", load, value, dtype="bool"), self._highest(_folded(e, {load: value}))
+                hidden = _folded(e, {load: value})
+                if self._vanishes(top := self._highest(hidden), hidden):
+                    yield apply("ne", load, value, dtype="bool"), top
 
     def _low(self, e: Expr, addend: Expr) -> Iterator[tuple[Expr, float]]:
         """The same for an addend that is low; NaN is visible, since it is not below the limit."""
@@ -89,7 +93,8 @@ class _Separation:
         if value_range(addend).low <= limit:
             limit = expr.rounded(limit, addend.dtype)
             low = apply("le", addend, const(limit, addend.dtype), dtype="bool")
-            yield _not(low), self._highest(e, {addend: Range(_LOWEST, limit)})
+            if (top := self._highest(e, {addend: Range(_LOWEST, limit)})) <= REPLACED:
+                yield _not(low), top
 
     def _shared(self, addend: Expr) -> bool:
         """Is it the same for several heads? The last batch index counts heads, or is divided by their number."""
@@ -118,6 +123,10 @@ class _Separation:
         inner = self.split(rest) or Split(_TRUE, rest, _LOWEST)
         visible = assume(visible, inner.predicate, True)  # of a and b, b matters where a holds
         return Split(apply("and", inner.predicate, visible, dtype="bool"), inner.visible, max(inner.fill, fill))
+
+    def _vanishes(self, top: float, e: Expr) -> bool:
+        """Whether an entry of the score e, which is at most ``top``, has no weight."""
+        return top <= REPLACED if self.softmax else top == 0 and value_range(e).low == 0
 
     def _highest(self, e: Expr, known: dict[Expr, Range] | None = None) -> float:
         self.attempts -= 1

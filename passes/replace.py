@@ -32,7 +32,7 @@ from fuse.passes.read.graph import (
 )
 from fuse.passes.read.trace import Seed, Trace, Value
 from fuse.report.reasons import Declined, Mutated, NotTraceable, RandomNumbers, ScoresUsed, UnsupportedShape
-from fuse.torch_private import CleanDiv, FloorDiv, schema
+from fuse.torch_private import CleanDiv, FloorDiv, schema, to_copy
 
 aten = torch.ops.aten  # programs of torch.export hold nothing else
 _SEED_OF = "seed of fuse"  # marks the seed of what a node draws
@@ -125,7 +125,7 @@ def add_up(
             out = emitter.new_call(aten.add.Tensor, (out, other), {})
         dtype = context.trace.value_of[root].meta.dtype
         if dtype in (torch.bfloat16, torch.float16):
-            out = emitter.new_call(aten._to_copy.default, (out,), {"dtype": dtype})
+            out = emitter.new_call(to_copy, (out,), {"dtype": dtype})
     for node in emitter.new:
         node.meta.update(_traced(root))
     for term in terms:

@@ -62,6 +62,8 @@ GATED = (
     *(f"dropout_causal_two_tiles@64/backward:bfloat16:{arch}" for arch in ("sm_80", "sm_100")),
     "dropout_causal_two_tiles@128:bfloat16:sm_90", "head_dim_256:bfloat16:sm_90",
     "head_dim_80:bfloat16:sm_80",
+    *(f"{name}@128{part}:bfloat16:sm_90" for name in ("retention", "linear_attention_causal") for part in ("", "/backward")),
+    "linear_attention_causal@64/2:bfloat16:sm_90",
 )  # fmt: skip
 
 

@@ -95,6 +95,7 @@ def problem(
     empty_row: str = "nan",
     out_order: tuple[int, ...] | None = None,
     symbols: dict[str, int] | None = None,
+    normalisation: str = "softmax",
 ) -> Problem:
     """Query (batch, q, d), key (kv_batch, k, d), value (kv_batch, k, e) as operands 0, 1, 2, then ``extra``.
 
@@ -114,6 +115,7 @@ def problem(
         query=load(query, 0, *indices, Q, D), key=load(key, 1, *kv_index, K, D), value=load(value, 2, *kv_index, K, E),
         score=program, mask=mask, extra_logits=extra_logits, weight=weight or cast(Prob(program.dtype), dtype),
         empty_row=empty_row, out_dtype=dtype, out_order=out_order or tuple(range(len(batch) + 2)), extra=tuple(symbols),
+        normalisation=normalisation,
     )  # fmt: skip
     verify(spec)
     return Problem(spec, tensors, [*batch, q_len, kv_len, *symbols.values()])

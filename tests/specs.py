@@ -11,6 +11,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 import mask_specs  # noqa: F401  (it registers its problems)
+import normalisation_specs  # noqa: F401  (likewise)
 import rounding_specs  # noqa: F401  (likewise)
 import torch
 from problems import (

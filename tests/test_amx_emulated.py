@@ -25,6 +25,7 @@ NAMES = (
     "vit_length", "head_dim_80", "value_narrower_than_key", "value_wider_than_key", "cross_attention", "grouped_query",
     "causal_long", "window", "left_padding_and_causal", "dense_additive", "alibi", "two_extra_logits",
     "weight_masked_after_softmax", "key_stored_transposed", "causal_more_queries_than_keys",
+    "retention", "linear_attention_causal", "weight_without_a_softmax",
 )  # fmt: skip
 
 

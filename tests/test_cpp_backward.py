@@ -97,12 +97,15 @@ GRADIENTS = (
     "no_keys_beside_a_low_sink", "no_keys_in_a_mapped_mask", "no_queries", "masked_rows_with_low_sinks",
     "masked_rows_with_two_low_sinks", "positions_in_bfloat16", "blocks_by_division_in_float32", "documents_in_float16",
     "score_in_bfloat16_decides", "coordinate_by_way_of_bfloat16", "weight_chosen_in_bfloat16",
+    "sigmoid_attention", "squared_relu_causal", "retention", "retention_of_learned_decay", "linear_attention_causal",
+    "divided_by_its_sum", "window_without_a_softmax", "padding_without_a_softmax", "biased_without_a_softmax",
+    "no_keys_without_a_softmax", "weight_without_a_softmax",
 )  # fmt: skip
 # With blocks of one, two and three vectors of queries, as they are planned: what ends a block, and every kind of sum.
 PLANNED = (
     "vit_length", "grouped_query", "features_strided", "causal_long", "window", "left_padding_and_causal", "documents",
     "dense_additive", "t5_bias", "relative_table", "two_extra_logits", "weight_factor", "masked_rows_with_low_sinks",
-    "gate_and_bias_of_keys",
+    "gate_and_bias_of_keys", "retention_of_learned_decay", "linear_attention_causal",
 )  # fmt: skip
 CHOSEN = [(n, "float32", LANES) for n in GRADIENTS]
 CHOSEN += [(n, d, LANES) for n in ("transposed_output", "left_padding_and_causal") for d in ("float16", "bfloat16", "float64")]
@@ -112,9 +115,11 @@ CHOSEN += [("flat_rows", "bfloat16", LANES), ("one_query_and_one_key_without_the
 # The matrix core: tails of queries, keys and features, masks, groups, strides, logits without a value, rows computed again.
 MATRIX = ("vit_length", "head_dim_7", "grouped_query", "shared_keys_and_own_values", "features_strided", "causal_long",
           "window", "documents", "soft_cap_causal", "masked_rows_are_zero", "weight_masked_after_softmax", "no_keys",
-          "masked_rows_with_low_sinks",
+          "masked_rows_with_low_sinks", "sigmoid_attention", "retention", "linear_attention_causal", "weight_without_a_softmax",
+          "padding_without_a_softmax",
           "positions_in_bfloat16", "score_in_bfloat16_decides")  # fmt: skip
-EMULATED = ("cross_attention", "head_dim_80", "value_narrower_than_key", "left_padding_and_causal", "two_extra_logits")
+EMULATED = ("cross_attention", "head_dim_80", "value_narrower_than_key", "left_padding_and_causal", "two_extra_logits",
+            "retention", "divided_by_its_sum")  # fmt: skip
 CHOSEN += [(n, "bfloat16", "avx512_bf16") for n in MATRIX] + [(n, "bfloat16", "amx_emulated") for n in EMULATED]
 
 

@@ -176,8 +176,8 @@ def test_the_weight_of_a_mask_after_the_softmax_is_that_mask() -> None:
 def attend(made: Problem, operands: list[Tensor]) -> Tensor:
     """The spec by PyTorch's own autograd: the forward pass of the reference, differentiable."""
     call = reference._Call(made.spec, operands, made.sizes, exact=True)
-    softmax = call.softmax((0, call.q_len), call.key())
-    return call.entries(made.spec.weight, (0, call.q_len), {Prob: softmax.prob}) @ call.value()
+    found = call.probabilities((0, call.q_len), call.key())
+    return call.entries(made.spec.weight, (0, call.q_len), {Prob: found.prob}) @ call.value()
 
 
 def backward(name: str, precision: str = "exact") -> tuple[list[Tensor], list[Tensor]]:

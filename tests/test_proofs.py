@@ -192,6 +192,18 @@ def _functions_of_choices() -> None:
     assert count > 1000
 
 
+def _casts_of_choices() -> None:
+    rule, count = rule_named("cast of a choice"), 0
+    for dtype, out in itertools.product(("float16", "float32", "int64"), ("bfloat16", "float32", "int32", "bool")):
+        for a, b in itertools.product(grid(dtype), repeat=2):
+            if (found := rule.rewrite("cast", (Apply(dtype, "where", (P, a, b)),), out)) is None:
+                continue
+            count += 1
+            for p in (YES, NO):
+                agrees(Apply(out, "cast", (Apply(dtype, "where", (p, a, b)),)), expr.substitute(found, {P: p}))
+    assert count > 1000
+
+
 def _cast_to_the_same_dtype() -> None:
     for dtype in expr.DTYPES:
         for x in grid(dtype):
@@ -369,6 +381,7 @@ PROOFS: dict[str, Callable[[], None]] = {
     **{name: (lambda name=name: _proved_by_z3(name)) for name in BY_Z3},  # type: ignore[misc]
     "cast to the same dtype": _cast_to_the_same_dtype,
     "function of a choice of constants": _functions_of_choices,
+    "cast of a choice": _casts_of_choices,
     "constant operands": _constant_operands,
     "constant cast": _constant_casts,
     "negated connective": _negated_connectives,

@@ -184,7 +184,7 @@ def test_small_problems_have_tails_and_keep_what_is_equal() -> None:
 def test_sdpa_computes_what_the_spec_says(name: str) -> None:
     made = CASES[name]("float32")
     p = whole(call_of(made, "reference"), wanted_of(made))
-    rival = torchs_own.sdpa(p, wanted_of(made))
+    rival = torchs_own.rival(p, wanted_of(made))
     assert rival is not None
     expected = targets.kernel(p.spec, "reference")(p.operands, p.sizes)
     torch.testing.assert_close(rival.attend(*rival.matrices), expected)
@@ -202,7 +202,7 @@ def test_one_query_or_one_key_is_what_sdpa_computes_too(q_len: int, kv_len: int)
     torch.compile(attend, backend="fuse", options={"target": "reference", "inner": "eager"})(q, k, v, bias)
     site = fuse.report().sites[-1]
     assert site.spec is not None
-    rival = torchs_own.sdpa(Problem(site.spec, (bias, q, k, v), list(site.sizes)), [False] * 4)
+    rival = torchs_own.rival(Problem(site.spec, (bias, q, k, v), list(site.sizes)), [False] * 4)
     assert rival is not None
     torch.testing.assert_close(rival.attend(*rival.matrices), attend(q, k, v, bias))
 
@@ -210,7 +210,7 @@ def test_one_query_or_one_key_is_what_sdpa_computes_too(q_len: int, kv_len: int)
 def test_a_score_that_is_divided_has_a_rival_too() -> None:
     made = CASES["plain"]("float32")
     made = replace(made, spec=replace(made.spec, score=apply("div", Score("float32"), const(4.0, "float32"), dtype="float32")))
-    rival = torchs_own.sdpa(p := whole(call_of(made, "reference"), wanted_of(made)), wanted_of(made))
+    rival = torchs_own.rival(p := whole(call_of(made, "reference"), wanted_of(made)), wanted_of(made))
     assert rival is not None
     expected = targets.kernel(p.spec, "reference")(p.operands, p.sizes)
     torch.testing.assert_close(rival.attend(*rival.matrices), expected)
@@ -219,7 +219,7 @@ def test_a_score_that_is_divided_has_a_rival_too() -> None:
 @pytest.mark.parametrize("name", ["soft_cap", "sinks", "weight_factor", "bias_that_is_scaled_too", "features_strided"])
 def test_what_sdpa_cannot_say_has_no_rival(name: str) -> None:
     made = CASES[name]("float32")
-    rival = torchs_own.sdpa(whole(call_of(made, "reference"), wanted_of(made)), wanted_of(made))
+    rival = torchs_own.rival(whole(call_of(made, "reference"), wanted_of(made)), wanted_of(made))
     assert (rival is None) == (name != "features_strided")
 
 

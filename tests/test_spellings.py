@@ -18,12 +18,13 @@ from spellings import (
     sets_of_keys,
     softmaxes,
     terms,
+    unnormalised,
 )
 from together import narrow
 
 TOPICS = (
     softmaxes, products, scales, masks, biases, layouts, sets_of_keys, terms, composites, regions, near_misses,
-    near_miss_masks,
+    near_miss_masks, unnormalised,
 )  # fmt: skip
 
 

@@ -54,9 +54,16 @@ GRADIENTS = (
     "raised_to_the_largest_number", "row_of_a_low_bias",
     "masked_rows_with_sink", "alibi", "soft_cap_causal", "scalar_tensor_scale", "two_extra_logits", "weight_factor",
     "weight_masked_after_softmax", "relative_table", "t5_bias", "decomposed_positions",
+    "sigmoid_attention", "squared_relu_causal", "retention", "retention_of_learned_decay", "linear_attention_causal",
+    "divided_by_its_sum", "window_without_a_softmax", "padding_without_a_softmax", "biased_without_a_softmax",
+    "weight_without_a_softmax",
 )  # fmt: skip
 CHOSEN = [(n, "float32") for n in GRADIENTS]
-CHOSEN += [(n, d) for n in ("grouped_query", "left_padding_and_causal", "t5_bias") for d in ("bfloat16", "float16", "float64")]
+CHOSEN += [
+    (n, d)
+    for n in ("grouped_query", "left_padding_and_causal", "t5_bias", "linear_attention_causal")
+    for d in ("bfloat16", "float16", "float64")
+]
 CHOSEN += [("soft_cap", "float64")]
 
 

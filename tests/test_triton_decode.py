@@ -30,6 +30,7 @@ COMMON = (
     "causal_offset", "causal_more_queries_than_keys", "window", "documents", "mapped_bool", "dense_additive",
     "masked_rows_are_zero", "masked_rows_infinite_fill", "masked_rows_added_fill", "masked_rows_with_sink",
     "two_extra_logits", "weight_factor", "multi_query", "t5_bias",
+    "squared_relu_causal", "linear_attention_causal", "padding_without_a_softmax", "weight_without_a_softmax",
 )  # fmt: skip
 
 

@@ -15,6 +15,11 @@ With dO the gradient of the result (FlashAttention-2, Dao 2023, section 3.1.2, f
 ``delta`` is rowsum(dO * out) whatever ``weight`` is: out = sum_k W V, so that
 rowsum(dO * out) = sum_k W (sum_e dO V) = sum_k c P dW = sum_k P dP.
 
+Without a softmax, P and dS differ, and what is kept of a row in the place of lse is called ``total``:
+
+    "sum"   P = score / total,   total = sum_k score     dS = (dP - delta) / total
+    "none"  P = score,           total = 1, not kept     dS = dP
+
 A tensor that is loaded in ``score`` gets dS * d score / d Load, in ``weight`` dW * d weight / d Load, in an extra logit
 dz * d z / d Load; each at the coordinates that were loaded. What several loads, entries or batch indices add to one
 element is summed: query, key, value and the loads may all be of one tensor, and grouped queries share a key.

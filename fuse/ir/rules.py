@@ -62,6 +62,15 @@ def _of_choice(op: str, args: tuple[Expr, ...], dtype: str) -> Expr | None:
     return apply("where", choice.operands[0], a, b, dtype=dtype)
 
 
+def _cast_of_choice(op: str, args: tuple[Expr, ...], dtype: str) -> Expr | None:
+    """cast(where(c, x, 0)) is where(c, cast(x), 0): what x is where c holds then stands by itself."""
+    choice = args[0]
+    if not (isinstance(choice, Apply) and choice.op == "where" and any(isinstance(x, Const) for x in choice.operands[1:])):
+        return None
+    a, b = (apply(op, x, dtype=dtype) for x in choice.operands[1:])
+    return apply("where", choice.operands[0], a, b, dtype=dtype)
+
+
 def _constants(e: Expr) -> bool:
     """A constant, or a choice between such."""
     return isinstance(e, Const) or (isinstance(e, Apply) and e.op == "where" and all(map(_constants, e.operands[1:])))
@@ -176,6 +185,7 @@ RULES = (
     Rule("equal operands", ("where", "and", "or", "minimum", "maximum"), _equal_operands),
     Rule("choice of truth values", ("where",), _choice_of_truth),
     Rule("function of a choice of constants", (*COMPARISONS, "cast"), _of_choice),
+    Rule("cast of a choice", ("cast",), _cast_of_choice),
     Rule("known truth value", ("and", "or", "xor"), _known_truth),
     Rule("complement", ("and", "or"), _complement),
     Rule("double negation", ("not",), _double_negation),

@@ -3,7 +3,10 @@
 For every batch index b = (b0, …), query position q and value feature e:
 
     s(b, q, k) = score(b, q, k)                              an expression over sum_d query[b,q,d] * key[b,k,d]
-    p          = softmax over k of s, with ``extra_logits`` taking part in the normalisation only
+    p          = normalisation over k of s:
+                 "softmax"  exp(s) / (sum over k of exp(s) + sum of exp(extra_logits))
+                 "sum"      s / sum over k of s
+                 "none"     s
     out[b,q,e] = sum over k of weight(p, b, q, k) * value[b, k, e]
 
 Sizes are given at run time; only ``qk_dim`` and ``v_dim`` are part of the spec. A spec is hashable and has one canonical
@@ -14,7 +17,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -24,7 +26,8 @@ from fuse.ir import expr, serial, welltyped
 from fuse.ir.expr import Expr, Load
 from fuse.ir.welltyped import InvalidExpr
 
-VERSION = 1
+VERSION = 2
+NORMALISATIONS = ("softmax", "sum", "none")
 IntLike = Any  # int, or torch.SymInt while a graph is traced
 
 
@@ -44,16 +47,17 @@ class Operand:
 class Mask:
     """What is known about entries that carry no weight. Optional knowledge: ``score`` alone is always right.
 
-    Where ``predicate`` is false, the score is at most ``fill``; such an entry weighs exactly nothing in a row whose
-    largest score exceeds ``fill`` + 256 (exp underflows in every float dtype below float64). Rows for which that does
+    Of a softmax: where ``predicate`` is false, the score is at most ``fill``; such an entry weighs exactly nothing in a row
+    whose largest score exceeds ``fill`` + 256 (exp underflows in every float dtype below float64). Rows for which that does
     not hold, the fully masked ones, must be computed from ``score`` over all keys.
+    Of other normalisations: where ``predicate`` is false, the score is zero, and so is ``fill``.
 
     predicate   bool over batch, q, k: true where the entry is visible
     visible     the score where ``predicate`` holds, free of the mask
     lower       smallest k that may be visible to row q (over batch and q; never decreases with q), None: 0
     upper       one past the largest such k (likewise), None: kv_len
     residual    what, beside lower <= k < upper, ``predicate`` still asks for; None: nothing
-    fill        largest score a masked entry can have: -inf, or a large negative number
+    fill        largest score a masked entry of a softmax can have: -inf, or a large negative number; else 0
     tiles       reads a TileMap of ``residual`` at the cell of (q, k); None where there is none
     """
 
@@ -65,14 +69,16 @@ class Mask:
     fill: float
     tiles: Load | None = None
 
-    def lines(self) -> list[str]:
+    def lines(self, normalisation: str) -> list[str]:
         """What is known, for people."""
         bounds = [f"{x} {sign} k" for x, sign in ((self.lower, "<="),) if x is not None]
         bounds += [f"k < {self.upper}"] * (self.upper is not None)
         asked = [*bounds, *([] if self.residual is None else [str(self.residual)])]
         return [
             f"visible where {self.predicate}, that is {' and '.join(asked) or 'everywhere'}",
-            f"    there the softmax is of {self.visible}, elsewhere of at most {self.fill:g}",
+            f"    there the softmax is of {self.visible}, elsewhere of at most {self.fill:g}"
+            if normalisation == "softmax"
+            else f"    there the score is {self.visible}, elsewhere zero",
             *([] if self.tiles is None else [f"    its tiles are told by {self.tiles}"]),
         ]
 
@@ -86,15 +92,16 @@ class AttentionSpec:
     query         its element (b, q, d); linear in q and d
     key           its element (b, k, d); linear in k and d
     value         its element (b, k, e); linear in k and e
-    score         fed to the softmax; float, dtype as eager's
+    score         fed to the normalisation; float, dtype as eager's
     mask          see Mask
-    extra_logits  scores that join the normalisation but have no value: attention sinks, softmax-plus-one (over b and q)
+    extra_logits  scores that join the softmax but have no value: attention sinks, softmax-plus-one (over b and q)
     weight        over Prob, b, q, k: linear in Prob and zero where Prob is; Prob itself as a rule
-    empty_row     a row without any finite score: "nan" as softmax gives, or "zero" as SDPA documents
+    empty_row     a row without any finite score of a softmax: "nan" as softmax gives, or "zero" as SDPA documents
     out_dtype     dtype of the result
     out_order     the result's dimensions (0…batch-1 the batch ones, batch: q, batch+1: e) from outermost to innermost
                   in memory; the result's logical shape is always (B0, …, q_len, v_dim)
     extra         names of further int64 symbols, in the order in which the op receives them
+    normalisation one of NORMALISATIONS; "none" and "sum" have no extra logits
     """
 
     batch: int
@@ -112,6 +119,16 @@ class AttentionSpec:
     out_dtype: str
     out_order: tuple[int, ...]
     extra: tuple[str, ...] = ()
+    normalisation: str = "softmax"
+
+    @property
+    def softmax(self) -> bool:
+        return self.normalisation == "softmax"
+
+    @property
+    def normalised(self) -> str:
+        """The probability of an entry, but for extra logits, for people."""
+        return _NORMALISED[self.normalisation].format(self.score)
 
     @property
     def symbols(self) -> tuple[str, ...]:
@@ -133,7 +150,7 @@ class AttentionSpec:
         return tuple(strides)
 
     def lse_shape(self, sizes: Sequence[IntLike]) -> tuple[IntLike, ...]:
-        """(B0, …, q_len): the shape of the rows' log-sum-exp, which is dense."""
+        """(B0, …, q_len): the shape of what normalises the rows, which is dense: see fuse.ir.gradient."""
         return tuple(sizes[: self.batch + 1])
 
     @cached_property
@@ -167,9 +184,9 @@ class AttentionSpec:
         return "\n".join(
             [
                 f"out[{at}] = sum over k of {self.weight} * {self.value}",
-                f"prob = softmax over k of {self.score}{joined}",
+                f"prob = {self.normalised}{joined}",
                 f"score = sum over d of {self.query} * {self.key}",
-                *([] if self.mask is None else self.mask.lines()),
+                *([] if self.mask is None else self.mask.lines(self.normalisation)),
             ]
         )
 
@@ -179,7 +196,7 @@ class AttentionSpec:
             "version": VERSION, "batch": self.batch, "qk_dim": self.qk_dim, "v_dim": self.v_dim,
             "operands": [[o.rank, o.dtype] for o in self.operands], "expr": serial.to_json(self.roots()),
             "fill": None if self.mask is None else self.mask.fill.hex(), "empty_row": self.empty_row,
-            "out_dtype": self.out_dtype, "out_order": self.out_order, "extra": self.extra,
+            "out_dtype": self.out_dtype, "out_order": self.out_order, "extra": self.extra, "normalisation": self.normalisation,
         }  # fmt: skip
         return json.dumps(data, separators=(",", ":"), sort_keys=True)
 
@@ -192,11 +209,12 @@ class AttentionSpec:
         return AttentionSpec(
             batch=data["batch"], qk_dim=data["qk_dim"], v_dim=data["v_dim"],
             operands=tuple(Operand(*o) for o in data["operands"]), empty_row=data["empty_row"], out_dtype=data["out_dtype"],
-            out_order=tuple(data["out_order"]), extra=tuple(data["extra"]),
+            out_order=tuple(data["out_order"]), extra=tuple(data["extra"]), normalisation=data["normalisation"],
             **_expressions(serial.from_json(data["expr"]), fill),
         )  # fmt: skip
 
 
+_NORMALISED = {"softmax": "softmax over k of {}", "sum": "{0} / sum over k of {0}", "none": "{}, without a softmax"}
 # The fields that are expressions; "extra_logits" are numbered.
 _OF_SPEC = ("query", "key", "value", "score", "weight")
 _OF_MASK = ("predicate", "visible", "lower", "upper", "residual", "tiles")
@@ -233,6 +251,10 @@ def verify(spec: AttentionSpec) -> None:
         raise InvalidSpec(f"out_order {spec.out_order} is no permutation of {spec.batch + 2} dimensions")
     if spec.empty_row not in ("nan", "zero"):
         raise InvalidSpec(f"empty_row {spec.empty_row!r} is neither 'nan' nor 'zero'")
+    if spec.normalisation not in NORMALISATIONS:
+        raise InvalidSpec(f"normalisation {spec.normalisation!r} is none of {NORMALISATIONS}")
+    if spec.extra_logits and not spec.softmax:
+        raise InvalidSpec(f"extra logits join a softmax, not the normalisation {spec.normalisation!r}")
     if spec.qk_dim < 1 or spec.v_dim < 1:
         raise InvalidSpec(f"qk_dim {spec.qk_dim} and v_dim {spec.v_dim} must be positive")
 
@@ -253,5 +275,5 @@ def _verify_types(spec: AttentionSpec) -> None:
             raise InvalidSpec(f"{n} is {n.dtype}, its operand {spec.operands[n.operand].dtype}")
     if spec.out_dtype not in expr.FLOATS:
         raise InvalidSpec(f"out_dtype {spec.out_dtype!r} is not a float")
-    if spec.mask is not None and not (spec.mask.fill == -math.inf or spec.mask.fill <= -1e3):
-        raise InvalidSpec(f"mask.fill {spec.mask.fill} is not large enough to vanish")
+    if spec.mask is not None and not (spec.mask.fill <= -1e3 if spec.softmax else spec.mask.fill == 0):
+        raise InvalidSpec(f"mask.fill {spec.mask.fill} does not vanish")

@@ -53,6 +53,8 @@ def backward_program(spec: AttentionSpec, wanted: tuple[bool, ...]) -> BackwardP
 @cache
 def recomputed_below(spec: AttentionSpec) -> float | None:
     """See BackwardProgram."""
+    if not spec.softmax:
+        return None
     maskable = spec.mask is not None or any(
         isinstance(n, Load) or (isinstance(n, Const) and n.dtype in expr.FLOATS and abs(n.value) >= -_IMPRECISE)
         for n in expr.walk(spec.score)
@@ -93,9 +95,11 @@ class Added:
 
 @dataclass(frozen=True)
 class Results:
-    """Texts of what an entry gives: ``weight``; ``gate``, the probability's gradient; ``slope``, the raw score's."""
+    """Texts of what an entry gives: ``weight``; ``rate``, by which the score's gradient is multiplied; ``gate``, the
+    probability's gradient; ``slope``, the raw score's."""
 
     weight: str
+    rate: str
     gate: str
     slope: str
     terms: tuple[Added, ...]

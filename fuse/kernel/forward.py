@@ -29,7 +29,7 @@ class Bound:
 class ForwardProgram:
     """
     visible    the score of an entry that is seen, without its constant factor
-    factor     which joins the one that softmax in base 2 needs anyway
+    factor     which joins the one that softmax in base 2 needs anyway, or is the one that is left
     bounds     of the keys that a query may see
     residual   what the mask asks for beside its bounds; None: nothing
     threshold  rows whose largest score is not above this are computed again from every key, with eager's roundings; None where
@@ -90,6 +90,8 @@ def _factor(node: Apply) -> tuple[Expr, float] | None:
 
 def _threshold(spec: AttentionSpec) -> float | None:
     """Rows whose largest score is not above this are computed again from every key; None where none needs to be."""
+    if not spec.softmax:
+        return None
     halves = any(isinstance(n, Apply) and n.dtype in HALVES for n in expr.walk(spec.score))
     unmasked = spec.score if spec.mask is None else spec.mask.visible
     biased = any(

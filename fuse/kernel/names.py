@@ -63,6 +63,8 @@ def _beside(spec: AttentionSpec) -> Iterator[str]:
         yield "bias"
     elif axes(score) & {"q", "k"}:
         yield "distances"
+    if not spec.softmax:
+        yield "by_sum" if spec.normalisation == "sum" else "unnormalised"
     if spec.extra_logits:
         constant = all(isinstance(n, (Const, Symbol)) for logit in spec.extra_logits for n in walk(logit))
         yield "plus_one" if constant else "sinks"

@@ -74,7 +74,7 @@ def header_lines(spec: AttentionSpec) -> list[str]:
     logits = "".join(f", {x}" for x in spec.extra_logits)
     return [
         f"out = sum over k of w * value,  w = {spec.weight}",
-        f"softmax over k of {spec.score}" + (f"  (joined by {logits[2:]})" if logits else ""),
+        spec.normalised + (f"  (joined by {logits[2:]})" if logits else ""),
         *([] if spec.mask is None else [f"visible where {spec.mask.predicate}"]),
         f"spec  {spec.to_json()}",
     ]

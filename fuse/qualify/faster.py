@@ -19,9 +19,9 @@ from fuse.ops.warm import ExpectedCall
 from fuse.ops.written import caller
 from fuse.passes.find import ATTENTION
 from fuse.qualify.problem import Problem, whole
-from fuse.qualify.torchs_own import sdpa
+from fuse.qualify.torchs_own import rival
 
-SDPA, PLAIN = ATTENTION, "plain operations"
+SDPA, PLAIN, PRODUCTS = ATTENTION, "plain operations", "two products"
 _MARGIN = 1.05  # by how much a kernel has to lose: benchmarks/never_slower.py asks for no less
 _CLEAR = 2.0  # by how much it may win at once
 _ROUNDS, _LEAST, _TRIALS = 5, 2e-3, 2  # in turn; seconds of one round; measurements, all of which it has to lose
@@ -54,18 +54,18 @@ def times(call: ExpectedCall, wanted: Sequence[bool], called: bool, traced: bool
     if not fits(call):
         return None
     problem = whole(call, wanted)
-    rival = sdpa(problem, wanted)
-    if rival is None:
+    found = rival(problem, wanted)
+    if found is None:
         return None
     ours = (_traced if traced else _called)(call, problem, wanted)
-    theirs = way(rival.attend, rival.matrices, rival.wanted)
+    theirs = way(found.attend, found.matrices, found.wanted)
     with nullcontext() if called else sdpa_kernel(SDPBackend.MATH):
         for _ in range(_TRIALS):
             mine, other = in_turn((ours, theirs), call.device)
-            found = Times(mine, other, SDPA if called else PLAIN)
-            if not found.lost:
+            measured = Times(mine, other, SDPA if called else PLAIN)
+            if not measured.lost:
                 break
-    return found
+    return measured
 
 
 def _called(call: ExpectedCall, problem: Problem, wanted: Sequence[bool]) -> Call:

@@ -1,4 +1,5 @@
-"""The same attention as one call of F.scaled_dot_product_attention, where it can say it."""
+"""The same attention as torch has it: one call of F.scaled_dot_product_attention where it can say it; without a softmax two
+products."""
 
 from __future__ import annotations
 
@@ -32,23 +33,34 @@ class Rival:
     wanted: tuple[bool, bool, bool]
 
 
-def sdpa(p: Problem, wanted: Sequence[bool]) -> Rival | None:
-    """The problem as SDPA has it, with masks and biases made beforehand; None where SDPA has no such argument."""
+def rival(p: Problem, wanted: Sequence[bool]) -> Rival | None:
+    """What torch has for the problem; None where it has nothing that could be called."""
     spec = p.spec
-    parts = _parts(spec.score if spec.mask is None else spec.mask.visible)
     views = [_view(load, matrix, p) for load, matrix in ((spec.query, "qd"), (spec.key, "kd"), (spec.value, "ke"))]
-    if parts is None or spec.extra_logits or not isinstance(_plain(spec.weight), Prob):
-        return None
     query, key, value = views
     if query is None or key is None or value is None or query.groups != 1 or key.groups != value.groups:
         return None
+    call = _sdpa(p, key.groups) if spec.softmax else partial(_products, key.groups)
+    of_query, of_key, of_value = (wanted[load.operand] for load in (spec.query, spec.key, spec.value))
+    return call and Rival(call, (query.matrix, key.matrix, value.matrix), (of_query, of_key, of_value))
+
+
+def _products(groups: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    """The least that scores without a softmax can cost where they are written: one operation on each, between two products."""
+    shared = query.unflatten(-3, (-1, groups)) if groups > 1 else query
+    key, value = (x.unsqueeze(-3) if groups > 1 else x for x in (key, value))
+    return ((shared @ key.mT) * 0.5) @ value
+
+
+def _sdpa(p: Problem, groups: int) -> Callable[..., Tensor] | None:
+    """The problem as SDPA has it, with masks and biases made beforehand; None where SDPA has no such argument."""
+    spec = p.spec
+    parts = _parts(spec.score if spec.mask is None else spec.mask.visible)
+    if parts is None or spec.extra_logits or not isinstance(_plain(spec.weight), Prob):
+        return None
     causal = _is_causal(p) and not parts.biases
     mask = None if causal else _mask(p, parts)
-    call = partial(
-        F.scaled_dot_product_attention, attn_mask=mask, is_causal=causal, scale=parts.scale, enable_gqa=key.groups != 1
-    )
-    of_query, of_key, of_value = (wanted[load.operand] for load in (spec.query, spec.key, spec.value))
-    return Rival(call, (query.matrix, key.matrix, value.matrix), (of_query, of_key, of_value))
+    return partial(F.scaled_dot_product_attention, attn_mask=mask, is_causal=causal, scale=parts.scale, enable_gqa=groups != 1)
 
 
 def _plain(e: Expr) -> Expr:

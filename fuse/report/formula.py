@@ -40,7 +40,7 @@ class Tensor:
 
 
 def lines(spec: AttentionSpec, names: Mapping[int, str]) -> tuple[Line, ...]:
-    """The score of query and key, what the softmax is taken of, the softmax, and the sum over the values.
+    """The score of query and key, what the softmax is of, the softmax or what is in its place, and the sum over the values.
 
     names  operand number → what the user's code calls the tensor
     """
@@ -52,14 +52,20 @@ def lines(spec: AttentionSpec, names: Mapping[int, str]) -> tuple[Line, ...]:
         found.append(Line("score", _math(_equals(_A, marks(spec.score))), f"a = {words(spec.score)}"))
     else:
         seen, seen_text = _stacked(mask.predicate, names), Words(names, hidden(mask.predicate))(mask.predicate)
-        least, finite = marks(Const("float64", mask.fill)), math.isfinite(mask.fill)
+        least, finite = marks(Const("float64", mask.fill)), math.isfinite(mask.fill) and spec.softmax
         typeset = _cases([(marks(mask.visible), seen)], _row(_text("at most "), least) if finite else least)
         text = f"a = {words(mask.visible)} where {seen_text}, else {'at most ' * finite}{mask.fill:g}"
         found.append(Line("score", _math(_equals(_A, typeset)), text))
     joined = "".join(f", with {words(x)} in the sum" for x in spec.extra_logits)
     beside = [_row(_text(" with "), marks(x), _text(" in the sum")) for x in spec.extra_logits]
     softmax = _row(_under("softmax", "k"), '<mspace width="0.3em"/>', _A, *beside)
-    found.append(Line("softmax", _math(_equals(_P, softmax)), f"prob = softmax over k of a{joined}"))
+    normalised = {
+        "softmax": (softmax, f"softmax over k of a{joined}"),
+        "sum": (f"<mfrac>{_A}{_row(_sigma('k'), _A)}</mfrac>", "a / sum over k of a"),
+        "none": (_A, "a"),
+    }
+    typeset, text = normalised[spec.normalisation]
+    found.append(Line("softmax", _math(_equals(_P, typeset)), f"prob = {text}"))
     weight = _row(marks.inside(spec.weight, OPERATORS["mul"].binds), _of("V", "k", "e"))
     text = f"out = sum over k of {words.inside(spec.weight, OPERATORS['mul'].binds)} * V[k, e]"
     found.append(Line("result", _math(_equals(_of("out", "q", "e"), _row(_sigma("k"), weight))), text))

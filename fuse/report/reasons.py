@@ -82,6 +82,16 @@ class ScoresJoined(Reason):
     unblock = "multiply one query with the keys of all sets, each in one product"
 
 
+class ChainOfProducts(Reason):
+    message = "nothing stands between two products but factors: there are no scores that would have to be kept apart"
+    unblock = "nothing: it is no attention, and may be computed in another order"
+
+
+class NothingSaved(Reason):
+    message = "two products without a softmax, by which nothing is saved here: {detail}"
+    unblock = "nothing: it pays for longer sequences"
+
+
 class NotLinear(Reason):
     message = "{detail} cannot be read with fixed strides"
     unblock = "bring it into a (batch, position, feature) layout"

@@ -210,6 +210,7 @@ class SiteGroup:
         site, reason = self.site, self.site.reason
         found = [
             ("score", "" if site.formula == "score" else site.formula),  # nothing but the product
+            ("softmax", "" if site.spec is None or site.spec.softmax else _IN_ITS_PLACE[site.spec.normalisation]),
             ("skipped", skipped_text(site)),
             ("hint", hint_text(site)),
             ("relies on", relies_text(site)),
@@ -218,6 +219,9 @@ class SiteGroup:
         if reason is not None:
             found += [("why not", f"{reason.name}: {reason}"), ("to fuse it", reason.unblock)]
         return [(name, text) for name, text in found if text]
+
+
+_IN_ITS_PLACE = {"none": "none: scores multiply the values", "sum": "none: scores are divided by their sum"}
 
 
 def _counted(n: int, what: str) -> str:

@@ -39,7 +39,7 @@ def attention(spec: AttentionSpec, operands: Sequence[Tensor], sizes: Sequence[i
 def attention_with_lse(
     spec: AttentionSpec, operands: Sequence[Tensor], sizes: Sequence[int], precision: str = "exact"
 ) -> tuple[Tensor, Tensor]:
-    """The result as ``attention`` gives it, and the log-sum-exp of each row as ``fuse.ir.gradient`` defines it.
+    """The result as ``attention`` gives it, and the log-sum-exp or total of each row as ``fuse.ir.gradient`` defines it.
 
     lse  dense, of shape ``spec.lse_shape(sizes)``; in ``spec.lse_dtype``, or in float64 where precision is "exact"
     """
@@ -50,10 +50,10 @@ def attention_with_lse(
     with torch.no_grad(), torch.autocast(call.device.type, enabled=False):
         key, value = call.key(), call.value()
         for rows in call.blocks():
-            softmax = call.softmax(rows, key)
-            weight = call.entries(spec.weight, rows, {Prob: softmax.prob})
+            found = call.probabilities(rows, key)
+            weight = call.entries(spec.weight, rows, {Prob: found.prob})
             out[..., slice(*rows), :] = _product(weight, value).to(out.dtype)
-            lse[..., slice(*rows)] = softmax.lse
+            lse[..., slice(*rows)] = found.lse
     return out, lse
 
 
@@ -111,9 +111,9 @@ def attention_second(
         rest = iter(leaves)
         call = _call(spec, [next(rest) if w else t for t, w in zip(operands, wanted, strict=True)], sizes, "eager")
         rows = (0, call.q_len)
-        softmax = call.softmax(rows, call.key())
-        out = _product(call.entries(spec.weight, rows, {Prob: softmax.prob}), call.value())
-        return tuple(x.to(grad.dtype) for x, grad in zip((out, softmax.lse), given, strict=False))
+        found = call.probabilities(rows, call.key())
+        out = _product(call.entries(spec.weight, rows, {Prob: found.prob}), call.value())
+        return tuple(x.to(grad.dtype) for x, grad in zip((out, found.lse), given, strict=False))
 
     def backward(grads: tuple[Tensor, ...], *leaves: Tensor) -> tuple[Tensor, ...]:
         return torch.func.vjp(results, *leaves)[1](grads)  # type: ignore[no-any-return]
@@ -130,6 +130,12 @@ def _call(spec: AttentionSpec, operands: Sequence[Tensor], sizes: Sequence[int],
     return _Call(spec, operands, sizes, precision == "exact")
 
 
+def _mean(spec: AttentionSpec, prob: Tensor, x: Tensor) -> Tensor:
+    """Of each row of ``x``; nothing where rows are not normalised."""
+    mean = (prob * x).sum(-1, keepdim=True)
+    return mean if spec.normalisation != "none" else torch.zeros_like(mean)
+
+
 def _product(a: Tensor, b: Tensor) -> Tensor:
     """The matrix product in the wider of both dtypes."""
     common = torch.promote_types(a.dtype, b.dtype)
@@ -137,13 +143,17 @@ def _product(a: Tensor, b: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True)
-class _Softmax:
-    """Rows of the raw score, of the probabilities of the keys, of those of the extra logits, and their log-sum-exp."""
+class _Probabilities:
+    """Rows of the raw score, of the probabilities of the keys, of those of the extra logits, and their log-sum-exp or total.
+
+    rate  what a score's gradient is multiplied by, beside the probability's less ``delta``
+    """
 
     raw: Tensor
     prob: Tensor
     extra: tuple[Tensor, ...]
     lse: Tensor
+    rate: Tensor
 
 
 @dataclass(frozen=True)
@@ -212,8 +222,11 @@ class _Call:
         score = self.entries(self.spec.score, rows, {Score: raw})
         return raw, score.expand(*score.shape[:-1], self.kv_len)
 
-    def softmax(self, rows: Extent, key: Tensor) -> _Softmax:
+    def probabilities(self, rows: Extent, key: Tensor) -> _Probabilities:
         raw, score = self.score(rows, key)
+        return self._softmax(rows, raw, score) if self.spec.softmax else self._divided(raw, score)
+
+    def _softmax(self, rows: Extent, raw: Tensor, score: Tensor) -> _Probabilities:
         extra = [self.entries(x, rows, {}).to(score.dtype) for x in self.spec.extra_logits]
         logits = torch.cat((score, *extra), -1)
         prob, lse = logits.softmax(-1), logits.to(self.dtype(self.spec.lse_dtype)).logsumexp(-1)
@@ -221,7 +234,13 @@ class _Call:
             empty = (score == -math.inf).all(-1, keepdim=True)
             prob, lse = prob.masked_fill(empty, 0.0), lse.masked_fill(empty[..., 0], math.inf)
         keys, *rest = prob.split([self.kv_len] + [1] * len(extra), -1)
-        return _Softmax(raw, keys, tuple(rest), lse)
+        return _Probabilities(raw, keys, tuple(rest), lse, keys)
+
+    def _divided(self, raw: Tensor, score: Tensor) -> _Probabilities:
+        """By its sum, or by nothing."""
+        by_sum = self.spec.normalisation == "sum"
+        total = score.sum(-1, keepdim=True) if by_sum else score.new_ones((*score.shape[:-1], 1))
+        return _Probabilities(raw, score / total, (), total[..., 0].to(self.dtype(self.spec.lse_dtype)), 1 / total)
 
 
 # -------------------------------------------------------------------------------------------------------- backward
@@ -259,15 +278,15 @@ class _Backward:
     ) -> None:
         """Adds to ``totals``, operand → gradient, what these rows contribute."""
         call, spec, of = self.call, self.call.spec, self.gradient
-        softmax = call.softmax(rows, key)
-        leaves: dict[type[Expr], Tensor] = {Score: softmax.raw, Prob: softmax.prob}
+        found = call.probabilities(rows, key)
+        leaves: dict[type[Expr], Tensor] = {Score: found.raw, Prob: found.prob}
         weight = call.entries(spec.weight, rows, leaves)
         d_weight = _product(grad_out, value.mT).to(weight.dtype)
-        d_prob = (d_weight * call.entries(of.weight, rows, leaves)).to(softmax.prob.dtype)
-        delta = (softmax.prob * d_prob).sum(-1, keepdim=True)
+        d_prob = (d_weight * call.entries(of.weight, rows, leaves)).to(found.prob.dtype)
+        delta = _mean(spec, found.prob, d_prob)
         delta = delta if grad_lse is None else delta - grad_lse
-        d_score = softmax.prob * (d_prob - delta)
-        d_raw = (d_score * call.entries(of.score, rows, leaves)).to(softmax.raw.dtype)
+        d_score = found.rate * (d_prob - delta)
+        d_raw = (d_score * call.entries(of.score, rows, leaves)).to(found.raw.dtype)
         keys, d, e = (0, call.kv_len), (0, spec.qk_dim), (0, spec.v_dim)
         if of.query:
             self._scatter(spec.query, _product(d_raw, key), totals, q=rows, d=d)
@@ -276,7 +295,7 @@ class _Backward:
         if of.value:
             self._scatter(spec.value, _product(weight.mT, grad_out), totals, k=keys, e=e)
         of_root = {"score": d_score, "weight": d_weight}
-        of_root |= {f"extra_logits.{i}": -p * delta for i, p in enumerate(softmax.extra)}
+        of_root |= {f"extra_logits.{i}": -p * delta for i, p in enumerate(found.extra)}
         for term in of.terms:
             grad = of_root[term.root] * call.entries(term.factor, rows, leaves)
             self._scatter(term.load, grad, totals, q=rows, k=(0, grad.shape[-1]))
@@ -295,7 +314,8 @@ def attention_tangent(
     """The derivatives of the result and of its rows' log-sum-exp along ``tangents``, one for each operand or None: forward-mode
     differentiation.
 
-    The tangent of a softmax is prob * (t - sum of prob * t), t the scores'; that sum is the log-sum-exp's. Laid out as these.
+    The tangent of a softmax is prob * (t - sum of prob * t), t the scores'; that sum is the log-sum-exp's. That of s / sum of s
+    is t / sum of s - prob * sum of (t / sum of s). Laid out as these.
     """
     wanted = tuple(t is not None for t in tangents)
     still = [torch.zeros_like(x) if x.is_floating_point() else x for x in operands]  # integers say where others are read
@@ -323,14 +343,14 @@ class _Tangent:
     def rows(self, rows: Extent) -> tuple[Tensor, Tensor]:
         call, along, spec = self.call, self.along, self.call.spec
         key, value = call.key(), call.value()
-        softmax = call.softmax(rows, key)
-        leaves: dict[type[Expr], Tensor] = {Score: softmax.raw, Prob: softmax.prob}
+        found = call.probabilities(rows, key)
+        leaves: dict[type[Expr], Tensor] = {Score: found.raw, Prob: found.prob}
         raw = along.query(rows) @ key.mT + call.query(rows) @ along.key().mT
         score = raw * call.entries(self.gradient.score, rows, leaves) + self._terms("score", rows, leaves)
-        mean = (softmax.prob * score).sum(-1, keepdim=True)
-        for i, p in enumerate(softmax.extra):
+        mean = _mean(spec, found.rate, score)
+        for i, p in enumerate(found.extra):
             mean = mean + p * self._terms(f"extra_logits.{i}", rows, leaves)
-        prob = softmax.prob * (score - mean)
+        prob = found.rate * score - found.prob * mean
         weight = prob * call.entries(self.gradient.weight, rows, leaves) + self._terms("weight", rows, leaves)
         out = _product(weight, value) + _product(call.entries(spec.weight, rows, leaves), along.value())
         return out, mean

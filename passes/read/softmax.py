@@ -1,4 +1,6 @@
-"""Softmax in any spelling: which scores are normalised over the keys, and what happens to the probabilities after."""
+"""Softmax in any spelling: which scores are normalised over the keys, and what happens to the probabilities after. And what
+multiplies values without one: scores, or these divided by their sum.
+"""
 
 from __future__ import annotations
 
@@ -23,8 +25,9 @@ _SINK_LIMIT = 8  # extra positions of the softmax that have no key
 class Softmax:
     """weight(p) with p = softmax over k of score, ``extra_logits`` joining.
 
-    safe     rows without a score give zeros
-    rounded  probabilities are exp(score - logsumexp), of which a row of equal and very low scores has one each
+    safe           rows without a score give zeros
+    rounded        probabilities are exp(score - logsumexp), of which a row of equal and very low scores has one each
+    normalisation  as fuse.ir.spec has it, where it is none
     """
 
     score: Expr
@@ -32,6 +35,7 @@ class Softmax:
     weight: Expr
     safe: bool
     rounded: bool = False
+    normalisation: str = "softmax"
 
 
 @dataclass(frozen=True)
@@ -54,12 +58,33 @@ def recognise(r: Reader, weights: Expr, deferred: DeferredNormalisation | None, 
     return _with_gate(r, _recognise(r, weights, k), factor, k)
 
 
+def unnormalised(r: Reader, weights: Expr, deferred: DeferredNormalisation | None, k: sympy.Symbol) -> Softmax:
+    """``weights`` is what multiplies the values, and holds no softmax. Raises Declined where rows are scaled by something else
+    than their sum."""
+    if deferred is not None:
+        if deferred.op == "div" and _reduces(r, deferred.factor, uncast(weights), k, "sum"):
+            return _of_scores(weights, Prob(weights.dtype), "sum")
+        raise Declined(NotSoftmax("the result is scaled by something else"))
+    for quotient in (n for n in expr.walk(weights) if isinstance(n, Apply) and n.op in ("div", "mul") and _divides(n)):
+        score, total = _divides(quotient) or (quotient, quotient)
+        if not _reduces(r, total, score, k, "sum"):
+            raise Declined(NotSoftmax("scores are divided by more than their sum"))
+        weight = expr.substitute(weights, {quotient: Prob(quotient.dtype)})
+        _check_linear(weight)
+        return _of_scores(score, weight, "sum")
+    return _of_scores(weights, Prob(weights.dtype), "none")
+
+
+def _of_scores(score: Expr, weight: Expr, normalisation: str) -> Softmax:
+    return Softmax(score, (), weight, safe=False, normalisation=normalisation)
+
+
 def _with_gate(r: Reader, softmax: Softmax, gate: Expr, k: sympy.Symbol) -> Softmax:
     """sigmoid(logsumexp(s) - z) times softmax(s) is the softmax in which a logit z takes part."""
     difference = uncast(gate.operands[0]) if isinstance(gate, Apply) and gate.op == "sigmoid" else None
     if isinstance(difference, Apply) and difference.op == "sub":
         lse, z = difference.operands
-        if not softmax.extra_logits and _is_logsumexp(r, uncast(lse), softmax.score, k):
+        if not softmax.extra_logits and _reduces(r, lse, softmax.score, k, "logsumexp"):
             return replace(softmax, extra_logits=(_cast(z, softmax.score.dtype),))
     raise Declined(NotSoftmax("the result is scaled by something else"))
 
@@ -146,9 +171,10 @@ def _pieces(r: Reader, source: Value, coords: tuple[IndexExpr, ...], dim: int, k
     return [coords, *((*coords[:dim], at, *coords[dim + 1 :]) for at in before + after)]
 
 
-def _is_logsumexp(r: Reader, m: Expr, x: Expr, at: IndexExpr) -> bool:
-    """Is m the log-sum-exp, along one dimension, of the very tensor whose element at ``at`` is x?"""
-    if not (isinstance(m, Opaque) and m.name == "logsumexp"):
+def _reduces(r: Reader, m: Expr, x: Expr, at: IndexExpr, name: str) -> bool:
+    """Is m the reduction, along one dimension, of the very tensor whose element at ``at`` is x?"""
+    m = uncast(m)
+    if not (isinstance(m, Opaque) and m.name == name):
         return False
     inner = reduced_element(r, m, at)
     return inner is not None and uncast(inner) is uncast(x)
@@ -227,7 +253,7 @@ def _by_logsumexp(r: Reader, weights: Expr, k: sympy.Symbol) -> Softmax:
         inner = uncast(n.operands[0])
         if isinstance(inner, Apply) and inner.op == "sub":
             x, m = inner.operands
-            if _is_logsumexp(r, uncast(m), x, k):
+            if _reduces(r, m, x, k, "logsumexp"):
                 return replace(_finish(x, (), weights, n, False), rounded=True)
     raise Declined(NotSoftmax("exp without a sum over the keys"))
 

@@ -2,7 +2,7 @@
 // out = sum over k of w * value,  w = prob
 // softmax over k of (score * 0.125) + where(k <= q, 0, -3.38953e+38)
 // visible where k <= q
-// spec  {"batch":2,"empty_row":"nan","expr":{"nodes":[["Index","int64","b0"],["Index","int64","b1"],["Index","int64","q"],["Index","int64","d"],["Load","bfloat16",0,[0,1,2,3]],["Index","int64","k"],["Load","bfloat16",1,[0,1,5,3]],["Index","int64","e"],["Load","bfloat16",2,[0,1,5,7]],["Score","bfloat16"],["Const","bfloat16","0x1.0000000000000p-3"],["Apply","bfloat16","mul",[9,10]],["Apply","bool","le",[5,2]],["Const","bfloat16","0x0.0p+0"],["Const","bfloat16","-0x1.fe00000000000p+127"],["Apply","bfloat16","where",[12,13,14]],["Apply","bfloat16","add",[11,15]],["Prob","bfloat16"],["Const","int64",1],["Apply","int64","add",[18,2]]],"roots":{"key":6,"mask.predicate":12,"mask.upper":19,"mask.visible":11,"query":4,"score":16,"value":8,"weight":17}},"extra":[],"fill":"-0x1.fe00000000000p+127","operands":[[4,"bfloat16"],[4,"bfloat16"],[4,"bfloat16"]],"out_dtype":"bfloat16","out_order":[0,2,1,3],"qk_dim":64,"v_dim":64,"version":1}
+// spec  {"batch":2,"empty_row":"nan","expr":{"nodes":[["Index","int64","b0"],["Index","int64","b1"],["Index","int64","q"],["Index","int64","d"],["Load","bfloat16",0,[0,1,2,3]],["Index","int64","k"],["Load","bfloat16",1,[0,1,5,3]],["Index","int64","e"],["Load","bfloat16",2,[0,1,5,7]],["Score","bfloat16"],["Const","bfloat16","0x1.0000000000000p-3"],["Apply","bfloat16","mul",[9,10]],["Apply","bool","le",[5,2]],["Const","bfloat16","0x0.0p+0"],["Const","bfloat16","-0x1.fe00000000000p+127"],["Apply","bfloat16","where",[12,13,14]],["Apply","bfloat16","add",[11,15]],["Prob","bfloat16"],["Const","int64",1],["Apply","int64","add",[18,2]]],"roots":{"key":6,"mask.predicate":12,"mask.upper":19,"mask.visible":11,"query":4,"score":16,"value":8,"weight":17}},"extra":[],"fill":"-0x1.fe00000000000p+127","normalisation":"softmax","operands":[[4,"bfloat16"],[4,"bfloat16"],[4,"bfloat16"]],"out_dtype":"bfloat16","out_order":[0,2,1,3],"qk_dim":64,"v_dim":64,"version":2}
 // wanted  [true, true, true]
 // plan  Plan(core='matrix', isa='avx512_bf16', real='float', width=16, vectors=12, rows=6, block_k=64, wave_bytes=1048576, thread_work=262144, part_keys=768, decode_queries=0)
 // made by torch-fuse …
@@ -891,7 +891,8 @@ struct EntriesPartial {
         const VI k = vi(k0 + n) + lane_numbers();
         const VR score = score_, d_weight = d_weight_;
         const VR unmasked = exp2_near(score * (R(0.125) * R(1.44269504088896341)) - lse);
-        const VR prob = select((k < vi(r.upper)), unmasked, VR{});
+        const auto seen = (k < vi(r.upper));
+        const VR prob = select(seen, unmasked, VR{});
         const VR d_score = prob * (d_weight - delta);
         score_ = prob;
         d_weight_ = d_score;
@@ -1244,7 +1245,7 @@ static void pack_keys(const Call& c, const BatchIndex& b, char* memory, int64_t 
 struct PackedQueries {
     Bf16 query[BQ * 2 * DPAIRS], grad[BQ * 2 * EPAIRS];        // [BQ][2 * DPAIRS], [BQ][2 * EPAIRS]
     Bf16 query_lanes[DROWS * BQ], grad_lanes[EROWS * BQ];  // [DROWS][BQ], [EROWS][BQ]
-    R lse[BQ], delta[BQ];                                  // of each row; lse in base 2
+    R lse[BQ], delta[BQ]; // of each row; lse in base 2
 
     static int64_t bytes(const Call& c) { return (c.q_len + BQ - 1) / BQ * int64_t(sizeof(PackedQueries)); }
     static PackedQueries& at(char* p, int64_t q0) { return ((PackedQueries*)p)[q0 / BQ]; }

@@ -2,7 +2,7 @@
 // out = sum over k of w * value,  w = prob
 // softmax over k of (score * 0.125) + where(k <= q, 0, -3.40282e+38)
 // visible where k <= q
-// spec  {"batch":2,"empty_row":"nan","expr":{"nodes":[["Index","int64","b0"],["Index","int64","b1"],["Index","int64","q"],["Index","int64","d"],["Load","float32",0,[0,1,2,3]],["Index","int64","k"],["Load","float32",1,[0,1,5,3]],["Index","int64","e"],["Load","float32",2,[0,1,5,7]],["Score","float32"],["Const","float32","0x1.0000000000000p-3"],["Apply","float32","mul",[9,10]],["Apply","bool","le",[5,2]],["Const","float32","0x0.0p+0"],["Const","float32","-0x1.fffffe0000000p+127"],["Apply","float32","where",[12,13,14]],["Apply","float32","add",[11,15]],["Prob","float32"],["Const","int64",1],["Apply","int64","add",[18,2]]],"roots":{"key":6,"mask.predicate":12,"mask.upper":19,"mask.visible":11,"query":4,"score":16,"value":8,"weight":17}},"extra":[],"fill":"-0x1.fffffe0000000p+127","operands":[[4,"float32"],[4,"float32"],[4,"float32"]],"out_dtype":"float32","out_order":[0,2,1,3],"qk_dim":64,"v_dim":64,"version":1}
+// spec  {"batch":2,"empty_row":"nan","expr":{"nodes":[["Index","int64","b0"],["Index","int64","b1"],["Index","int64","q"],["Index","int64","d"],["Load","float32",0,[0,1,2,3]],["Index","int64","k"],["Load","float32",1,[0,1,5,3]],["Index","int64","e"],["Load","float32",2,[0,1,5,7]],["Score","float32"],["Const","float32","0x1.0000000000000p-3"],["Apply","float32","mul",[9,10]],["Apply","bool","le",[5,2]],["Const","float32","0x0.0p+0"],["Const","float32","-0x1.fffffe0000000p+127"],["Apply","float32","where",[12,13,14]],["Apply","float32","add",[11,15]],["Prob","float32"],["Const","int64",1],["Apply","int64","add",[18,2]]],"roots":{"key":6,"mask.predicate":12,"mask.upper":19,"mask.visible":11,"query":4,"score":16,"value":8,"weight":17}},"extra":[],"fill":"-0x1.fffffe0000000p+127","normalisation":"softmax","operands":[[4,"float32"],[4,"float32"],[4,"float32"]],"out_dtype":"float32","out_order":[0,2,1,3],"qk_dim":64,"v_dim":64,"version":2}
 // wanted  [true, true, true]
 // plan  Plan(core='lanes', isa='avx2', real='float', width=8, vectors=3, rows=4, block_k=96, wave_bytes=8388608, thread_work=262144, part_keys=384, decode_queries=0)
 // made by torch-fuse …
@@ -949,7 +949,8 @@ static void entries_partial(const Tile<N>& tile, const KeyPart& part, const Norm
             const VR lse = norm.lse[v];
             const VR d_weight = load(w.grads + (i * N + v) * W);
             const VR unmasked = exp2_lanes((score * R(0.125) - lse) * R(1.44269504088896341)) * norm.inverse[v];
-            const VR prob = select((vi(k) < r.upper[v]), unmasked, VR{});
+            const auto seen = (vi(k) < r.upper[v]);
+            const VR prob = select(seen, unmasked, VR{});
             store(w.scores + (i * N + v) * W, prob);
             const VR d_score = prob * (d_weight - norm.delta[v]);
             store(w.grads + (i * N + v) * W, d_score);

@@ -1,7 +1,7 @@
 // out = sum over k of w * value,  w = prob
 // softmax over k of (score * 0.125) + where(k <= q, 0, -3.38953e+38)
 // visible where k <= q
-// spec  {"batch":2,"empty_row":"nan","expr":{"nodes":[["Index","int64","b0"],["Index","int64","b1"],["Index","int64","q"],["Index","int64","d"],["Load","bfloat16",0,[0,1,2,3]],["Index","int64","k"],["Load","bfloat16",1,[0,1,5,3]],["Index","int64","e"],["Load","bfloat16",2,[0,1,5,7]],["Score","bfloat16"],["Const","bfloat16","0x1.0000000000000p-3"],["Apply","bfloat16","mul",[9,10]],["Apply","bool","le",[5,2]],["Const","bfloat16","0x0.0p+0"],["Const","bfloat16","-0x1.fe00000000000p+127"],["Apply","bfloat16","where",[12,13,14]],["Apply","bfloat16","add",[11,15]],["Prob","bfloat16"],["Const","int64",1],["Apply","int64","add",[18,2]]],"roots":{"key":6,"mask.predicate":12,"mask.upper":19,"mask.visible":11,"query":4,"score":16,"value":8,"weight":17}},"extra":[],"fill":"-0x1.fe00000000000p+127","operands":[[4,"bfloat16"],[4,"bfloat16"],[4,"bfloat16"]],"out_dtype":"bfloat16","out_order":[0,2,1,3],"qk_dim":64,"v_dim":64,"version":1}
+// spec  {"batch":2,"empty_row":"nan","expr":{"nodes":[["Index","int64","b0"],["Index","int64","b1"],["Index","int64","q"],["Index","int64","d"],["Load","bfloat16",0,[0,1,2,3]],["Index","int64","k"],["Load","bfloat16",1,[0,1,5,3]],["Index","int64","e"],["Load","bfloat16",2,[0,1,5,7]],["Score","bfloat16"],["Const","bfloat16","0x1.0000000000000p-3"],["Apply","bfloat16","mul",[9,10]],["Apply","bool","le",[5,2]],["Const","bfloat16","0x0.0p+0"],["Const","bfloat16","-0x1.fe00000000000p+127"],["Apply","bfloat16","where",[12,13,14]],["Apply","bfloat16","add",[11,15]],["Prob","bfloat16"],["Const","int64",1],["Apply","int64","add",[18,2]]],"roots":{"key":6,"mask.predicate":12,"mask.upper":19,"mask.visible":11,"query":4,"score":16,"value":8,"weight":17}},"extra":[],"fill":"-0x1.fe00000000000p+127","normalisation":"softmax","operands":[[4,"bfloat16"],[4,"bfloat16"],[4,"bfloat16"]],"out_dtype":"bfloat16","out_order":[0,2,1,3],"qk_dim":64,"v_dim":64,"version":2}
 // plan  Plan(core='matrix', isa='avx512_bf16', real='float', width=16, vectors=3, rows=6, block_k=64, wave_bytes=1048576, thread_work=262144, part_keys=384, decode_queries=4)
 // made by torch-fuse …
 // alone: python -m fuse.alone <this file>, which compares it with float64 and times it beside SDPA
@@ -794,7 +794,7 @@ struct ScorePartial {
 };
 // What the matrix core leaves to the lanes core: exact rows, which need float and a running maximum, and decoding, which costs
 // less than to pack the keys. Keys and values are read as they are, a tile at a time.
-// Softmax of lanes: a block of queries, transposed, against tiles of keys, with a running maximum.
+// Lanes of queries: a block of them, transposed, against tiles of keys; a softmax has a running maximum.
 constexpr int DECODE_QUERIES = 4;   // so few queries read keys and values where they lie
 constexpr int DR = (D + W - 1) / W * W, DVR = (DV + W - 1) / W * W;
 
@@ -1347,7 +1347,7 @@ struct ScoreRows {
 };
 
 // Queries q0 … q0 + nq of one head against every tile of keys that they may see. While the scores of tile j + 1 and the
-// values of tile j - 1 go through the matrix unit, a few rows at a time, the softmax of tile j goes through the vector units.
+// values of tile j - 1 go through the matrix unit, a few rows at a time, the weights of tile j go through the vector units.
 struct QueryBlock {
     const Call& c;
     const BatchIndex& b;
@@ -1393,7 +1393,7 @@ struct QueryBlock {
         matrix.flush();
     }
     // Rows from … to. Returns the larger of ``most`` and their sums of weights.
-    VR softmax(const KeyTile& t, int from, int to, VR most) const {
+    VR weigh(const KeyTile& t, int from, int to, VR most) const {
         const ScoreRows rows = {c, b, w, runs[t.side], q0, t.k0, t.nk, t.side};
         if (!t.full) return rows.weigh<ScorePartial, true>(from, to, most);
         return t.nk % 32 ? rows.weigh<ScoreFull, true>(from, to, most) : rows.weigh<ScoreFull, false>(from, to, most);
@@ -1444,10 +1444,10 @@ struct QueryBlock {
                 if (i < scores) score_step(next, i);
                 else value_step(before, i - scores);
                 const int to = nq * (i + 1) / steps;
-                most = softmax(now, row, to, most);
+                most = weigh(now, row, to, most);
                 row = to;
             }
-            if (steps == 0) most = softmax(now, 0, nq, most);
+            if (steps == 0) most = weigh(now, 0, nq, most);
             pending = !too_large(most);
             if (!pending) {
                 all_values(now);

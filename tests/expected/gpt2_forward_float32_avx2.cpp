@@ -1,7 +1,7 @@
 // out = sum over k of w * value,  w = prob
 // softmax over k of (score * 0.125) + where(k <= q, 0, -3.40282e+38)
 // visible where k <= q
-// spec  {"batch":2,"empty_row":"nan","expr":{"nodes":[["Index","int64","b0"],["Index","int64","b1"],["Index","int64","q"],["Index","int64","d"],["Load","float32",0,[0,1,2,3]],["Index","int64","k"],["Load","float32",1,[0,1,5,3]],["Index","int64","e"],["Load","float32",2,[0,1,5,7]],["Score","float32"],["Const","float32","0x1.0000000000000p-3"],["Apply","float32","mul",[9,10]],["Apply","bool","le",[5,2]],["Const","float32","0x0.0p+0"],["Const","float32","-0x1.fffffe0000000p+127"],["Apply","float32","where",[12,13,14]],["Apply","float32","add",[11,15]],["Prob","float32"],["Const","int64",1],["Apply","int64","add",[18,2]]],"roots":{"key":6,"mask.predicate":12,"mask.upper":19,"mask.visible":11,"query":4,"score":16,"value":8,"weight":17}},"extra":[],"fill":"-0x1.fffffe0000000p+127","operands":[[4,"float32"],[4,"float32"],[4,"float32"]],"out_dtype":"float32","out_order":[0,2,1,3],"qk_dim":64,"v_dim":64,"version":1}
+// spec  {"batch":2,"empty_row":"nan","expr":{"nodes":[["Index","int64","b0"],["Index","int64","b1"],["Index","int64","q"],["Index","int64","d"],["Load","float32",0,[0,1,2,3]],["Index","int64","k"],["Load","float32",1,[0,1,5,3]],["Index","int64","e"],["Load","float32",2,[0,1,5,7]],["Score","float32"],["Const","float32","0x1.0000000000000p-3"],["Apply","float32","mul",[9,10]],["Apply","bool","le",[5,2]],["Const","float32","0x0.0p+0"],["Const","float32","-0x1.fffffe0000000p+127"],["Apply","float32","where",[12,13,14]],["Apply","float32","add",[11,15]],["Prob","float32"],["Const","int64",1],["Apply","int64","add",[18,2]]],"roots":{"key":6,"mask.predicate":12,"mask.upper":19,"mask.visible":11,"query":4,"score":16,"value":8,"weight":17}},"extra":[],"fill":"-0x1.fffffe0000000p+127","normalisation":"softmax","operands":[[4,"float32"],[4,"float32"],[4,"float32"]],"out_dtype":"float32","out_order":[0,2,1,3],"qk_dim":64,"v_dim":64,"version":2}
 // plan  Plan(core='lanes', isa='avx2', real='float', width=8, vectors=3, rows=4, block_k=128, wave_bytes=8388608, thread_work=262144, part_keys=384, decode_queries=4)
 // made by torch-fuse …
 // alone: python -m fuse.alone <this file>, which compares it with float64 and times it beside SDPA
@@ -574,7 +574,7 @@ struct Packed {
     Part part(int64_t k0) const { return {key + k0 * D, value + k0 * DVP}; }
 };
 
-// Softmax of lanes: a block of queries, transposed, against tiles of keys, with a running maximum.
+// Lanes of queries: a block of them, transposed, against tiles of keys; a softmax has a running maximum.
 constexpr int DECODE_QUERIES = 4;   // so few queries read keys and values where they lie
 constexpr int DR = (D + W - 1) / W * W, DVR = (DV + W - 1) / W * W;
 

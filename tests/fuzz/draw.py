@@ -31,6 +31,21 @@ class Limits:
 
 def plain(d: Draft) -> None:
     operands(d)
+    attended(d)
+
+
+def written(d: Draft) -> None:
+    """As ``plain``, with queries and keys that are written by halves into new memory, as rotary positions often are."""
+    operands(d)
+    for x in "qk":
+        d.write(f"{x}_in = {x}.transpose(-1, -2)")
+        d.write(f"{x}_out = torch.empty_like({x}_in)")
+        d.write(f"{x}_out[..., 0::2, :], {x}_out[..., 1::2, :] = {x}_in[..., 0::2, :] * 0.8, {x}_in[..., 1::2, :] + 0.1")
+        d.write(f"{x} = {x}_out{d.one('', f'.type_as({x})', '.contiguous()')}.transpose(-1, -2)")
+    attended(d)
+
+
+def attended(d: Draft) -> None:
     positions(d)
     shared(d)
     mutated(d, "q", "k", "v", percent=4)
@@ -139,7 +154,7 @@ def mha(d: Draft) -> None:
         d.beside.append("w")
 
 
-SOURCES = {"plain": plain, "sdpa": sdpa, "flex": flex, "mha": mha}
+SOURCES = {"plain": plain, "written": written, "sdpa": sdpa, "flex": flex, "mha": mha}
 
 
 # ------------------------------------------------------------------------------------- what else is read, and written to

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from hypothesis import HealthCheck, Phase, given, seed, settings
 from hypothesis.internal.conjecture import engine
@@ -97,9 +97,12 @@ class Part:
     def _each(self, take: Callable[[Program], None], chosen: settings) -> None:
         """``ci`` draws the programs of all parts in one sequence; in ``deep`` each part has a seed of its own."""
         count = self._together if PROFILE == "deep" else self._together * (self.number + 1)
+        limits = SHARES[self.share].limits
+        if PROFILE == "deep":  # what 300 programs have no room for
+            limits = replace(limits, sources=limits.sources + ("written",) * 3)
 
         @settings(chosen, max_examples=count)
-        @given(programs(SHARES[self.share].limits))
+        @given(programs(limits))
         def one(program: Program) -> None:
             take(program)
 

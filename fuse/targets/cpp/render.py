@@ -51,6 +51,7 @@ class CppSource:
     def __init__(self, spec: AttentionSpec) -> None:
         self.spec, self.computed = spec, forward_program(spec)
         self.count = [0]
+        self.hidden = "vr(-R(INFINITY))" if spec.softmax else "VR{}"  # the score of an entry that is not seen
         self.batch_index = Body(prefix="b.")
         self.rows = Body(lanes=True, prefix="r.", suffix="[v]")
 
@@ -71,7 +72,7 @@ class CppSource:
         return Writer(place, as_eager, stages, {}, self.count)
 
     def program(self, name: str, comment: str, node: Expr, as_eager: bool = False, masked: bool = False) -> QueryProgram:
-        """The score ``node`` of every entry; ``masked``: -inf where the mask hides it."""
+        """The score ``node`` of every entry; ``masked``: what vanishes where the mask hides it."""
         program = QueryProgram(name, comment)
         writer = self.writer(program, as_eager)
         for leaf in expr.walk(node):
@@ -80,7 +81,7 @@ class CppSource:
         program.result = writer.value(node).spread("real")
         if masked:
             allowed = " & ".join(self.seen(writer))
-            program.entry.lines.append(f"const VR visible = select({allowed}, {program.result}, vr(-R(INFINITY)));")
+            program.entry.lines.append(f"const VR visible = select({allowed}, {program.result}, {self.hidden});")
             program.result = "visible"
         return program
 
@@ -138,6 +139,7 @@ def call_context(source: CppSource, plan: Plan) -> dict[str, object]:
         "value": source.access("value", spec.value), "out_ctype": C_TYPES[spec.out_dtype],
         "bounds": [{"name": b.name, "text": source.function(b.node)} for b in source.computed.bounds],
         "masked": source.computed.masked, "residual": residual is not None, "empty_row": spec.empty_row,
+        "normalisation": spec.normalisation, "softmax": spec.softmax,
         "drawn": drawn_in(*spec.roots().values()),
         "tile_map": tile_map, "map_rows": ROWS, "map_keys": KEYS,
         "ranges": ranges_of(None if tile_map is not None else residual, source.writer, source.count),
@@ -153,7 +155,7 @@ def _matrix_context(source: CppSource) -> dict[str, object]:
     programs = [program("ScoreFull", "Every entry is visible.", computed.visible)]
     if computed.masked:
         names = tuple(bound.name for bound in computed.bounds)
-        masked = program("ScorePartial", "Some entries are masked.", computed.visible, names, computed.residual)
+        masked = program("ScorePartial", "Some entries are masked.", computed.visible, names, computed.residual, source.hidden)
         programs.append(masked)
     if computed.weighted:
         programs.append(program("Weight", "What the product with the values takes in place of the probability.", spec.weight))

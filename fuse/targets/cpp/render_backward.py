@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 
 from fuse.ir import expr
@@ -95,20 +95,30 @@ class _Programs:
         else:
             value = self._real(writer, score)
             lines.append(f"const VR unmasked = {self._probability(writer, value, forward.factor)};")
-            allowed = seen()
-            masked = f"select({' & '.join(allowed)}, unmasked, VR{{}})" if allowed else "unmasked"
-            lines.append(f"const VR prob = {masked};")
+            allowed = " & ".join(seen())
+            lines += [f"const auto seen = {allowed};"] if allowed else []
+            lines.append(f"const VR prob = {_where_seen('unmasked', allowed)};")
         writer.as_eager = False
         gate = "d_weight" if is_one(of.weight) else f"{self._real(writer, of.weight)} * d_weight"
         weight = self._real(writer, of.spec.weight)
-        return Results(weight, gate, self._slope(writer, slope, as_eager), tuple(self._terms(writer, factors)))
+        if of.spec.softmax:
+            return Results(weight, "prob", gate, self._slope(writer, slope, as_eager), tuple(self._terms(writer, factors)))
+        # Elsewhere nothing else makes what is derived there vanish, be it infinite.
+        terms = [replace(t, text=_where_seen(t.text, allowed)) for t in self._terms(writer, factors)]
+        slope_seen = _where_seen(self._slope(writer, slope, as_eager), allowed)
+        return Results(weight, self._inverse(writer), gate, slope_seen, tuple(terms))
 
-    @staticmethod
-    def _probability(writer: Writer, score: str, factor: float) -> str:
+    def _probability(self, writer: Writer, score: str, factor: float) -> str:
         """Lanes of keys are rounded to bfloat16, and their rows have ``lse`` in base 2."""
+        if not self.computed.spec.softmax:
+            return f"{score} * R({factor!r}) * {self._inverse(writer)}"
         if isinstance(writer, KeyWriter):
             return f"exp2_near({score} * (R({factor!r}) * {_LOG2E}) - lse)"
         return f"exp2_lanes(({score} * R({factor!r}) - lse) * {_LOG2E}) * norm.inverse[v]"
+
+    @staticmethod
+    def _inverse(writer: Writer) -> str:
+        return "inverse" if isinstance(writer, KeyWriter) else "norm.inverse[v]"
 
     def _terms(self, writer: Writer, factors: Sequence[Expr]) -> Iterator[Added]:
         found = [s for s in self.computed.destinations if s.kind != "matrix"]
@@ -128,6 +138,10 @@ class _Programs:
     @staticmethod
     def _real(writer: Writer, node: Expr) -> str:
         return writer.value(node).spread("real")
+
+
+def _where_seen(text: str, allowed: str) -> str:
+    return f"select(seen, {text}, VR{{}})" if allowed else text
 
 
 def _tiled(to: Destination) -> bool:

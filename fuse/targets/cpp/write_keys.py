@@ -91,8 +91,9 @@ def key_program(
     node: Expr,
     bounds: tuple[str, ...] = (),
     predicate: Expr | None = None,
+    hidden: str = "",
 ) -> KeyProgram:
-    """The score or weight ``node`` of every entry; -inf outside the mask's ``bounds`` and where ``predicate`` is false."""
+    """The score or weight ``node`` of every entry; ``hidden`` outside the ``bounds`` and where ``predicate`` is false."""
     argument = "prob" if name == "Weight" else "score"
     program = KeyProgram(name, comment, argument)
     writer = KeyWriter(batch_index, program, runs, count)
@@ -102,7 +103,7 @@ def key_program(
     if predicate is not None:
         allowed.append(f"({writer.value(predicate).spread('bool')})")
     if allowed:
-        program.result = f"select({' & '.join(allowed)}, {program.result}, vr(-R(INFINITY)))"
+        program.result = f"select({' & '.join(allowed)}, {program.result}, {hidden})"
     return program
 
 

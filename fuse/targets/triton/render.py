@@ -27,7 +27,7 @@ ENDS = {"lower": {"q0": "begin", "q1": "full_begin"}, "upper": {"q0": "full_end"
 class TileProgram:
     """One score program of a tile.
 
-    unit   what turns its scores into powers of two
+    unit   what turns its scores into powers of two, or into weights where there is no softmax
     power  that of an entry, less that of the largest score
     seen   texts of what must hold for an entry to count
     """
@@ -86,7 +86,7 @@ class TritonSource:
                 writer.leaves[leaf] = f"tl.cast(tl.cast(raw, tl.{leaf.dtype}), {self.real})" if rounded else "raw"
         result = writer.value(node)
         conditions = [*seen, *([] if predicate is None else [writer.value(predicate)])]
-        unit = repr(factor * _LOG2_E)
+        unit = repr(factor * _LOG2_E if self.spec.softmax else factor)
         power = f"score * {unit} - (reference * {unit})[:, None]"  # one instruction
         if as_eager or _may_be_huge(node):
             power = f"(score - reference[:, None]) * {unit}"
@@ -218,7 +218,8 @@ def call_context(source: TritonSource, plan: TritonPlan) -> dict[str, object]:
         "partial": source.program(visible, factor, source.seen(), predicate=residual), "skip": source.skip(),
         "recomputed": None if threshold is None else source.program(spec.score, 1.0, ["k_ok"], as_eager=True),
         "weight": source.weight(), "extras": [source.extra(x) for x in spec.extra_logits], "factor": repr(factor),
-        "threshold": repr(threshold), "empty_row": spec.empty_row, "per_batch": source.per_batch, "per_row": source.per_row,
+        "threshold": repr(threshold), "empty_row": spec.empty_row, "normalisation": spec.normalisation, "softmax": spec.softmax,
+        "hidden": '-float("inf")' if spec.softmax else "0.0", "per_batch": source.per_batch, "per_row": source.per_row,
         "out_strides": strides("out", spec.batch + 2), "out_at": _out_at(spec),
     }  # fmt: skip
 

@@ -157,7 +157,9 @@ class _Kernel:
         forward, slope, factors = computed.forward, computed.slope, computed.factors
         writer = self.writer(tile)
         _give_leaves(writer, forward.visible, slope, self.spec.weight, computed.of.weight, *factors)
-        prob = f"tl.exp2({self.power(writer.value(forward.visible))} - row_lse2)"
+        prob = f"tl.exp2({self.power(score := writer.value(forward.visible))} - row_lse2)"
+        if not self.spec.softmax:
+            prob = f"{score} * {forward.factor!r} * row_inverse"
         if not full:
             tile.lines.append(f"seen = {self.seen(writer)}")
         tile.lines.append(f"prob = {prob if full else f'tl.where(seen, {prob}, 0.0)'}")
@@ -200,8 +202,9 @@ class _Kernel:
                 outer = "d_weight" if term.root == "weight" else "d_score"
                 text = outer if is_one(factor) else f"{outer} * {writer.value(factor)}"
                 terms.append(Added(to.name, destination_kind(to), visible.format(text)))
-        slope = slope if slope == "d_score" else visible.format(slope)
-        return TileEntries(tile.lines, Results(weighed, gated, slope, tuple(terms)))
+        rate = "prob" if self.spec.softmax else "row_inverse"
+        slope = slope if slope == "d_score" and self.spec.softmax else visible.format(slope)
+        return TileEntries(tile.lines, Results(weighed, rate, gated, slope, tuple(terms)))
 
     def scores(self) -> Text:
         """The scores of a tile as eager rounds them."""
@@ -292,6 +295,7 @@ def render_backward(spec: AttentionSpec, wanted: Sequence[bool], described: bool
         "batch": spec.batch, "mask_axes": mask_axes(spec), "qk_dim": spec.qk_dim, "v_dim": spec.v_dim,
         "width": widened(spec.qk_dim), "v_width": widened(spec.v_dim),
         "factor": repr(computed.scale), "real": _real(spec), "log2e": repr(_LOG2E),
+        "normalisation": spec.normalisation, "softmax": spec.softmax,
         "recomputed_below": computed.recomputed_below, "recomputed_above": recomputed_above(spec.lse_dtype),
         "rows": rows.context() | rows.summary(),
         "keys": kernels["keys"] | {"walk": keys.walk()}, "queries": kernels["queries"] | {"walk": queries.walk()},

@@ -146,13 +146,18 @@ class TritonWriter:
         if source not in (*FLOATS, "bool"):
             args = self._widened(node, args)
         elif self.real == "tl.float64" and all(isinstance(a, Const) for a in node.operands):
-            args = [f"tl.full([], {a}, {self.real})" for a in args]  # of numbers alone Triton computes in float32
+            args = [self._scalar(a) for a in args]  # of numbers alone Triton computes in float32
+        elif op == "pow" and isinstance(node.operands[0], Const):
+            args[0] = self._scalar(args[0])  # libdevice takes no number first
         if op == "uniform":
             return f"tl.cast({self._uniform(node, args)}, {self.real})"
         if op == "tanh" and node.dtype in HALVES and self.real == "tl.float32" and not as_eager:
             return f"f_tanh_half({args[0]})"
         row = OPERATORS[op]
         return (row.triton_real if row.triton_real and source in FLOATS else row.triton).format(*args)
+
+    def _scalar(self, number: str) -> str:
+        return f"tl.full([], {number}, {self.real})"
 
     def _uniform(self, node: Apply, args: list[str]) -> str:
         _, plane, row, column = node.operands

@@ -1,0 +1,40 @@
+"""Does a site without a softmax gain by being fused? Any two products with something between them are one, those of a layer's
+weights, too; what a kernel saves are the scores, which are then neither written nor read.
+"""
+
+from __future__ import annotations
+
+import math
+
+from fuse.ir import expr
+from fuse.ir.expr import Apply, Expr, Score
+from fuse.passes.lift import Lifted
+from fuse.passes.read.trace import size_hint
+from fuse.report.reasons import ChainOfProducts, Declined, NothingSaved
+
+
+def check_pays(lifted: Lifted) -> None:
+    """Raises Declined where nothing would be saved, or the products may better be taken in another order."""
+    spec = lifted.spec
+    if spec.softmax:
+        return
+    if _is_product(spec.score):
+        raise Declined(ChainOfProducts())
+    sizes = [size_hint(n, lifted.leaves[0]) for n in lifted.sizes]
+    q_len, kv_len = sizes[spec.batch : spec.batch + 2]
+    scores, others = q_len * kv_len, (q_len + kv_len) * (spec.qk_dim + spec.v_dim)
+    if scores < others:
+        shape = f"{math.prod(sizes[: spec.batch])} x {q_len} x {kv_len}"
+        raise Declined(NothingSaved(f"{shape} scores are fewer numbers than queries, keys, values and result are"))
+
+
+def _is_product(e: Expr) -> bool:
+    """Is it the product of query and key, times what could as well be multiplied to either?"""
+    if isinstance(e, Score):
+        return True
+    if not isinstance(e, Apply) or e.op not in ("cast", "mul", "div"):
+        return False
+    a, *rest = e.operands
+    if e.op == "mul" and not expr.contains(a, Score):
+        a, rest = rest[0], [a]
+    return _is_product(a) and all(not {"q", "k"} <= expr.axes(b) and not expr.contains(b, Score) for b in rest)
