@@ -46,16 +46,19 @@ def without_shift(r: Reader, exponents: Sequence[Expr], k: sympy.Symbol) -> list
 
 
 def _is_of_scores(r: Reader, e: Expr, scores: Sequence[Opaque]) -> bool:
-    """Is e made of the scores, and no mask? A mask chooses a low number; a maximum is no lower than any of its operands."""
+    """Is e made of the scores, and no mask? A mask chooses a number that hides a row, by being added or subtracted."""
     e = uncast(e)
     if isinstance(e, Stopped):
         return _is_of_scores(r, r.behind(e), scores)
     if isinstance(e, Opaque):
         return e.name in _FINITE and e.value.output == 0 and any(depends_on(e.value, s.value) for s in scores)
-    numbers = [a for a in e.args if a.dtype != "bool" and not (isinstance(a, Const) and a.value > REPLACED)]
-    if not (isinstance(e, Apply) and numbers):
+    greatest = isinstance(e, Apply) and e.op == "maximum"  # it is no lower than any of its operands
+    numbers = [a for a in e.args if a.dtype != "bool"]
+    given = [a.value for a in numbers if isinstance(a, Const)]
+    if not isinstance(e, Apply) or any(x >= -REPLACED or (x <= REPLACED and not greatest) for x in given):
         return False
-    return (any if e.op == "maximum" else all)(_is_of_scores(r, a, scores) for a in numbers)
+    others = [_is_of_scores(r, a, scores) for a in numbers if not isinstance(a, Const)]
+    return any(others) if greatest else bool(others) and all(others)
 
 
 def _terms(e: Expr, k: sympy.Symbol) -> Counter[Term]:

@@ -108,6 +108,18 @@ def with_a_sink(q: Tensor, k: Tensor, v: Tensor, k2: Tensor, v2: Tensor, sink: T
 
 
 @spelling(extra=another)
+def the_first_keys_of_a_tensor(q: Tensor, k: Tensor, v: Tensor, k2: Tensor, v2: Tensor) -> Tensor:
+    s = torch.cat((scores(q, k[:, :, :7]), scores(q, k2)), -1)
+    return s.softmax(-1) @ torch.cat((v[:, :, :7], v2), -2)
+
+
+@spelling(extra=another)
+def the_last_keys_of_a_tensor(q: Tensor, k: Tensor, v: Tensor, k2: Tensor, v2: Tensor) -> Tensor:
+    s = torch.cat((scores(q, k2), scores(q, k[:, :, 2:])), -1)
+    return s.softmax(-1) @ torch.cat((v2, v[:, :, 2:]), -2)
+
+
+@spelling(extra=another)
 def by_exponentials(q: Tensor, k: Tensor, v: Tensor, k2: Tensor, v2: Tensor) -> Tensor:
     e = torch.cat((scores(q, k), scores(q, k2)), -1).exp()
     return e / e.sum(-1, keepdim=True) @ torch.cat((v, v2), -2)
@@ -131,6 +143,12 @@ def the_same_weights_twice(q: Tensor, k: Tensor, v: Tensor, k2: Tensor, v2: Tens
 @spelling(0, reason="ScoresJoined", extra=another)
 def each_with_a_query_of_its_own(q: Tensor, k: Tensor, v: Tensor, k2: Tensor, v2: Tensor) -> Tensor:
     return torch.cat((scores(q, k), scores(q.flip(-1), k2)), -1).softmax(-1) @ torch.cat((v, v2), -2)
+
+
+@spelling(0, reason="ScoresJoined", extra=another)
+def one_with_half_of_the_features(q: Tensor, k: Tensor, v: Tensor, k2: Tensor, v2: Tensor) -> Tensor:
+    s = torch.cat((q[..., :8] @ k[..., :8].mT, scores(q, k2)), -1)
+    return s.softmax(-1) @ torch.cat((v, v2), -2)
 
 
 @spelling(0, reason="WrongDimension", extra=another)
