@@ -6,8 +6,8 @@ prints, and ends with status 1 if there is a site that is not fused:
 
     model.Encoder: 2 attention sites, 2 fused
     model.Pooling: 1 attention site, 0 fused
-        explain_in_ci.py:37: the probabilities are also used by the graph's output
-        do not ask for attention weights (output_attentions=False, need_weights=False)
+        explain_in_ci.py:37: the scores, or what is made of them, are also used by the graph's output
+        use the weights that the softmax or its dropout gives, or the logsumexp of the scores: fuse gives these too
 
 Nothing is built and nothing runs: a model of billions of parameters is explained in seconds.
 """
@@ -30,11 +30,11 @@ def encoder() -> nn.Module:
 
 
 class Pooling(nn.Module):
-    """One vector for each text, and what it was made of."""
+    """One vector for each text, and how alike the texts are."""
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        weights = (x @ x.mT).softmax(-1)
-        return weights @ x, weights
+        alike = x @ x.mT
+        return alike.softmax(-1) @ x, alike
 
 
 MODELS: dict[str, Callable[[], nn.Module]] = {"model.Encoder": encoder, "model.Pooling": Pooling}

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
         inductor_configs,
         report,
         reset,
+        save_library,
         transform,
     )
 
@@ -38,6 +39,7 @@ __all__ = [
     "inductor_configs",
     "report",
     "reset",
+    "save_library",
     "transform",
 ]
 

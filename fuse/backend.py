@@ -82,6 +82,9 @@ def _prepare(gm: GraphModule, sites: Sequence[Site], tune: bool) -> None:
     found = [(site.spec, site.target, site.wanted) for site in sites if site.recovered and site.spec is not None]
     for spec, target, _ in found:
         targets.prepare(spec, target, tune)
+    for site in sites:
+        for matrix in site.weights:
+            targets.prepare_weights(matrix, site.target)
     for spec, target, wanted in found:
         if any(wanted):
             targets.prepare_backward(spec, target, wanted, tune)
@@ -162,6 +165,8 @@ def _built(site: Site, gradients: bool) -> Site:
     if not site.recovered or site.spec is None:
         return site
     targets.kernel(site.spec, site.target)
+    for matrix in site.weights:
+        targets.weights_kernel(matrix, site.target)
     if gradients and any(site.wanted):
         targets.backward_kernel(site.spec, site.target, site.wanted)
     return with_runs(site)
@@ -171,7 +176,7 @@ def with_runs(site: Site) -> Site:
     """With what is known now of the kernels that compute it; nothing is waited for."""
     if site.spec is None:
         return site
-    runs = {**site.runs, **targets.running(site.spec, site.target, site.wanted)}
+    runs = {**site.runs, **targets.running(site.spec, site.target, site.wanted, site.weights)}
     file = runs["forward"].file if "forward" in runs else None
     return replace(site, runs=runs, kernels={} if file is None else {site.target: file})
 

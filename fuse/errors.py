@@ -109,6 +109,13 @@ class TangentOfGradient(FuseError):
     )
 
 
+class NotPackaged(FuseError):
+    message = (
+        "fuse.save_library writes C++ kernels of results alone, and this program has {found}. Give it the program that "
+        "fuse.transform returns, on CPUs, without gradients and without a mask that is stored for each query and key."
+    )
+
+
 class UnknownModel(FuseError):
     message = "{name!r} names no model: {problem}. Give module:callable, file.py:callable, or a transformers model type.{hint}"
 

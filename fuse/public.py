@@ -2,6 +2,7 @@
 
 from fuse.errors import FuseError
 from fuse.inductor import inductor_configs
+from fuse.library import save_library
 from fuse.options import Options
 from fuse.report.report import Report, explain, report, reset
 from fuse.report.site import Site
@@ -17,5 +18,6 @@ __all__ = [
     "inductor_configs",
     "report",
     "reset",
+    "save_library",
     "transform",
 ]

@@ -8,6 +8,7 @@ of a graph
 of each site
     lift      one element of the result as mathematics: an AttentionSpec, or a reason why not
     PASSES    from one spec to the next, verified after each
+    beside    what somebody reads of it that is not its result
     insert    the op before the site's root, reading what the spec reads
 of the graph
     accept    one fuse::attention in the place of each root whose scores nothing else needs; what nothing uses is removed
@@ -17,18 +18,21 @@ of the graph
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, field
-from typing import Any
+from functools import partial
+from typing import Any, TypeVar
 
 from torch.fx import Graph, GraphModule, Node
 
 import fuse.ops.attention
 import fuse.ops.snapshot
-import fuse.ops.tile_map  # noqa: F401  they register their ops
-from fuse.ir.spec import InvalidSpec, verify
+import fuse.ops.tile_map
+import fuse.ops.weights  # noqa: F401  they register their ops
+from fuse.ir.spec import AttentionSpec, InvalidSpec, verify
 from fuse.passes import census
 from fuse.passes.accept import Found, accept, declined_site
+from fuse.passes.beside import Beside, read_beside
 from fuse.passes.contents import know_contents
 from fuse.passes.expand import Expansion, expand
 from fuse.passes.find import Candidate, find, is_attention
@@ -39,8 +43,8 @@ from fuse.passes.pays import check_pays
 from fuse.passes.policy import Choose, Contents, Leave, Policy, leave_none
 from fuse.passes.read.bodies import Body, bodies
 from fuse.passes.read.graph import State, hidden_subclass, operator_name, states, tensor_of
-from fuse.passes.read.trace import Trace, trace
-from fuse.passes.replace import add_up, insert, remove
+from fuse.passes.read.trace import Trace, Value, trace
+from fuse.passes.replace import add_up, insert, live_nodes, remove, unread_nodes
 from fuse.passes.tables import tabulate
 from fuse.passes.terms import terms_of
 from fuse.passes.tiles import map_tiles
@@ -62,6 +66,7 @@ from fuse.report.reasons import (
 from fuse.report.site import Reading, Site
 from fuse.torch_private import SizeWouldBeFixed
 
+T = TypeVar("T")
 PASSES: tuple[Pass, ...] = (
     know_contents,  # what a buffer holds is a formula
     recover_mask,  # the predicate is separated from the score and bounded in closed form
@@ -109,11 +114,29 @@ def _never_raises(body: Body, policy: Policy) -> Reading:
 
 @dataclass
 class _Told:
-    """Sites so far, the nodes that they tell of, and what normalisations lack that are no attention's."""
+    """Sites so far, the nodes that they tell of, what normalisations lack that are no attention's, and where those sites stand
+    that were left."""
 
     sites: list[Site] = field(default_factory=list)
     nodes: set[Node] = field(default_factory=set)
     lacking: dict[Node, Reason] = field(default_factory=dict)
+    anchors: list[Node] = field(default_factory=list)
+
+    def tried(self, candidate: Candidate, make: Callable[[], T], made: list[T]) -> Reason | None:
+        """Adds what ``make`` gives to ``made``; what it raises is the reason why the candidate is left."""
+        try:
+            made.append(make())
+            return None
+        except Declined as d:
+            reason = d.reason
+        except Exception as e:
+            reason = _failure(e)
+        self.decline(candidate, reason)
+        return reason
+
+    def forget_readers(self, anchors: Sequence[Node]) -> None:
+        """Products that are no attention, but read weights that one of these ``anchors`` gives."""
+        self.sites = [site for site, anchor in zip(self.sites, self.anchors, strict=True) if anchor not in anchors]
 
     def decline(self, candidate: Candidate, reason: Reason) -> None:
         if not candidate.softmax:
@@ -123,6 +146,7 @@ class _Told:
         else:
             self.nodes.add(candidate.anchor)
             self.sites.append(declined_site(candidate, reason))
+            self.anchors.append(candidate.anchor)
 
     def _two_products(self, candidate: Candidate, reason: Reason) -> None:
         """Of any two products without a softmax little can be said: what was read as attention is told of."""
@@ -160,26 +184,29 @@ def _fuse_sites(body: Body, policy: Policy, expansions: Sequence[Expansion]) -> 
     calls = {n: e.call for e in expansions for n in e.nodes}
     state_of = states(graph, body.begins)
     candidates = find(graph, state_of)
-    found: list[Found] = []
     summed: set[Node] = set()  # products that are parts of sites
     refused = None if policy.refused is None else ((c, policy.refused) for c in candidates)
+    read: list[_Read] = []
     settled: set[Node] = set()
     for candidate, traced in refused or _traces(graph, candidates, state_of):
-        if candidate.roots[0] in summed or (not candidate.softmax and candidate.roots[0] in settled):
-            continue
-        try:
-            if isinstance(traced, Declined):
-                raise traced
-            sites = _fuse_candidate(graph, candidate, _context(traced, candidate, policy), state_of)
-            _check_wanted(graph, sites, policy.leave, calls.get(candidate.anchor, candidate.anchor))
-            found += sites
-            settled.add(candidate.roots[0])
-            summed |= candidate.sums if sites[0].replacement.root is candidate.roots[-1] else set()
-        except Declined as d:
-            told.decline(candidate, d.reason)
-            settled.update(() if isinstance(d.reason, _NO_ATTENTION) else candidate.roots[:1])
-        except Exception as e:
-            told.decline(candidate, _failure(e))
+        if candidate.roots[0] not in summed and (candidate.softmax or candidate.roots[0] not in settled):
+            reason = told.tried(candidate, partial(_read_site, candidate, traced, policy, state_of), read)
+            if not isinstance(reason, (*_NO_ATTENTION, InternalError)):
+                settled.add(candidate.roots[0])
+            if reason is None and read[-1].root is candidate.roots[-1]:
+                summed |= candidate.sums
+    live = _live_beside(graph, candidates, read, kept)
+    groups: list[list[Found]] = []
+
+    def put(site: _Read) -> list[Found]:
+        made = _insert_site(graph, site, state_of, live, {old for g in groups for f in g for old, _ in f.replacement.beside})
+        _check_wanted(graph, made, policy.leave, calls.get(site.candidate.anchor, site.candidate.anchor))
+        return made
+
+    for site in read:
+        told.tried(site.candidate, partial(put, site), groups)
+    found = [f for group in groups for f in group]
+    told.forget_readers([f.candidate.anchor for f in found if f.replacement.weights])
     for f, decided in accept(graph, candidates, found, kept) if candidates else ():
         if isinstance(decided, Site):
             told.sites.append(decided)
@@ -187,6 +214,14 @@ def _fuse_sites(body: Body, policy: Policy, expansions: Sequence[Expansion]) -> 
         else:
             told.decline(f.candidate, decided)
     return told
+
+
+def _live_beside(graph: Graph, candidates: Sequence[Candidate], read: Sequence[_Read], kept: Set[Node]) -> Set[Node]:
+    """What is needed beside the results of the sites that were read."""
+    slices = set().union(*(c.nodes for c in candidates))
+    slices |= unread_nodes(graph, slices) - kept
+    elsewhere = next(iter(graph.nodes))
+    return live_nodes(graph, slices, {site.root: elsewhere for site in read})
 
 
 def _failure(error: Exception) -> Reason:
@@ -216,8 +251,30 @@ def _trace_slices(graph: Graph, candidates: list[Candidate], state_of: Mapping[N
         return d
 
 
-def _fuse_candidate(graph: Graph, candidate: Candidate, context: SiteContext, state_of: Mapping[Node, State]) -> list[Found]:
+@dataclass(frozen=True)
+class _Term:
+    """What was read; ``steps``: as of Found."""
+
+    lifted: Lifted
+    steps: tuple[tuple[str, AttentionSpec], ...]
+
+
+@dataclass(frozen=True)
+class _Read:
+    """A candidate of which a root was read: the sum of ``terms`` and of what is no attention."""
+
+    candidate: Candidate
+    root: Node
+    terms: tuple[_Term, ...]
+    plain: tuple[Value, ...]
+    context: SiteContext
+
+
+def _read_site(candidate: Candidate, traced: Trace | Declined, policy: Policy, state_of: Mapping[Node, State]) -> _Read:
     """The site at the outermost of the candidate's roots that can be read; several where the weights are a sum."""
+    if isinstance(traced, Declined):
+        raise traced
+    context = _context(traced, candidate, policy)
     declined: Declined | None = None
     for root in reversed(candidate.roots):
         try:
@@ -225,49 +282,64 @@ def _fuse_candidate(graph: Graph, candidate: Candidate, context: SiteContext, st
         except Declined as d:
             declined = declined or d
             continue
-        return [_fuse_site(graph, candidate, root, lifted, context, state_of)]
+        term = _read_term(candidate, root, lifted, context, state_of)
+        return _Read(candidate, root, (term,), (), context)
     assert declined is not None
     if not candidate.softmax:
         raise declined
-    return _fuse_terms(graph, candidate, context, state_of, declined)
+    return _read_sum(candidate, context, state_of, declined)
 
 
-def _fuse_terms(
-    graph: Graph, candidate: Candidate, context: SiteContext, state_of: Mapping[Node, State], declined: Declined
-) -> list[Found]:
-    """A site for each term of the weights that is an attention. Raises ``declined``, or what is known better, if none is."""
+def _read_sum(candidate: Candidate, context: SiteContext, state_of: Mapping[Node, State], declined: Declined) -> _Read:
+    """A term for each of the weights that is an attention. Raises ``declined``, or what is known better, if none is."""
     root, trace = candidate.roots[0], context.trace
-    lifted, plain = [], []
-    for term in terms_of(trace.value_of[root], trace.stops if trace.value_of[root] in trace.flowing else ()):
+    terms: list[_Term] = []
+    plain: list[Value] = []
+    for value in terms_of(trace.value_of[root], trace.stops if trace.value_of[root] in trace.flowing else ()):
         try:
-            lifted.append(lift(term, trace))
+            terms.append(_read_term(candidate, root, lift(value, trace), context, state_of))
         except Declined as d:
-            plain.append(term)
+            plain.append(value)
             declined = d if isinstance(declined.reason, (*_NO_ATTENTION, SeveralSoftmaxes)) else declined
-    if not lifted:
+    if not terms:
         raise declined
-    found: list[Found] = []
-    try:
-        for each in lifted:
-            found.append(_fuse_site(graph, candidate, root, each, context, state_of))
-    except Declined:
-        remove(graph, [n for f in found for n in f.replacement.made])
-        raise
-    added = add_up(graph, [f.replacement for f in found], plain, lifted[0], context)
-    return [dataclasses.replace(f, replacement=r) for f, r in zip(found, added, strict=True)]
+    return _Read(candidate, root, tuple(terms), tuple(plain), context)
 
 
-def _fuse_site(
-    graph: Graph, candidate: Candidate, root: Node, lifted: Lifted, context: SiteContext, state_of: Mapping[Node, State]
-) -> Found:
+def _read_term(candidate: Candidate, root: Node, lifted: Lifted, context: SiteContext, state_of: Mapping[Node, State]) -> _Term:
     check_pays(lifted)
     check_transforms(lifted, candidate.inputs, state_of[candidate.anchor], state_of[root])
     steps = [("lift", lifted.spec)]
     for each in PASSES:
         lifted = _verified(each, each(lifted, context))
         steps.append((each.__name__, lifted.spec))
-    replacement = insert(graph, root, candidate.rows, lifted, context, state_of[root].transforms)
-    return Found(candidate, lifted, replacement, (*steps, ("insert", replacement.spec)))
+    return _Term(lifted, tuple(steps))
+
+
+def _insert_site(graph: Graph, site: _Read, state_of: Mapping[Node, State], live: Set[Node], given: Set[Node]) -> list[Found]:
+    """``live``: what is needed beside the results of all sites; ``given``: of that, what others give."""
+    first, *others = site.terms
+    if others or site.plain:
+        return _insert_sum(graph, site, state_of)
+    beside = read_beside(site.candidate, site.root, first.lifted, site.context, state_of, live, given)
+    return [_inserted(graph, site, first, beside, state_of)]
+
+
+def _insert_sum(graph: Graph, site: _Read, state_of: Mapping[Node, State]) -> list[Found]:
+    found: list[Found] = []
+    try:
+        for term in site.terms:
+            found.append(_inserted(graph, site, term, Beside((), (), site.root, ""), state_of))
+    except Declined:
+        remove(graph, [n for f in found for n in f.replacement.made])
+        raise
+    added = add_up(graph, [f.replacement for f in found], site.plain, site.terms[0].lifted, site.context)
+    return [dataclasses.replace(f, replacement=r) for f, r in zip(found, added, strict=True)]
+
+
+def _inserted(graph: Graph, site: _Read, term: _Term, beside: Beside, state_of: Mapping[Node, State]) -> Found:
+    replacement = insert(graph, site.root, beside, term.lifted, site.context, state_of[site.root].transforms)
+    return Found(site.candidate, term.lifted, replacement, (*term.steps, ("insert", replacement.spec)))
 
 
 def _context(traced: Trace, candidate: Candidate, policy: Policy) -> SiteContext:

@@ -62,7 +62,8 @@ def accept(
                 old.replace_all_uses_with(new)
             decided.append((f, _fused_site(f)))
         elif all(s.replacement.root is not f.replacement.root for s in found[: found.index(f)]):
-            decided.append((f, ProbabilitiesUsed(_user_of(f, live, slices))))
+            reader, lacks = _user_of(f, live, slices - f.candidate.statistics), f.replacement.lacks
+            decided.append((f, ProbabilitiesUsed(f"{reader}: {lacks}" if lacks else reader)))
     remove(graph, [n for n in graph.nodes if n in slices and n not in live])
     graph.lint()
     return decided
@@ -80,10 +81,12 @@ def _fused_site(f: Found) -> Site:
     hints = [size_hint(n, f.lifted.leaves[0]) for n in f.lifted.sizes]
     formula, wanted = score_text(spec.score, names), f.replacement.wanted
     where, module = location(root), module_path(root)
-    spec, sizes = for_all_examples(spec, hints, f.replacement.leaves, f.replacement.around)
+    leaves, around = f.replacement.leaves, f.replacement.around
+    weights = tuple(for_all_examples(each, hints, leaves, around)[0] for each in f.replacement.weights)
+    spec, sizes = for_all_examples(spec, hints, leaves, around)
     return Site(
         True, None, where, module, formula, mask, spec, sizes, names, wanted=wanted, target=f.replacement.target, steps=f.steps,
-        frames=frames(root), relies=tuple(map(user_name, f.lifted.relied)),
+        frames=frames(root), relies=tuple(map(user_name, f.lifted.relied)), beside=f.replacement.given, weights=weights,
     )  # fmt: skip
 
 

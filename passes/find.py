@@ -15,7 +15,7 @@ import torch
 from torch.fx import Graph, Node
 
 from fuse.passes.read.flex import IN_BASE_2, is_flex
-from fuse.passes.read.graph import VIEWS, Calls, State, operator_name, storage_of, tensor_of, writes
+from fuse.passes.read.graph import VIEWS, Calls, State, operator_name, reached_from, storage_of, tensor_of, writes
 from fuse.passes.read.varlen import VARLEN, VARLEN_LSE, is_varlen
 from fuse.torch_private import HigherOrderOperator
 
@@ -52,6 +52,11 @@ _LEVELS = (
 _FLEX_ROWS: Mapping[int, tuple[Literal["lse", "max"], Calls]] = {1: ("lse", IN_BASE_2), 2: ("max", IN_BASE_2)}
 _VARLEN_ROWS: Mapping[int, tuple[Literal["lse", "max"], Calls]] = {1: ("lse", VARLEN_LSE)}
 _SUMS = {"add", "iadd", "add_", "__add__"}
+# Of what a log-sum-exp, or a mean of weights, is made beside what the result needs.
+_STATISTICS = {
+    "logsumexp", "log", "add", "amax", "max", "getitem", "squeeze", "unsqueeze", "mean", "view", "reshape", "unflatten", "sum",
+    "exp", "sub", "detach", "to", "float",
+}  # fmt: skip
 _FORWARD_LIMIT = 64  # nodes between a normalisation and its contraction
 _SLICE_LIMIT = 600  # nodes of one slice
 
@@ -69,11 +74,12 @@ class RowStatistic:
 @dataclass(frozen=True)
 class Candidate:
     """
-    anchor   the normalisation, a call of attention as a whole, or the first of two contractions without either
-    roots    nodes whose value may be the attention's result, most likely first
-    rows     beside a root: what of it somebody reads
-    sums     where the last root adds up products behind one anchor: these
-    softmax  whether there is a normalisation; of one root there may be two candidates, with and without
+    anchor      the normalisation, a call of attention as a whole, or the first of two contractions without either
+    roots       nodes whose value may be the attention's result, most likely first
+    rows        beside a root: what of it somebody reads
+    sums        where the last root adds up products behind one anchor: these
+    statistics  nodes that no root needs, but that may be such, or weights
+    softmax     whether there is a normalisation; of one root there may be two candidates, with and without
     """
 
     anchor: Node
@@ -82,6 +88,7 @@ class Candidate:
     inputs: frozenset[Node]
     rows: tuple[RowStatistic, ...] = ()
     sums: frozenset[Node] = frozenset()
+    statistics: frozenset[Node] = frozenset()
     softmax: bool = True
 
 
@@ -107,7 +114,7 @@ def find(graph: Graph, states: Mapping[Node, State]) -> list[Candidate]:
         total, products = _sum_after(contraction, {c for c, (n, _) in reached.items() if n is anchor})
         first = total is not None and contraction is min(products, key=order.__getitem__)
         roots = (contraction, *((total,) if total is not None and first else _divisions_after(contraction)))
-        made = _slice(anchor, roots, passed, states, mutations, order)
+        made = _with_statistics(_slice(anchor, roots, passed, states, mutations, order))
         found[contraction] = replace(made, sums=products) if first else made
     settled = {c.roots[0] for c in found.values() if operator_name(c.anchor) not in FUNCTIONS}
     chains = [
@@ -139,6 +146,18 @@ def _of_results(
     read = [i for i in known if i in items and items[i].users and order[items[i]] > order[items[0]]]
     rows = tuple(RowStatistic(items[i], *known[i]) for i in read)
     return [replace(found, nodes=found.nodes.union(of.node for of in rows), rows=rows)]
+
+
+def _with_statistics(of: Candidate) -> Candidate:
+    """With what may be the log-sum-exp of its scores, or a mean of its weights, though the result does not need it."""
+    scores = {n for n in of.nodes - {*of.roots} if is_contraction(n)}
+    nodes, behind = set(of.nodes), reached_from(*scores) - reached_from(*of.roots)
+    while True:
+        found = (n for n in behind - nodes if operator_name(n) in _STATISTICS and not writes(n))
+        more = {n for n in found if {*n.all_input_nodes} <= nodes | of.inputs}
+        if not more:
+            return replace(of, nodes=frozenset(nodes), statistics=frozenset(nodes - of.nodes))
+        nodes |= more
 
 
 def is_contraction(node: Node) -> bool:

@@ -53,6 +53,20 @@ SUPPORTED = ("float32", "bfloat16", "float16", "float64")
 
 
 @dataclass(frozen=True)
+class Read:
+    """How a site was read, for who reads on beside its result: the softmax in terms of the trace's axes.
+
+    batch, q, k  the axes that the spec calls b0, b1, …, q and k
+    """
+
+    reader: Reader
+    softmax: Softmax
+    batch: tuple[sympy.Symbol, ...]
+    q: sympy.Symbol
+    k: sympy.Symbol
+
+
+@dataclass(frozen=True)
 class Lifted:
     """What ``replace`` needs to put the op into the graph.
 
@@ -61,6 +75,7 @@ class Lifted:
     out_dims   root dimension → dimension of the op's result
     features   sizes of what the op's last dimension has to be split into, if it stands for several of the root's
     scores     the products of query and keys, which must not be used elsewhere
+    read       see Read
     relied     of what it is known what they hold, on which the spec relies
     """
 
@@ -69,6 +84,7 @@ class Lifted:
     sizes: tuple[IndexExpr, ...]
     out_dims: tuple[int, ...]
     scores: tuple[Value, ...]
+    read: Read
     relied: tuple[Node, ...] = ()
     features: tuple[int, ...] = ()
 
@@ -332,7 +348,7 @@ class _Lift:
         order = [*batch, q, e]
         out_dims = tuple(order.index(x) for x in self.axes)
         all_sizes = (*sizes, *(self.r.symbols[s] for s in others))
-        return Lifted(spec, leaves, all_sizes, out_dims, scores)
+        return Lifted(spec, leaves, all_sizes, out_dims, scores, Read(self.r, softmax, tuple(batch), q, k))
 
 
 def _step(x: sympy.Symbol, coords: Sequence[IndexExpr]) -> int:

@@ -15,6 +15,7 @@ from fuse.ir.gradient import differentiable
 from fuse.ir.index import IndexExpr
 from fuse.ir.serial import in_graph
 from fuse.ir.spec import AttentionSpec, verify
+from fuse.passes.beside import Beside, WeightsOf, weights_of
 from fuse.passes.find import RowStatistic
 from fuse.passes.layout import memory_order
 from fuse.passes.lift import Lifted, SiteContext
@@ -46,6 +47,9 @@ class Replacement:
     op      the call of fuse's operator behind it
     target  who computes it
     beside  other results and what stands for them
+    given   what these are, in words
+    weights their specs, of those that are weights
+    lacks   see Beside
     leaves  the nodes behind spec.operands
     made    all nodes that were made for it, in order
     wanted  for each operand whether it wants a gradient
@@ -57,6 +61,9 @@ class Replacement:
     op: Node
     target: str
     beside: tuple[tuple[Node, Node], ...]
+    given: tuple[str, ...]
+    weights: tuple[AttentionSpec, ...]
+    lacks: str
     spec: AttentionSpec
     leaves: tuple[Node, ...]
     made: tuple[Node, ...]
@@ -72,21 +79,20 @@ class Replacement:
 def insert(
     graph: Graph,
     root: Node,
-    rows: Sequence[RowStatistic],
+    beside: Beside,
     lifted: Lifted,
     context: SiteContext,
     around: tuple[Transform, ...],
 ) -> Replacement:
-    """Emits the op before ``root``; nothing uses it yet. Raises Declined, and leaves the graph as it was, if it cannot.
-
-    rows  see Candidate
+    """Emits the op before ``root``, or before who needs what is given ``beside`` it; nothing uses it yet. Raises Declined, and
+    leaves the graph as it was, if it cannot.
     """
     spec = replace(lifted.spec, out_order=_out_order(root, lifted))
     verify(spec)
     trace, target = context.trace, context.target
     flowing = trace.value_of[root] in trace.flowing
-    emitter = _Emitter(graph, root, trace, lifted, flowing, around)
-    with graph.inserting_before(root):
+    emitter = _Emitter(graph, root, beside.before, trace, lifted, flowing, around)
+    with graph.inserting_before(beside.before):
         try:
             leaves = tuple(emitter.tensor(v) for v in lifted.leaves)
             sizes = [emitter.size(n) for n in lifted.sizes]
@@ -94,15 +100,18 @@ def insert(
             emitter.undo()
             raise
         first = len(emitter.new)
-        op, result, beside = _results(emitter, (list(leaves), sizes, in_graph(spec.to_json()), target), lifted, rows)
+        op, result, others = _results(emitter, (list(leaves), sizes), spec, target, lifted, beside)
         if flowing and _may_be_written(graph, root):
             result = emitter.new_call(aten.clone.default, (result,), {})
     for node in emitter.new[first:]:
         node.meta.update(_traced(root))
-    for old, new in ((root, result), *beside):
+    for old, new in ((root, result), *others):
         new.meta["example_value"] = old.meta.get("example_value")
     wanted = tuple(flowing and d and trace.flows(x) for x, d in zip(lifted.leaves, differentiable(spec), strict=True))
-    return Replacement(root, result, op, target, beside, spec, leaves, tuple(emitter.new), wanted, around)
+    return Replacement(
+        root, result, op, target, others, beside.words, tuple(weights_of(spec, w) for w in beside.weights), beside.lacks,
+        spec, leaves, tuple(emitter.new), wanted, around,
+    )  # fmt: skip
 
 
 def add_up(
@@ -113,7 +122,8 @@ def add_up(
     Raises Declined, and leaves the graph without the terms, if one of these cannot be had. lifted: of any of the terms
     """
     root, around = terms[0].root, terms[0].around
-    emitter = _Emitter(graph, root, context.trace, lifted, context.trace.value_of[root] in context.trace.flowing, around)
+    trace = context.trace
+    emitter = _Emitter(graph, root, root, trace, lifted, trace.value_of[root] in trace.flowing, around)
     with graph.inserting_before(root):
         try:
             out, *others = [*(term.result for term in terms), *map(emitter.tensor, plain)]
@@ -123,7 +133,7 @@ def add_up(
             raise
         for other in others:
             out = emitter.new_call(aten.add.Tensor, (out, other), {})
-        dtype = context.trace.value_of[root].meta.dtype
+        dtype = trace.value_of[root].meta.dtype
         if dtype in (torch.bfloat16, torch.float16):
             out = emitter.new_call(to_copy, (out,), {"dtype": dtype})
     for node in emitter.new:
@@ -140,22 +150,41 @@ def _traced(root: Node) -> dict[str, Any]:
 
 
 def _results(
-    emitter: _Emitter, arguments: tuple[Any, ...], lifted: Lifted, rows: Sequence[RowStatistic]
+    emitter: _Emitter, call: tuple[Any, Any], spec: AttentionSpec, target: str, lifted: Lifted, beside: Beside
 ) -> tuple[Node, Node, tuple[tuple[Node, Node], ...]]:
     """The op, and what has the root's dimensions: the result, and what stands for other nodes."""
     found: dict[str, Node] = {}
-    out_dims = lifted.out_dims
-    if any(of.kind == "lse" for of in rows):
+    matrices: list[Node] = []
+    arguments = (*call, in_graph(spec.to_json()), target)
+    if beside.weights:
+        texts = [in_graph(weights_of(spec, w).to_json()) for w in beside.weights]
+        heads = [0 if w.heads is None else emitter.size(w.heads) for w in beside.weights]
+        op = emitter.new_call(torch.ops.fuse.attention_rows.default, arguments, {})
+        out, found["lse"], kept = (emitter.new_call(operator.getitem, (op, i), {}) for i in range(3))
+        write, (operands, sizes) = torch.ops.fuse.attention_weights.default, call
+        given = ((operands, kept, sizes, text, target, n) for text, n in zip(texts, heads, strict=True))
+        matrices = [emitter.new_call(write, each, {}) for each in given]
+    elif any(of.kind == "lse" for of in beside.rows):
         op = emitter.new_call(torch.ops.fuse.attention_lse.default, arguments, {})
         out, found["lse"] = (emitter.new_call(operator.getitem, (op, i), {}) for i in (0, 1))
     else:
         op = out = emitter.new_call(torch.ops.fuse.attention.default, arguments, {})
-    if any(of.kind == "max" for of in rows):
+    if any(of.kind == "max" for of in beside.rows):
         found["max"] = emitter.new_call(torch.ops.fuse.attention_max.default, arguments[:-1], {})
-    beside = ((of.node, _as_given(emitter, found[of.kind], out_dims, of)) for of in rows)
+    of_rows = [d for d in lifted.out_dims if d <= spec.batch]
+    rows = ((of.node, _as_given(emitter, found[of.kind], of_rows, of)) for of in beside.rows)
+    weights = ((w.node, _shaped(emitter, m, spec, w)) for w, m in zip(beside.weights, matrices, strict=True))
     if lifted.features:
         out = emitter.new_call(aten.unflatten.int, (out, -1, list(lifted.features)), {})
-    return op, emitter.permuted(out, out_dims), tuple(beside)
+    return op, emitter.permuted(out, lifted.out_dims), (*rows, *weights)
+
+
+def _shaped(emitter: _Emitter, matrix: Node, spec: AttentionSpec, of: WeightsOf) -> Node:
+    """The weights that the op gives as the node that it stands for has them."""
+    if of.heads is not None or len(of.shape) != spec.batch + 2:
+        matrix = emitter.new_call(aten.view.default, (matrix, [emitter.size(n) for n in of.shape]), {})
+    dtype: torch.dtype = getattr(torch, of.dtype)
+    return matrix if of.heads is None or of.dtype == spec.lse_dtype else emitter.new_call(aten.to.dtype, (matrix, dtype), {})
 
 
 def _out_order(root: Node, lifted: Lifted) -> tuple[int, ...]:
@@ -171,9 +200,9 @@ def _out_order(root: Node, lifted: Lifted) -> tuple[int, ...]:
     return tuple(order)
 
 
-def _as_given(emitter: _Emitter, rows: Node, out_dims: Sequence[int], of: RowStatistic) -> Node:
+def _as_given(emitter: _Emitter, rows: Node, dims: Sequence[int], of: RowStatistic) -> Node:
     """What the op says of rows as the operator that it stands for does."""
-    node = emitter.permuted(rows, [d for d in out_dims if d != len(out_dims) - 1])
+    node = emitter.permuted(rows, dims)
     for function, given in of.calls:
         node = emitter.new_call(function, (node, *given), {})
     return node
@@ -183,10 +212,10 @@ class _Emitter:
     """Values of the trace as nodes before the root: existing ones where they hold the value, new ATen calls else."""
 
     def __init__(
-        self, graph: Graph, root: Node, trace: Trace, lifted: Lifted, flowing: bool, around: tuple[Transform, ...]
-    ) -> None:
+        self, graph: Graph, root: Node, before: Node, trace: Trace, lifted: Lifted, flowing: bool, around: tuple[Transform, ...]
+    ) -> None:  # fmt: skip
         self.graph = graph
-        self.root = root
+        self.before = before
         self.trace = trace
         self.around = around  # values of a transform's level are not to be had outside of it
         self.saves = flowing  # operands are kept for the backward pass, in which they must be what they were
@@ -208,7 +237,7 @@ class _Emitter:
     def _held(self, value: Value) -> Node | None:
         """The node that has the value before the root, if it may be read."""
         node = self.trace.node_of.get(value)
-        usable = node is not None and self.order[node] < self.order[self.root] and node not in self.of_scores
+        usable = node is not None and self.order[node] < self.order[self.before] and node not in self.of_scores
         return node if usable else None
 
     def _unwritten(self, node: Node) -> Node:
@@ -220,7 +249,7 @@ class _Emitter:
         ran = {u for n in shared for u in n.users if u in self.trace.ran}
         readers = [self.order[u] for u in ran if u in self.read_over or u in writers]  # what the trace wrote it had read
         for writer in sorted(writers, key=self.order.__getitem__):
-            at, root = self.order[writer], self.order[self.root]
+            at, root = self.order[writer], self.order[self.before]
             if writer in self.trace.ran and node in self.trace.ran:
                 if at > root:
                     raise Declined(Mutated(user_name(node), location(writer)))
@@ -293,7 +322,7 @@ class _Emitter:
     def _symbol(self, n: IndexExpr) -> Node | None:
         """A size that the graph holds, or one that differs from it by a number: s from a tensor of s + 1 positions."""
         for node, at in self.order.items():
-            if at >= self.order[self.root]:
+            if at >= self.order[self.before]:
                 break
             value, tensor = node.meta.get("example_value"), tensor_of(node)
             if isinstance(value, torch.SymInt) and (off := _difference(value, n)) is not None:
@@ -311,7 +340,7 @@ class _Emitter:
         alike: Iterable[Node] = self.graph.find_nodes(op="call_function", target=target, sort=False)
         for node in alike:
             same = repr((node.args, dict(node.kwargs))) == repr((args, kwargs))  # tells 1 from True and from 1.0
-            if node.meta.get(MADE) == self.around and same and self.order.get(node, -1) < self.order[self.root]:
+            if node.meta.get(MADE) == self.around and same and self.order.get(node, -1) < self.order[self.before]:
                 return node
         node = self.new_call(target, args, kwargs)
         node.meta[MADE] = self.around

@@ -56,12 +56,12 @@ def flex() -> tuple[nn.Module, tuple[Tensor]]:
 
 
 class Both(nn.Module):
-    """Attention that can be fused, and attention whose weights are a result."""
+    """Attention that can be fused, and attention whose scores are a result."""
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         x = (x @ x.mT / 4).softmax(-1) @ x
-        weights = (x @ x.mT).softmax(-1)
-        return weights @ x, weights
+        score = x @ x.mT
+        return score.softmax(-1) @ x, score
 
 
 def both() -> tuple[nn.Module, tuple[Tensor]]:

@@ -99,3 +99,15 @@ def overflow_of_float16_decides(dtype: str) -> Problem:
     """65520 and more are infinite in float16."""
     infinite = op("eq", op("mul", _rounded(K, "float16"), 520.0), math.inf)
     return problem(dtype, batch=(1, 2), q_len=130, score=lambda s: op("where", infinite, op("sub", s, 1.0), s))
+
+
+@case
+def low_scores_beside_infinite_ones(dtype: str) -> Problem:
+    """Of some rows all that is not -inf is so low that float16 rounds it to multiples of four: forward leaves that out, and
+    what backward has of these rows must be of the same probabilities."""
+    gate = rand(45, dtype=dtype)
+    low = op("where", op("gt", op("floordiv", Q, 4), op("floordiv", K, 4)), const(-8188.0, dtype), const(0.0, dtype))
+    return problem(
+        dtype, gate, q_len=45,
+        score=lambda s: hide(op("add", op("add", s, low), load(gate, 3, Q)), op("lt", K, op("sub", Q, 2))),
+    )  # fmt: skip

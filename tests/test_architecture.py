@@ -26,7 +26,7 @@ LEVELS = (
     ("contents", "flex", "inner", "report.check", "report.listing", "report.required", "qualify"),
     ("backend", "alone", "channels", "dump_sites"),
     ("report",),
-    ("transform", "models"),
+    ("transform", "library", "models"),
     ("bench",),
     ("inductor",),
     ("public",),

@@ -161,7 +161,7 @@ def test_json_says_which_gradients_are_wanted_and_has_their_kernel() -> None:
     ("name", "status", "says"),
     [
         ("causal", 0, ()),
-        ("both", 1, ("cli_models.py:", "ProbabilitiesUsed", "to fuse it: do not ask for attention weights")),
+        ("both", 1, ("cli_models.py:", "ProbabilitiesUsed", "to fuse it: use the weights that")),
         ("nothing", 1, ("no attention was found",)),
     ],
 )

@@ -108,9 +108,9 @@ def wrong_dimension(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return (q @ k.transpose(-1, -2)).softmax(-2) @ v
 
 
-def returns_probabilities(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-    p = (q @ k.transpose(-1, -2)).softmax(-1)
-    return p @ v, p
+def returns_scores(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    s = q @ k.transpose(-1, -2)
+    return s.softmax(-1) @ v, s
 
 
 def draws_scores(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -131,7 +131,7 @@ def selects(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     ("program", "reason", "says"),
     [
         (wrong_dimension, WrongDimension, "another dimension"),
-        (returns_probabilities, ProbabilitiesUsed, "also used by"),
+        (returns_scores, ProbabilitiesUsed, "also used by"),
         (draws_scores, RandomNumbers, "scores"),
         (draws_normal_numbers, RandomNumbers, "randn_like"),
         (selects, ScoresUsed, "topk"),

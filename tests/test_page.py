@@ -51,7 +51,7 @@ class Layer(nn.Module):
 
 
 class Model(nn.Module):
-    """Two layers of one kind, one of another, and one whose probabilities are returned."""
+    """Two layers of one kind, one of another, and one whose scores are returned."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -60,8 +60,8 @@ class Model(nn.Module):
     def forward(self, x: Tensor, padding: Tensor) -> tuple[Tensor, Tensor]:
         for layer in self.layers:
             x = layer(x, padding)
-        p = (x @ x.mT).softmax(-1)
-        return p @ x, p
+        s = x @ x.mT
+        return s.softmax(-1) @ x, s
 
 
 @pytest.fixture(scope="module")
@@ -175,8 +175,8 @@ def test_a_group_says_sizes_dtype_memory_and_work(report: Report) -> None:
 
 def test_a_site_that_is_left_says_why_and_what_would_change_that(report: Report) -> None:
     group = groups(report)[-1]
-    assert group.reason is not None and group.reason[0] == "ProbabilitiesUsed" and "output_attentions=False" in group.reason[2]
-    assert group.excerpts[0].lines and "p @ x, p" in dict(group.excerpts[0].lines)[group.excerpts[0].line]
+    assert group.reason is not None and group.reason[0] == "ProbabilitiesUsed" and "logsumexp" in group.reason[2]
+    assert group.excerpts[0].lines and "@ x, s" in dict(group.excerpts[0].lines)[group.excerpts[0].line]
 
 
 def test_every_pass_stands_in_order_with_what_it_changed(report: Report) -> None:

@@ -30,13 +30,24 @@ def test_a_mask_that_is_also_used_elsewhere_stays() -> None:
 
 def test_a_refused_site_leaves_the_graph_as_it_was() -> None:
     def program(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        s = q @ k.transpose(-1, -2)
+        return s.softmax(-1) @ v, s
+
+    q, k, v = heads()
+    passed = pass_over(program, q, k, v)
+    assert calls(passed) == ["transpose", "matmul", "softmax", "matmul"]
+    assert torch.equal(passed.result[1], q @ k.transpose(-1, -2))
+
+
+def test_weights_that_are_read_are_written_by_a_call_of_their_own() -> None:
+    def program(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         p = (q @ k.transpose(-1, -2)).softmax(-1)
         return p @ v, p
 
     q, k, v = heads()
     passed = pass_over(program, q, k, v)
-    assert calls(passed) == ["transpose", "matmul", "softmax", "matmul"]
-    assert torch.equal(passed.result[1], (q @ k.transpose(-1, -2)).softmax(-1))
+    assert calls(passed) == ["attention_rows", "getitem", "getitem", "attention_weights"]  # nobody reads the log-sum-exp
+    torch.testing.assert_close(passed.result[1], (q @ k.transpose(-1, -2)).softmax(-1))
 
 
 def test_two_products_with_the_same_probabilities_are_fused_together() -> None:

@@ -160,11 +160,11 @@ def test_a_module_of_torch_that_is_compiled_itself_is_known_by_its_class() -> No
 
 def test_what_else_uses_the_probabilities_is_named_as_it_is_written() -> None:
     def program(x: Tensor) -> tuple[Tensor, Tensor]:
-        p = (x @ x.mT).softmax(-1)
-        return p @ x, p.view(2, -1).sum()
+        s = x @ x.mT
+        return s.softmax(-1) @ x, s.view(2, -1).sum()
 
     (site,) = fuse.explain(program, torch.randn(2, 24, 32)).sites
-    assert re.fullmatch(r"the probabilities are also used by view \(test_report\.py:\d+\)", str(site.reason))
+    assert re.fullmatch(r"the scores, or what is made of them, are also used by view \(test_report\.py:\d+\)", str(site.reason))
 
 
 def test_a_declined_site_says_why_and_what_would_help() -> None:
@@ -239,8 +239,8 @@ def test_a_report_gives_the_predicate_in_the_user_s_terms_and_the_share_of_tiles
 
 def test_a_site_that_is_declined_is_in_the_report_with_its_reason() -> None:
     def program(x: Tensor) -> tuple[Tensor, Tensor]:
-        p = (x @ x.mT).softmax(-1)
-        return p @ x, p
+        s = x @ x.mT
+        return s.softmax(-1) @ x, s
 
     (site,) = fuse.explain(program, torch.randn(2, 64, 16)).sites
     assert not site.fused and site.reason is not None and site.reason.name == "ProbabilitiesUsed"

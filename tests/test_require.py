@@ -22,21 +22,21 @@ def attention(q: Tensor) -> Tensor:
     return (q @ q.mT / 4).softmax(-1) @ q
 
 
-def with_weights(q: Tensor) -> tuple[Tensor, Tensor]:
-    weights = (q @ q.mT / 4).softmax(-1)
-    return weights @ q, weights
+def with_scores(q: Tensor) -> tuple[Tensor, Tensor]:
+    scores = q @ q.mT / 4
+    return scores.softmax(-1) @ q, scores
 
 
 def compiled(function: Callable[..., object], **options: object) -> Callable[..., object]:
     return torch.compile(function, backend="fuse", options={"inner": "eager", "require": True, **options})
 
 
-def test_weights_that_are_returned_are_an_error_that_says_where_why_and_what_would_help() -> None:
+def test_scores_that_are_returned_are_an_error_that_says_where_why_and_what_would_help() -> None:
     with pytest.raises(Exception, match="NotFused") as raised:
-        compiled(with_weights)(torch.randn(2, 40, 16))
+        compiled(with_scores)(torch.randn(2, 40, 16))
     text = str(raised.value)
     assert "1 of 1 attention sites of this graph have none" in text and "test_require.py" in text
-    assert "ProbabilitiesUsed" in text and "to fuse it: do not ask for attention weights" in text
+    assert "ProbabilitiesUsed" in text and "to fuse it: use the weights that" in text
 
 
 def test_it_is_raised_before_anything_is_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -45,7 +45,7 @@ def test_it_is_raised_before_anything_is_compiled(monkeypatch: pytest.MonkeyPatc
 
     monkeypatch.setattr(inner, "compiler", never)
     with pytest.raises(Exception, match="NotFused"):
-        compiled(with_weights)(torch.randn(2, 40, 16))
+        compiled(with_scores)(torch.randn(2, 40, 16))
 
 
 def test_a_graph_without_attention_is_none() -> None:
@@ -81,7 +81,7 @@ def test_a_device_without_kernels_is_an_error_where_there_is_attention_and_only_
 def test_the_variable_counts_for_programs_too(monkeypatch: pytest.MonkeyPatch) -> None:
     class Model(torch.nn.Module):
         def forward(self, q: Tensor) -> tuple[Tensor, Tensor]:
-            return with_weights(q)
+            return with_scores(q)
 
     program = torch.export.export(Model(), (torch.randn(2, 40, 16),))
     assert not fuse.transform(program).report.fused
@@ -92,7 +92,7 @@ def test_the_variable_counts_for_programs_too(monkeypatch: pytest.MonkeyPatch) -
 
 def test_disable_wins() -> None:
     q = torch.randn(2, 40, 16)
-    assert torch.equal(compiled(with_weights, disable=True)(q)[0], with_weights(q)[0])
+    assert torch.equal(compiled(with_scores, disable=True)(q)[0], with_scores(q)[0])
 
 
 LEFT = Site(False, ProbabilitiesUsed("x"), "model.py:7", "h.0")
@@ -102,7 +102,7 @@ SLOW = Site(True, None, "model.py:9", "h.1", runs={"forward": Runs("kernel"), "b
 def test_sites_alike_are_one_line_and_slow_gradients_are_told() -> None:
     other = Site(False, ProbabilitiesUsed("x"), "model.py:7", "h.3")
     first, second = map(str, unfused([LEFT, other, SLOW]))
-    assert first.startswith("model.py:7 h.{0,3} (2 sites): ProbabilitiesUsed") and "to fuse it: do not ask" in first
+    assert first.startswith("model.py:7 h.{0,3} (2 sites): ProbabilitiesUsed") and "to fuse it: use the weights" in first
     assert second == "model.py:9 h.1: its gradients are computed by plain PyTorch: no way"
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 from spellings import (
     SPELLINGS,
+    beside,
     biases,
     check,
     composites,
@@ -23,13 +24,14 @@ from spellings import (
 from together import narrow
 
 TOPICS = (
-    softmaxes, products, scales, masks, biases, layouts, sets_of_keys, terms, composites, regions, near_misses,
+    beside, softmaxes, products, scales, masks, biases, layouts, sets_of_keys, terms, composites, regions, near_misses,
     near_miss_masks, unnormalised,
 )  # fmt: skip
 
 
 # A row that is NaN gives NaN to all gradients; eager's masked_fill keeps it from those of queries and keys.
 NAN_ROWS = {
+    "beside.weights_of_rows_without_a_score", "beside.logsumexp_by_hand_of_rows_without_a_score",
     "near_misses.large_scores_without_max",  # the rows that overflow in eager are those with the largest errors
     *(f"near_miss_masks.{n}" for n in (
         "mask_multiplied_by_negative_scale", "empty_rows_infinite", "empty_rows_infinite_bfloat16", "infinity_against_infinity",

@@ -21,6 +21,8 @@ from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.nn.functional import scaled_dot_product_attention
 
 import fuse
+from fuse.errors import NotPackaged
+from fuse.targets.cpp.compiler import cxx_compiler
 
 open_sizes = pytest.mark.skipif(
     not hasattr(ShapeEnv, "error_on_new_guards"), reason=f"torch {torch.__version__} cannot keep the sizes of a program open"
@@ -147,6 +149,30 @@ def test_a_program_is_packaged_and_runs_in_a_new_process(tmp_path: Path) -> None
     assert done.returncode == 0, done.stderr
     assert "failed to resolve torch.ops.fuse.attention" in done.stderr
     assert "Could not find schema for fuse::attention" in done.stderr
+    assert in_cpp(tmp_path, fused, x, model(x).detach()) < 1e-5
+
+
+def in_cpp(folder: Path, fused: ExportedProgram, x: Tensor, expected: Tensor) -> float:
+    """How far the package's result is from ``expected`` in a process without Python, with the library of its kernels."""
+    library = fuse.save_library(fused, folder / "attention")
+    torch_folder, program = Path(torch.__file__).parent, folder / "main"
+    linked = ("-Wl,--no-as-needed", f"-L{torch_folder / 'lib'}", f"-Wl,-rpath,{torch_folder / 'lib'}", "-ltorch", "-ltorch_cpu")
+    source = Path(__file__).with_name("packaged.cpp")
+    command = (*cxx_compiler(), "-std=c++20", "-w", str(source), f"-I{torch_folder / 'include'}", "-o", str(program), *linked)
+    subprocess.run([*command, "-lc10", "-ldl"], check=True)
+    x.numpy().tofile(folder / "x"), expected.numpy().tofile(folder / "expected")
+    done = subprocess.run([program, "package.pt2", library], cwd=folder, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "libpython" not in subprocess.run(["ldd", program, library], capture_output=True, text=True).stdout
+    return float(done.stdout)
+
+
+@open_sizes
+def test_a_library_is_of_c_kernels_of_results_alone(tmp_path: Path) -> None:
+    with pytest.raises(NotPackaged, match="no attention that was fused"):
+        fuse.save_library(export(nn.Linear(64, 64), (torch.randn(2, 64),)), tmp_path)
+    with pytest.raises(NotPackaged, match="calls for the target 'reference'"):
+        fuse.save_library(fuse.transform(exported(Layer())).graph, tmp_path)
 
 
 # --------------------------------------------------------------------------------------------------------- traced modules

@@ -26,7 +26,7 @@ from fuse import targets
 from fuse.kernel.source import ENTRY
 from fuse.report.runs import Runs
 from fuse.targets.cache import entry
-from fuse.targets.cpp import compiler, launch, launch_backward
+from fuse.targets.cpp import compiler, launch, launch_backward, launch_weights
 from fuse.targets.cpp.launch import Built
 from fuse.targets.cpp.plan import Plan
 
@@ -123,7 +123,7 @@ def for_queries(count: int) -> Iterator[None]:
 def _planned(change: Callable[[Plan], Plan]) -> Iterator[None]:
     """Plans are changed; kernels of other tests are as they are planned."""
     with pytest.MonkeyPatch.context() as patch:
-        for module, name in ((launch, "plan"), (launch_backward, "backward_plan")):
+        for module, name in ((launch, "plan"), (launch_backward, "backward_plan"), (launch_weights, "weights_plan")):
             planned = getattr(module, name)
             patch.setattr(module, name, lambda *of, planned=planned: change(planned(*of)))
         yield

@@ -105,10 +105,11 @@ def gradient(spec: AttentionSpec, wanted: tuple[bool, ...]) -> Gradient:
 
 
 @cache
-def differentiable(spec: AttentionSpec) -> tuple[bool, ...]:
-    """For each operand whether a gradient reaches it: what only decides a condition has none."""
+def differentiable(spec: AttentionSpec, values: bool = True) -> tuple[bool, ...]:
+    """For each operand whether a gradient reaches it: what only decides a condition has none. ``values``: those of the result
+    do, not of the weights alone."""
     floats = tuple(o.dtype in FLOATS for o in spec.operands)
-    reached = {spec.query.operand, spec.key.operand, spec.value.operand}
+    reached = {spec.query.operand, spec.key.operand} | ({spec.value.operand} if values else set())
     reached |= {term.load.operand for term in gradient(spec, floats).terms}
     return tuple(i in reached for i in range(len(floats)))
 

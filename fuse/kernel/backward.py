@@ -37,6 +37,11 @@ class BackwardProgram:
     recomputed_below: float | None
 
     @property
+    def as_eager(self) -> bool:
+        """Whether the scores of rows that are normalised again are rounded as eager's: as forward has them in such rows."""
+        return self.forward.threshold is not None
+
+    @property
     def spec(self) -> AttentionSpec:
         return self.forward.spec
 

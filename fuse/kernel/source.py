@@ -80,8 +80,9 @@ def header_lines(spec: AttentionSpec) -> list[str]:
     ]
 
 
-def operand_lines(spec: AttentionSpec | TileMap) -> list[str]:
-    """Number, dtype, rank and part of each operand, of query, key and value which element; then sizes, and the result."""
+def operand_lines(spec: AttentionSpec | TileMap, result: str = "") -> list[str]:
+    """Number, dtype, rank and part of each operand, of query, key and value which element; then sizes, and the result, if it is
+    not what the spec says."""
     roots: dict[str, Expr] = spec.roots() if isinstance(spec, AttentionSpec) else {"mask": spec.predicate}
     parts: dict[int, list[str]] = {}
     for name, root in roots.items():
@@ -94,7 +95,7 @@ def operand_lines(spec: AttentionSpec | TileMap) -> list[str]:
             for i, o in enumerate(spec.operands)
         ),
         f"sizes     {', '.join(spec.symbols)}",
-        f"result    {_result(spec)}",
+        f"result    {result or _result(spec)}",
     ]
 
 

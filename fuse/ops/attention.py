@@ -1,6 +1,7 @@
 """``fuse::attention``, the one op that the passes put into a graph, and the two that it runs as where gradients are needed.
 
 ``fuse::attention_lse`` is the same with the rows' log-sum-exp as a second result, for code that merges parts of the keys;
+``fuse::attention_rows`` has it a third time, as kernels keep it, for ``fuse::attention_weights`` (fuse.ops.weights);
 ``fuse::attention_max`` gives the largest score of each row, by the reference: who asks for it watches a training run.
 ``fuse::attention`` has an autograd kernel: with gradients it is ``fuse::attention_forward``, whose backward is
 ``fuse::attention_backward``; without, it stays what it is. So AOTAutograd, Inductor and checkpoint policies see plain ops.
@@ -28,12 +29,13 @@ from fuse.targets import registry
 from fuse.torch_private import any_tangent, below_autograd
 
 # Kernels take any strides: a copy into another layout would cost and gain nothing.
-_TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.needs_fixed_stride_order)
+TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.needs_fixed_stride_order)
 
 _library: Any = torch.library.Library("fuse", "DEF")
 for _schema in (
     "attention(Tensor[] operands, SymInt[] sizes, str spec, str target) -> Tensor",
     "attention_lse(Tensor[] operands, SymInt[] sizes, str spec, str target) -> (Tensor, Tensor)",
+    "attention_rows(Tensor[] operands, SymInt[] sizes, str spec, str target) -> (Tensor, Tensor, Tensor)",
     "attention_max(Tensor[] operands, SymInt[] sizes, str spec) -> Tensor",
     "attention_forward(Tensor[] operands, SymInt[] sizes, str spec, str target) -> (Tensor, Tensor)",
     "attention_backward(Tensor grad_out, Tensor[] operands, SymInt[] sizes, Tensor out, Tensor lse, str spec, str target, "
@@ -43,7 +45,7 @@ for _schema in (
     "attention_backward_in_python(Tensor grad_out, Tensor[] operands, SymInt[] sizes, Tensor out, Tensor lse, str spec, "
     "str target, bool[] wanted, Tensor? grad_lse=None) -> Tensor[]",
 ):
-    _library.define(_schema, tags=_TAGS)
+    _library.define(_schema, tags=TAGS)
 
 
 @cache
@@ -52,7 +54,7 @@ def parsed(text: str) -> AttentionSpec:
 
 
 @cache
-def _differentiable(text: str) -> tuple[bool, ...]:
+def differentiable_operands(text: str) -> tuple[bool, ...]:
     return differentiable(parsed(text))
 
 
@@ -91,6 +93,11 @@ def _attention(operands: list[Tensor], sizes: list[int], spec: str, target: str)
 def _attention_lse(operands: list[Tensor], sizes: list[int], spec: str, target: str) -> tuple[Tensor, Tensor]:
     out, lse = _forward(operands, sizes, spec, target)
     return out, _log_sum(out, lse, spec)
+
+
+def _attention_rows(operands: list[Tensor], sizes: list[int], spec: str, target: str) -> tuple[Tensor, Tensor, Tensor]:
+    out, lse = _forward(operands, sizes, spec, target)
+    return out, _log_sum(out, lse, spec), lse
 
 
 def _attention_max(operands: list[Tensor], sizes: list[int], spec: str) -> Tensor:
@@ -139,6 +146,11 @@ def _fake_lse(operands: list[Tensor], sizes: list[IntLike], spec: str, target: s
     return out, out.new_empty(parsed_spec.lse_shape(sizes), dtype=getattr(torch, parsed_spec.lse_dtype))
 
 
+def _fake_rows(operands: list[Tensor], sizes: list[IntLike], spec: str, target: str) -> tuple[Tensor, Tensor, Tensor]:
+    _, lse = _fake_forward(operands, sizes, spec, target)
+    return *_fake_lse(operands, sizes, spec, target), lse
+
+
 def _fake_max(operands: list[Tensor], sizes: list[IntLike], spec: str) -> Tensor:
     parsed_spec = parsed(spec)
     return operands[0].new_empty(parsed_spec.lse_shape(sizes), dtype=getattr(torch, parsed_spec.lse_dtype))
@@ -156,24 +168,30 @@ def _fake_backward(
 
 
 class _Attention(levels.Function):
-    """Saves the operands, the result and the log-sum-exp of its rows; the scores are computed again."""
+    """Saves the operands, the result and the log-sum-exp of its rows; the scores are computed again.
+
+    count  of the results: the result, the log-sum-exp as others know it, and as kernels keep it
+    """
 
     @staticmethod
-    def forward(ctx: Any, sizes: list[IntLike], spec: str, target: str, with_lse: bool, *operands: Tensor) -> Any:
+    def forward(ctx: Any, sizes: list[IntLike], spec: str, target: str, count: int, *operands: Tensor) -> Any:
         with torch.enable_grad(), below_autograd():
             out, lse = torch.ops.fuse.attention_forward.default(operands, sizes, spec, target)
-            results = (out, _log_sum(out, lse, spec)) if with_lse else out
+            results = (out, _log_sum(out, lse, spec), lse)[:count] if count > 1 else out
+        ctx.mark_non_differentiable(lse)
         ctx.save_for_backward(out, lse, *operands)
         ctx.save_for_forward(out, lse, *operands)
         ctx.set_materialize_grads(False)
-        ctx.call = sizes, spec, target, with_lse
+        ctx.call = sizes, spec, target, count
         return results
 
     @staticmethod
-    def backward(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None = None) -> tuple[Tensor | None, ...]:
+    def backward(
+        ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None = None, _: object = None
+    ) -> tuple[Tensor | None, ...]:
         """The log-sum-exp of a row that sees nothing is constant."""
         (out, lse, *operands), (sizes, spec, target, _) = ctx.saved_tensors, ctx.call
-        wanted = [w and d for w, d in zip(ctx.needs_input_grad[4:], _differentiable(spec), strict=True)]
+        wanted = [w and d for w, d in zip(ctx.needs_input_grad[4:], differentiable_operands(spec), strict=True)]
         grad_out = torch.zeros_like(out) if grad_out is None else grad_out
         if grad_lse is not None:
             grad_lse = grad_lse.to(lse.dtype).masked_fill(lse == math.inf, 0)
@@ -186,10 +204,10 @@ class _Attention(levels.Function):
         """No kernel has it: the reference is plain PyTorch."""
         from fuse.targets import reference
 
-        (_, _, *operands), (sizes, spec, _, with_lse) = ctx.saved_tensors, ctx.call
-        used = [t if d else None for t, d in zip(tangents[4:], _differentiable(spec), strict=True)]
+        (_, _, *operands), (sizes, spec, _, count) = ctx.saved_tensors, ctx.call
+        used = [t if d else None for t, d in zip(tangents[4:], differentiable_operands(spec), strict=True)]
         along = reference.attention_tangent(parsed(spec), operands, used, sizes)
-        return along if with_lse else along[0]
+        return (*along, None)[:count] if count > 1 else along[0]
 
 
 class _Backward(levels.Function):
@@ -224,18 +242,23 @@ class _Backward(levels.Function):
         raise TangentOfGradient
 
 
-def _any_gradient(tensors: Sequence[Tensor], differentiable: Sequence[bool]) -> bool:
+def any_gradient(tensors: Sequence[Tensor], differentiable: Sequence[bool]) -> bool:
     return torch.is_grad_enabled() and any(t.requires_grad and d for t, d in zip(tensors, differentiable, strict=True))
 
 
 def _attention_autograd(operands: list[Tensor], sizes: list[int], spec: str, target: str) -> Tensor:
-    result: Tensor = _autograd(torch.ops.fuse.attention.default, operands, sizes, spec, target, with_lse=False)
+    result: Tensor = _autograd(torch.ops.fuse.attention.default, operands, sizes, spec, target, count=1)
     return result
 
 
 def _lse_autograd(operands: list[Tensor], sizes: list[int], spec: str, target: str) -> tuple[Tensor, Tensor]:
-    result: tuple[Tensor, Tensor] = _autograd(
-        torch.ops.fuse.attention_lse.default, operands, sizes, spec, target, with_lse=True
+    result: tuple[Tensor, Tensor] = _autograd(torch.ops.fuse.attention_lse.default, operands, sizes, spec, target, count=2)
+    return result
+
+
+def _rows_autograd(operands: list[Tensor], sizes: list[int], spec: str, target: str) -> tuple[Tensor, Tensor, Tensor]:
+    result: tuple[Tensor, Tensor, Tensor] = _autograd(
+        torch.ops.fuse.attention_rows.default, operands, sizes, spec, target, count=3
     )
     return result
 
@@ -247,10 +270,10 @@ def _max_autograd(operands: list[Tensor], sizes: list[int], spec: str) -> Tensor
         return result
 
 
-def _autograd(op: Any, operands: list[Tensor], sizes: list[int], spec: str, target: str, with_lse: bool) -> Any:
+def _autograd(op: Any, operands: list[Tensor], sizes: list[int], spec: str, target: str, count: int) -> Any:
     """Runs eagerly and while AOTAutograd traces."""
-    if _any_gradient(operands, _differentiable(spec)) or any_tangent(operands):
-        return levels.apply(_Attention, sizes, spec, target, with_lse, *operands)
+    if any_gradient(operands, differentiable_operands(spec)) or any_tangent(operands):
+        return levels.apply(_Attention, sizes, spec, target, count, *operands)
     with below_autograd():
         return op(operands, sizes, spec, target)
 
@@ -260,7 +283,7 @@ def _backward_autograd(
     wanted: list[bool], grad_lse: Tensor | None = None,
 ) -> list[Tensor]:  # fmt: skip
     tensors = (grad_out, out, *operands, *([] if grad_lse is None else [grad_lse]))
-    if _any_gradient(tensors, [True] * len(tensors)) or any_tangent(tensors):
+    if any_gradient(tensors, [True] * len(tensors)) or any_tangent(tensors):
         return list(levels.apply(_Backward, sizes, spec, target, wanted, grad_out, out, lse, grad_lse, *operands))
     with below_autograd():
         grads: list[Tensor] = torch.ops.fuse.attention_backward.default(
@@ -269,7 +292,7 @@ def _backward_autograd(
         return grads
 
 
-def _register(name: str, kernel: Any, autograd: Any, fake: Any, batching_rule: Any) -> None:
+def register(name: str, kernel: Any, autograd: Any, fake: Any, batching_rule: Any) -> None:
     _library.impl(name, kernel, "CompositeExplicitAutograd")
     if autograd is not None:
         _library.impl(name, autograd, "Autograd")
@@ -277,11 +300,12 @@ def _register(name: str, kernel: Any, autograd: Any, fake: Any, batching_rule: A
     torch.library.register_vmap(f"fuse::{name}", batching_rule, lib=_library)
 
 
-_register("attention", _attention, _attention_autograd, _fake, batching.attention_rule)
-_register("attention_lse", _attention_lse, _lse_autograd, _fake_lse, batching.lse_rule)
-_register("attention_max", _attention_max, _max_autograd, _fake_max, batching.max_rule)
-_register("attention_forward", _forward, None, _fake_forward, batching.forward_rule)
-_register("attention_backward", _backward, _backward_autograd, _fake_backward, batching.backward_rule)
+register("attention", _attention, _attention_autograd, _fake, batching.attention_rule)
+register("attention_lse", _attention_lse, _lse_autograd, _fake_lse, batching.lse_rule)
+register("attention_rows", _attention_rows, _rows_autograd, _fake_rows, batching.rows_rule)
+register("attention_max", _attention_max, _max_autograd, _fake_max, batching.max_rule)
+register("attention_forward", _forward, None, _fake_forward, batching.forward_rule)
+register("attention_backward", _backward, _backward_autograd, _fake_backward, batching.backward_rule)
 # What these are called by has taken the place of those without "in_python", on CPUs: templates/cpp/op.cpp.
 _library.impl("attention_in_python", _attention, "CompositeExplicitAutograd")
 _library.impl("attention_in_python", _attention_autograd, "Autograd")

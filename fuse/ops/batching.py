@@ -53,20 +53,24 @@ def max_rule(info: VmapInfo, in_dims: Any, operands: list[Tensor], sizes: list[I
     return torch.ops.fuse.attention_max.default(examples_first(operands, in_dims[0]), all_sizes, text), _batch(spec)
 
 
-def lse_rule(info: VmapInfo, in_dims: Any, *call: Any) -> tuple[tuple[Tensor, Tensor], tuple[int, int]]:
-    return _two_results(torch.ops.fuse.attention_lse.default, info, in_dims, *call)
+def lse_rule(info: VmapInfo, in_dims: Any, *call: Any) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
+    return _several_results(torch.ops.fuse.attention_lse.default, info, in_dims, *call)
 
 
-def forward_rule(info: VmapInfo, in_dims: Any, *call: Any) -> tuple[tuple[Tensor, Tensor], tuple[int, int]]:
-    return _two_results(torch.ops.fuse.attention_forward.default, info, in_dims, *call)
+def rows_rule(info: VmapInfo, in_dims: Any, *call: Any) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
+    return _several_results(torch.ops.fuse.attention_rows.default, info, in_dims, *call)
 
 
-def _two_results(
+def forward_rule(info: VmapInfo, in_dims: Any, *call: Any) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
+    return _several_results(torch.ops.fuse.attention_forward.default, info, in_dims, *call)
+
+
+def _several_results(
     op: Any, info: VmapInfo, in_dims: Any, operands: list[Tensor], sizes: list[IntLike], spec: str, target: str
-) -> tuple[tuple[Tensor, Tensor], tuple[int, int]]:
+) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
     text, all_sizes = batched_call(spec, sizes, in_dims[0], info.batch_size)
     results = op(examples_first(operands, in_dims[0]), all_sizes, text, target)
-    return results, (_batch(spec), _batch(spec))
+    return results, (_batch(spec),) * len(results)
 
 
 def backward_rule(
@@ -83,6 +87,36 @@ def backward_rule(
     of_lse = None if grad_lse is None else _at(grad_lse, in_dims[8], at, n)
     call = torch.ops.fuse.attention_backward.default
     grads = call(rows[0], given, all_sizes, rows[1], rows[2].contiguous(), text, target, wanted, of_lse)
+    return grads, [0] * len(grads)
+
+
+def weights_rule(
+    info: VmapInfo, in_dims: Any, operands: list[Tensor], lse: Tensor, sizes: list[IntLike], spec: str, target: str,
+    heads: IntLike,
+) -> tuple[Tensor, int]:  # fmt: skip
+    """Examples are the last batch index, so that means over heads are taken of whole matrices."""
+    at, n = _batch(spec), info.batch_size
+    text, all_sizes = batched_call(spec, sizes, in_dims[0], n)
+    rows = _at(lse, in_dims[1], at, n).contiguous()
+    whole = torch.ops.fuse.attention_weights.default(examples_first(operands, in_dims[0]), rows, all_sizes, text, target, 0)
+    matrices = whole.movedim(at, 0)
+    return matrices if heads == 0 else matrices.flatten(1, at).unflatten(1, (-1, heads)).mean(2), 0
+
+
+def weights_backward_rule(
+    info: VmapInfo, in_dims: Any, grad: Tensor, operands: list[Tensor], sizes: list[IntLike], spec: str, target: str,
+    wanted: list[bool], heads: IntLike,
+) -> tuple[list[Tensor], list[int]]:  # fmt: skip
+    """Each example has its own gradients, also of an operand that all of them read."""
+    at, n = _batch(spec), info.batch_size
+    given = [_at(t, d, 0, n) if w or d is not None else t for t, d, w in zip(operands, in_dims[1], wanted, strict=True)]
+    dims = [0 if w or d is not None else None for d, w in zip(in_dims[1], wanted, strict=True)]
+    text, all_sizes = batched_call(spec, sizes, dims, n)
+    each = _at(grad, in_dims[0], 0, n)
+    if heads != 0:
+        each = (each / heads).repeat_interleave(heads, 1).unflatten(1, sizes[:at])
+    of_whole = each.movedim(0, at)
+    grads = torch.ops.fuse.attention_weights_backward.default(of_whole, given, all_sizes, text, target, wanted, 0)
     return grads, [0] * len(grads)
 
 

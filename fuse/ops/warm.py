@@ -19,22 +19,27 @@ from fuse import targets
 from fuse.ops.attention import parsed
 from fuse.torch_private import hint
 
+_fuse: Any = torch.ops.fuse
 log = logging.getLogger("fuse")
 
 
 @dataclass(frozen=True)
 class ExpectedCall:
-    """What one node will be called with: meta tensors, the values of the spec's symbols, and where the tensors will be."""
+    """What one node will be called with: meta tensors, the values of the spec's symbols, and where the tensors will be.
+
+    weights  the spec and the number of heads of each matrix that is written beside the result
+    """
 
     spec: str
     target: str
     operands: tuple[Tensor, ...]
     sizes: tuple[int, ...]
     device: torch.device
+    weights: tuple[tuple[str, int], ...] = ()
 
     @property
     def key(self) -> tuple[object, ...]:
-        return (self.spec, self.sizes, self.device, *((t.shape, t.stride()) for t in self.operands))
+        return (self.spec, self.sizes, self.device, self.weights, *((t.shape, t.stride()) for t in self.operands))
 
 
 def calls(gm: GraphModule) -> Iterator[ExpectedCall]:
@@ -42,7 +47,7 @@ def calls(gm: GraphModule) -> Iterator[ExpectedCall]:
     seen = set()
     for module in gm.modules():
         if isinstance(module, GraphModule):
-            ops = (torch.ops.fuse.attention.default, torch.ops.fuse.attention_lse.default)
+            ops = (_fuse.attention.default, _fuse.attention_lse.default, _fuse.attention_rows.default)
             for node in (n for op in ops for n in module.graph.find_nodes(op="call_function", target=op)):
                 call = expected(node)
                 if call is not None and call.key not in seen:
@@ -59,7 +64,14 @@ def expected(node: Node) -> ExpectedCall | None:
     devices = [device for leaf in leaves if (device := _device(leaf)) is not None]
     if not devices or not all(isinstance(m, Tensor) for m in metas) or not all(isinstance(n, int) for n in values):
         return None
-    return ExpectedCall(str(spec), str(target), tuple(metas), tuple(values), devices[0])
+    return ExpectedCall(str(spec), str(target), tuple(metas), tuple(values), devices[0], tuple(_weights(node)))
+
+
+def _weights(node: Node) -> Iterator[tuple[str, int]]:
+    """What is written beside the result of the node."""
+    for user in (u for item in node.users for u in item.users if u.target is _fuse.attention_weights.default):
+        spec, heads = user.args[3], user.args[5]
+        yield str(spec), _held(heads) if isinstance(heads, Node) else heads  # type: ignore[misc]
 
 
 def _device(node: Node) -> torch.device | None:

@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -54,10 +55,10 @@ def times(call: ExpectedCall, wanted: Sequence[bool], called: bool, traced: bool
     if not fits(call):
         return None
     problem = whole(call, wanted)
-    found = rival(problem, wanted)
+    found = rival(problem, wanted, bool(call.weights))
     if found is None:
         return None
-    ours = (_traced if traced else _called)(call, problem, wanted)
+    ours = (_traced if traced and not call.weights else _called)(call, problem, wanted)
     theirs = way(found.attend, found.matrices, found.wanted)
     with nullcontext() if called else sdpa_kernel(SDPBackend.MATH):
         for _ in range(_TRIALS):
@@ -69,8 +70,17 @@ def times(call: ExpectedCall, wanted: Sequence[bool], called: bool, traced: bool
 
 
 def _called(call: ExpectedCall, problem: Problem, wanted: Sequence[bool]) -> Call:
-    op = torch.ops.fuse.attention.default
-    return way(lambda *t: op(t, problem.sizes, call.spec, call.target), problem.operands, wanted)
+    ops: Any = torch.ops.fuse
+    if not call.weights:
+        return way(lambda *t: ops.attention(t, problem.sizes, call.spec, call.target), problem.operands, wanted)
+
+    def attend(*operands: Tensor) -> Tensor:
+        out, _, lse = ops.attention_rows(operands, problem.sizes, call.spec, call.target)
+        for matrix, heads in call.weights:
+            ops.attention_weights(operands, lse, problem.sizes, matrix, call.target, heads)
+        return out  # type: ignore[no-any-return]
+
+    return way(attend, problem.operands, wanted)
 
 
 def _traced(call: ExpectedCall, problem: Problem, wanted: Sequence[bool]) -> Call:

@@ -153,7 +153,10 @@ def _running(call: ExpectedCall, wanted: tuple[bool, ...]) -> Iterable[Runs]:
         targets.map_kernel(use.tile_map, call.target)
     if any(wanted):
         targets.backward_kernel(spec, call.target, wanted)
-    return targets.running(spec, call.target, wanted).values()
+    matrices = [parsed(text) for text, _ in call.weights]
+    for matrix in matrices:
+        targets.weights_kernel(matrix, call.target)
+    return targets.running(spec, call.target, wanted, matrices).values()
 
 
 def edited_kernels(call: ExpectedCall, wanted: tuple[bool, ...]) -> tuple[Path, ...]:

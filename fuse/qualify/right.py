@@ -11,10 +11,11 @@ from torch import Tensor
 
 from fuse import targets
 from fuse.ir.spec import AttentionSpec
+from fuse.ops.attention import parsed
 from fuse.ops.warm import ExpectedCall
 from fuse.qualify.problem import Problem, map_used, of_map, small
 from fuse.targets import reference
-from fuse.targets.protocols import Backward, Kernel, MapKernel
+from fuse.targets.protocols import Backward, Kernel, MapKernel, WeightsKernel
 from fuse.torch_private import TorchDispatchMode
 
 # Eager's error is one draw of rounding errors, a kernel's another: they are seldom so many times apart. Where scores are large,
@@ -23,7 +24,7 @@ _ROUNDINGS = 32
 _PROBLEMS = ((1.0, 4), (30.0, 16))  # how large scores are, and how many times eager's error a kernel's may be
 # The error of one number may be next to nothing by chance: of so few, eager's is the largest of several draws.
 _FEW, _DRAWS = 16, 5
-_RESULT, _MAP = "the result", "the map of its mask"
+_RESULT, _WEIGHTS, _MAP = "the result", "the weights", "the map of its mask"
 
 
 @dataclass(frozen=True)
@@ -49,16 +50,16 @@ class Finding:
 
 
 def findings(call: ExpectedCall, wanted: Sequence[bool]) -> Iterator[Finding]:
-    """What there is to say of the kernels of ``call``: forward, and backward where gradients are ``wanted``.
+    """What there is to say of the kernels of ``call``: forward, of weights, and backward where gradients are ``wanted``.
 
     Raises what the kernels raise.
     """
     for seed, (factor, times) in enumerate(_PROBLEMS):
-        asked = _asked(small(call, wanted, seed, factor), tuple(wanted))
+        asked = _asked(small(call, wanted, seed, factor), tuple(wanted), call.weights)
         few = any(part.exact.numel() < _FEW for part in asked.parts)
         seeds = range(len(_PROBLEMS) + 1, len(_PROBLEMS) + _DRAWS) if few else ()
-        others = [_asked(small(call, wanted, other, factor), tuple(wanted)) for other in seeds]
-        yield from _judged(asked, _Kernels.of(asked.problem.spec, call.target, asked.wanted), times, others)
+        others = [_asked(small(call, wanted, other, factor), tuple(wanted), call.weights) for other in seeds]
+        yield from _judged(asked, _Kernels.of(asked, call.target), times, others)
 
 
 def findings_of(p: Problem, kernel: Kernel, backward: Backward | None, wanted: Sequence[bool]) -> Iterator[Finding]:
@@ -84,7 +85,7 @@ class _Part:
 
     @property
     def of_result(self) -> bool:
-        return self.name == _RESULT
+        return self.name in (_RESULT, _WEIGHTS)
 
     @property
     def eager_error(self) -> float:
@@ -93,9 +94,13 @@ class _Part:
 
 @dataclass(frozen=True)
 class _Asked:
-    """A problem, the gradient of its result, and what the answers are, first the result."""
+    """A problem, the gradient of its result, and what the answers are, first the result.
+
+    weights  of each matrix that is written beside it, its spec and number of heads
+    """
 
     problem: Problem
+    weights: tuple[tuple[AttentionSpec, int], ...]
     wanted: tuple[bool, ...]
     grad_out: Tensor
     parts: tuple[_Part, ...]
@@ -108,18 +113,21 @@ class _Kernels:
     forward: Kernel
     backward: Backward | None = None
     tile_map: MapKernel | None = None
+    weights: tuple[WeightsKernel, ...] = ()
 
     @staticmethod
-    def of(spec: AttentionSpec, target: str, wanted: tuple[bool, ...]) -> _Kernels:
+    def of(asked: _Asked, target: str) -> _Kernels:
+        spec, wanted = asked.problem.spec, asked.wanted
         use = map_used(spec)
         return _Kernels(
             targets.kernel(spec, target),
             targets.backward_kernel(spec, target, wanted) if any(wanted) else None,
             None if use is None else targets.map_kernel(use.tile_map, target),
+            tuple(targets.weights_kernel(matrix, target) for matrix, _ in asked.weights),
         )
 
 
-def _asked(p: Problem, wanted: tuple[bool, ...]) -> _Asked:
+def _asked(p: Problem, wanted: tuple[bool, ...], matrices: Sequence[tuple[str, int]] = ()) -> _Asked:
     exact, eager = (reference.attention(p.spec, p.operands, p.sizes, precision) for precision in ("exact", "eager"))
     grad = torch.randn(eager.shape, generator=torch.Generator(eager.device).manual_seed(2), device=eager.device).to(eager.dtype)
     parts = [_Part(_RESULT, exact, eager)]
@@ -127,10 +135,14 @@ def _asked(p: Problem, wanted: tuple[bool, ...]) -> _Asked:
         of = (reference.attention_backward(p.spec, grad, p.operands, p.sizes, wanted, how) for how in ("exact", "eager"))
         numbers = [i for i, w in enumerate(wanted) if w]
         parts += [_Part(f"the gradient of operand {i}", *both) for i, *both in zip(numbers, *of, strict=True)]
+    weights = tuple((parsed(text), p.sizes[p.spec.batch - 1] if heads else 0) for text, heads in matrices)
+    for matrix, heads in weights:
+        both = (reference.weights(matrix, p.operands, p.sizes, heads, how) for how in ("exact", "eager"))
+        parts.append(_Part(_WEIGHTS, *both))
     if (use := map_used(p.spec)) is not None:
         cells = p.operands[use.load.operand].double()
         parts.append(_Part(_MAP, cells, cells))
-    return _Asked(p, wanted, grad, tuple(parts))
+    return _Asked(p, weights, wanted, grad, tuple(parts))
 
 
 class _FilledWithNaN(TorchDispatchMode):
@@ -150,9 +162,13 @@ def _answers(asked: _Asked, kernels: _Kernels) -> list[Tensor]:
     """The kernels' results, in the order of the parts."""
     p, use = asked.problem, map_used(asked.problem.spec)
     with _FilledWithNaN():  # type: ignore[no-untyped-call]
-        if kernels.backward is not None:
+        if kernels.backward is not None or kernels.weights:
             out, lse = kernels.forward.forward(p.operands, p.sizes)
-            found = [out, *kernels.backward(asked.grad_out, p.operands, p.sizes, out, lse)]
+            found = [out]
+            if kernels.backward is not None:
+                found += kernels.backward(asked.grad_out, p.operands, p.sizes, out, lse)
+            for kernel, (_, heads) in zip(kernels.weights, asked.weights, strict=True):
+                found.append(kernel(p.operands, lse, p.sizes, heads))
         else:
             found = [kernels.forward(p.operands, p.sizes)]
         if use is not None and kernels.tile_map is not None:

@@ -33,14 +33,17 @@ class Rival:
     wanted: tuple[bool, bool, bool]
 
 
-def rival(p: Problem, wanted: Sequence[bool]) -> Rival | None:
-    """What torch has for the problem; None where it has nothing that could be called."""
+def rival(p: Problem, wanted: Sequence[bool], weights: bool = False) -> Rival | None:
+    """What torch has for the problem; None where it has nothing that could be called.
+
+    weights  they are made as well, in the operations that a model writes: no operator gives them
+    """
     spec = p.spec
     views = [_view(load, matrix, p) for load, matrix in ((spec.query, "qd"), (spec.key, "kd"), (spec.value, "ke"))]
     query, key, value = views
     if query is None or key is None or value is None or query.groups != 1 or key.groups != value.groups:
         return None
-    call = _sdpa(p, key.groups) if spec.softmax else partial(_products, key.groups)
+    call = _sdpa(p, key.groups, weights) if spec.softmax else partial(_products, key.groups)
     of_query, of_key, of_value = (wanted[load.operand] for load in (spec.query, spec.key, spec.value))
     return call and Rival(call, (query.matrix, key.matrix, value.matrix), (of_query, of_key, of_value))
 
@@ -52,7 +55,7 @@ def _products(groups: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     return ((shared @ key.mT) * 0.5) @ value
 
 
-def _sdpa(p: Problem, groups: int) -> Callable[..., Tensor] | None:
+def _sdpa(p: Problem, groups: int, weights: bool) -> Callable[..., Tensor] | None:
     """The problem as SDPA has it, with masks and biases made beforehand; None where SDPA has no such argument."""
     spec = p.spec
     parts = _parts(spec.score if spec.mask is None else spec.mask.visible)
@@ -60,7 +63,22 @@ def _sdpa(p: Problem, groups: int) -> Callable[..., Tensor] | None:
         return None
     causal = _is_causal(p) and not parts.biases
     mask = None if causal else _mask(p, parts)
-    return partial(F.scaled_dot_product_attention, attn_mask=mask, is_causal=causal, scale=parts.scale, enable_gqa=groups != 1)
+    attend = _with_weights if weights else F.scaled_dot_product_attention
+    return partial(attend, attn_mask=mask, is_causal=causal, scale=parts.scale, enable_gqa=groups != 1)
+
+
+def _with_weights(
+    query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None, is_causal: bool, scale: float, enable_gqa: bool
+) -> Tensor:
+    """As SDPA; weights are made, and nobody keeps them."""
+    if enable_gqa:
+        key, value = (x.repeat_interleave(query.shape[-3] // x.shape[-3], -3) for x in (key, value))
+    score = query @ key.mT * scale
+    if is_causal:
+        attn_mask = torch.ones(score.shape[-2:], dtype=torch.bool, device=score.device).tril()
+    if attn_mask is not None:
+        score = score.masked_fill(~attn_mask, -torch.inf) if attn_mask.dtype == torch.bool else score + attn_mask
+    return score.softmax(-1).to(value.dtype) @ value
 
 
 def _plain(e: Expr) -> Expr:

@@ -21,7 +21,7 @@ from fuse.settings import settings
 from fuse.targets import records, registry
 from fuse.targets.sealed import sealed
 
-FORMAT = 2
+FORMAT = 3
 _FEW = 16  # of each dimension of a tensor whose strides stand for a layout, whatever the sizes
 Kind = Literal["kept", "refused", "edit refused", "slower"]
 
@@ -41,6 +41,7 @@ class Case:
 
     written  the operator that the site is a call of; "" where it is written out
     traced   as in fuse.qualify.faster
+    weights  as of an ExpectedCall
     """
 
     spec: str
@@ -51,6 +52,7 @@ class Case:
     written: str
     traced: bool
     sizes: tuple[int, ...]
+    weights: tuple[tuple[str, int], ...]
     layout: tuple[str, ...]
 
     @property
@@ -67,7 +69,8 @@ def case_of(call: ExpectedCall, wanted: Sequence[bool], written: str, traced: bo
     sizes = tuple(map(_magnitude, call.sizes))
     built = hashlib.sha256(registry.named(call.target).toolchain().encode()).hexdigest()[:12]
     versions = f"{_versions()}, toolchain {built}"
-    return Case(call.spec, call.target, device_name(call.device), versions, tuple(wanted), written, traced, sizes, layout)
+    device, weights = device_name(call.device), call.weights
+    return Case(call.spec, call.target, device, versions, tuple(wanted), written, traced, sizes, weights, layout)
 
 
 def _magnitude(n: int) -> int:

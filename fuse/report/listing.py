@@ -20,7 +20,12 @@ _COMPUTES = (
     ("score", r"score|eager rounds"),
     ("softmax", r"a block of queries"),
 )
-_WHAT: dict[Part, str] = {"forward": "result", "backward": "gradients", "tile map": "map of the mask's tiles"}
+_WHAT: dict[Part, str] = {
+    "forward": "result",
+    "backward": "gradients",
+    "tile map": "map of the mask's tiles",
+    "weights": "weights",
+}
 
 
 @dataclass(frozen=True)

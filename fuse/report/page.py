@@ -228,8 +228,10 @@ def _facts(site: Site, others: bool) -> Iterator[tuple[str, str]]:
     if spec.mask is not None:
         yield "work skipped", skipped_text(site) or "none"
     yield from ((name, text) for name, text in (("hint", hint_text(site)), ("relies on", relies_text(site))) if text)
+    if site.beside:
+        yield "given beside", " and ".join(site.beside)
     yield "memory saved", _memory(spec, site)
-    names = {"forward": "result by", "backward": "gradients by", "tile map": "map of tiles by"}
+    names = {"forward": "result by", "backward": "gradients by", "tile map": "map of tiles by", "weights": "weights by"}
     yield from ((names[part], said(runs)) for part, runs in site.runs.items())
     if not site.runs:
         yield "result by", f"a kernel of target {site.target}, built when the model first runs"

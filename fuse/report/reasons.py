@@ -38,8 +38,8 @@ class RandomNumbers(Reason):
 
 
 class ProbabilitiesUsed(Reason):
-    message = "the probabilities are also used by {detail}"
-    unblock = "do not ask for attention weights (output_attentions=False, need_weights=False)"
+    message = "the scores, or what is made of them, are also used by {detail}"
+    unblock = "use the weights that the softmax or its dropout gives, or the logsumexp of the scores: fuse gives these too"
 
 
 class ScoresUsed(Reason):

@@ -127,7 +127,7 @@ class Report:
         """Sites of which the same is to be said, but for the module path: layers of a model, or one at several lengths."""
         same: dict[str, list[Site]] = {}
         for site in self.sites:
-            said = replace(site, module="", spec=None, names={}, steps=(), frames=(), measured="")
+            said = replace(site, module="", spec=None, names={}, steps=(), frames=(), measured="", weights=())
             same.setdefault(repr(said), []).append(site)
         alike: dict[tuple[object, ...], list[Site]] = {}
         for sites in same.values():
@@ -214,6 +214,7 @@ class SiteGroup:
             ("skipped", skipped_text(site)),
             ("hint", hint_text(site)),
             ("relies on", relies_text(site)),
+            ("beside", " and ".join(site.beside)),
             *((part, brief(str(runs))) for part, runs in site.runs.items()),
         ]
         if reason is not None:
@@ -276,7 +277,7 @@ def _expected(site: Site) -> Site:
     """As it will run, as far as that was asked for."""
     if not site.recovered or registry.named(site.target).generated:
         return site
-    parts: list[Part] = ["forward", "backward"] if any(site.wanted) else ["forward"]
+    parts: list[Part] = ["forward", *["backward"] * any(site.wanted), *["weights"] * bool(site.weights)]  # type: ignore[list-item]
     return replace(site, runs=dict.fromkeys(parts, Runs("reference", why=ASKED)))
 
 

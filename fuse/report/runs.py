@@ -6,14 +6,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-Part = Literal["forward", "backward", "tile map"]
+Part = Literal["forward", "backward", "tile map", "weights"]
 _LINES = 3  # of a compiler's errors in a table
 By = Literal["kernel", "edited kernel", "reference", "being built"]
 
 
 @dataclass(frozen=True)
 class Runs:
-    """What computes one part of a site: its result, its gradients, or the map of its mask's tiles.
+    """What computes one part of a site: its result, its gradients, the map of its mask's tiles, or weights beside it.
 
     by    a generated kernel, one that somebody edited (FUSE_DUMP), plain PyTorch, or what cannot be said before it is built
     file  the source of a kernel, or the file that was edited; None of the others

@@ -42,7 +42,10 @@ class Site:
     frames    the calls that led to ``where``, outermost first; () where the tracer kept none
     measured  seconds beside what torch has, in words; "" where nothing was timed
     relies    buffers whose contents were read as formulas: the graph is compiled anew when they are written
-    runs      what computes its result ("forward"), its gradients ("backward") and its mask's map ("tile map"), as far as known
+    beside    what it gives beside its result, in words
+    weights   of each matrix of weights among that, what is written of the probabilities: see fuse.ops.weights
+    runs      what computes its result ("forward"), its gradients ("backward"), its mask's map ("tile map") and weights beside
+              it ("weights"), as far as known
     """
 
     recovered: bool
@@ -61,6 +64,8 @@ class Site:
     frames: tuple[Frame, ...] = ()
     measured: str = ""
     relies: tuple[str, ...] = ()
+    beside: tuple[str, ...] = ()
+    weights: tuple[AttentionSpec, ...] = ()
     runs: dict[Part, Runs] = field(default_factory=dict)
 
     def _repr_html_(self) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from functools import partial
@@ -20,7 +20,7 @@ from fuse.memoize import forget
 from fuse.report.runs import Part, Runs
 from fuse.targets import fallback_warnings, kernel_or_reference, registry
 from fuse.targets.cache import BuildFailed, builds
-from fuse.targets.protocols import Backward, Kernel, MapKernel, Short, Shown, Tunable
+from fuse.targets.protocols import Backward, Kernel, MapKernel, Short, Shown, Tunable, WeightsKernel
 
 __all__ = [
     "Backward",
@@ -34,9 +34,11 @@ __all__ = [
     "map_kernel",
     "prepare",
     "prepare_backward",
+    "prepare_weights",
     "reset",
     "running",
     "sources",
+    "weights_kernel",
 ]
 
 
@@ -52,6 +54,7 @@ Made = TypeVar("Made", bound=_Runs)
 _kernels: dict[tuple[AttentionSpec, str], Future[Kernel]] = {}
 _map_kernels: dict[tuple[TileMap, str], Future[MapKernel]] = {}
 _backward_kernels: dict[tuple[Gradient, str], Future[Backward]] = {}
+_weights_kernels: dict[tuple[AttentionSpec, str], Future[WeightsKernel]] = {}
 _calls: dict[tuple[str], Future[None]] = {}
 _lock = threading.Lock()
 _pools: dict[bool, ThreadPoolExecutor] = {}
@@ -79,6 +82,11 @@ def map_kernel(spec: TileMap, target: str) -> MapKernel:
     return _given(_begun(_map_kernels, (spec, target), kernel_or_reference.tile_map), target, "tile map")
 
 
+def weights_kernel(spec: AttentionSpec, target: str) -> WeightsKernel:
+    """What writes the weights of ``spec``; never fails, as ``kernel``."""
+    return _given(_begun(_weights_kernels, (spec, target), kernel_or_reference.weights), target, "weights")
+
+
 def caller(operator: str, text: str, target: str, slow: Callable[..., Any]) -> Callable[..., Any]:
     """The shortest way to ``fuse::operator`` of the spec that is written ``text``; ``slow`` goes there by torch.ops."""
     _begun(_calls, (target,), _shorten_calls).result()
@@ -86,9 +94,11 @@ def caller(operator: str, text: str, target: str, slow: Callable[..., Any]) -> C
     return short.caller(operator, text, slow) if isinstance(short, Short) else slow
 
 
-def running(spec: AttentionSpec, target: str, wanted: tuple[bool, ...]) -> dict[Part, Runs]:
-    """What computes ``spec``, the gradients of its ``wanted`` operands, and the map of its mask, as far as anybody has asked
-    for them. Waits for nothing.
+def running(
+    spec: AttentionSpec, target: str, wanted: tuple[bool, ...], weights: Sequence[AttentionSpec] = ()
+) -> dict[Part, Runs]:
+    """What computes ``spec``, the gradients of its ``wanted`` operands, the map of its mask, and ``weights`` beside it, as far
+    as anybody has asked for them. Waits for nothing. Of several matrices the one that is worst off counts.
     """
     use = _map_of(spec)
     found: dict[Part, Future[Any] | None] = {
@@ -96,7 +106,10 @@ def running(spec: AttentionSpec, target: str, wanted: tuple[bool, ...]) -> dict[
         "backward": _backward_kernels.get((gradient(spec, wanted), target)) if any(wanted) else None,
         "tile map": _map_kernels.get((use, target)) if use is not None else None,
     }
-    return {part: _runs(future) for part, future in found.items() if future is not None}
+    said = {part: _runs(future) for part, future in found.items() if future is not None}
+    writing = [_runs(future) for w in weights if (future := _weights_kernels.get((w, target))) is not None]
+    worst = next((runs for runs in writing if runs.by != "kernel"), next(iter(writing), None))
+    return said if worst is None else said | {"weights": worst}
 
 
 def sources(spec: AttentionSpec, target: str, wanted: tuple[bool, ...]) -> dict[Part, str]:
@@ -126,6 +139,11 @@ def prepare(spec: AttentionSpec, target: str, tune: bool = False) -> None:
         _begun(_map_kernels, (use, target), kernel_or_reference.tile_map)
 
 
+def prepare_weights(spec: AttentionSpec, target: str) -> None:
+    """As ``prepare``, for the kernel that ``weights_kernel`` will give."""
+    _begun(_weights_kernels, (spec, target), kernel_or_reference.weights)
+
+
 def prepare_backward(spec: AttentionSpec, target: str, wanted: tuple[bool, ...], tune: bool = False) -> None:
     """As ``prepare``, for the kernel that ``backward_kernel`` will give. It gives way to all else: nobody may ask for it."""
     made = _begun(_backward_kernels, (gradient(spec, wanted), target), kernel_or_reference.backward, later=True)
@@ -144,6 +162,7 @@ def _empty() -> None:
     _kernels.clear()
     _map_kernels.clear()
     _backward_kernels.clear()
+    _weights_kernels.clear()
     _calls.clear()
     _pools.clear()
     fallback_warnings.reset()

@@ -11,6 +11,7 @@ from fuse.report.runs import Part, Runs
 _SAYS: dict[Part, str] = {
     "forward": "fuse runs attention without its kernels, slowly",
     "backward": "fuse computes gradients of attention without its kernels, slowly and in memory of the size of the scores",
+    "weights": "fuse computes attention weights without its kernels, slowly",
     "tile map": "fuse finds the tiles of masks without its kernels, slowly",
 }
 OVERLAPPING = "calls in which batch indices share parts of a gradient"

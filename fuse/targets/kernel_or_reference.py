@@ -12,8 +12,8 @@ from fuse.ir.tile_map import TileMap
 from fuse.kernel.destinations import Unsupported
 from fuse.targets import registry
 from fuse.targets.cache import BuildFailed
-from fuse.targets.protocols import Backward, Kernel, MapKernel
-from fuse.targets.standin import ReferenceBackward, ReferenceKernel, ReferenceTileMap
+from fuse.targets.protocols import Backward, Kernel, MapKernel, WeightsKernel, Writes
+from fuse.targets.standin import ReferenceBackward, ReferenceKernel, ReferenceTileMap, ReferenceWeights
 
 K = TypeVar("K")
 
@@ -29,6 +29,13 @@ def backward(of: Gradient, target: str) -> Backward:
 
 def tile_map(spec: TileMap, target: str) -> MapKernel:
     return _made(lambda: registry.named(target).tile_map(spec), lambda why: ReferenceTileMap(spec, why))
+
+
+def weights(spec: AttentionSpec, target: str) -> WeightsKernel:
+    chosen = registry.named(target)
+    if not isinstance(chosen, Writes):
+        return ReferenceWeights(spec, f"target {target!r} has no kernels for weights")
+    return _made(lambda: chosen.weights(spec), lambda why: ReferenceWeights(spec, why))
 
 
 def _made(kernel: Callable[[], K], instead: Callable[[str], K]) -> K:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
@@ -46,6 +46,17 @@ class Backward(Protocol):
     ) -> list[Tensor]: ...  # fmt: skip
 
 
+class WeightsKernel(Protocol):
+    """Writes a matrix of weights from the scores and the log-sum-exp of their rows, as ``Kernel.forward`` gives it."""
+
+    @property
+    def runs(self) -> Runs: ...
+
+    def __call__(self, operands: Sequence[Tensor], lse: Tensor, sizes: Sequence[int], heads: int) -> Tensor:
+        """Dense, of shape ``weights_shape(spec, sizes, heads)``: see fuse.ops.weights."""
+        ...
+
+
 class MapKernel(Protocol):
     """Computes a map of tiles."""
 
@@ -77,6 +88,24 @@ class Short(Protocol):
 
         Where that is ``slow`` itself there is no such way.
         """
+        ...
+
+
+@runtime_checkable
+class Writes(Protocol):
+    """A target that has kernels for weights."""
+
+    def weights(self, spec: AttentionSpec) -> WeightsKernel:
+        """As ``forward``."""
+        ...
+
+
+@runtime_checkable
+class Packaging(Protocol):
+    """A target whose kernels can be called in processes without Python."""
+
+    def package(self, specs: Mapping[str, AttentionSpec], folder: Path) -> Path:
+        """Writes the kernels of ``specs``, by the text that calls give, and a library that calls them: the path of that."""
         ...
 
 

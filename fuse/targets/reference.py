@@ -7,7 +7,7 @@ sequences; ``mask`` is not used, since ``score`` alone is always right.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -18,6 +18,7 @@ from fuse.ir.gradient import Gradient, gradient
 from fuse.ir.grid import Extent, Grid, dtype_of
 from fuse.ir.spec import AttentionSpec, InvalidSpec
 from fuse.ir.tile_map import EMPTY, FULL, KEYS, ROWS, TileMap
+from fuse.ir.weights import weights_shape
 
 # Scores computed at a time: 32 MB in float64, whatever the sequence length.
 BLOCK_ELEMENTS = 2**22
@@ -91,6 +92,41 @@ def attention_backward(
         return backward.run(grad_out, grad_lse)
 
 
+def weights(
+    spec: AttentionSpec, operands: Sequence[Tensor], sizes: Sequence[int], heads: int = 0, precision: str = "exact"
+) -> Tensor:
+    """The matrix of what ``spec.weight`` makes of each probability, dense, of shape ``weights_shape(spec, sizes, heads)``."""
+    call = _call(spec, operands, sizes, precision)
+    matrix = torch.empty(weights_shape(spec, sizes, heads), dtype=call.dtype(spec.out_dtype), device=call.device)
+    with torch.no_grad(), torch.autocast(call.device.type, enabled=False):
+        key = call.key()
+        for rows in call.blocks():
+            matrix[..., slice(*rows), :] = call.weights(rows, key, heads)
+    return matrix
+
+
+def weights_at_once(spec: AttentionSpec, operands: Sequence[Tensor], sizes: Sequence[int], heads: int = 0) -> Tensor:
+    """As ``weights`` with precision "eager", of operations that PyTorch can differentiate: every score of the call is held."""
+    call = _call(spec, operands, sizes, "eager")
+    with torch.autocast(call.device.type, enabled=False):
+        return call.weights((0, call.q_len), call.key(), heads).to(call.dtype(spec.out_dtype))
+
+
+def weights_second(
+    spec: AttentionSpec, grad: Tensor, operands: Sequence[Tensor], sizes: Sequence[int], wanted: Sequence[bool], heads: int,
+    grads: Sequence[Tensor],
+) -> tuple[Tensor, list[Tensor]]:  # fmt: skip
+    """As ``attention_second``, of ``weights_backward``."""
+
+    def matrix(*leaves: Tensor) -> tuple[Tensor]:
+        rest = iter(leaves)
+        found = weights_at_once(spec, [next(rest) if w else t for t, w in zip(operands, wanted, strict=True)], sizes, heads)
+        return (found.to(grad.dtype),)
+
+    (by_grad,), by_leaves = _second(matrix, (grad,), [t for t, w in zip(operands, wanted, strict=True) if w], grads)
+    return by_grad, by_leaves
+
+
 def attention_second(
     spec: AttentionSpec,
     given: tuple[Tensor, ...],
@@ -115,11 +151,18 @@ def attention_second(
         out = _product(call.entries(spec.weight, rows, {Prob: found.prob}), call.value())
         return tuple(x.to(grad.dtype) for x, grad in zip((out, found.lse), given, strict=False))
 
+    return _second(results, given, [t for t, w in zip(operands, wanted, strict=True) if w], grads)
+
+
+def _second(
+    results: Callable[..., tuple[Tensor, ...]], given: tuple[Tensor, ...], leaves: Sequence[Tensor], grads: Sequence[Tensor]
+) -> tuple[tuple[Tensor, ...], list[Tensor]]:
+    """Of the backward pass of ``results``, a function of ``leaves``, which was ``given`` their gradients."""
+
     def backward(grads: tuple[Tensor, ...], *leaves: Tensor) -> tuple[Tensor, ...]:
         return torch.func.vjp(results, *leaves)[1](grads)  # type: ignore[no-any-return]
 
     with torch.autocast(given[0].device.type, enabled=False):
-        leaves = [t for t, w in zip(operands, wanted, strict=True) if w]
         by_given, *by_leaves = torch.func.vjp(backward, given, *leaves)[1](tuple(grads))
         return by_given, by_leaves
 
@@ -222,6 +265,16 @@ class _Call:
         score = self.entries(self.spec.score, rows, {Score: raw})
         return raw, score.expand(*score.shape[:-1], self.kv_len)
 
+    def weights(self, rows: Extent, key: Tensor, heads: int) -> Tensor:
+        """Of these rows; means over so many ``heads`` that are not 0."""
+        return self.averaged(self.entries(self.spec.weight, rows, {Prob: self.probabilities(rows, key).prob}), heads)
+
+    def averaged(self, matrix: Tensor, heads: int) -> Tensor:
+        if heads == 0:
+            return matrix
+        groups = math.prod(self.batch_shape) // heads
+        return matrix.to(self.dtype(self.spec.out_dtype)).reshape(groups, heads, *matrix.shape[-2:]).mean(1)
+
     def probabilities(self, rows: Extent, key: Tensor) -> _Probabilities:
         raw, score = self.score(rows, key)
         return self._softmax(rows, raw, score) if self.spec.softmax else self._divided(raw, score)
@@ -317,10 +370,7 @@ def attention_tangent(
     The tangent of a softmax is prob * (t - sum of prob * t), t the scores'; that sum is the log-sum-exp's. That of s / sum of s
     is t / sum of s - prob * sum of (t / sum of s). Laid out as these.
     """
-    wanted = tuple(t is not None for t in tangents)
-    still = [torch.zeros_like(x) if x.is_floating_point() else x for x in operands]  # integers say where others are read
-    along = [x if t is None else t for x, t in zip(still, tangents, strict=True)]
-    tangent = _Tangent(_call(spec, operands, sizes, "eager"), _call(spec, along, sizes, "eager"), gradient(spec, wanted))
+    tangent = _tangent(spec, operands, tangents, sizes)
     out = torch.empty_strided(
         spec.out_shape(sizes), spec.out_strides(sizes), dtype=getattr(torch, spec.out_dtype), device=operands[0].device
     )
@@ -332,6 +382,27 @@ def attention_tangent(
     return out, lse
 
 
+def weights_tangent(
+    spec: AttentionSpec, operands: Sequence[Tensor], tangents: Sequence[Tensor | None], sizes: Sequence[int], heads: int
+) -> Tensor:
+    """As ``attention_tangent``, of ``weights``."""
+    tangent = _tangent(spec, operands, tangents, sizes)
+    matrix = torch.empty(weights_shape(spec, sizes, heads), dtype=getattr(torch, spec.out_dtype), device=operands[0].device)
+    with torch.no_grad(), torch.autocast(matrix.device.type, enabled=False):
+        for rows in tangent.call.blocks():
+            matrix[..., slice(*rows), :] = tangent.call.averaged(tangent.weights(rows)[0], heads)
+    return matrix
+
+
+def _tangent(
+    spec: AttentionSpec, operands: Sequence[Tensor], tangents: Sequence[Tensor | None], sizes: Sequence[int]
+) -> _Tangent:
+    wanted = tuple(t is not None for t in tangents)
+    still = [torch.zeros_like(x) if x.is_floating_point() else x for x in operands]  # integers say where others are read
+    along = [x if t is None else t for x, t in zip(still, tangents, strict=True)]
+    return _Tangent(_call(spec, operands, sizes, "eager"), _call(spec, along, sizes, "eager"), gradient(spec, wanted))
+
+
 @dataclass(frozen=True)
 class _Tangent:
     """``along`` is the call with tangents in the place of the operands; the other names are those of ``fuse.ir.gradient``."""
@@ -341,8 +412,14 @@ class _Tangent:
     gradient: Gradient
 
     def rows(self, rows: Extent) -> tuple[Tensor, Tensor]:
+        """Of the result and of the log-sum-exp."""
+        of_weight, mean, weight = self.weights(rows)
+        return _product(of_weight, self.call.value()) + _product(weight, self.along.value()), mean
+
+    def weights(self, rows: Extent) -> tuple[Tensor, Tensor, Tensor]:
+        """Of the weights and of the log-sum-exp, and the weights."""
         call, along, spec = self.call, self.along, self.call.spec
-        key, value = call.key(), call.value()
+        key = call.key()
         found = call.probabilities(rows, key)
         leaves: dict[type[Expr], Tensor] = {Score: found.raw, Prob: found.prob}
         raw = along.query(rows) @ key.mT + call.query(rows) @ along.key().mT
@@ -351,9 +428,8 @@ class _Tangent:
         for i, p in enumerate(found.extra):
             mean = mean + p * self._terms(f"extra_logits.{i}", rows, leaves)
         prob = found.rate * score - found.prob * mean
-        weight = prob * call.entries(self.gradient.weight, rows, leaves) + self._terms("weight", rows, leaves)
-        out = _product(weight, value) + _product(call.entries(spec.weight, rows, leaves), along.value())
-        return out, mean
+        of_weight = prob * call.entries(self.gradient.weight, rows, leaves) + self._terms("weight", rows, leaves)
+        return of_weight, mean, call.entries(spec.weight, rows, leaves)
 
     def _terms(self, root: str, rows: Extent, leaves: Mapping[type[Expr], Tensor]) -> Tensor | float:
         """What loads add to the tangent of ``root``."""

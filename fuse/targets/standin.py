@@ -51,6 +51,17 @@ class ReferenceBackward:
         return reference.attention_backward(self._of.spec, grad_out, operands, sizes, self._of.wanted, "eager", grad_lse)
 
 
+class ReferenceWeights:
+    """As ReferenceKernel, of weights."""
+
+    def __init__(self, spec: AttentionSpec, why: str = ASKED) -> None:
+        self._spec = spec
+        self.runs = Runs("reference", why=why)
+
+    def __call__(self, operands: Sequence[Tensor], lse: Tensor, sizes: Sequence[int], heads: int) -> Tensor:
+        return reference.weights(self._spec, operands, sizes, heads, "eager")
+
+
 class ReferenceTileMap:
     """As ReferenceKernel, of maps."""
 
@@ -90,6 +101,9 @@ class ReferenceTarget:
 
     def tile_map(self, spec: TileMap) -> ReferenceTileMap:
         return ReferenceTileMap(spec)
+
+    def weights(self, spec: AttentionSpec) -> ReferenceWeights:
+        return ReferenceWeights(spec)
 
     def tile_size(self, spec: AttentionSpec) -> None:
         return None

@@ -216,10 +216,10 @@ def is_state(node: Node) -> bool:
     return (_OF_MODULE.search(path) is not None or path.startswith("G[")) and storage is not None and storage not in written
 
 
-def reached_from(node: Node | None) -> set[Node]:
-    """``node`` and all that depends on it."""
+def reached_from(*nodes: Node | None) -> set[Node]:
+    """``nodes`` and all that depends on one of them."""
     seen: set[Node] = set()
-    stack = [] if node is None else [node]
+    stack = [n for n in nodes if n is not None]
     while stack:
         n = stack.pop()
         if n not in seen:

@@ -45,6 +45,11 @@ def without_shift(r: Reader, exponents: Sequence[Expr], k: sympy.Symbol) -> list
     return [const(0.0, e.dtype) if (left := _without(e, shared, k)) is None else left for e in exponents]
 
 
+def subtracts(exponent: Expr, score: Expr, m: Expr | None, k: sympy.Symbol) -> bool:
+    """Is ``exponent`` the score less m, or with None the score?"""
+    return _terms(exponent, k) - _terms(score, k) == Counter([] if m is None else [Term(uncast(m), negative=True)])
+
+
 def _is_of_scores(r: Reader, e: Expr, scores: Sequence[Opaque]) -> bool:
     """Is e made of the scores, and no mask? A mask chooses a number that hides a row, by being added or subtracted."""
     e = uncast(e)

@@ -5,6 +5,7 @@ multiplies values without one: scores, or these divided by their sum.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import sympy
@@ -14,7 +15,7 @@ from fuse.ir.expr import Apply, Expr, Prob, apply, const
 from fuse.ir.index import IndexExpr
 from fuse.passes.read.elements import PRODUCTS, Opaque, Reader, dims, summed_into, uncast
 from fuse.passes.read.mixed import check_behind
-from fuse.passes.read.shifts import without_shift
+from fuse.passes.read.shifts import subtracts, without_shift
 from fuse.passes.read.trace import Value
 from fuse.report.reasons import Declined, NotSoftmax, Reason, SeveralSoftmaxes, WeightNotLinear, WrongDimension
 
@@ -256,6 +257,58 @@ def _by_logsumexp(r: Reader, weights: Expr, k: sympy.Symbol) -> Softmax:
             if _reduces(r, m, x, k, "logsumexp"):
                 return replace(_finish(x, (), weights, n, False), rounded=True)
     raise Declined(NotSoftmax("exp without a sum over the keys"))
+
+
+def empty_log_sum_exp(r: Reader, e: Expr, of: Softmax, k: sympy.Symbol) -> str | None:
+    """Is e the logarithm of what ``of`` divides by: the sum of exp(score) over k, and of exp of each extra logit?
+
+    By its name, or as log(sum(exp(s - m))) + m, m being the maximum. None where it is not, else what it is in a row without any
+    score: "-inf", or by a maximum "nan".
+    """
+    e, wanted = uncast(e), [of.score, *of.extra_logits]
+    if isinstance(e, Opaque) and e.name == "logsumexp":
+        return "-inf" if any(_all_same(found, wanted) for found in _joined(r, e, k)) else None
+    total, m = _plus_maximum(e)
+    sums = [n for n in expr.walk(total) if isinstance(n, Opaque) and n.name == "sum"]
+    inner = reduced_element(r, sums[0], k) if len(sums) == 1 else None
+    if inner is None or not (isinstance(total, Apply) and total.op == "log"):
+        return None
+    try:
+        found = _by_exp(r, inner, total.operands[0], k)
+    except Declined:
+        return None
+    exponential = uncast(inner)
+    assert isinstance(exponential, Apply)  # see _by_exp
+    if not subtracts(exponential.operands[0], found.score, m, k) or not _all_same([found.score, *found.extra_logits], wanted):
+        return None
+    if m is not None and not any(_reduces(r, r.behind(uncast(m)), found.score, k, name) for name in ("amax", "max")):
+        return None
+    return "-inf" if m is None else "nan"
+
+
+def _plus_maximum(e: Expr) -> tuple[Expr, Expr | None]:
+    """(log, m) of log + m; (e, None) else."""
+    if isinstance(e, Apply) and e.op == "add":
+        for x, m in (e.operands, e.operands[::-1]):
+            if isinstance(x := uncast(x), Apply) and x.op == "log":
+                return x, m
+    return e, None
+
+
+def _all_same(found: Sequence[Expr], wanted: Sequence[Expr]) -> bool:
+    return len(found) == len(wanted) and all(uncast(a) is uncast(b) for a, b in zip(found, wanted, strict=True))
+
+
+def _joined(r: Reader, e: Opaque, k: sympy.Symbol) -> Iterator[list[Expr]]:
+    """What a logsumexp runs over, once for each place that the keys may have in it: the score, then the entries beside them."""
+    (axis, *more), keys = e.value.args[1], r.space.sizes[k]
+    surplus = sympy.expand(dims(e.value.args[0])[axis] - keys)
+    if more or not (surplus.is_Integer and 0 <= surplus <= _SINK_LIMIT):
+        return
+    for begin in range(int(surplus) + 1):
+        beside = [*range(begin), *(sympy.expand(keys + i) for i in range(begin, int(surplus)))]
+        places = [sympy.expand(k + begin), *map(sympy.sympify, beside)]
+        yield [x for at in places if (x := reduced_element(r, e, at)) is not None]
 
 
 # ------------------------------------------------------------------------------------------------ after the softmax

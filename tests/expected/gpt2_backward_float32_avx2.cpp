@@ -855,17 +855,17 @@ template <int N> static void scores_exact(const Tile<N>& tile) {
         const int64_t k = k0 + i;
         for (int v = 0; v < N; v++) {
             const VR score = load(w.scores + (i * N + v) * W);
-            const VR x6 = round_f32(score);
-            const VR x7 = round_f32(x6 * vr(R(0.125)));
-            const VI x8 = vi(k) <= r.q[v];
-            const VR x9 = round_f32(select(x8, vr(R(0.0)), vr(R(-3.4028234663852886e+38))));
-            const VR x10 = round_f32(x7 + x9);
-            store(w.scores + (i * N + v) * W, x10);
+            const VR x1 = round_f32(score);
+            const VR x2 = round_f32(x1 * vr(R(0.125)));
+            const VI x3 = vi(k) <= r.q[v];
+            const VR x4 = round_f32(select(x3, vr(R(0.0)), vr(R(-3.4028234663852886e+38))));
+            const VR x5 = round_f32(x2 + x4);
+            store(w.scores + (i * N + v) * W, x5);
         }
     }
 }
 
-// Scores as eager rounds them, of every key.
+// Rows that are normalised again, from every key.
 template <int N>
 static void entries_exact(const Tile<N>& tile, const KeyPart& part, const Norm<N>& norm, Sums<N>& sums) {
     const Call& c = tile.c;
@@ -885,12 +885,12 @@ static void entries_exact(const Tile<N>& tile, const KeyPart& part, const Norm<N
             const VR score = load(w.scores + (i * N + v) * W);
             const VR lse = norm.lse[v];
             const VR d_weight = load(w.grads + (i * N + v) * W);
-            const VR x1 = round_f32(score);
-            const VR x2 = round_f32(x1 * vr(R(0.125)));
-            const VI x3 = vi(k) <= r.q[v];
-            const VR x4 = round_f32(select(x3, vr(R(0.0)), vr(R(-3.4028234663852886e+38))));
-            const VR x5 = round_f32(x2 + x4);
-            const VR weighed = exp2_lanes((x5 - lse) * R(1.44269504088896341)) * norm.inverse[v];
+            const VR x6 = round_f32(score);
+            const VR x7 = round_f32(x6 * vr(R(0.125)));
+            const VI x8 = vi(k) <= r.q[v];
+            const VR x9 = round_f32(select(x8, vr(R(0.0)), vr(R(-3.4028234663852886e+38))));
+            const VR x10 = round_f32(x7 + x9);
+            const VR weighed = exp2_lanes((x10 - lse) * R(1.44269504088896341)) * norm.inverse[v];
             const VR prob = select(norm.chosen[v], weighed, VR{});
             store(w.scores + (i * N + v) * W, prob);
             const VR d_score = prob * (d_weight - norm.delta[v]);

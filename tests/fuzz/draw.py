@@ -11,16 +11,17 @@ from fuzz import masks
 from fuzz.draft import Draft, Sizes
 from fuzz.operands import operands, positions, shared, shared_for_all
 from fuzz.program import Program, listed
-from fuzz.written_out import broadcast, form, mask, normalised, scores, step
+from fuzz.written_out import broadcast, form, mask, normalised, scores, step, unnormalised
 
 DTYPES = ("float32", "float32", "float32", "bfloat16", "float16", "float64")
 
 
 @dataclass(frozen=True)
 class Limits:
-    """What a target has time for: the most positions and features."""
+    """What a target has time for: the most positions and features; and the least positions."""
 
     length: int = 70
+    least: int = 1
     features: int = 130
     sources: tuple[str, ...] = ("plain",) * 13 + ("sdpa",) * 3 + ("flex", "mha")
     inner: str = "eager"
@@ -68,6 +69,19 @@ def attended(d: Draft) -> None:
     beside(d, "s", "p")
     if len(d.sizes.lead) == 3:
         d.write(d.one("out = out.flatten(1, 2)", "out = out"))
+
+
+def plain_unnormalised(d: Draft) -> None:
+    """As ``plain``, without a softmax."""
+    operands(d)
+    positions(d)
+    shared(d)
+    scores(d)
+    for _ in range(d.one(0, 1, 1, 2)):
+        d.write(step(d))
+    unnormalised(d)
+    mutated(d, "q", "k", "v", *learned(d), percent=5)
+    beside(d, "s", "p")
 
 
 def sdpa(d: Draft) -> None:
@@ -154,7 +168,7 @@ def mha(d: Draft) -> None:
         d.beside.append("w")
 
 
-SOURCES = {"plain": plain, "written": written, "sdpa": sdpa, "flex": flex, "mha": mha}
+SOURCES = {"plain": plain, "written": written, "unnormalised": plain_unnormalised, "sdpa": sdpa, "flex": flex, "mha": mha}
 
 
 # ------------------------------------------------------------------------------------- what else is read, and written to
@@ -228,13 +242,16 @@ def sizes(draw: st.DrawFn, limits: Limits, source: str) -> Sizes:
 
 def lengths(draw: st.DrawFn, limits: Limits, square: bool) -> tuple[tuple[int, int], ...]:
     most = limits.length
-    one = st.one_of(st.sampled_from([n for n in (9, 1, 2, 16, 17, 33, 64) if n <= most]), st.integers(1, most))
+    one = st.one_of(
+        st.sampled_from([n for n in (9, 1, 2, 16, 17, 33, 64) if limits.least <= n <= most]), st.integers(limits.least, most)
+    )
     n, m = draw(one), draw(one)
     m = n if square else m
     if draw(st.integers(0, 9)) < 8:
         return ((n, m),)
-    more = draw(st.integers(2, most))
-    return ((n, m), (more, more if square else draw(st.integers(2, most))))
+    others = st.integers(max(2, limits.least), most)
+    more = draw(others)
+    return ((n, m), (more, more if square else draw(others)))
 
 
 def programs(limits: Limits = Limits()) -> st.SearchStrategy[Program]:

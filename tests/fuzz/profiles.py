@@ -46,11 +46,15 @@ def least(part: float, count: int) -> float:
     return part * count - (3 * (part * (1 - part) * count) ** 0.5 if PROFILE == "deep" else 0)
 
 
+# Scores of few positions and many features are left alone where there is no softmax.
+FEW = Limits(length=70, least=33, features=6, sources=("unnormalised",))
 SHARES = {
     "reference": Share("reference", 204, Limits(length=33, features=64), 72),
     "cpp": Share("cpp", 24, Limits(), 24),
     "cpp, all blocks": Share("cpp", 12, Limits(), 12, fused=0.5, masked=0.0, narrow=False),
     "triton": Share("triton", 54, Limits(length=40, features=64), 27),
+    "unnormalised": Share("reference", 24, FEW, 24, fused=0.6, masked=0.5),
+    "unnormalised, cpp": Share("cpp", 12, FEW, 12, fused=0.6, masked=0.5),
     "inductor": Share("reference", 6, Limits(length=33, features=64, inner="inductor"), 6, fused=0.5, masked=0.0),
 }
 PROGRAMS = {"ci": 300, "deep": int(os.environ.get("FUSE_FUZZ_PROGRAMS", "10000"))}[PROFILE]
@@ -98,7 +102,7 @@ class Part:
         """``ci`` draws the programs of all parts in one sequence; in ``deep`` each part has a seed of its own."""
         count = self._together if PROFILE == "deep" else self._together * (self.number + 1)
         limits = SHARES[self.share].limits
-        if PROFILE == "deep":  # what 300 programs have no room for
+        if PROFILE == "deep" and "plain" in limits.sources:  # what 300 programs have no room for
             limits = replace(limits, sources=limits.sources + ("written",) * 3)
 
         @settings(chosen, max_examples=count)

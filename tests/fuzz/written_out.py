@@ -163,6 +163,26 @@ def sets_of_keys(d: Draft) -> None:
     d.write(f"out = {' + '.join(parts if d.often(50) else parts[::-1])}")
 
 
+POSITIVE = ("p = s.sigmoid()", "p = F.relu(s).square() + 0.1", "p = F.softplus(s)", "p = F.elu(s) + 1")
+FUNCTIONS = (*POSITIVE, "p = torch.tanh(s)", "p = F.relu(s)", "p = F.relu(s).square() / m", "p = (s / 4).exp()", "p = s * 0.9")
+HIDDEN = ("p = p.masked_fill(~keep, 0)", "p = p * keep", "p = torch.where(keep, p, 0.0)", "p = keep.to(p.dtype) * p")
+
+
+def unnormalised(d: Draft) -> None:
+    """``out`` without a softmax: of functions of scores, as they are or divided by their sum."""
+    way = d.one("", "", "deferred", "divided", "by number")
+    d.write(d.one(*(POSITIVE if way in ("deferred", "divided") else FUNCTIONS)))
+    if d.often(60):
+        d.write(f"keep = {form(d)}")
+        d.write(d.one(*HIDDEN))
+    if way == "divided":
+        d.write("p = p / p.sum(-1, keepdim=True)")
+    product = d.one(*PRODUCTS)
+    d.write("p = p.to(v.dtype)")
+    ends = {"deferred": " / p.sum(-1, keepdim=True)", "by number": d.one(" / m", " * 0.3")}
+    d.write(f"out = {product}{ends.get(way, '')}")
+
+
 WEIGHTS = (
     "p = p * 0.5", "p = F.dropout(p, 0.3, training=False)", "p = p.clone()", "p *= 2", "p = p.masked_fill(i == j, 0.0)",
     "p = p * torch.where(j > 2, 1.0, 0.5).to(p.dtype)",

@@ -148,9 +148,14 @@ def mha_both_masks(attention: nn.Module, x: Tensor, ignored: Tensor, hidden: Ten
     return attention(x, x, x, key_padding_mask=ignored, attn_mask=hidden, need_weights=False)[0]
 
 
-@spelling(0, reason="ProbabilitiesUsed", inputs=mha)
+@spelling(inputs=mha)
 def mha_weights_returned(attention: nn.Module, x: Tensor) -> Any:
     return attention(x, x, x)
+
+
+@spelling(inputs=mha)
+def mha_weights_of_each_head_returned(attention: nn.Module, x: Tensor) -> Any:
+    return attention(x, x, x, average_attn_weights=False)
 
 
 @spelling(inputs=mha)

@@ -157,9 +157,9 @@ def late_denominator_of_each_feature(q: Tensor, k: Tensor, v: Tensor, logit: Ten
     return e @ v / (e.sum(-1, keepdim=True) + logit.exp())
 
 
-@spelling(0, reason="ProbabilitiesUsed", extra=lambda: (rand(16, seed=5),))
+@spelling(1, extra=lambda: (rand(16, seed=5),))
 def sink_gate_of_each_feature(q: Tensor, k: Tensor, v: Tensor, logit: Tensor) -> Tensor:
-    """An attention and a gate, which needs the scores again."""
+    """An attention and a gate, which is made of its log-sum-exp."""
     s = scores(q, k)
     return s.softmax(-1) @ v * torch.sigmoid(s.logsumexp(-1, keepdim=True) - logit)
 

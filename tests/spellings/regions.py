@@ -273,7 +273,7 @@ def probabilities_mutated(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 # --------------------------------------------------------------------------------------- what leaves, what comes between
 
 
-@spelling(0, reason="ProbabilitiesUsed")
+@spelling(1)
 def probabilities_returned(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, ...]:
     p = (q @ k.mT / 4).softmax(-1)
     return p @ v, p

@@ -156,7 +156,7 @@ def only_one_set_has_values(q: Tensor, k: Tensor, v: Tensor, k2: Tensor, v2: Ten
     return torch.cat((scores(q, k), scores(q, k2.repeat(1, 1, 2, 1))), -1).softmax(-1)[..., :9] @ v
 
 
-@spelling(0, reason="ProbabilitiesUsed", extra=another)
+@spelling(extra=another)
 def weights_of_one_set_returned(q: Tensor, k: Tensor, v: Tensor, k2: Tensor, v2: Tensor) -> tuple[Tensor, Tensor]:
     p = torch.cat((scores(q, k), scores(q, k2)), -1).softmax(-1)
     return p @ torch.cat((v, v2), -2), p[..., 9:]

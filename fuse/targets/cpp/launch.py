@@ -33,6 +33,7 @@ from fuse.targets.fallback_warnings import left_to_reference
 _LONG: dict[Part, str] = {
     "forward": f"calls of more than {MAX_LENGTH} positions",
     "backward": f"calls of more than {MAX_LENGTH} positions, or with sums of more than 1 GiB,",
+    "weights": f"calls of more than {MAX_LENGTH} positions",
     "tile map": f"masks of more than {MAX_LENGTH} positions",
 }
 Run = Callable[[bytes], int]

@@ -1,4 +1,5 @@
-"""What calls kernels without Python: ``templates/cpp/op.cpp`` and ``caller.cpp``, built once for a version of torch.
+"""What calls kernels without Python: ``templates/cpp/call.cpp``, ``op.cpp`` and ``caller.cpp``, built once for a version of
+torch.
 
 Where it cannot be built or loaded calls go through Python as before, some 15 microseconds later.
 """
@@ -26,7 +27,7 @@ from fuse.targets.cpp.plan import lse_dtype
 from fuse.torch_private import tensor_id
 
 log = logging.getLogger(__name__)
-_SOURCES = tuple(Path(fuse.templates.__path__[0]) / "cpp" / name for name in ("op.cpp", "caller.cpp"))
+_SOURCES = tuple(Path(fuse.templates.__path__[0]) / "cpp" / name for name in ("call.cpp", "op.cpp", "caller.cpp"))
 _STANDARD = "-std=c++20"  # torch 2.14's headers are written in it
 _OPERATORS = ("attention", "attention_forward", "attention_backward")
 _loaded: list[Any] = []  # at most one: what it registers with torch stays for as long as the process does
@@ -52,19 +53,23 @@ class BackwardCall:
     destinations: tuple[int, ...]
 
 
+def torch_command(python: bool = True) -> tuple[str, ...]:
+    """How a library that knows torch's tensors is built. Raises BuildFailed."""
+    folder = Path(torch.__file__).parent
+    included = (f"-I{folder / 'include'}", *([f"-I{sysconfig.get_path('include')}"] if python else []))
+    linked = ("-Wl,--no-as-needed", f"-L{folder / 'lib'}", "-ltorch_cpu", "-lc10", *(["-ltorch_python"] if python else []))
+    return (*cxx_compiler(), *FLAGS, _STANDARD, "-O2", *included, *linked)
+
+
 def load() -> None:
     """Takes over calls of ``fuse::attention``; while it does, nobody may call it. Never fails."""
     if _loaded:
         return
-    folder = Path(torch.__file__).parent
-    included = (f"-I{folder / 'include'}", f"-I{sysconfig.get_path('include')}")
-    linked = ("-Wl,--no-as-needed", f"-L{folder / 'lib'}", "-ltorch_cpu", "-lc10", "-ltorch_python")
     try:
-        compiler = cxx_compiler()
+        command = torch_command()
     except BuildFailed:  # which every kernel says, too
         return
     try:
-        command = (*compiler, *FLAGS, _STANDARD, "-O2", *included, *linked)
         versions = f"{depends(command)}\ntorch {torch.__version__}\n{sysconfig.get_config_var('SOABI')}"
         source = "\n".join(file.read_text() for file in _SOURCES)
         found = entry(NAME, "op", SUFFIX, source, versions, partial(compile_library, command), _opened)

@@ -28,6 +28,8 @@ _PARTS = (
     (r"void score_full\(", "score_full", "edit: the score of an entry, lanes are queries"),
     (r"void score_partial\(", "score_partial", "edit: the same where the mask hides some"),
     (r"void score_exact\(", "score_exact", "edit: the same as eager rounds it"),
+    (r"void weigh_rows\(", "weigh_rows", "edit: the weight of an entry, lanes are queries"),
+    (r"static void write_block\(", "write_block", "a block of queries against its keys, lanes are queries"),
     (r"void weigh\(", "weigh", "edit: the weight of an entry, lanes are queries"),
     (r"struct ScoreFull ", "ScoreFull", "edit: the score of an entry, lanes are keys"),
     (r"struct ScorePartial ", "ScorePartial", "edit: the same where the mask hides some"),
@@ -48,10 +50,10 @@ _PARTS = (
 )
 
 
-def finished(text: str, header: str, spec: AttentionSpec | TileMap) -> str:
-    """The source with an outline after its header, in lines of WIDTH."""
+def finished(text: str, header: str, spec: AttentionSpec | TileMap, result: str = "") -> str:
+    """The source with an outline after its header, in lines of WIDTH. ``result``: what it gives, if not that of ``spec``."""
     body = text[len(header) :]
-    lines = [*operand_lines(spec), READ, CONTENTS, *_contents(body)]
+    lines = [*operand_lines(spec, result), READ, CONTENTS, *_contents(body)]
     outline = "\n".join(f"// {line}" for line in lines)
     return f"{header}\n{outline}{wrapped(body)}"
 

@@ -83,6 +83,12 @@ def backward_plan(spec: AttentionSpec, isa: str, terms: bool) -> Plan:
     return replace(plan(spec, "avx512") if forward.core == "matrix" else forward, block_k=96, decode_queries=0)
 
 
+def weights_plan(spec: AttentionSpec, isa: str) -> Plan:
+    """The plan of the kernel of weights of ``spec`` on ``isa``: of the lanes core, since it waits for memory."""
+    forward = plan(spec, isa)
+    return replace(plan(spec, "avx512") if forward.core == "matrix" else forward, decode_queries=0)
+
+
 def lse_dtype(spec: AttentionSpec) -> str:
     """What the log-sum-exp of rows is kept in for backward.
 

@@ -29,7 +29,7 @@ _SLICE_LIMIT = 2**30
 _LOG2E = "R(1.44269504088896341)"
 _COMMENTS = {
     "full": "Every entry is visible.", "partial": "Some entries are masked.",
-    "exact": "Scores as eager rounds them, of every key.",
+    "exact": "Rows that are normalised again, from every key.",
 }  # fmt: skip
 
 
@@ -60,9 +60,9 @@ class _Programs:
 
     def lanes(self, name: str) -> QueryEntries:
         program = QueryEntries(f"entries_{name}", _COMMENTS[name])
-        writer = self.source.writer(program, as_eager=name == "exact")
+        writer = self.source.writer(program, as_eager=name == "exact" and self.computed.as_eager)
         seen = partial(self.source.seen, writer) if name == "partial" else list
-        program.results = self._write(writer, program.entry.lines, seen)
+        program.results = self._write(writer, program.entry.lines, seen, exact=name == "exact")
         return program
 
     def keys(self, name: str) -> KeyEntries:
@@ -78,18 +78,18 @@ class _Programs:
         program.results = self._write(writer, program.entry.lines, seen)
         return program
 
-    def _write(self, writer: Writer, lines: list[str], seen: Callable[[], list[str]]) -> Results:
-        """``seen`` writes what must hold for an entry to be visible, after its score."""
-        of, forward, as_eager = self.computed.of, self.computed.forward, writer.as_eager
-        score = of.spec.score if as_eager else forward.visible
-        slope = of.score if as_eager else self.computed.slope
-        factors = [t.factor for t in of.terms] if as_eager else self.computed.factors
+    def _write(self, writer: Writer, lines: list[str], seen: Callable[[], list[str]], exact: bool = False) -> Results:
+        """``seen`` writes what must hold for an entry to be visible, after its score; ``exact``: of rows normalised again."""
+        of, forward = self.computed.of, self.computed.forward
+        score = of.spec.score if exact else forward.visible
+        slope = of.score if exact else self.computed.slope
+        factors = [t.factor for t in of.terms] if exact else self.computed.factors
         for leaf in expr.walk(score, slope, of.spec.weight, of.weight, *factors):
             if isinstance(leaf, Score):
                 writer.leaves[leaf] = CppValue("score", "real", True)
             if isinstance(leaf, Prob):
                 writer.leaves[leaf] = CppValue("prob", "real", True)
-        if as_eager:
+        if exact:
             lines.append(f"const VR weighed = exp2_lanes(({self._real(writer, score)} - lse) * {_LOG2E}) * norm.inverse[v];")
             lines.append("const VR prob = select(norm.chosen[v], weighed, VR{});")
         else:
@@ -102,10 +102,10 @@ class _Programs:
         gate = "d_weight" if is_one(of.weight) else f"{self._real(writer, of.weight)} * d_weight"
         weight = self._real(writer, of.spec.weight)
         if of.spec.softmax:
-            return Results(weight, "prob", gate, self._slope(writer, slope, as_eager), tuple(self._terms(writer, factors)))
+            return Results(weight, "prob", gate, self._slope(writer, slope, exact), tuple(self._terms(writer, factors)))
         # Elsewhere nothing else makes what is derived there vanish, be it infinite.
         terms = [replace(t, text=_where_seen(t.text, allowed)) for t in self._terms(writer, factors)]
-        slope_seen = _where_seen(self._slope(writer, slope, as_eager), allowed)
+        slope_seen = _where_seen(self._slope(writer, slope, exact), allowed)
         return Results(weight, self._inverse(writer), gate, slope_seen, tuple(terms))
 
     def _probability(self, writer: Writer, score: str, factor: float) -> str:
@@ -128,9 +128,9 @@ class _Programs:
                 text = outer if is_one(factor) else f"{outer} * {self._real(writer, factor)}"
                 yield Added(to.name, to.kind, text, _tiled(to))
 
-    def _slope(self, writer: Writer, slope: Expr, as_eager: bool) -> str:
+    def _slope(self, writer: Writer, slope: Expr, exact: bool) -> str:
         """Where nothing depends on the raw score, its gradient is zero even in a row of NaN."""
-        if as_eager:
+        if exact:
             text = self._real(writer, slope)
             return f"select({text} == R(0), VR{{}}, d_score * {text} * R({1 / self.computed.scale!r}))"
         return "d_score" if is_one(slope) else f"d_score * {self._real(writer, slope)}"
@@ -161,7 +161,8 @@ def render_backward(spec: AttentionSpec, wanted: Sequence[bool], plan: Plan) -> 
     names = ("full", "partial") if masked else ("full",)
     programs: list[QueryProgram] = []
     if computed.recomputed_below is not None:
-        programs = [write.lanes("exact"), source.program("scores_exact", "Scores only.", spec.score, as_eager=True)]
+        scores = source.program("scores_exact", "Scores only.", spec.score, as_eager=computed.as_eager)
+        programs = [write.lanes("exact"), scores]
     key_programs: list[KeyEntries] = []
     if plan.core == "matrix":
         key_programs = [write.keys(name) for name in names]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,11 +12,12 @@ import torch
 from fuse.ir.gradient import Gradient
 from fuse.ir.spec import AttentionSpec
 from fuse.ir.tile_map import TileMap
-from fuse.targets.cpp import NAME, SUFFIX, op
+from fuse.targets.cpp import NAME, SUFFIX, op, packaged
 from fuse.targets.cpp.compiler import instruction_set, toolchain
 from fuse.targets.cpp.examine import examine
 from fuse.targets.cpp.launch import CppKernel, CppTileMap, build, build_file, build_tile_map, rendered, rendered_tile_map
 from fuse.targets.cpp.launch_backward import CppBackward, build_backward, rendered_backward
+from fuse.targets.cpp.launch_weights import CppWeights, build_weights
 from fuse.targets.cpp.plan import lse_dtype, plan
 from fuse.targets.protocols import Finding
 
@@ -51,6 +52,9 @@ class CppTarget:
     def backward(self, of: Gradient) -> CppBackward:
         return CppBackward(of.spec, of.wanted, build_backward(of.spec, of.wanted))
 
+    def weights(self, spec: AttentionSpec) -> CppWeights:
+        return CppWeights(spec, build_weights(spec))
+
     def tile_map(self, spec: TileMap) -> CppTileMap:
         return CppTileMap(spec, build_tile_map(spec))
 
@@ -71,6 +75,9 @@ class CppTarget:
 
     def tile_map_of(self, spec: TileMap, source: Path) -> CppTileMap:
         return CppTileMap(spec, build_file(source))
+
+    def package(self, specs: Mapping[str, AttentionSpec], folder: Path) -> Path:
+        return packaged.write(specs, folder)
 
     def examine(self) -> list[Finding]:
         return examine()

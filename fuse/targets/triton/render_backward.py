@@ -181,7 +181,7 @@ class _Kernel:
         """Of all entries of the rows that are ``exact``, whose largest score is ``m`` and log-sum-exp ``m + log_l``."""
         of, tile = self.computed.of, Block()
         factors = [t.factor for t in of.terms]
-        writer = self.writer(tile, as_eager=True)
+        writer = self.writer(tile, as_eager=self.computed.as_eager)
         _give_leaves(writer, self.spec.score, of.score, self.spec.weight, of.weight, *factors)
         prob = f"tl.exp2(({writer.value(self.spec.score)} - m - log_l) * {_LOG2E!r})"
         tile.lines.append(f"prob = tl.where(exact & {self.visited}_ok, {prob}, 0.0)")
@@ -209,7 +209,7 @@ class _Kernel:
     def scores(self) -> Text:
         """The scores of a tile as eager rounds them."""
         tile = Block()
-        writer = self.writer(tile, as_eager=True)
+        writer = self.writer(tile, as_eager=self.computed.as_eager)
         _give_leaves(writer, self.spec.score)
         return Text(tile.lines, writer.value(self.spec.score))
 
@@ -297,6 +297,7 @@ def render_backward(spec: AttentionSpec, wanted: Sequence[bool], described: bool
         "factor": repr(computed.scale), "real": _real(spec), "log2e": repr(_LOG2E),
         "normalisation": spec.normalisation, "softmax": spec.softmax,
         "recomputed_below": computed.recomputed_below, "recomputed_above": recomputed_above(spec.lse_dtype),
+        "as_eager": computed.as_eager,
         "rows": rows.context() | rows.summary(),
         "keys": kernels["keys"] | {"walk": keys.walk()}, "queries": kernels["queries"] | {"walk": queries.walk()},
         "distances": kernels["distances"] | {"any": distances.any()} if written_by("k - q", found) else None,
