@@ -2,7 +2,8 @@
 
 python compile_triton.py NAME[@WIDTH][/PARTS]:DTYPE:ARCH …
     a named spec with its own head dimension, or with WIDTH; by the forward kernel, with PARTS by those of decoding, and with
-    the word "backward" in the place of PARTS by those of gradients, "map" by the one of its map of tiles; with "loaded" by
+    the word "backward" in the place of PARTS by those of gradients, "map" by the one of its map of tiles, "weights" by the one
+    of its weights; with "loaded" by
     the forward kernel of calls that are not worth tensor descriptors, else they are taken where the architecture has them
 python compile_triton.py --gated                        those in GATED
 python compile_triton.py --write-budgets [NAME…]        what they take becomes the budget of this version of Triton
@@ -36,6 +37,7 @@ from fuse.targets.triton import copies, plan_decode
 from fuse.targets.triton.launch import TritonKernel
 from fuse.targets.triton.launch_backward import TritonBackward
 from fuse.targets.triton.launch_tile_map import TritonTileMap
+from fuse.targets.triton.launch_weights import TritonWeights
 
 GATED = (
     *(f"causal@{width}:bfloat16:{arch}" for width in (64, 128) for arch in ("sm_80", "sm_90", "sm_100", "gfx942")),
@@ -88,6 +90,9 @@ def compiled(asked: str) -> Iterator[tuple[str, dict[str, Any]]]:
         out = torch.empty(problem.spec.out_shape(problem.sizes), dtype=getattr(torch, problem.spec.out_dtype))
         backward = TritonBackward(problem.spec, floats(problem))
         backward(grad_out(problem), problem.operands, problem.sizes, out, lse)
+    elif parts == "weights":
+        lse = torch.empty(problem.spec.lse_shape(problem.sizes))
+        TritonWeights(problem.spec)(problem.operands, lse, problem.sizes, 0)
     elif parts == "map":
         use = tile_map.map_of(problem.spec)
         assert use is not None

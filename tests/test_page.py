@@ -368,7 +368,7 @@ def test_in_a_notebook_a_site_is_a_table_with_its_formula_and_its_line(report: R
         text for _, text in found.texts
     ]
     assert sum(1 for tag, _, _ in found.attributes if tag == "math") == 4
-    assert "output_attentions=False" in left._repr_html_()
+    assert "fuse gives these too" in left._repr_html_()
 
 
 class Printer:

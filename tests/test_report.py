@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 import fuse
 from fuse import passes
+from fuse.report.listing import listings
 from fuse.report.paths import merge_paths
 from fuse.report.reasons import RandomNumbers
 from fuse.report.report import Report, skipped
@@ -165,6 +166,19 @@ def test_what_else_uses_the_probabilities_is_named_as_it_is_written() -> None:
 
     (site,) = fuse.explain(program, torch.randn(2, 24, 32)).sites
     assert re.fullmatch(r"the scores, or what is made of them, are also used by view \(test_report\.py:\d+\)", str(site.reason))
+
+
+def test_what_is_given_beside_a_result_is_told_and_its_kernel_shown() -> None:
+    def program(x: Tensor) -> tuple[Tensor, ...]:
+        s = x @ x.mT
+        p = s.softmax(-1)
+        return p @ x, p, p.mean(1), s.logsumexp(-1)
+
+    report = fuse.explain(program, torch.randn(2, 3, 24, 32))
+    (site,) = report.sites
+    assert set(site.beside) == {"the weights", "the mean of the weights over 3 heads", "the log-sum-exp of its rows"}
+    assert "beside      the log-sum-exp of its rows and " in str(report)
+    assert {listing.what for listing in listings(site)} == {"result", "weights"}
 
 
 def test_a_declined_site_says_why_and_what_would_help() -> None:

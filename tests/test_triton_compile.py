@@ -71,6 +71,14 @@ def test_no_kernel_exceeds_its_budget(found: Kernels, budgets: Kernels) -> None:
     assert over == [], f"if that is meant to be: python tests/{SCRIPT.name} --write-budgets"
 
 
+def test_kernels_of_weights_fit() -> None:
+    found = run(*(f"{name}@{width}/weights:bfloat16:{arch}" for name in ("causal", "dropout_causal_two_tiles")
+                  for width in (64, 128) for arch in ("sm_80", "sm_90", "sm_100", "gfx942")))  # fmt: skip
+    assert {name: kernel["spills"] for name, kernel in found.items() if kernel["spills"] and ":sm_" in name} == {}
+    assert all(kernel["shared"] <= architecture(name.split()[0].split(":")[2]).shared for name, kernel in found.items())
+    assert len(found) == 16
+
+
 def excess(kernel: dict[str, Any], budget: dict[str, Any] | None) -> str:
     """What a kernel takes more than it may; empty where nothing."""
     if budget is None:

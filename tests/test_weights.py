@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import replace
 
 import pytest
@@ -17,6 +18,10 @@ import fuse.ops.weights
 from fuse import targets
 from fuse.ir.spec import AttentionSpec
 from fuse.ir.weights import weights_shape
+from fuse.ops.warm import ExpectedCall
+from fuse.qualify import faster, right
+from fuse.qualify.verdict import case_of
+from fuse.report.runs import Runs
 from fuse.targets import reference
 from fuse.targets.cpp.launch import CppKernel, build
 from fuse.targets.cpp.launch_weights import CppWeights, build_weights
@@ -198,3 +203,47 @@ def test_a_target_without_kernels_for_weights_says_so() -> None:
     with pytest.warns(RuntimeWarning, match="attention weights without its kernels.*no kernels for weights"):
         assert targets.weights_kernel(spec, "toy").runs.by == "reference"
     assert math.prod(weights_shape(spec, [2, 3, 4, 5], 3)) == 2 * 4 * 5
+
+
+# ------------------------------------------------------------------------------------------ a kernel earns its place
+
+
+def call_of(p: Problem, target: str, heads: int) -> ExpectedCall:
+    metas = tuple(torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device="meta") for t in p.operands)
+    text = p.spec.to_json()
+    return ExpectedCall(text, target, metas, tuple(p.sizes), torch.device("cpu"), ((text, heads),))
+
+
+class Halved:
+    """Weights that are half of what they are."""
+
+    runs = Runs("kernel")
+
+    def __init__(self, spec: AttentionSpec) -> None:
+        self._spec = spec
+
+    def __call__(self, operands: Sequence[Tensor], lse: Tensor, sizes: Sequence[int], heads: int) -> Tensor:
+        return reference.weights(self._spec, operands, sizes, heads, "eager") / 2
+
+
+@pytest.mark.parametrize("heads", [0, 3])
+def test_weights_are_checked_before_they_are_trusted(heads: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    call = call_of(CASES["causal"]("float32"), "reference", heads)
+    assert not [f for f in right.findings(call, [True] * 3) if f.wrong]
+    monkeypatch.setattr(targets, "weights_kernel", lambda spec, target: Halved(spec))
+    assert {f.part for f in right.findings(call, [True] * 3) if f.wrong} == {"the weights"}
+
+
+def test_weights_are_timed_beside_the_operations_that_a_model_writes() -> None:
+    call = call_of(CASES["causal"]("float32"), "reference", 0)
+    times = faster.times(call, [False] * 3, called=False)
+    assert times is not None and times.name == faster.PLAIN and times.fuse > 0
+    trained = faster.times(call, [True] * 3, called=False)
+    assert trained is not None and trained.other > 0
+
+
+def test_a_verdict_is_of_what_is_written_beside_the_result() -> None:
+    p = CASES["causal"]("float32")
+    whole, mean = (case_of(call_of(p, "reference", heads), [False] * 3, "") for heads in (0, 3))
+    alone = case_of(replace(call_of(p, "reference", 0), weights=()), [False] * 3, "")
+    assert len({whole.key, mean.key, alone.key}) == 3

@@ -108,17 +108,20 @@ def _number(n: Any) -> int | None:
 
 
 def compile_for(call: ExpectedCall, wanted: tuple[bool, ...]) -> None:
-    """With the log-sum-exp and the gradients where any are ``wanted``. It costs nobody a call if that fails."""
+    """With weights beside the result, and with gradients where any are ``wanted``. It costs nobody a call if that fails."""
     spec = parsed(call.spec)
     try:
         with torch.cuda.device(call.device) if call.device.type == "cuda" else nullcontext():
             kernel = targets.kernel(spec, call.target)
             if kernel.source is None:
                 return
-            if not any(wanted):
+            if not any(wanted) and not call.weights:
                 kernel(call.operands, call.sizes)
                 return
             out, lse = kernel.forward(call.operands, call.sizes)
-            targets.backward_kernel(spec, call.target, wanted)(out, call.operands, call.sizes, out, lse)
+            for text, heads in call.weights:
+                targets.weights_kernel(parsed(text), call.target)(call.operands, lse, call.sizes, heads)
+            if any(wanted):
+                targets.backward_kernel(spec, call.target, wanted)(out, call.operands, call.sizes, out, lse)
     except Exception:
         log.debug("compiling beforehand failed; the first call will tell why if it matters", exc_info=True)

@@ -54,7 +54,7 @@ def listings(site: Site) -> tuple[Listing, ...]:
     if site.spec is None or not site.recovered:
         return ()
     ready = {part: text for part, runs in site.runs.items() if (text := _text(runs))}
-    rendered = {} if ready.keys() >= site.runs.keys() > set() else sources(site.spec, site.target, site.wanted)
+    rendered = {} if ready.keys() >= site.runs.keys() > set() else sources(site.spec, site.target, site.wanted, site.weights)
     found = []
     for part, what in _WHAT.items():
         runs = site.runs.get(part)

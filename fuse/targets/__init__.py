@@ -112,8 +112,11 @@ def running(
     return said if worst is None else said | {"weights": worst}
 
 
-def sources(spec: AttentionSpec, target: str, wanted: tuple[bool, ...]) -> dict[Part, str]:
-    """The kernels that ``target`` would build for ``spec`` on this machine, those that it can show. Builds nothing."""
+def sources(
+    spec: AttentionSpec, target: str, wanted: tuple[bool, ...], weights: Sequence[AttentionSpec] = ()
+) -> dict[Part, str]:
+    """The kernels that ``target`` would build for ``spec`` on this machine, and for the first of ``weights`` beside it, those
+    that it can show. Builds nothing."""
     shown, use = registry.named(target), _map_of(spec)
     if not isinstance(shown, Shown):
         return {}
@@ -122,6 +125,8 @@ def sources(spec: AttentionSpec, target: str, wanted: tuple[bool, ...]) -> dict[
         asked["backward"] = partial(shown.backward_source, gradient(spec, wanted))
     if use is not None:
         asked["tile map"] = partial(shown.tile_map_source, use)
+    if weights:
+        asked["weights"] = partial(shown.weights_source, weights[0])
     found: dict[Part, str] = {}
     for part, source in asked.items():
         with suppress(BuildFailed, Unsupported):

@@ -144,6 +144,10 @@ class Shown(Protocol):
 
     def tile_map_source(self, spec: TileMap) -> str: ...
 
+    def weights_source(self, spec: AttentionSpec) -> str:
+        """Raises Unsupported."""
+        ...
+
 
 @runtime_checkable
 class FromFile(Protocol):

@@ -191,7 +191,8 @@ def learned(d: Draft) -> list[str]:
 def beside(d: Draft, *names: str) -> None:
     """Other results, of the operands and of ``names``."""
     if d.often(12):
-        of_names = (*names, *(f"{x}.amax(-1)" for x in names), *(f"{x} @ v" for x in names))
+        mean = ".mean(-3)" if d.sizes.lead else ".sum(-2)"
+        of_names = [f"{x}{read}" for x in names for read in ("", ".amax(-1)", " @ v", ".logsumexp(-1)", mean)]
         d.beside.append(d.one("q", "q * 2", "k.sum()", "v[..., 0]", "out", "out.mT", "out[..., :1]", "out.detach()", *of_names))
 
 

@@ -17,7 +17,7 @@ from fuse.targets.cpp.compiler import instruction_set, toolchain
 from fuse.targets.cpp.examine import examine
 from fuse.targets.cpp.launch import CppKernel, CppTileMap, build, build_file, build_tile_map, rendered, rendered_tile_map
 from fuse.targets.cpp.launch_backward import CppBackward, build_backward, rendered_backward
-from fuse.targets.cpp.launch_weights import CppWeights, build_weights
+from fuse.targets.cpp.launch_weights import CppWeights, build_weights, rendered_weights
 from fuse.targets.cpp.plan import lse_dtype, plan
 from fuse.targets.protocols import Finding
 
@@ -66,6 +66,9 @@ class CppTarget:
 
     def tile_map_source(self, spec: TileMap) -> str:
         return rendered_tile_map(spec).text
+
+    def weights_source(self, spec: AttentionSpec) -> str:
+        return rendered_weights(spec).text
 
     def forward_of(self, spec: AttentionSpec, source: Path) -> CppKernel:
         return CppKernel(spec, build_file(source))

@@ -18,8 +18,8 @@ from fuse.ir.spec import AttentionSpec
 from fuse.ir.tile_map import TileMap
 from fuse.targets.cache import BuildFailed
 from fuse.targets.fallback import KernelOrElse, OrElse
-from fuse.targets.protocols import Backward, Finding, Kernel, MapKernel
-from fuse.targets.standin import ReferenceBackward, ReferenceKernel, ReferenceTileMap
+from fuse.targets.protocols import Backward, Finding, Kernel, MapKernel, WeightsKernel
+from fuse.targets.standin import ReferenceBackward, ReferenceKernel, ReferenceTileMap, ReferenceWeights
 from fuse.targets.triton import NAME, SUFFIX
 from fuse.targets.triton.plan import ARCHITECTURES, described, plan_triton
 
@@ -62,6 +62,13 @@ class TritonTarget:
 
         return OrElse(TritonBackward(of.spec, of.wanted), partial(ReferenceBackward, of), REFUSALS, "backward")
 
+    def weights(self, spec: AttentionSpec) -> WeightsKernel:
+        with _installed():
+            from fuse.targets.triton.function import REFUSALS
+            from fuse.targets.triton.launch_weights import TritonWeights
+
+        return OrElse(TritonWeights(spec), partial(ReferenceWeights, spec), REFUSALS, "weights")
+
     def tile_map(self, spec: TileMap) -> MapKernel:
         with _installed():
             from fuse.targets.triton.function import REFUSALS
@@ -88,6 +95,13 @@ class TritonTarget:
             from fuse.targets.triton.render_tile_map import render_tile_map_triton
 
         return render_tile_map_triton(spec)
+
+    def weights_source(self, spec: AttentionSpec) -> str:
+        with _installed():
+            from fuse.targets.triton.module import current_architecture
+            from fuse.targets.triton.render_weights import render_weights
+
+        return render_weights(spec, plan_triton(spec, current_architecture()))
 
     def forward_of(self, spec: AttentionSpec, source: Path) -> Kernel:
         with _installed():
