@@ -17,6 +17,7 @@ of the graph
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from functools import partial
@@ -31,7 +32,7 @@ import fuse.ops.weights  # noqa: F401  they register their ops
 from fuse.ir.spec import AttentionSpec, InvalidSpec, verify
 from fuse.passes import census
 from fuse.passes.accept import Found, accept, declined_site
-from fuse.passes.beside import read_beside
+from fuse.passes.beside import Beside, read_beside
 from fuse.passes.contents import know_contents
 from fuse.passes.expand import Expansion, expand
 from fuse.passes.find import Candidate, find, is_attention
@@ -42,9 +43,10 @@ from fuse.passes.pays import check_pays
 from fuse.passes.policy import Choose, Contents, Leave, Policy, leave_none
 from fuse.passes.read.bodies import Body, bodies
 from fuse.passes.read.graph import State, hidden_subclass, operator_name, states, tensor_of
-from fuse.passes.read.trace import Trace, trace
-from fuse.passes.replace import insert, live_nodes, remove, unread_nodes
+from fuse.passes.read.trace import Trace, Value, trace
+from fuse.passes.replace import add_up, insert, live_nodes, remove, unread_nodes
 from fuse.passes.tables import tabulate
+from fuse.passes.terms import terms_of
 from fuse.passes.tiles import map_tiles
 from fuse.passes.transforms import check_transforms
 from fuse.report.reasons import (
@@ -56,6 +58,7 @@ from fuse.report.reasons import (
     OtherDevice,
     ProbabilitiesUsed,
     Reason,
+    SeveralSoftmaxes,
     Slower,
     Subclass,
     UnsupportedShape,
@@ -71,6 +74,8 @@ PASSES: tuple[Pass, ...] = (
     put_keys_innermost,  # biases that lie across the keys are copied once
     map_tiles,  # what an opaque mask lets be seen of each tile is computed once in the graph
 )
+
+_NO_ATTENTION = (NotSoftmax, NoScoreProduct)
 
 
 def run(
@@ -136,7 +141,7 @@ class _Told:
     def decline(self, candidate: Candidate, reason: Reason) -> None:
         if not candidate.softmax:
             self._two_products(candidate, reason)
-        elif isinstance(reason, (NotSoftmax, NoScoreProduct)) and not is_attention(candidate.anchor):
+        elif isinstance(reason, _NO_ATTENTION) and not is_attention(candidate.anchor):
             self.lacking[candidate.anchor] = reason
         else:
             self.nodes.add(candidate.anchor)
@@ -179,24 +184,28 @@ def _fuse_sites(body: Body, policy: Policy, expansions: Sequence[Expansion]) -> 
     calls = {n: e.call for e in expansions for n in e.nodes}
     state_of = states(graph, body.begins)
     candidates = find(graph, state_of)
+    summed: set[Node] = set()  # products that are parts of sites
     refused = None if policy.refused is None else ((c, policy.refused) for c in candidates)
     read: list[_Read] = []
     settled: set[Node] = set()
     for candidate, traced in refused or _traces(graph, candidates, state_of):
-        if candidate.softmax or candidate.roots[0] not in settled:
+        if candidate.roots[0] not in summed and (candidate.softmax or candidate.roots[0] not in settled):
             reason = told.tried(candidate, partial(_read_site, candidate, traced, policy, state_of), read)
-            if not isinstance(reason, (NotSoftmax, NoScoreProduct, InternalError)):
+            if not isinstance(reason, (*_NO_ATTENTION, InternalError)):
                 settled.add(candidate.roots[0])
+            if reason is None and read[-1].root is candidate.roots[-1]:
+                summed |= candidate.sums
     live = _live_beside(graph, candidates, read, kept)
-    found: list[Found] = []
+    groups: list[list[Found]] = []
 
-    def put(site: _Read) -> Found:
-        made = _insert_site(graph, site, state_of, live, {old for f in found for old, _ in f.replacement.beside})
+    def put(site: _Read) -> list[Found]:
+        made = _insert_site(graph, site, state_of, live, {old for g in groups for f in g for old, _ in f.replacement.beside})
         _check_wanted(graph, made, policy.leave, calls.get(site.candidate.anchor, site.candidate.anchor))
         return made
 
     for site in read:
-        told.tried(site.candidate, partial(put, site), found)
+        told.tried(site.candidate, partial(put, site), groups)
+    found = [f for group in groups for f in group]
     told.forget_readers([f.candidate.anchor for f in found if f.replacement.weights])
     for f, decided in accept(graph, candidates, found, kept) if candidates else ():
         if isinstance(decided, Site):
@@ -243,44 +252,94 @@ def _trace_slices(graph: Graph, candidates: list[Candidate], state_of: Mapping[N
 
 
 @dataclass(frozen=True)
-class _Read:
-    """A candidate of which a root was read; ``steps``: as of Found."""
+class _Term:
+    """What was read; ``steps``: as of Found."""
 
-    candidate: Candidate
-    root: Node
     lifted: Lifted
-    context: SiteContext
     steps: tuple[tuple[str, AttentionSpec], ...]
 
 
+@dataclass(frozen=True)
+class _Read:
+    """A candidate of which a root was read: the sum of ``terms`` and of what is no attention."""
+
+    candidate: Candidate
+    root: Node
+    terms: tuple[_Term, ...]
+    plain: tuple[Value, ...]
+    context: SiteContext
+
+
 def _read_site(candidate: Candidate, traced: Trace | Declined, policy: Policy, state_of: Mapping[Node, State]) -> _Read:
-    """The site at the outermost of the candidate's roots that can be read."""
+    """The site at the outermost of the candidate's roots that can be read; several where the weights are a sum."""
     if isinstance(traced, Declined):
         raise traced
     context = _context(traced, candidate, policy)
     declined: Declined | None = None
     for root in reversed(candidate.roots):
         try:
-            lifted = lift(root, context.trace, candidate.softmax)
+            lifted = lift(context.trace.value_of[root], context.trace, candidate.softmax)
         except Declined as d:
             declined = declined or d
             continue
-        check_pays(lifted)
-        check_transforms(lifted, candidate.inputs, state_of[candidate.anchor], state_of[root])
-        steps = [("lift", lifted.spec)]
-        for each in PASSES:
-            lifted = _verified(each, each(lifted, context))
-            steps.append((each.__name__, lifted.spec))
-        return _Read(candidate, root, lifted, context, tuple(steps))
+        term = _read_term(candidate, root, lifted, context, state_of)
+        return _Read(candidate, root, (term,), (), context)
     assert declined is not None
-    raise declined
+    if not candidate.softmax:
+        raise declined
+    return _read_sum(candidate, context, state_of, declined)
 
 
-def _insert_site(graph: Graph, site: _Read, state_of: Mapping[Node, State], live: Set[Node], given: Set[Node]) -> Found:
+def _read_sum(candidate: Candidate, context: SiteContext, state_of: Mapping[Node, State], declined: Declined) -> _Read:
+    """A term for each of the weights that is an attention. Raises ``declined``, or what is known better, if none is."""
+    root, trace = candidate.roots[0], context.trace
+    terms: list[_Term] = []
+    plain: list[Value] = []
+    for value in terms_of(trace.value_of[root], trace.stops if trace.value_of[root] in trace.flowing else ()):
+        try:
+            terms.append(_read_term(candidate, root, lift(value, trace), context, state_of))
+        except Declined as d:
+            plain.append(value)
+            declined = d if isinstance(declined.reason, (*_NO_ATTENTION, SeveralSoftmaxes)) else declined
+    if not terms:
+        raise declined
+    return _Read(candidate, root, tuple(terms), tuple(plain), context)
+
+
+def _read_term(candidate: Candidate, root: Node, lifted: Lifted, context: SiteContext, state_of: Mapping[Node, State]) -> _Term:
+    check_pays(lifted)
+    check_transforms(lifted, candidate.inputs, state_of[candidate.anchor], state_of[root])
+    steps = [("lift", lifted.spec)]
+    for each in PASSES:
+        lifted = _verified(each, each(lifted, context))
+        steps.append((each.__name__, lifted.spec))
+    return _Term(lifted, tuple(steps))
+
+
+def _insert_site(graph: Graph, site: _Read, state_of: Mapping[Node, State], live: Set[Node], given: Set[Node]) -> list[Found]:
     """``live``: what is needed beside the results of all sites; ``given``: of that, what others give."""
-    beside = read_beside(site.candidate, site.root, site.lifted, site.context, state_of, live, given)
-    replacement = insert(graph, site.root, beside, site.lifted, site.context, state_of[site.root].transforms)
-    return Found(site.candidate, site.lifted, replacement, (*site.steps, ("insert", replacement.spec)))
+    first, *others = site.terms
+    if others or site.plain:
+        return _insert_sum(graph, site, state_of)
+    beside = read_beside(site.candidate, site.root, first.lifted, site.context, state_of, live, given)
+    return [_inserted(graph, site, first, beside, state_of)]
+
+
+def _insert_sum(graph: Graph, site: _Read, state_of: Mapping[Node, State]) -> list[Found]:
+    found: list[Found] = []
+    try:
+        for term in site.terms:
+            found.append(_inserted(graph, site, term, Beside((), (), site.root, ""), state_of))
+    except Declined:
+        remove(graph, [n for f in found for n in f.replacement.made])
+        raise
+    added = add_up(graph, [f.replacement for f in found], site.plain, site.terms[0].lifted, site.context)
+    return [dataclasses.replace(f, replacement=r) for f, r in zip(found, added, strict=True)]
+
+
+def _inserted(graph: Graph, site: _Read, term: _Term, beside: Beside, state_of: Mapping[Node, State]) -> Found:
+    replacement = insert(graph, site.root, beside, term.lifted, site.context, state_of[site.root].transforms)
+    return Found(site.candidate, term.lifted, replacement, (*term.steps, ("insert", replacement.spec)))
 
 
 def _context(traced: Trace, candidate: Candidate, policy: Policy) -> SiteContext:
@@ -296,14 +355,15 @@ def _target(candidate: Candidate, choose: Choose) -> str:
     return target
 
 
-def _check_wanted(graph: Graph, site: Found, leave: Leave, call: Node) -> None:
-    """Raises Declined, and takes the op back, where the site is to be left as it is. ``call``: see Leave; or no attention."""
-    anchor, made = site.candidate.anchor, site.replacement
+def _check_wanted(graph: Graph, sites: Sequence[Found], leave: Leave, call: Node) -> None:
+    """Raises Declined, and takes the ops back, where one is to be left as it is. ``call``: see Leave; or no attention."""
+    anchor = sites[0].candidate.anchor
     written = anchor if is_attention(anchor) else call if call is not anchor else None
-    reason = leave(made.op, made.wanted, "" if written is None else operator_name(written))
-    if reason is not None:
-        remove(graph, made.made)
-        raise Declined(reason)
+    name = "" if written is None else operator_name(written)
+    for reason in [leave(f.replacement.op, f.replacement.wanted, name) for f in sites]:
+        if reason is not None:
+            remove(graph, {n for f in sites for n in f.replacement.made})
+            raise Declined(reason)
 
 
 def _verified(by: Pass, lifted: Lifted) -> Lifted:

@@ -32,7 +32,8 @@ class Found:
     def consumed(self) -> set[Node]:
         """The nodes that nothing else may need: the scores, and what draws random numbers, which are now others."""
         drawn = {leaf.origin for leaf in self.lifted.leaves if isinstance(leaf, Seed)}
-        return {n for n in {self.lifted.scores.origin, *drawn} if n is not None and n is not self.replacement.root}
+        scores = {value.origin for value in self.lifted.scores}
+        return {n for n in scores | drawn if n is not None and n is not self.replacement.root}
 
 
 def accept(
@@ -49,7 +50,8 @@ def accept(
     while True:
         replaced = {old: new for f in accepted for old, new in f.replacement.pairs}
         live = live_nodes(graph, slices, replaced)
-        still = [f for f in accepted if live.isdisjoint(f.consumed)]
+        kept_back = {f.replacement.root for f in accepted if not live.isdisjoint(f.consumed)}  # a sum is fused in whole
+        still = [f for f in accepted if f.replacement.root not in kept_back]
         if len(still) == len(accepted):
             break
         accepted = still
@@ -59,7 +61,7 @@ def accept(
             for old, new in f.replacement.pairs:
                 old.replace_all_uses_with(new)
             decided.append((f, _fused_site(f)))
-        else:
+        elif all(s.replacement.root is not f.replacement.root for s in found[: found.index(f)]):
             reader, lacks = _user_of(f, live, slices - f.candidate.statistics), f.replacement.lacks
             decided.append((f, ProbabilitiesUsed(f"{reader}: {lacks}" if lacks else reader)))
     remove(graph, [n for n in graph.nodes if n in slices and n not in live])

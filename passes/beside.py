@@ -123,9 +123,9 @@ class _Finder:
 
     def _between(self) -> set[Node]:
         """What the slice computes from the scores, but for the result and what is made of that."""
-        origin = self.lifted.scores.origin
+        origins = {value.origin for value in self.lifted.scores}
         behind = reached_from(self.root)
-        return {n for n in reached_from(origin) & self.candidate.nodes if n not in behind and n is not origin}
+        return {n for n in reached_from(*origins) & self.candidate.nodes if n not in behind and n not in origins}
 
     def _give(self, node: Node) -> bool:
         value = self.context.trace.value_of.get(node)

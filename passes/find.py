@@ -51,6 +51,7 @@ _LEVELS = (
 # Which results of operators of attention are statistics of rows
 _FLEX_ROWS: Mapping[int, tuple[Literal["lse", "max"], Calls]] = {1: ("lse", IN_BASE_2), 2: ("max", IN_BASE_2)}
 _VARLEN_ROWS: Mapping[int, tuple[Literal["lse", "max"], Calls]] = {1: ("lse", VARLEN_LSE)}
+_SUMS = {"add", "iadd", "add_", "__add__"}
 # Of what a log-sum-exp, or a mean of weights, is made beside what the result needs.
 _STATISTICS = {
     "logsumexp", "log", "add", "amax", "max", "getitem", "squeeze", "unsqueeze", "mean", "view", "reshape", "unflatten", "sum",
@@ -76,6 +77,7 @@ class Candidate:
     anchor      the normalisation, a call of attention as a whole, or the first of two contractions without either
     roots       nodes whose value may be the attention's result, most likely first
     rows        beside a root: what of it somebody reads
+    sums        where the last root adds up products behind one anchor: these
     statistics  nodes that no root needs, but that may be such, or weights
     softmax     whether there is a normalisation; of one root there may be two candidates, with and without
     """
@@ -85,6 +87,7 @@ class Candidate:
     nodes: frozenset[Node]
     inputs: frozenset[Node]
     rows: tuple[RowStatistic, ...] = ()
+    sums: frozenset[Node] = frozenset()
     statistics: frozenset[Node] = frozenset()
     softmax: bool = True
 
@@ -108,8 +111,11 @@ def find(graph: Graph, states: Mapping[Node, State]) -> list[Candidate]:
                 # The nearest normalisation counts; one further up, such as a router's, may also end here
                 reached[contraction] = (node, passed | reached.get(contraction, (node, set()))[1])
     for contraction, (anchor, passed) in reached.items():
-        roots = (contraction, *_divisions_after(contraction))
-        found[contraction] = _with_statistics(_slice(anchor, roots, passed, states, mutations, order))
+        total, products = _sum_after(contraction, {c for c, (n, _) in reached.items() if n is anchor})
+        first = total is not None and contraction is min(products, key=order.__getitem__)
+        roots = (contraction, *((total,) if total is not None and first else _divisions_after(contraction)))
+        made = _with_statistics(_slice(anchor, roots, passed, states, mutations, order))
+        found[contraction] = replace(made, sums=products) if first else made
     settled = {c.roots[0] for c in found.values() if operator_name(c.anchor) not in FUNCTIONS}
     chains = [
         replace(_slice(first, (second, *_divisions_after(second)), passed, states, mutations, order), softmax=False)
@@ -217,6 +223,25 @@ def _is_row_sum(node: Node) -> bool:
 def _divisions_after(contraction: Node) -> tuple[Node, ...]:
     """Deferred normalisation: (exp(s) @ v) / sum."""
     return tuple(u for u in contraction.users if operator_name(u) in ("div", "truediv", "mul", "div_", "mul_", "itruediv"))
+
+
+def _sum_after(contraction: Node, alike: set[Node]) -> tuple[Node | None, frozenset[Node]]:
+    """The node that adds up products of ``alike`` alone, this one among them, and these."""
+    total, products, node = None, frozenset[Node](), contraction
+    while len(node.users) == 1:
+        (node,) = node.users
+        if operator_name(node) in _SUMS and len(terms := _terms(node)) > 1 and terms <= alike:
+            total, products = node, terms
+        elif not _is_view(node):
+            break
+    return total, products
+
+
+def _terms(node: Node) -> frozenset[Node]:
+    """What a sum is a sum of, behind views."""
+    if operator_name(node) in _SUMS:
+        return frozenset().union(*map(_terms, node.all_input_nodes))
+    return _terms(node.all_input_nodes[0]) if _is_view(node) else frozenset((node,))
 
 
 def _mutations(graph: Graph) -> dict[int, list[Node]]:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import sympy
@@ -27,11 +27,14 @@ from fuse.passes.lookups import hoist_lookups
 from fuse.passes.policy import Contents
 from fuse.passes.predicate import REPLACED, separate
 from fuse.passes.read import pointwise, views  # noqa: F401  the readers register themselves
-from fuse.passes.read.elements import POLYNOMIAL, PRODUCTS, Opaque, Reader, as_index, dims, may_wrap, op_name
+from fuse.passes.read.elements import POLYNOMIAL, PRODUCTS, Opaque, Reader, as_index, dims, may_wrap, op_name, summed_into
 from fuse.passes.read.graph import reached_from
+from fuse.passes.read.joined import joined_products, joined_scores
+from fuse.passes.read.mixed import check_before
+from fuse.passes.read.products import Product, Side, product_of
 from fuse.passes.read.random import with_scaled_choices
 from fuse.passes.read.softmax import DeferredNormalisation, Softmax, recognise, unnormalised
-from fuse.passes.read.trace import Trace, Value
+from fuse.passes.read.trace import Trace, Value, computed, depends_on
 from fuse.report.reasons import (  # fmt: skip
     Declined,
     IntegersWrap,
@@ -44,17 +47,9 @@ from fuse.report.reasons import (  # fmt: skip
     UnsupportedType,
 )
 
+_FEATURES = 256  # of all feature dimensions together
 _SPECIALISATIONS = 4  # feature dimensions of query and value, with something to spare
 SUPPORTED = ("float32", "bfloat16", "float16", "float64")
-
-
-@dataclass(frozen=True)
-class Product:
-    """sum over t of left[..., t] * right[..., t] as the two operands' values and coordinates."""
-
-    value: Value
-    sides: tuple[tuple[Value, tuple[IndexExpr, ...]], tuple[Value, tuple[IndexExpr, ...]]]
-    over: sympy.Symbol
 
 
 @dataclass(frozen=True)
@@ -78,7 +73,8 @@ class Lifted:
     leaves     the tensors behind spec.operands
     sizes      the values of spec.symbols
     out_dims   root dimension → dimension of the op's result
-    scores     the product of query and key, which must not be used elsewhere
+    features   sizes of what the op's last dimension has to be split into, if it stands for several of the root's
+    scores     the products of query and keys, which must not be used elsewhere
     read       see Read
     relied     of what it is known what they hold, on which the spec relies
     """
@@ -87,9 +83,10 @@ class Lifted:
     leaves: tuple[Value, ...]
     sizes: tuple[IndexExpr, ...]
     out_dims: tuple[int, ...]
-    scores: Value
+    scores: tuple[Value, ...]
     read: Read
     relied: tuple[Node, ...] = ()
+    features: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -109,22 +106,41 @@ class Pass(Protocol):
     def __call__(self, lifted: Lifted, context: SiteContext, /) -> Lifted: ...
 
 
-def lift(root: Node, trace: Trace, softmax: bool = True) -> Lifted:
-    """The spec of what ``root`` computes, with a softmax or without. Raises Declined with the reason that blocked it."""
-    out = trace.value_of[root]
+def lift(out: Value, trace: Trace, softmax: bool = True) -> Lifted:
+    """The spec of what ``out`` is, with a softmax or without. Raises Declined with the reason that blocked it."""
     if out.dtype not in SUPPORTED:
         raise Declined(UnsupportedType(f"the result is {out.dtype}"))
     for _ in range(_SPECIALISATIONS):
         try:
-            reader = Reader(held=trace.node_of, stops=trace.stops if out in trace.flowing else ())
+            reader = Reader(held=trace.node_of, stops=trace.stops if trace.flows(out) else ())
             return _Lift(reader, out, softmax).run()
         except _Specialised:
             continue  # as a rule the sizes of the trace now show the number
+        except _SeveralFeatures as several:
+            return _lift_joined(out, several.dims, trace, softmax)
     raise Declined(UnsupportedShape("a feature dimension is a formula of several sizes"))
 
 
 class _Specialised(Exception):
     """A size was fixed to its number, with a guard: what was read before still has the symbol."""
+
+
+class _SeveralFeatures(Exception):
+    """The values have several feature dimensions: these of the result, from outermost to innermost in theirs."""
+
+    def __init__(self, dims: Sequence[int]) -> None:
+        super().__init__(dims)
+        self.dims = tuple(dims)
+
+
+def _lift_joined(out: Value, features: Sequence[int], trace: Trace, softmax: bool) -> Lifted:
+    """``out`` read with its feature dimensions as one."""
+    others = [d for d in range(len(out.shape)) if d not in features]
+    joined = computed([out], lambda x: x.permute(*others, *features).flatten(len(others)))
+    lifted = lift(joined, trace, softmax)
+    place = {d: lifted.out_dims[i] for i, d in enumerate(others)} | {d: len(others) + i for i, d in enumerate(features)}
+    out_dims = tuple(place[d] for d in range(len(out.shape)))
+    return replace(lifted, out_dims=out_dims, features=tuple(int(out.shape[d]) for d in features))
 
 
 class _Lift:
@@ -157,45 +173,16 @@ class _Lift:
 
     def _result(self) -> tuple[Product, DeferredNormalisation | None]:
         """The product with the values, and what it is divided or multiplied by where the normalisation is deferred."""
-        found = _uncast(self.r.element(self.out, self.axes))
-        if isinstance(found, Opaque) and (product := self.product(found, "k")):
+        found = joined_products(self.r, _uncast(self.r.element(self.out, self.axes)))
+        if isinstance(found, Opaque) and (product := product_of(self.r, found, "k")):
             return product, None
         if isinstance(found, Apply) and found.op in ("div", "mul"):
             left, right = map(_uncast, found.operands)
-            if isinstance(left, Opaque) and (product := self.product(left, "k")):
+            if isinstance(left, Opaque) and (product := product_of(self.r, left, "k")):
                 return product, DeferredNormalisation(found.op, right)
         raise Declined(NoScoreProduct(f"the result is {type(found).__name__.lower()} {getattr(found, 'op', '')}".strip()))
 
-    def product(self, found: Opaque, over: str) -> Product | None:
-        """The two sides of a matrix product or of a sum of products."""
-        coords = tuple(self.r.index(c) for c in found.coords)
-        name, v = found.name, found.value
-        if name in PRODUCTS:
-            left, right = v.args[1:3] if name in ("baddbmm", "addmm") else v.args[:2]
-            if left.dtype != right.dtype:  # tracing lets it pass, eager refuses it
-                raise Declined(UnsupportedType(f"a product of {left.dtype} and {right.dtype}"))
-            t = self.r.space.add(over, dims(left)[-1])
-            batch, (i, j) = coords[:-2], coords[-2:]
-            return Product(v, ((left, (*batch, i, t)), (right, (*batch, t, j))), t)
-        if name == "sum" and op_name(v.args[0]) == "mul" and (at := self._summed(v, coords, over)):
-            factors = [x for x in v.args[0].args if isinstance(x, Value)]
-            if len(factors) == 2:
-                a, b = ((x, pointwise.broadcast(at[0], x)) for x in factors)
-                return Product(v, (a, b), at[1])
-        return None
-
-    def _summed(self, v: Value, coords: tuple[IndexExpr, ...], over: str) -> tuple[tuple[IndexExpr, ...], sympy.Symbol] | None:
-        source = dims(v.args[0])
-        axes = v.args[1] if len(v.args) > 1 else []
-        if not isinstance(axes, (list, tuple)) or len(axes) != 1:
-            return None
-        axis, keepdim = axes[0] % len(source), len(coords) == len(source)
-        t = self.r.space.add(over, source[axis])
-        return (*coords[:axis], t, *coords[axis + keepdim :]), t
-
-    def _probabilities_and_values(
-        self, product: Product
-    ) -> tuple[tuple[Value, tuple[IndexExpr, ...]], tuple[Value, tuple[IndexExpr, ...]]]:
+    def _probabilities_and_values(self, product: Product) -> tuple[Side, Side]:
         """Which side holds the normalised scores: the one whose coordinates reach a softmax or an exp, or where there is none
         a product that is not a value by itself."""
         for side, other in (product.sides, product.sides[::-1]):
@@ -204,42 +191,62 @@ class _Lift:
                 return side, other
         raise Declined(NotSoftmax("neither factor is normalised" if self.softmax else "neither factor is made of a product"))
 
-    def _row_and_feature(
-        self, probs: tuple[Value, tuple[IndexExpr, ...]], values: tuple[Value, tuple[IndexExpr, ...]], k: sympy.Symbol
-    ) -> tuple[sympy.Symbol, sympy.Symbol]:
+    def _row_and_feature(self, probs: Side, values: Side, k: sympy.Symbol) -> tuple[sympy.Symbol, sympy.Symbol]:
         """The query index is read by the probabilities alone, the value feature by the values alone."""
         p_axes, v_axes = _free(probs[1]), _free(values[1])
         rows = [x for x in self.axes if x in p_axes - v_axes]
         features = [x for x in self.axes if x in v_axes - p_axes]
         if not features and self.shape[-1] == 1:
             features = [x for x in self.axes[-1:] if x not in rows]
-        if len(features) != 1:
-            raise Declined(UnsupportedShape("the values have no single feature dimension"))
-        self._fix(features[0], self.out)
+        if not features:
+            raise Declined(UnsupportedShape("the values have no feature dimension"))
+        for x in features:
+            self._fix(x, self.out)
+        if len(features) > 1:
+            self._check_together(features)
+            raise _SeveralFeatures([self.axes.index(x) for x in sorted(features, key=lambda x: -_step(x, values[1]))])
         if not rows:
-            rows = [x for x in reversed(self.axes) if self.r.space.sizes[x] == 1 and x != features[0]][:1]
+            rows = [x for x in reversed(self.axes) if self.r.space.sizes[x] == 1 and x not in features][:1]
         if not rows:
             raise Declined(UnsupportedShape("there is no query dimension"))
         return rows[-1], features[0]
 
+    def _check_together(self, features: Sequence[sympy.Symbol]) -> None:
+        count = math.prod(int(self.r.space.sizes[x]) for x in features)
+        if count > _FEATURES:
+            raise Declined(
+                UnsupportedShape(f"one row of weights has {count} features of values, in {len(features)} dimensions")
+            )
+
     # ------------------------------------------------------------------------------------------------- the score
 
-    def _score(self, softmax: Softmax, q: sympy.Symbol, k: sympy.Symbol) -> tuple[Expr, Value, Load, Load, sympy.Symbol]:
-        opaque = _last_first(_summed_into(softmax.score))
+    def _score(
+        self, softmax: Softmax, q: sympy.Symbol, k: sympy.Symbol
+    ) -> tuple[Expr, tuple[Value, ...], Load, Load, sympy.Symbol]:
+        joined = joined_scores(self.r, softmax.score, q, k)
+        raw = softmax.score if joined is None else joined.score
+        opaque = _last_first(summed_into(raw))
         for candidate in opaque:
-            product = self.product(candidate, "d")
-            if product is None or (sides := self._query_and_key(product, q, k)) is None:
+            one = joined is not None and candidate is joined.marker
+            product = joined.product if joined is not None and one else product_of(self.r, candidate, "d")
+            if product is None:
+                continue
+            sides = self._query_and_key(product, q, k)
+            if sides is None:
+                check_before(self.r, product, k)
                 continue
             self._fix(product.over, *(value for value, _ in product.sides))
             self.r.inner.add(product.over)
             query, key = (self._operand(*side) for side in sides)
-            score = expr.substitute(softmax.score, {candidate: Score(candidate.dtype)})
+            score = expr.substitute(raw, {candidate: Score(candidate.dtype)})
             batch = {x.name for x in self.axes if x not in self.r.inner and self.r.space.sizes[x] != 1}
             score = hoist_lookups(self.r, self._with_addend(score, candidate), {q.name, k.name}, batch)
             score = self._loaded(score)
-            if any(_depends_on(leaf, product.value) for leaf in self._used(score, softmax)):
-                raise Declined(ScoresUsed(self._culprit(score, softmax, product.value)))
-            return score, product.value, query, key, product.over
+            scores = joined.of if joined is not None and one else (product.value,)
+            for leaf in self._used(score, softmax):
+                if any(depends_on(leaf, s) for s in scores):
+                    raise Declined(ScoresUsed(op_name(leaf)))
+            return score, scores, query, key, product.over
         raise Declined(NoScoreProduct(", ".join(sorted({o.name for o in opaque})) or "the scores are loaded"))
 
     def _with_addend(self, score: Expr, candidate: Opaque) -> Expr:
@@ -267,9 +274,7 @@ class _Lift:
         if not size.is_Integer:
             raise Declined(UnsupportedShape(f"a feature dimension of size {size}"))
 
-    def _query_and_key(
-        self, product: Product, q: sympy.Symbol, k: sympy.Symbol
-    ) -> tuple[tuple[Value, tuple[IndexExpr, ...]], tuple[Value, tuple[IndexExpr, ...]]] | None:
+    def _query_and_key(self, product: Product, q: sympy.Symbol, k: sympy.Symbol) -> tuple[Side, Side] | None:
         """The sides in the order query, key if one is read at row q and the other at key k, and nowhere else."""
         one_row, one_key = (self.r.space.sizes[x] == 1 for x in (q, k))
         for a, b in (product.sides, product.sides[::-1]):
@@ -300,11 +305,8 @@ class _Lift:
         return expr.rewrite(score, rule)
 
     def _used(self, score: Expr, softmax: Softmax) -> list[Value]:
-        roots = (score, softmax.weight, *softmax.extra_logits)
+        roots = (score, *map(self._loaded, (softmax.weight, *softmax.extra_logits)))
         return [self.r.leaves[i] for i in expr.operands(*roots)]
-
-    def _culprit(self, score: Expr, softmax: Softmax, scores: Value) -> str:
-        return next(op_name(leaf) for leaf in self._used(score, softmax) if _depends_on(leaf, scores))
 
     # -------------------------------------------------------------------------------------------------- assembly
 
@@ -312,7 +314,7 @@ class _Lift:
         self,
         softmax: Softmax,
         score: Expr,
-        scores: Value,
+        scores: tuple[Value, ...],
         loads: Sequence[Load],
         axes: tuple[sympy.Symbol, sympy.Symbol, sympy.Symbol, sympy.Symbol],
     ) -> Lifted:
@@ -347,6 +349,12 @@ class _Lift:
         out_dims = tuple(order.index(x) for x in self.axes)
         all_sizes = (*sizes, *(self.r.symbols[s] for s in others))
         return Lifted(spec, leaves, all_sizes, out_dims, scores, Read(self.r, softmax, tuple(batch), q, k))
+
+
+def _step(x: sympy.Symbol, coords: Sequence[IndexExpr]) -> int:
+    """How far x moves the coordinate that it is in."""
+    steps = [parts[0] for c in coords if x in c.free_symbols and (parts := linear(c, x)) is not None]
+    return max((abs(int(step)) for step in steps if step.is_Integer), default=0)
 
 
 def _named_sizes(sizes: Sequence[IndexExpr], batch: int) -> dict[str, str]:
@@ -386,18 +394,6 @@ def _check_numbers(roots: Sequence[Expr]) -> None:
             raise Declined(IntegersWrap(f"{to_text(n)} as {n.dtype}"))
 
 
-def _summed_into(score: Expr) -> list[Opaque]:
-    """The products that reach the score as numbers; those that only decide a condition belong to its mask."""
-    seen: dict[Expr, None] = {}
-    stack = [score]
-    while stack:
-        node = stack.pop()
-        if node not in seen and node.dtype != "bool":
-            seen[node] = None
-            stack.extend(node.args)
-    return [n for n in seen if isinstance(n, Opaque)]
-
-
 def _last_first(products: list[Opaque]) -> list[Opaque]:
     """Those first on which fewer of the others depend: what is added to the score has to be there before it."""
     if len(products) < 2:
@@ -429,16 +425,3 @@ def _made_of_products(e: Expr) -> bool:
 
 def _free(coords: Sequence[IndexExpr]) -> set[sympy.Symbol]:
     return set().union(*(c.free_symbols for c in coords)) if coords else set()
-
-
-def _depends_on(value: Value, source: Value) -> bool:
-    seen: set[Value] = set()
-    stack = [value]
-    while stack:
-        v = stack.pop()
-        if v is source:
-            return True
-        if v not in seen:
-            seen.add(v)
-            stack.extend(v.inputs())
-    return False

@@ -32,8 +32,8 @@ from fuse.passes.read.graph import (
     writes,
 )
 from fuse.passes.read.trace import Seed, Trace, Value
-from fuse.report.reasons import Declined, Mutated, NotTraceable, ScoresUsed, UnsupportedShape
-from fuse.torch_private import CleanDiv, FloorDiv, schema
+from fuse.report.reasons import Declined, Mutated, NotTraceable, RandomNumbers, ScoresUsed, UnsupportedShape
+from fuse.torch_private import CleanDiv, FloorDiv, schema, to_copy
 
 aten = torch.ops.aten  # programs of torch.export hold nothing else
 _SEED_OF = "seed of fuse"  # marks the seed of what a node draws
@@ -87,7 +87,7 @@ def insert(
     """Emits the op before ``root``, or before who needs what is given ``beside`` it; nothing uses it yet. Raises Declined, and
     leaves the graph as it was, if it cannot.
     """
-    spec = replace(lifted.spec, out_order=tuple(lifted.out_dims[d] for d in memory_order(root)))
+    spec = replace(lifted.spec, out_order=_out_order(root, lifted))
     verify(spec)
     trace, target = context.trace, context.target
     flowing = trace.value_of[root] in trace.flowing
@@ -100,11 +100,11 @@ def insert(
             emitter.undo()
             raise
         first = len(emitter.new)
-        op, result, others = _results(emitter, (list(leaves), sizes), spec, target, lifted.out_dims, beside)
+        op, result, others = _results(emitter, (list(leaves), sizes), spec, target, lifted, beside)
         if flowing and _may_be_written(graph, root):
             result = emitter.new_call(aten.clone.default, (result,), {})
     for node in emitter.new[first:]:
-        node.meta.update({k: v for k, v in root.meta.items() if k in ("stack_trace", "nn_module_stack", "source_fn_stack")})
+        node.meta.update(_traced(root))
     for old, new in ((root, result), *others):
         new.meta["example_value"] = old.meta.get("example_value")
     wanted = tuple(flowing and d and trace.flows(x) for x, d in zip(lifted.leaves, differentiable(spec), strict=True))
@@ -114,8 +114,43 @@ def insert(
     )  # fmt: skip
 
 
+def add_up(
+    graph: Graph, terms: Sequence[Replacement], plain: Sequence[Value], lifted: Lifted, context: SiteContext
+) -> tuple[Replacement, ...]:
+    """``terms``, all of one root, with the sum of their results and of ``plain`` in its place; plain values are computed anew.
+
+    Raises Declined, and leaves the graph without the terms, if one of these cannot be had. lifted: of any of the terms
+    """
+    root, around = terms[0].root, terms[0].around
+    trace = context.trace
+    emitter = _Emitter(graph, root, root, trace, lifted, trace.value_of[root] in trace.flowing, around)
+    with graph.inserting_before(root):
+        try:
+            out, *others = [*(term.result for term in terms), *map(emitter.tensor, plain)]
+        except Declined:
+            emitter.undo()
+            remove(graph, {n for term in terms for n in term.made})
+            raise
+        for other in others:
+            out = emitter.new_call(aten.add.Tensor, (out, other), {})
+        dtype = trace.value_of[root].meta.dtype
+        if dtype in (torch.bfloat16, torch.float16):
+            out = emitter.new_call(to_copy, (out,), {"dtype": dtype})
+    for node in emitter.new:
+        node.meta.update(_traced(root))
+    for term in terms:
+        del term.result.meta["example_value"]
+    out.meta["example_value"] = root.meta.get("example_value")
+    return tuple(replace(term, result=out, made=(*term.made, *emitter.new)) for term in terms)
+
+
+def _traced(root: Node) -> dict[str, Any]:
+    """What is known of where a node comes from."""
+    return {k: v for k, v in root.meta.items() if k in ("stack_trace", "nn_module_stack", "source_fn_stack")}
+
+
 def _results(
-    emitter: _Emitter, call: tuple[Any, Any], spec: AttentionSpec, target: str, out_dims: Sequence[int], beside: Beside
+    emitter: _Emitter, call: tuple[Any, Any], spec: AttentionSpec, target: str, lifted: Lifted, beside: Beside
 ) -> tuple[Node, Node, tuple[tuple[Node, Node], ...]]:
     """The op, and what has the root's dimensions: the result, and what stands for other nodes."""
     found: dict[str, Node] = {}
@@ -136,9 +171,12 @@ def _results(
         op = out = emitter.new_call(torch.ops.fuse.attention.default, arguments, {})
     if any(of.kind == "max" for of in beside.rows):
         found["max"] = emitter.new_call(torch.ops.fuse.attention_max.default, arguments[:-1], {})
-    rows = ((of.node, _as_given(emitter, found[of.kind], out_dims, of)) for of in beside.rows)
+    of_rows = [d for d in lifted.out_dims if d <= spec.batch]
+    rows = ((of.node, _as_given(emitter, found[of.kind], of_rows, of)) for of in beside.rows)
     weights = ((w.node, _shaped(emitter, m, spec, w)) for w, m in zip(beside.weights, matrices, strict=True))
-    return op, emitter.permuted(out, out_dims), (*rows, *weights)
+    if lifted.features:
+        out = emitter.new_call(aten.unflatten.int, (out, -1, list(lifted.features)), {})
+    return op, emitter.permuted(out, lifted.out_dims), (*rows, *weights)
 
 
 def _shaped(emitter: _Emitter, matrix: Node, spec: AttentionSpec, of: WeightsOf) -> Node:
@@ -149,9 +187,22 @@ def _shaped(emitter: _Emitter, matrix: Node, spec: AttentionSpec, of: WeightsOf)
     return matrix if of.heads is None or of.dtype == spec.lse_dtype else emitter.new_call(aten.to.dtype, (matrix, dtype), {})
 
 
-def _as_given(emitter: _Emitter, rows: Node, out_dims: Sequence[int], of: RowStatistic) -> Node:
+def _out_order(root: Node, lifted: Lifted) -> tuple[int, ...]:
+    """The op's dimensions from outermost to innermost in memory, as those of the root are."""
+    order = [lifted.out_dims[d] for d in memory_order(root)]
+    if lifted.features:
+        last = len(order) - len(lifted.features)
+        together = list(range(last, len(order)))
+        at = order.index(last)
+        if order[at : at + len(together)] != together:
+            raise Declined(UnsupportedShape("feature dimensions of the result lie apart in memory"))
+        order[at : at + len(together)] = [last]
+    return tuple(order)
+
+
+def _as_given(emitter: _Emitter, rows: Node, dims: Sequence[int], of: RowStatistic) -> Node:
     """What the op says of rows as the operator that it stands for does."""
-    node = emitter.permuted(rows, [d for d in out_dims if d != len(out_dims) - 1])
+    node = emitter.permuted(rows, dims)
     for function, given in of.calls:
         node = emitter.new_call(function, (node, *given), {})
     return node
@@ -169,7 +220,7 @@ class _Emitter:
         self.around = around  # values of a transform's level are not to be had outside of it
         self.saves = flowing  # operands are kept for the backward pass, in which they must be what they were
         # What is computed from the scores, if only from their shape, would keep them alive
-        self.of_scores = reached_from(lifted.scores.origin)
+        self.of_scores = set().union(*(reached_from(value.origin) for value in lifted.scores))
         self.order = {n: i for i, n in enumerate(graph.nodes)}
         self.read_over = _between([n for v in lifted.leaves if (n := self._held(v)) is not None], root)
         self.made: dict[Value, Node] = {}
@@ -230,6 +281,8 @@ class _Emitter:
             node = self.trace.node_of.get(value)
             if node in self.of_scores:
                 raise Declined(ScoresUsed(operator_name(node), location(node)))
+            if value.op is not None:
+                raise Declined(RandomNumbers(f"those of {schema(value.op).name} are needed as a tensor"))
             raise Declined(NotTraceable("a tensor that the graph does not hold"))
         args, kwargs = self._arguments(value.args), self._arguments(dict(value.kwargs))
         node = self._call(value.op, args, kwargs)
@@ -339,6 +392,10 @@ def live_nodes(graph: Graph, slices: Iterable[Node], replaced: Mapping[Node, Nod
     that they write.
     """
     inside = set(slices)
+    roots = {storage_of(n) for n in replaced}
+    made = set().union(
+        *map(reached_from, (*replaced, *replaced.values()))
+    )  # what reads a root's memory reads the replacement's
     live: set[Node] = set()
     stack = [n for n in graph.nodes if n not in inside]
     while True:
@@ -347,7 +404,7 @@ def live_nodes(graph: Graph, slices: Iterable[Node], replaced: Mapping[Node, Nod
             if node not in live:
                 live.add(node)
                 stack.extend(replaced.get(x, x) for x in node.all_input_nodes)
-        memory = {storage_of(n) for n in live} - {None}
+        memory = {storage_of(n) for n in live if n not in made or storage_of(n) not in roots} - {None}
         stack = [n for n in inside - live if any(storage_of(w) in memory for w in writes(n))]
         if not stack:
             return live

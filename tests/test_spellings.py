@@ -16,25 +16,17 @@ from spellings import (
     products,
     regions,
     scales,
+    sets_of_keys,
     softmaxes,
+    terms,
     unnormalised,
 )
 from together import narrow
 
 TOPICS = (
-    beside,
-    softmaxes,
-    products,
-    scales,
-    masks,
-    biases,
-    layouts,
-    composites,
-    regions,
-    near_misses,
-    near_miss_masks,
-    unnormalised,
-)
+    beside, softmaxes, products, scales, masks, biases, layouts, sets_of_keys, terms, composites, regions, near_misses,
+    near_miss_masks, unnormalised,
+)  # fmt: skip
 
 
 # A row that is NaN gives NaN to all gradients; eager's masked_fill keeps it from those of queries and keys.
@@ -91,6 +83,9 @@ SYMBOLIC = (
     "products.einsum_heads_third", "products.einsum_batch_last_in_scores", "products.sum_of_products", "products.bmm",
     "scales.on_both_by_power", "scales.as_full_tensor", "masks.causal_buffer_slice", "masks.window", "masks.padding_extended",
     "masks.causal_and_padding_combined", "masks.four_masks", "biases.alibi", "biases.t5", "biases.relative_by_gather",
+    "biases.added_to_a_part_in_place",
+    "sets_of_keys.weights_sliced_the_other_way_round", "sets_of_keys.causal_among_the_first",
+    "terms.difference_by_head_in_place", "terms.convit",
     "layouts.packed_split", "layouts.cache_by_cat", "composites.sdpa_causal_more_keys", "composites.mha_both_masks",
     "composites.encoder_layer", "regions.autocast_inside", "regions.two_in_a_row", "near_miss_masks.empty_rows_lowest",
 )  # fmt: skip

@@ -57,14 +57,29 @@ class WrongDimension(Reason):
     unblock = "nothing: this is no attention over keys"
 
 
+class HeadsMixed(Reason):
+    message = "heads are mixed {detail} the softmax: each weight reads the scores of all heads"
+    unblock = "nothing yet: a kernel would hold the scores of all heads at once, as many tiles as there are heads"
+
+
 class WeightNotLinear(Reason):
     message = "what follows the softmax is not linear in the probabilities: {detail}"
     unblock = "move the operation behind the product with the values, or into the scores"
 
 
+class SeveralSoftmaxes(Reason):
+    message = "several softmaxes are in the weights, which are not a sum of them: {detail}"
+    unblock = "write the weights as a sum of softmaxes, each with a factor"
+
+
 class NoScoreProduct(Reason):
     message = "no product of query and key was found behind the softmax: {detail}"
     unblock = "nothing: the scores come from elsewhere"
+
+
+class ScoresJoined(Reason):
+    message = "scores of several sets of keys are joined that are not those of one query: {detail}"
+    unblock = "multiply one query with the keys of all sets, each in one product"
 
 
 class ChainOfProducts(Reason):

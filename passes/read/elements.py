@@ -124,6 +124,7 @@ class Reader:
     views_only: bool = False
     _simpler: dict[Value, Value | None] = field(default_factory=dict)
     _atoms: dict[Expr, sympy.Symbol] = field(default_factory=dict)
+    _made: dict[Expr, IndexExpr] = field(default_factory=dict)
     _known: dict[tuple[Value, tuple[IndexExpr, ...], bool], Expr] = field(default_factory=dict)
 
     def element(self, value: Value, coords: Sequence[IndexExpr]) -> Expr:
@@ -147,7 +148,11 @@ class Reader:
     def _element(self, value: Value, coords: tuple[IndexExpr, ...]) -> Expr:
         if value.literal is not None:
             return const(value.literal, value.dtype)
-        if value.op is None or (self.views_only and (not _is_view(value) or self._only_view_held(value))):
+        if (
+            value.op is None
+            or self._is_written(value)
+            or (self.views_only and (not _is_view(value) or self._only_view_held(value)))
+        ):
             return self.load(value, coords)
         if value in self.stops:
             found = self.load if self.views_only else self._stopped
@@ -189,6 +194,13 @@ class Reader:
             base = base.args[0]
         return value in self.held and base.op is not None and base not in self.held
 
+    def _is_written(self, value: Value) -> bool:
+        """Is it torch.tensor([…]) of several numbers? The graph has a node for it, none for the numbers."""
+        base = value
+        while op_name(base) in ("detach", "lift_fresh", "lift_fresh_copy"):
+            base = base.args[0]
+        return value in self.held and base.op is None and base.literal is None and base not in self.held
+
     def load(self, value: Value, coords: Sequence[IndexExpr]) -> Expr:
         if value not in self.leaves:
             self.leaves.append(value)
@@ -206,10 +218,14 @@ class Reader:
     def expression(self, e: IndexExpr) -> Expr:
         """sympy → Expr."""
         self.symbols.update({s.name: s for s in e.free_symbols if s not in self.space.sizes})
-        return index_to_expr(e, {s: x for x, s in self._atoms.items()}, self.space)
+        made = index_to_expr(e, {s: x for x, s in self._atoms.items()}, self.space)
+        self._made.setdefault(made, e)
+        return made
 
     def index(self, e: Expr) -> IndexExpr:
-        """Expr of an integer → sympy."""
+        """Expr of an integer → sympy. What was made of sympy is that again: places in tensors, which do not wrap."""
+        if e in self._made:
+            return self._made[e]
         if isinstance(e, expr.Const):
             return sympy.Integer(int(e.value))
         if isinstance(e, expr.Index):
@@ -324,6 +340,25 @@ def may_wrap(e: Expr, dtype: str) -> bool:
         return False
     whole, found = WHOLE[dtype], range_of(e, lambda n: point(n.value) if isinstance(n, Const) else Range(0, MAX_LENGTH))
     return not (whole.low < found.low and found.high < whole.high)
+
+
+def uncast(e: Expr) -> Expr:
+    """What a chain of casts between floats was given."""
+    while isinstance(e, Apply) and e.op == "cast" and e.dtype in expr.FLOATS and e.operands[0].dtype in expr.FLOATS:
+        e = e.operands[0]
+    return e
+
+
+def summed_into(score: Expr) -> list[Opaque]:
+    """The products that reach the score as numbers; those that only decide a condition belong to its mask."""
+    seen: dict[Expr, None] = {}
+    stack = [score]
+    while stack:
+        node = stack.pop()
+        if node not in seen and node.dtype != "bool":
+            seen[node] = None
+            stack.extend(node.args)
+    return [n for n in seen if isinstance(n, Opaque)]
 
 
 def has_opaque(e: Expr) -> bool:

@@ -4,6 +4,7 @@ multiplies values without one: scores, or these divided by their sum.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
@@ -12,9 +13,11 @@ import sympy
 from fuse.ir import expr
 from fuse.ir.expr import Apply, Expr, Prob, apply, const
 from fuse.ir.index import IndexExpr
-from fuse.passes.read.elements import Opaque, Reader, dims
+from fuse.passes.read.elements import PRODUCTS, Opaque, Reader, dims, summed_into, uncast
+from fuse.passes.read.mixed import check_behind
+from fuse.passes.read.shifts import subtracts, without_shift
 from fuse.passes.read.trace import Value
-from fuse.report.reasons import Declined, NotSoftmax, WeightNotLinear, WrongDimension
+from fuse.report.reasons import Declined, NotSoftmax, Reason, SeveralSoftmaxes, WeightNotLinear, WrongDimension
 
 _SINK_LIMIT = 8  # extra positions of the softmax that have no key
 
@@ -52,7 +55,7 @@ def recognise(r: Reader, weights: Expr, deferred: DeferredNormalisation | None, 
     if deferred.op == "div":
         return _by_exp(r, weights, factor, k)
     if isinstance(factor, Apply) and factor.op == "reciprocal":
-        return _by_exp(r, weights, _uncast(factor.operands[0]), k)
+        return _by_exp(r, weights, uncast(factor.operands[0]), k)
     return _with_gate(r, _recognise(r, weights, k), factor, k)
 
 
@@ -60,12 +63,12 @@ def unnormalised(r: Reader, weights: Expr, deferred: DeferredNormalisation | Non
     """``weights`` is what multiplies the values, and holds no softmax. Raises Declined where rows are scaled by something else
     than their sum."""
     if deferred is not None:
-        if deferred.op == "div" and _reduces(r, deferred.factor, _uncast(weights), k, ("sum",)):
+        if deferred.op == "div" and _reduces(r, deferred.factor, uncast(weights), k, "sum"):
             return _of_scores(weights, Prob(weights.dtype), "sum")
         raise Declined(NotSoftmax("the result is scaled by something else"))
     for quotient in (n for n in expr.walk(weights) if isinstance(n, Apply) and n.op in ("div", "mul") and _divides(n)):
         score, total = _divides(quotient) or (quotient, quotient)
-        if not _reduces(r, total, score, k, ("sum",)):
+        if not _reduces(r, total, score, k, "sum"):
             raise Declined(NotSoftmax("scores are divided by more than their sum"))
         weight = expr.substitute(weights, {quotient: Prob(quotient.dtype)})
         _check_linear(weight)
@@ -79,10 +82,10 @@ def _of_scores(score: Expr, weight: Expr, normalisation: str) -> Softmax:
 
 def _with_gate(r: Reader, softmax: Softmax, gate: Expr, k: sympy.Symbol) -> Softmax:
     """sigmoid(logsumexp(s) - z) times softmax(s) is the softmax in which a logit z takes part."""
-    difference = _uncast(gate.operands[0]) if isinstance(gate, Apply) and gate.op == "sigmoid" else None
+    difference = uncast(gate.operands[0]) if isinstance(gate, Apply) and gate.op == "sigmoid" else None
     if isinstance(difference, Apply) and difference.op == "sub":
         lse, z = difference.operands
-        if not softmax.extra_logits and _reduces(r, _uncast(lse), softmax.score, k, ("logsumexp",)):
+        if not softmax.extra_logits and _reduces(r, lse, softmax.score, k, "logsumexp"):
             return replace(softmax, extra_logits=(_cast(z, softmax.score.dtype),))
     raise Declined(NotSoftmax("the result is scaled by something else"))
 
@@ -103,11 +106,11 @@ def _recognise(r: Reader, weights: Expr, k: sympy.Symbol) -> Softmax:
 
 def _divides(n: Apply) -> tuple[Expr, Expr] | None:
     """(numerator, denominator) of a quotient by a sum."""
-    left, right = map(_uncast, n.operands)
+    left, right = map(uncast, n.operands)
     if n.op == "mul":
         if not (isinstance(right, Apply) and right.op == "reciprocal"):
             return None
-        right = _uncast(right.operands[0])
+        right = uncast(right.operands[0])
     has_sum = any(isinstance(x, Opaque) and x.name == "sum" for x in expr.walk(right))
     return (left, right) if has_sum else None
 
@@ -117,7 +120,7 @@ def _divides(n: Apply) -> tuple[Expr, Expr] | None:
 
 def _by_name(r: Reader, weights: Expr, named: list[Opaque], k: sympy.Symbol) -> Softmax:
     if len(named) > 1:
-        raise Declined(NotSoftmax("several softmaxes in one product"))
+        raise Declined(_of_several(r, weights, named, k))
     node = named[0]
     dim = node.value.args[1] % len(node.coords)
     coords = tuple(r.index(c) for c in node.coords)
@@ -125,19 +128,30 @@ def _by_name(r: Reader, weights: Expr, named: list[Opaque], k: sympy.Symbol) -> 
         coords = (*coords[:dim], k, *coords[dim + 1 :])
     for i, c in enumerate(coords):
         if (k in c.free_symbols) != (i == dim):
+            if coords[dim] in r.space.sizes:
+                check_behind(r, r.element(node.value.args[0], coords), k, coords[dim])
             raise Declined(WrongDimension(f"dimension {dim} of {tuple(node.value.shape)}"))
     source = node.value.args[0]
     pieces = _pieces(r, source, coords, dim, k)
-    score, *extra = _without_maximum(r, source, [r.element(source, at) for at in pieces], pieces, dim, k)
+    score, *extra = without_shift(r, [r.element(source, at) for at in pieces], k)
     probability: Expr = node
     if node.name == "_log_softmax":
-        found = [n for n in expr.walk(weights) if isinstance(n, Apply) and n.op == "exp" and _uncast(n.operands[0]) is node]
+        found = [n for n in expr.walk(weights) if isinstance(n, Apply) and n.op == "exp" and uncast(n.operands[0]) is node]
         if not found:
             raise Declined(NotSoftmax("log_softmax without exp"))
         probability = found[0]
     softmax_dtype = probability.dtype
     return _finish(_cast(score, softmax_dtype), tuple(_cast(x, softmax_dtype) for x in extra), weights, probability,
                    node.name == "_safe_softmax")  # fmt: skip
+
+
+def _of_several(r: Reader, weights: Expr, named: list[Opaque], k: sympy.Symbol) -> Reason:
+    """Attention where some of them are taken of products that differ by key."""
+    for node in named:
+        score = r.element(node.value.args[0], tuple(r.index(c) for c in node.coords))
+        if any(n.name in PRODUCTS and k.name in expr.axes(n) for n in summed_into(score)):
+            return SeveralSoftmaxes(f"{len(named)}, below {getattr(weights, 'op', 'a product')}")
+    return NotSoftmax("several softmaxes in one product")
 
 
 def _cast(e: Expr, dtype: str) -> Expr:
@@ -158,50 +172,13 @@ def _pieces(r: Reader, source: Value, coords: tuple[IndexExpr, ...], dim: int, k
     return [coords, *((*coords[:dim], at, *coords[dim + 1 :]) for at in before + after)]
 
 
-def _without_maximum(
-    r: Reader, source: Value, found: list[Expr], pieces: list[tuple[IndexExpr, ...]], dim: int, k: sympy.Symbol
-) -> list[Expr]:
-    """softmax(x - max(x)) is softmax(x): the maximum that a model subtracts itself, over the same entries, is dropped."""
-    if len(found) == 1:
-        return [_shift_dropped(r, found[0], k)]
-    stripped = []
-    for e, at in zip(found, pieces, strict=True):
-        x = _minus_maximum(r, e, at[dim], k)
-        if x is None:
-            return found
-        stripped.append(x)
-    return stripped
-
-
-def _shift_dropped(r: Reader, e: Expr, k: sympy.Symbol) -> Expr:
-    """e without the row maxima that are subtracted inside it, where only sums and factors free of k lie around them."""
-    if not isinstance(e, Apply):
-        return e
-    if (x := _minus_maximum(r, e, k, k)) is not None:
-        return x
-    operands = list(e.operands)
-    if e.op in ("cast", "add", "sub") or (e.op in ("mul", "div") and k.name not in expr.axes(operands[1])):
-        operands[0] = _shift_dropped(r, operands[0], k)
-    if e.op == "add" or (e.op == "mul" and k.name not in expr.axes(operands[0])):
-        operands[1] = _shift_dropped(r, operands[1], k)
-    return e.with_args(tuple(operands))
-
-
-def _minus_maximum(r: Reader, e: Expr, at: IndexExpr, k: sympy.Symbol) -> Expr | None:
-    e = _uncast(e)
-    if not (isinstance(e, Apply) and e.op == "sub"):
-        return None
-    x, m = e.operands
-    return x if _reduces(r, _uncast(m), x, at, ("amax", "max")) else None
-
-
-def _reduces(r: Reader, m: Expr, x: Expr, at: IndexExpr, names: tuple[str, ...]) -> bool:
+def _reduces(r: Reader, m: Expr, x: Expr, at: IndexExpr, name: str) -> bool:
     """Is m the reduction, along one dimension, of the very tensor whose element at ``at`` is x?"""
-    m = _uncast(r.behind(m)) if "max" in names else _uncast(m)  # a maximum may be detached, a normaliser may not
-    if not (isinstance(m, Opaque) and m.name in names and m.value.output == 0):
+    m = uncast(m)
+    if not (isinstance(m, Opaque) and m.name == name):
         return False
     inner = reduced_element(r, m, at)
-    return inner is not None and _uncast(inner) is _uncast(x)
+    return inner is not None and uncast(inner) is uncast(x)
 
 
 def reduced_element(r: Reader, m: Opaque, at: IndexExpr) -> Expr | None:
@@ -230,18 +207,17 @@ def _by_exp(r: Reader, numerator: Expr, denominator: Expr, k: sympy.Symbol) -> S
     inner = reduced_element(r, row_sum, k)
     if inner is None:
         raise Declined(NotSoftmax("the sum runs over several dimensions"))
-    inner = _uncast(inner)
+    inner = uncast(inner)
     if not (isinstance(inner, Apply) and inner.op == "exp"):
         raise Declined(NotSoftmax("the sum is not over exp"))
     if _size_of_sum(row_sum) != r.space.sizes[k]:
         raise Declined(WrongDimension("the sum runs over another number of entries than the product"))
-    if all(_uncast(n) is not inner for n in expr.walk(numerator)):
+    if all(uncast(n) is not inner for n in expr.walk(numerator)):
         raise Declined(NotSoftmax("numerator and denominator differ"))
-    shift, score = _shifted(r, inner.operands[0], k)
-    extra = _extra_logits(_uncast(denominator), row_sum, shift)
+    score, *extra = without_shift(r, [inner.operands[0], *_added_logits(uncast(denominator), row_sum)], k)
     weight = expr.substitute(numerator, {inner: Prob(inner.dtype)})
     _check_linear(weight)
-    return Softmax(score, extra, weight, safe=False)
+    return Softmax(score, tuple(extra), weight, safe=False)
 
 
 def _size_of_sum(row_sum: Opaque) -> IndexExpr:
@@ -249,43 +225,25 @@ def _size_of_sum(row_sum: Opaque) -> IndexExpr:
     return dims(source)[(axes if isinstance(axes, int) else axes[0])]
 
 
-def _shifted(r: Reader, e: Expr, k: sympy.Symbol) -> tuple[Expr | None, Expr]:
-    """(m, s) of s - m where m is the maximum of s over the keys; (None, e) else."""
-    e = _uncast(e)
-    if isinstance(e, Apply) and e.op == "sub":
-        x, m = e.operands
-        if _reduces(r, _uncast(m), x, k, ("amax", "max")):
-            return m, x
-    return None, e
-
-
-def _extra_logits(denominator: Expr, row_sum: Opaque, shift: Expr | None) -> tuple[Expr, ...]:
-    """Beside the sum, the denominator may hold exp(z - m): a logit z without a value."""
+def _added_logits(denominator: Expr, row_sum: Opaque) -> list[Expr]:
+    """Beside the sum, the denominator may hold exp(z), or a number, which is that of its logarithm: logits without a value."""
     if denominator is row_sum:
-        return ()
+        return []
     if isinstance(denominator, Apply) and denominator.op == "add":
-        parts = [_uncast(p) for p in denominator.operands]
-        if row_sum in parts:
-            rest = parts[1 - parts.index(row_sum)]
-            if (z := _logit(rest, shift)) is not None:
-                return (z,)
+        parts = [uncast(p) for p in denominator.operands]
+        here = [p for p in parts if row_sum in expr.walk(p)]
+        if len(here) == 1:
+            return [*_added_logits(here[0], row_sum), _logit(parts[1 - parts.index(here[0])])]
     raise Declined(NotSoftmax(f"the denominator is {denominator.__class__.__name__.lower()} of more than the sum"))
 
 
-def _logit(e: Expr, shift: Expr | None) -> Expr | None:
-    """z with e == exp(z - shift)."""
-    if shift is None:
-        if isinstance(e, expr.Const) and e.value == 1:
-            return const(0.0, e.dtype)
-        return e.operands[0] if isinstance(e, Apply) and e.op == "exp" else None
-    if not (isinstance(e, Apply) and e.op == "exp"):
-        return None
-    x = _uncast(e.operands[0])
-    if isinstance(x, Apply) and x.op == "neg" and _uncast(x.operands[0]) is _uncast(shift):
-        return const(0.0, e.dtype)
-    if isinstance(x, Apply) and x.op == "sub" and _uncast(x.operands[1]) is _uncast(shift):
-        return x.operands[0]
-    return None
+def _logit(e: Expr) -> Expr:
+    """z with e == exp(z)."""
+    if isinstance(e, expr.Const) and e.value > 0:
+        return const(math.log(e.value), e.dtype)
+    if isinstance(e, Apply) and e.op == "exp":
+        return e.operands[0]
+    raise Declined(NotSoftmax("what is added to the sum is neither a positive number nor an exponential"))
 
 
 def _by_logsumexp(r: Reader, weights: Expr, k: sympy.Symbol) -> Softmax:
@@ -293,10 +251,10 @@ def _by_logsumexp(r: Reader, weights: Expr, k: sympy.Symbol) -> Softmax:
     for n in expr.walk(weights):
         if not (isinstance(n, Apply) and n.op == "exp"):
             continue
-        inner = _uncast(n.operands[0])
+        inner = uncast(n.operands[0])
         if isinstance(inner, Apply) and inner.op == "sub":
             x, m = inner.operands
-            if _reduces(r, _uncast(m), x, k, ("logsumexp",)):
+            if _reduces(r, m, x, k, "logsumexp"):
                 return replace(_finish(x, (), weights, n, False), rounded=True)
     raise Declined(NotSoftmax("exp without a sum over the keys"))
 
@@ -307,7 +265,7 @@ def empty_log_sum_exp(r: Reader, e: Expr, of: Softmax, k: sympy.Symbol) -> str |
     By its name, or as log(sum(exp(s - m))) + m, m being the maximum. None where it is not, else what it is in a row without any
     score: "-inf", or by a maximum "nan".
     """
-    e, wanted = _uncast(e), [of.score, *of.extra_logits]
+    e, wanted = uncast(e), [of.score, *of.extra_logits]
     if isinstance(e, Opaque) and e.name == "logsumexp":
         return "-inf" if any(_all_same(found, wanted) for found in _joined(r, e, k)) else None
     total, m = _plus_maximum(e)
@@ -319,10 +277,11 @@ def empty_log_sum_exp(r: Reader, e: Expr, of: Softmax, k: sympy.Symbol) -> str |
         found = _by_exp(r, inner, total.operands[0], k)
     except Declined:
         return None
-    exponential = _uncast(inner)
+    exponential = uncast(inner)
     assert isinstance(exponential, Apply)  # see _by_exp
-    shift = _shifted(r, exponential.operands[0], k)[0]
-    if (m and _uncast(m)) is not (shift and _uncast(shift)) or not _all_same([found.score, *found.extra_logits], wanted):
+    if not subtracts(exponential.operands[0], found.score, m, k) or not _all_same([found.score, *found.extra_logits], wanted):
+        return None
+    if m is not None and not any(_reduces(r, r.behind(uncast(m)), found.score, k, name) for name in ("amax", "max")):
         return None
     return "-inf" if m is None else "nan"
 
@@ -331,13 +290,13 @@ def _plus_maximum(e: Expr) -> tuple[Expr, Expr | None]:
     """(log, m) of log + m; (e, None) else."""
     if isinstance(e, Apply) and e.op == "add":
         for x, m in (e.operands, e.operands[::-1]):
-            if isinstance(x := _uncast(x), Apply) and x.op == "log":
+            if isinstance(x := uncast(x), Apply) and x.op == "log":
                 return x, m
     return e, None
 
 
 def _all_same(found: Sequence[Expr], wanted: Sequence[Expr]) -> bool:
-    return len(found) == len(wanted) and all(_uncast(a) is _uncast(b) for a, b in zip(found, wanted, strict=True))
+    return len(found) == len(wanted) and all(uncast(a) is uncast(b) for a, b in zip(found, wanted, strict=True))
 
 
 def _joined(r: Reader, e: Opaque, k: sympy.Symbol) -> Iterator[list[Expr]]:
@@ -394,9 +353,3 @@ def _degree(n: Expr, known: dict[Expr, str]) -> str:
         if n.op == "where" and kinds[0] == "free" and all(x in ("linear", "zero") for x in kinds[1:]):
             return "linear"
     return "other"
-
-
-def _uncast(e: Expr) -> Expr:
-    while isinstance(e, Apply) and e.op == "cast" and e.dtype in expr.FLOATS and e.operands[0].dtype in expr.FLOATS:
-        e = e.operands[0]
-    return e

@@ -200,6 +200,20 @@ def computed_again(value: Value, compute: Callable[..., torch.Tensor]) -> Value:
     return computed(value.inputs(), call)
 
 
+def depends_on(value: Value, source: Value) -> bool:
+    """Is ``value`` made of ``source``, or the same?"""
+    seen: set[Value] = set()
+    stack = [value]
+    while stack:
+        v = stack.pop()
+        if v is source:
+            return True
+        if v not in seen:
+            seen.add(v)
+            stack.extend(v.inputs())
+    return False
+
+
 def as_size(n: sympy.Expr, near: Value) -> IntLike:
     """A size as the trace in which ``near`` was read has it: an int or a SymInt."""
     shapes = _mode_of(near).shape_env

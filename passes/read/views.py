@@ -10,6 +10,7 @@ from fuse.ir import expr
 from fuse.ir.expr import Expr, Load, apply, const
 from fuse.ir.index import IndexExpr
 from fuse.passes.read.elements import Reader, arguments, as_index, dims, handles, has_opaque, op_name
+from fuse.passes.read.pieces import as_others, read_piece
 from fuse.passes.read.pointwise import read
 from fuse.passes.read.trace import Value
 
@@ -142,14 +143,16 @@ def _cat(r: Reader, v: Value, coords: Coords) -> Expr:
     parts = [t for t in a["tensors"] if len(t.shape) == len(coords)]
     for part in parts:
         begins.append(begins[-1] + dims(part)[dim])
+    c, found = coords[dim], []
+    for part, begin, end in zip(parts, begins, begins[1:], strict=False):
+        if not (r.at_most(end, c) is TRUE or r.at_most(c + 1, begin) is TRUE):
+            piece = read_piece(r, part, coords, dim, c - begin)
+            found.append((apply("cast", piece, dtype=v.dtype), begin, end))
+    pieces = [e for e, _, _ in found]
     out: Expr | None = None
-    for part, begin, end in reversed(list(zip(parts, begins, begins[1:], strict=False))):
-        c = coords[dim]
-        if r.at_most(end, c) is TRUE or r.at_most(c + 1, begin) is TRUE:
-            continue
-        at = r.clamped(c - begin, end - begin)
-        found = _cast(r, part, (*coords[:dim], at, *coords[dim + 1 :]), v.dtype)
-        out = found if out is None else apply("where", r.at_most(c + 1, end), found, out, dtype=v.dtype)
+    for e, begin, end in reversed(found):
+        e = as_others(r, e, pieces, c, begin) if end - begin == 1 else e
+        out = e if out is None else apply("where", r.at_most(c + 1, end), e, out, dtype=v.dtype)
     return r.load(v, coords) if out is None else out
 
 
@@ -251,7 +254,7 @@ def _slice_scatter(r: Reader, v: Value, coords: Coords) -> Expr:
     n = dims(a["src"])[dim]
     c = coords[dim]
     inside = apply("and", r.at_most(start, c), r.at_most(c, start + n - 1), dtype="bool")
-    written = _cast(r, a["src"], (*coords[:dim], r.clamped(c - start, n), *coords[dim + 1 :]), v.dtype)
+    written = apply("cast", read_piece(r, a["src"], coords, dim, c - start), dtype=v.dtype)
     return apply("where", inside, written, r.element(a["self"], coords), dtype=v.dtype)
 
 

@@ -102,15 +102,17 @@ SOFTMAX = (
     "p = torch.exp(s - torch.logsumexp(s, -1, keepdim=True))",
     "p = F.softmin(-s, -1)",
     "e = s.exp(); p = e / (1 + e.sum(-1, keepdim=True))",
+    "e = s.exp(); p = e / (e.sum(-1, keepdim=True) + 1e-3)",
+    "c = s.amax(-1, keepdim=True).clamp(min=0); e = (s - c).exp(); p = e / (e.sum(-1, keepdim=True) + (-c).exp())",
+    "p = (s - s.amax().detach()).softmax(-1)",
     "p = F.pad(s, (0, 1)).softmax(-1)[..., :-1]",
     "s = s - s.amax(-1, keepdim=True); s.exp_(); s /= s.sum(-1, keepdim=True); p = s",
     "p = (s - s.mean(-1, keepdim=True)).softmax(-1)",
-    "e = s.exp(); p = e / (e.sum(-1, keepdim=True) + 1e-3)",
     "p = s.softmax(-2)",
     "e = s.exp(); p = e / e[..., : m - 1].sum(-1, keepdim=True)",
     "p = s.softmax(-1).clamp(max=0.5)",
 )
-NEAR_MISSES = 5  # of these, the last
+NEAR_MISSES = 4  # of these, the last
 PRODUCTS = (
     "p @ v", "torch.matmul(p, v)", "(v.mT @ p.mT).mT", 'torch.einsum("...qk,...ke->...qe", p, v)',
     "(p[..., None] * v[..., None, :, :]).sum(-2)",
@@ -120,8 +122,10 @@ PRODUCTS = (
 def normalised(d: Draft) -> None:
     """``out``, of (…, n, features of values)."""
     z = d.sizes
-    way = d.one(*("softmax",) * 8, "deferred", "sink", "sink", "near miss")
+    way = d.one(*("softmax",) * 8, "deferred", "sink", "sink", "sets", "terms", "near miss")
     product = d.one(*PRODUCTS)
+    if way == "sets":
+        return sets_of_keys(d)
     if way == "deferred":
         d.write(d.one("p = s.exp()", "p = (s - s.amax(-1, keepdim=True)).exp()"))
         weighed(d)
@@ -135,8 +139,28 @@ def normalised(d: Draft) -> None:
         spelt = SOFTMAX[-NEAR_MISSES:] if way == "near miss" else SOFTMAX[:-NEAR_MISSES]
         for line in d.one(*spelt).split("; "):
             d.write(line)
+    if way == "terms":
+        for line in d.one(*TERMS[: len(TERMS) if z.lead == z.kv_lead else 1]).split("; "):
+            d.write(line)
     weighed(d)
     d.write(f"out = {product}")
+
+
+TERMS = (
+    "p = p + 0.1",
+    "p = p - 0.3 * (q @ k.mT * 0.2).softmax(-1)", "p += (q.flip(-1) @ k.mT).masked_fill(j > i, -1e9).softmax(-1)",
+    "p = p * 0.7 + (q @ k.mT * 0.2).softmax(-1) * 0.3; p = p / p.sum(-1, keepdim=True)",
+)  # fmt: skip
+
+
+def sets_of_keys(d: Draft) -> None:
+    """A second set of keys and values under the same softmax."""
+    z, n = d.sizes, d.one(5, 1, 16)
+    lead = z.lead if d.often(70) else ()
+    k, v = (d.given(f"randn({listed((*lead, n, features))})") for features in (z.qk, z.v))
+    d.write(f"p = torch.cat([s, (q @ {k}.mT * 0.2).to(s.dtype)], -1).softmax(-1).to(v.dtype)")
+    parts = ("p[..., :m] @ v", f"p[..., m:] @ {v}")
+    d.write(f"out = {' + '.join(parts if d.often(50) else parts[::-1])}")
 
 
 POSITIVE = ("p = s.sigmoid()", "p = F.relu(s).square() + 0.1", "p = F.softplus(s)", "p = F.elu(s) + 1")

@@ -301,3 +301,61 @@ def scores_of_earlier_layers(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         earlier = scores(q, k) + earlier
         q = attend(earlier, v)
     return q
+
+
+def learned_part() -> tuple[Tensor]:
+    return (rand(3, 8, 8, seed=5),)
+
+
+@spelling(extra=learned_part)
+def added_to_a_part_in_place(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
+    """All but the class token's row and column."""
+    s = q @ k.mT / 4
+    s[:, :, 1:, 1:] += bias
+    return s.softmax(-1) @ v
+
+
+@spelling(extra=learned_part)
+def added_to_a_part_by_padding(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
+    return (q @ k.mT / 4 + F.pad(bias, (1, 0, 1, 0))).softmax(-1) @ v
+
+
+@spelling(extra=learned_part)
+def added_to_a_part_and_joined(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
+    s = q @ k.mT / 4
+    rows = torch.cat((s[:, :, 1:, :1], s[:, :, 1:, 1:] + bias), -1)
+    return torch.cat((s[:, :, :1], rows), -2).softmax(-1) @ v
+
+
+@spelling(extra=learned_part)
+def added_to_the_last_in_place(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
+    """Its own scores are read where they are written, at two places."""
+    s = q @ k.mT / 4
+    s[:, :, -8:, -8:] = s[:, :, -8:, -8:] * 0.5 + bias
+    s[..., :4] -= 1
+    return s.masked_fill(torch.ones(9, 9).tril() == 0, -math.inf).softmax(-1) @ v
+
+
+@spelling(extra=lambda: (rand(5, 16, seed=5), rand(7, 16, seed=6)), shape=(2, 3, 13, 16))
+def decomposed_beside_a_class_token(q: Tensor, k: Tensor, v: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
+    """torchvision's MViT: a bias for the distance of rows, one for that of columns; 3 times 4 patches behind the token."""
+    s = q @ k.mT / 4
+    at = q[:, :, 1:].unflatten(2, (3, 4))
+    i, j = torch.arange(3), torch.arange(4)
+    by_rows = torch.einsum("bhywc,ykc->bhywk", at, rows[i[:, None] - i + 2])
+    by_columns = torch.einsum("bhywc,wkc->bhywk", at, columns[j[:, None] - j + 3])
+    s[:, :, 1:, 1:] += (by_rows[..., :, None] + by_columns[..., None, :]).reshape(2, 3, 12, 12)
+    return s.softmax(-1) @ v
+
+
+@spelling(0, reason="ScoresUsed")
+def scores_added_to_other_places(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """What is written is what lies one place further on."""
+    s = q @ k.mT / 4
+    return torch.cat((s[..., 1:], s[..., :1]), -1).add(s).softmax(-1) @ v
+
+
+@spelling()
+def numbers_written_in_the_program(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    bias = torch.tensor([0.5, 0, 1, -1, 2, 0, 0, 3, -0.25])
+    return attend(scores(q, k) + bias - torch.as_tensor([[1.0], [2.0], [3.0]])[:, None] * bias[:, None], v)

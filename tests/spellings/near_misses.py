@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from spellings import rand, spelling
+from spellings import qkv, rand, spelling, trained
 
 
 def scores(q: Tensor, k: Tensor) -> Tensor:
@@ -85,7 +85,7 @@ def sum_over_more_keys_than_the_product(q: Tensor, k: Tensor, v: Tensor) -> Tens
     return e[..., :5] / e.sum(-1, keepdim=True) @ v[:, :, :5]
 
 
-@spelling(0, extra=lambda: (rand(9, 1, seed=5),))
+@spelling(0, reason="ScoresUsed", extra=lambda: (rand(9, 1, seed=5),))
 def denominator_with_exp_of_another_number(q: Tensor, k: Tensor, v: Tensor, x: Tensor) -> Tensor:
     """exp(-max) beside the sum is a logit of zero; exp(-x) of any other x is none."""
     s = scores(q, k)
@@ -93,11 +93,50 @@ def denominator_with_exp_of_another_number(q: Tensor, k: Tensor, v: Tensor, x: T
     return e / (e.sum(-1, keepdim=True) + (-x).exp()) @ v
 
 
-@spelling(0, extra=lambda: (rand(9, 1, seed=5),))
+@spelling(0, reason="ScoresUsed", extra=lambda: (rand(9, 1, seed=5),))
 def denominator_with_exp_less_another_number(q: Tensor, k: Tensor, v: Tensor, x: Tensor) -> Tensor:
     s = scores(q, k)
     e = (s - s.amax(-1, keepdim=True)).exp()
     return e / (e.sum(-1, keepdim=True) + (0.5 - x).exp()) @ v
+
+
+@spelling(0, reason="ScoresUsed")
+def maximum_subtracted_twice_from_one(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    s = scores(q, k)
+    m = s.amax(-1, keepdim=True)
+    e = (s - m - m).exp()
+    return e / (e.sum(-1, keepdim=True) + (-m).exp()) @ v
+
+
+@spelling(0, reason="ScoresUsed")
+def rows_hidden_by_their_maximum(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Added to a whole row, but a mask: such a row is NaN."""
+    s = scores(q, k)
+    return (s + torch.where(s.amax(-1, keepdim=True) > 0.8, 0.0, -math.inf)).softmax(-1) @ v
+
+
+@spelling(0, reason="ScoresUsed")
+def mean_of_masked_scores_subtracted(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Minus infinity in every row with a hidden key, which is NaN for that."""
+    s = scores(q, k).masked_fill(torch.ones(9, 9).tril() == 0, -math.inf)
+    return (s - s.mean(-1, keepdim=True)).softmax(-1) @ v
+
+
+@spelling(0, reason="ScoresUsed")
+def rows_hidden_by_what_is_subtracted(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Minus 1e9, beside which scores are rounded away, is an average of all values."""
+    s = scores(q, k)
+    m = s.amax(-1, keepdim=True)
+    return (s - torch.where(m > 0.8, m, 1e9)).softmax(-1) @ v
+
+
+@spelling(0, reason="ScoresUsed", inputs=lambda: trained(qkv()), grad=True)
+def maximum_detached_in_one_place(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """The same numbers, but not the same gradients: that of the maximum that is added stays."""
+    s = scores(q, k)
+    m = s.amax(-1, keepdim=True)
+    e = (s - m.detach()).exp()
+    return e / (e.sum(-1, keepdim=True) + (-m).exp()) @ v
 
 
 @spelling(0)
@@ -208,14 +247,29 @@ def gumbel_noise(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return F.gumbel_softmax(scores(q, k), dim=-1) @ v
 
 
-@spelling(0)
+@spelling(0, reason="HeadsMixed")
 def talking_heads(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """Heads are mixed before the softmax."""
     mix = torch.eye(3, dtype=q.dtype).roll(1, 0) + 0.1
     return torch.einsum("bhqk,hg->bgqk", scores(q, k), mix).softmax(-1) @ v
 
 
-@spelling(0, reason="WrongDimension")
+@spelling(0, reason="HeadsMixed")
+def heads_mixed_on_both_sides(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """As talking heads are defined."""
+    mix = torch.eye(3, dtype=q.dtype).roll(1, 0) + 0.1
+    s = torch.einsum("bhqk,hg->bgqk", scores(q, k), mix)
+    return torch.einsum("bhqk,hg->bgqk", s.softmax(-1), mix) @ v
+
+
+@spelling(0, inputs=lambda: (*qkv(), nn.Linear(3, 3), nn.Linear(3, 3)))
+def heads_mixed_by_layers(q: Tensor, k: Tensor, v: Tensor, before: nn.Module, behind: nn.Module) -> Tensor:
+    """CaiT; a layer is not looked into."""
+    s = before(scores(q, k).permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+    return behind(s.softmax(-1).permute(0, 2, 3, 1)).permute(0, 3, 1, 2) @ v
+
+
+@spelling(0, reason="HeadsMixed")
 def heads_mixed_after_softmax(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     mix = torch.eye(3, dtype=q.dtype).roll(1, 0) + 0.1
     return torch.einsum("bhqk,hg->bgqk", scores(q, k).softmax(-1), mix) @ v
@@ -266,7 +320,7 @@ def probabilities_transposed(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return scores(q, k).softmax(-1).mT @ v
 
 
-@spelling(0, reason="WeightNotLinear")
+@spelling()
 def probabilities_plus_identity(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return (scores(q, k).softmax(-1) + torch.eye(9)) @ v
 
@@ -325,6 +379,12 @@ def distances_not_products(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 def additive_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """Bahdanau: tanh of a sum instead of a product."""
     return torch.tanh(q[:, :, :, None] + k[:, :, None]).sum(-1).softmax(-1) @ v
+
+
+@spelling(0)
+def additive_attention_by_a_product(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """What is summed over is features, not heads."""
+    return (torch.tanh((q @ k[0, 0, :8].mT)[:, :, :, None] + (k @ q[0, 0, :8].mT)[:, :, None]) @ v[0, 0, 0, :8]).softmax(-1) @ v
 
 
 @spelling(0)

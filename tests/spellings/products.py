@@ -146,3 +146,47 @@ def _einsum(scores: str, values: str, dim: int) -> Callable[..., Tensor]:
 
 for _name, (_scores, _values, _shape, _dim) in EINSUM.items():
     spelling(shape=_shape)(named(_einsum(_scores, _values, _dim), f"einsum_{_name}"))
+
+
+def alignment() -> tuple[Tensor, ...]:
+    """Queries, keys and values of (batch, heads, rows, positions, features)."""
+    return tuple(rand(2, 3, 4, 9, 8, seed=n) for n in range(3))
+
+
+@spelling(inputs=alignment)
+def tied_rows(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """MSA Transformer: one row of weights for all rows of an alignment."""
+    p = torch.einsum("bhrid,bhrjd->bhij", q, k).mul(0.1).softmax(-1)
+    return torch.einsum("bhij,bhrjd->bhrid", p, v)
+
+
+@spelling(inputs=alignment)
+def tied_rows_with_heads_behind(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    p = torch.einsum("bhrid,bhrjd->hbij", q, k).mul(0.1).softmax(-1)
+    return torch.einsum("hbij,bhrjd->rbihd", p, v).flatten(-2)
+
+
+@spelling(inputs=alignment)
+def tied_rows_flattened(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    q, k, v = (x.transpose(2, 3).flatten(3) for x in (q, k, v))
+    return ((q @ k.mT * 0.1).softmax(-1) @ v).unflatten(-1, (4, 8)).transpose(2, 3)
+
+
+@spelling(inputs=alignment)
+def rows_that_are_a_batch_of_values(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Scores of the first row are those of all."""
+    return (q[:, :, :1] @ k[:, :, :1].mT).softmax(-1) @ v
+
+
+@spelling(
+    0, reason="UnsupportedShape", inputs=lambda: (rand(2, 3, 9, 16), rand(2, 3, 9, 16, seed=1), rand(2, 3, 40, 9, 8, seed=2))
+)
+def more_features_than_fit(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    p = (q @ k.mT * 0.25).softmax(-1)
+    return torch.einsum("bhij,bhrjd->bhrid", p, v)
+
+
+@spelling(0, reason="NotLinear", inputs=lambda: (rand(2, 9, 16), rand(2, 9, 16, seed=1), rand(2, 9, 4, 8, seed=2)))
+def sum_of_products_with_several_features(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    p = (q @ k.mT * 0.25).softmax(-1)
+    return (p[..., None, None] * v[:, None]).sum(2)

@@ -325,7 +325,7 @@ def one_product_of_scores_two_softmaxes(q: Tensor, k: Tensor, v: Tensor) -> Tens
     return (s / 4).softmax(-1) @ v - 0.5 * ((s / 2).softmax(-1) @ v)
 
 
-@spelling(0)
+@spelling(2)
 def difference_of_probabilities(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return ((q @ k.mT / 4).softmax(-1) - 0.5 * (k @ q.mT / 4).softmax(-1)) @ v
 

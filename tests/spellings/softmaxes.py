@@ -98,7 +98,7 @@ def exp_minus_detached_max(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return e / e.sum(-1, True) @ v
 
 
-@spelling(0, reason="ScoresUsed")
+@spelling()
 def exp_minus_global_max(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """Any number that is the same for a whole row cancels."""
     s = scores(q, k)
@@ -203,12 +203,67 @@ def plus_one(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return e / (1 + e.sum(-1, keepdim=True)) @ v
 
 
-@spelling(0, reason="ScoresUsed")
+@spelling()
 def plus_one_minus_max(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     s = scores(q, k)
     m = s.amax(-1, keepdim=True).clamp(min=0)
     e = (s - m).exp()
     return e / (e.sum(-1, keepdim=True) + (-m).exp()) @ v
+
+
+@spelling()
+def plus_one_minus_detached_max(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    s = scores(q, k)
+    m = s.detach().amax(-1, keepdim=True).clamp_min(0)
+    e = (s - m).exp()
+    return e / (e.sum(-1, keepdim=True) + torch.exp(-m)) @ v
+
+
+@spelling()
+def plus_one_minus_a_number(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    e = (scores(q, k) - 3).exp()
+    return e @ v / (e.sum(-1, keepdim=True) + math.exp(-3))
+
+
+@spelling(extra=lambda: (rand(2, 3, 9, 20, seed=6),))
+def plus_one_minus_the_max_of_another_tensor(q: Tensor, k: Tensor, v: Tensor, other: Tensor) -> Tensor:
+    m = other.amax(-1, keepdim=True)
+    e = (scores(q, k) - m).exp()
+    return e / (e.sum(-1, keepdim=True) + (-m).exp()) @ v
+
+
+@spelling(extra=lambda: (rand(3, 1, 1, seed=6), rand(3, 1, 1, seed=7)))
+def two_sinks_minus_the_max_of_all(q: Tensor, k: Tensor, v: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    s = scores(q, k)
+    m = torch.maximum(torch.maximum(s.amax(-1, keepdim=True), a), b)
+    e = (s - m).exp()
+    return e / (torch.exp(a - m) + e.sum(-1, keepdim=True) + torch.exp(b - m)) @ v
+
+
+@spelling()
+def max_where_it_is_finite(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """As what merges blocks writes it: a row without a key subtracts zero."""
+    s = scores(q, k).masked_fill(torch.ones(9, 9).tril(-1) == 0, -math.inf)
+    m = s.amax(-1, keepdim=True)
+    m = torch.where(m == -math.inf, 0.0, m)
+    e = (s - m).exp()
+    return e / (e.sum(-1, keepdim=True) + (-m).exp()) @ v
+
+
+@spelling()
+def max_subtracted_before_the_mask(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    s = scores(q, k)
+    s = (s - s.amax(-1, keepdim=True)) / 2
+    e = s.masked_fill(torch.ones(9, 9).tril() == 0, -math.inf).exp()
+    return e / e.sum(-1, keepdim=True) @ v
+
+
+@spelling()
+def maximum_subtracted_twice(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    s = scores(q, k)
+    m = s.amax(-1, keepdim=True)
+    e = (s - m - m).exp()
+    return e / (e.sum(-1, keepdim=True) + (-m - m).exp()) @ v
 
 
 @spelling()
@@ -280,7 +335,7 @@ def added_row_constant(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return (scores(q, k) + q.sum(-1, keepdim=True)).softmax(-1) @ v
 
 
-@spelling(0)
+@spelling()
 def epsilon_in_denominator(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     e = scores(q, k).exp()
     return e / (e.sum(-1, keepdim=True) + 1e-6) @ v
@@ -297,7 +352,7 @@ def normalised_by_f_normalize(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return F.normalize(scores(q, k).exp(), p=1, dim=-1) @ v
 
 
-@spelling(0)
+@spelling(0, reason="ScoresUsed")
 def plus_one_after_the_max(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """A known slip: one is added after the largest score was taken off, so it weighs differently in each row."""
     s = scores(q, k)
