@@ -17,6 +17,7 @@ from fuse.ir.expr import FLOATS, Expr, Load, Prob, Score, const
 from fuse.ir.gradient import Gradient, Term, derivative, gradient
 from fuse.ir.operators import OPERATORS
 from fuse.targets import reference
+from fuse.targets.evaluate import Call
 
 S, P, X = Score("float64"), Prob("float64"), Load("float64", 0, (Q, K))
 
@@ -24,7 +25,7 @@ S, P, X = Score("float64"), Prob("float64"), Load("float64", 0, (Q, K))
 def evaluate(root: Expr, values: dict[Expr, Tensor]) -> Tensor:
     """``root`` on a grid of one row and as many keys as ``values`` have, differentiable."""
     made = problem("float64", batch=(), q_len=1, kv_len=len(values[S]), qk_dim=1)
-    call = reference._Call(made.spec, made.operands, made.sizes, exact=True)
+    call = Call(made.spec, made.operands, made.sizes, exact=True)
     given = {n: v.reshape(1, -1) for n, v in values.items()}
     return call.grid(q=(0, 1), k=(0, call.kv_len)).evaluate(root, given).expand(1, call.kv_len).flatten()
 
@@ -175,7 +176,7 @@ def test_the_weight_of_a_mask_after_the_softmax_is_that_mask() -> None:
 
 def attend(made: Problem, operands: list[Tensor]) -> Tensor:
     """The spec by PyTorch's own autograd: the forward pass of the reference, differentiable."""
-    call = reference._Call(made.spec, operands, made.sizes, exact=True)
+    call = Call(made.spec, operands, made.sizes, exact=True)
     found = call.probabilities((0, call.q_len), call.key())
     return call.entries(made.spec.weight, (0, call.q_len), {Prob: found.prob}) @ call.value()
 
@@ -209,7 +210,7 @@ def test_the_backward_of_every_case_is_autograd_s(name: str) -> None:
 
 
 def test_blocks_of_rows_add_up_to_the_whole_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(reference, "BLOCK_ELEMENTS", 1)
+    monkeypatch.setattr("fuse.targets.evaluate.BLOCK_ELEMENTS", 1)
     found, expected = backward("relative_table")
     torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-10)
 

@@ -30,12 +30,19 @@ def run(operands, {symbols}):
     {indices}
     {symbols} = map(torch.tensor, ({symbols}))
     raw = ({query} * {key}).sum(-1, keepdim=True)
-    score = torch.where({seen}, {visible} * {factor}, -inf)
-    score = torch.where((score > {threshold}).any(-2, keepdim=True), score, {score})
-    logits = torch.cat((score, *(x.expand(*score.shape[:-2], 1, 1) for x in ({extra}))), -2)
-    empty = (score == -inf).all(-2, keepdim=True) & {zero}
-    prob = logits.softmax(-2)[..., : score.shape[-2], :].masked_fill(empty, 0)
-    return ({weight} * {value}).sum(-2), logits.logsumexp(-2, keepdim=True).masked_fill(empty, inf)[..., 0, 0]
+    def softmax(score):
+        score = torch.where((score > {threshold}).any(-2, keepdim=True), score, {score})
+        logits = torch.cat((score, *(x.expand(*score.shape[:-2], 1, 1) for x in ({extra}))), -2)
+        empty = (score == -inf).all(-2, keepdim=True) & {zero}
+        prob = logits.softmax(-2)[..., : score.shape[-2], :].masked_fill(empty, 0)
+        return prob, logits.logsumexp(-2, keepdim=True).masked_fill(empty, inf)
+    score = torch.where({seen}, {visible} * {factor}, {hidden})
+    if {softmax}:
+        prob, lse = softmax(score)
+    else:
+        lse = score.sum(-2, keepdim=True) if {by_sum} else torch.ones_like(score.sum(-2, keepdim=True))
+        prob = score / lse
+    return ({weight} * {value}).sum(-2), lse[..., 0, 0]
 """
 
 
@@ -61,6 +68,7 @@ def render(spec: AttentionSpec) -> str:
         seen=" & ".join([*seen, "torch.tensor(True)" if program.residual is None else text(program.residual)]),
         threshold="-inf" if program.threshold is None else program.threshold, factor=program.factor,
         extra="".join(f"{text(x)}, " for x in spec.extra_logits), zero=spec.empty_row == "zero",
+        softmax=spec.softmax, by_sum=spec.normalisation == "sum", hidden="-inf" if spec.softmax else 0.0,
         symbols=", ".join(spec.symbols), header="\n".join(f"# {line}" for line in header_lines(spec)),
     )  # fmt: skip
 

@@ -202,11 +202,11 @@ class _Attention(levels.Function):
     @staticmethod
     def jvp(ctx: Any, *tangents: Any) -> Any:
         """No kernel has it: the reference is plain PyTorch."""
-        from fuse.targets import reference
+        from fuse.targets import reference_tangent
 
         (_, _, *operands), (sizes, spec, _, count) = ctx.saved_tensors, ctx.call
         used = [t if d else None for t, d in zip(tangents[4:], differentiable_operands(spec), strict=True)]
-        along = reference.attention_tangent(parsed(spec), operands, used, sizes)
+        along = reference_tangent.attention_tangent(parsed(spec), operands, used, sizes)
         return (*along, None)[:count] if count > 1 else along[0]
 
 

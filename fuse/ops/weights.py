@@ -116,11 +116,11 @@ class _Weights(levels.Function):
     @staticmethod
     def jvp(ctx: Any, *tangents: Any) -> Tensor:
         """PyTorch's own, of the reference."""
-        from fuse.targets import reference
+        from fuse.targets import reference_tangent
 
         operands, (sizes, spec, _, heads) = ctx.saved_tensors, ctx.call
         along = [t if d else None for t, d in zip(tangents[5:], _differentiable(spec), strict=True)]
-        return reference.weights_tangent(parsed(spec), operands, along, sizes, heads)
+        return reference_tangent.weights_tangent(parsed(spec), operands, along, sizes, heads)
 
 
 class _WeightsBackward(levels.Function):

@@ -7,21 +7,19 @@ sequences; ``mask`` is not used, since ``score`` alone is always right.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from fuse.ir.expr import Expr, Load, Prob, Score, walk
+from fuse.ir.expr import Expr, Load, Prob, Score
 from fuse.ir.gradient import Gradient, gradient
-from fuse.ir.grid import Extent, Grid, dtype_of
+from fuse.ir.grid import Extent, Grid
 from fuse.ir.spec import AttentionSpec, InvalidSpec
 from fuse.ir.tile_map import EMPTY, FULL, KEYS, ROWS, TileMap
 from fuse.ir.weights import weights_shape
-
-# Scores computed at a time: 32 MB in float64, whatever the sequence length.
-BLOCK_ELEMENTS = 2**22
+from fuse.targets.evaluate import Call, call_of, mean_of_rows, product
 
 # An additive mask of -1e9 leaves -1e9 + s. Mask promises that 256 above ``fill`` suffices; half of it may be used up.
 FILL_SLACK = 128.0
@@ -44,7 +42,7 @@ def attention_with_lse(
 
     lse  dense, of shape ``spec.lse_shape(sizes)``; in ``spec.lse_dtype``, or in float64 where precision is "exact"
     """
-    call = _call(spec, operands, sizes, precision)
+    call = call_of(spec, operands, sizes, precision)
     shape, strides = spec.out_shape(sizes), spec.out_strides(sizes)
     out = torch.empty_strided(shape, strides, dtype=call.dtype(spec.out_dtype), device=call.device)
     lse = torch.empty(spec.lse_shape(sizes), dtype=call.dtype(spec.lse_dtype), device=call.device)
@@ -53,7 +51,7 @@ def attention_with_lse(
         for rows in call.blocks():
             found = call.probabilities(rows, key)
             weight = call.entries(spec.weight, rows, {Prob: found.prob})
-            out[..., slice(*rows), :] = _product(weight, value).to(out.dtype)
+            out[..., slice(*rows), :] = product(weight, value).to(out.dtype)
             lse[..., slice(*rows)] = found.lse
     return out, lse
 
@@ -63,7 +61,7 @@ def attention_max(spec: AttentionSpec, operands: Sequence[Tensor], sizes: Sequen
 
     -inf in a row that sees no key.
     """
-    call = _call(spec, operands, sizes, "eager")
+    call = call_of(spec, operands, sizes, "eager")
     found = torch.full(spec.lse_shape(sizes), -math.inf, dtype=call.dtype(spec.lse_dtype), device=call.device)
     if call.kv_len == 0:
         return found
@@ -87,7 +85,7 @@ def attention_backward(
 
     The softmax is computed again, so that neither the result nor its log-sum-exp is needed.
     """
-    backward = _Backward(_call(spec, operands, sizes, precision), gradient(spec, tuple(wanted)))
+    backward = _Backward(call_of(spec, operands, sizes, precision), gradient(spec, tuple(wanted)))
     with torch.no_grad(), torch.autocast(grad_out.device.type, enabled=False):
         return backward.run(grad_out, grad_lse)
 
@@ -96,7 +94,7 @@ def weights(
     spec: AttentionSpec, operands: Sequence[Tensor], sizes: Sequence[int], heads: int = 0, precision: str = "exact"
 ) -> Tensor:
     """The matrix of what ``spec.weight`` makes of each probability, dense, of shape ``weights_shape(spec, sizes, heads)``."""
-    call = _call(spec, operands, sizes, precision)
+    call = call_of(spec, operands, sizes, precision)
     matrix = torch.empty(weights_shape(spec, sizes, heads), dtype=call.dtype(spec.out_dtype), device=call.device)
     with torch.no_grad(), torch.autocast(call.device.type, enabled=False):
         key = call.key()
@@ -107,7 +105,7 @@ def weights(
 
 def weights_at_once(spec: AttentionSpec, operands: Sequence[Tensor], sizes: Sequence[int], heads: int = 0) -> Tensor:
     """As ``weights`` with precision "eager", of operations that PyTorch can differentiate: every score of the call is held."""
-    call = _call(spec, operands, sizes, "eager")
+    call = call_of(spec, operands, sizes, "eager")
     with torch.autocast(call.device.type, enabled=False):
         return call.weights((0, call.q_len), call.key(), heads).to(call.dtype(spec.out_dtype))
 
@@ -145,10 +143,10 @@ def attention_second(
 
     def results(*leaves: Tensor) -> tuple[Tensor, ...]:
         rest = iter(leaves)
-        call = _call(spec, [next(rest) if w else t for t, w in zip(operands, wanted, strict=True)], sizes, "eager")
+        call = call_of(spec, [next(rest) if w else t for t, w in zip(operands, wanted, strict=True)], sizes, "eager")
         rows = (0, call.q_len)
         found = call.probabilities(rows, call.key())
-        out = _product(call.entries(spec.weight, rows, {Prob: found.prob}), call.value())
+        out = product(call.entries(spec.weight, rows, {Prob: found.prob}), call.value())
         return tuple(x.to(grad.dtype) for x, grad in zip((out, found.lse), given, strict=False))
 
     return _second(results, given, [t for t, w in zip(operands, wanted, strict=True) if w], grads)
@@ -167,135 +165,6 @@ def _second(
         return by_given, by_leaves
 
 
-def _call(spec: AttentionSpec, operands: Sequence[Tensor], sizes: Sequence[int], precision: str) -> _Call:
-    if precision not in ("exact", "eager"):
-        raise ValueError(f"precision {precision!r} is neither 'exact' nor 'eager'")
-    return _Call(spec, operands, sizes, precision == "exact")
-
-
-def _mean(spec: AttentionSpec, prob: Tensor, x: Tensor) -> Tensor:
-    """Of each row of ``x``; nothing where rows are not normalised."""
-    mean = (prob * x).sum(-1, keepdim=True)
-    return mean if spec.normalisation != "none" else torch.zeros_like(mean)
-
-
-def _product(a: Tensor, b: Tensor) -> Tensor:
-    """The matrix product in the wider of both dtypes."""
-    common = torch.promote_types(a.dtype, b.dtype)
-    return a.to(common) @ b.to(common)
-
-
-@dataclass(frozen=True)
-class _Probabilities:
-    """Rows of the raw score, of the probabilities of the keys, of those of the extra logits, and their log-sum-exp or total.
-
-    rate  what a score's gradient is multiplied by, beside the probability's less ``delta``
-    """
-
-    raw: Tensor
-    prob: Tensor
-    extra: tuple[Tensor, ...]
-    lse: Tensor
-    rate: Tensor
-
-
-@dataclass(frozen=True)
-class _Call:
-    """One call: the spec with its data."""
-
-    spec: AttentionSpec
-    operands: Sequence[Tensor]
-    sizes: Sequence[int]
-    exact: bool
-
-    @property
-    def device(self) -> torch.device:
-        return self.operands[0].device
-
-    @property
-    def batch_shape(self) -> tuple[int, ...]:
-        return tuple(self.sizes[: self.spec.batch])
-
-    @property
-    def q_len(self) -> int:
-        return self.sizes[self.spec.batch]
-
-    @property
-    def kv_len(self) -> int:
-        return self.sizes[self.spec.batch + 1]
-
-    def dtype(self, name: str) -> torch.dtype:
-        return dtype_of(name, self.exact)
-
-    def query(self, rows: Extent) -> Tensor:
-        return self._matrix(self.spec.query, q=rows, d=(0, self.spec.qk_dim))
-
-    def key(self) -> Tensor:
-        return self._matrix(self.spec.key, k=(0, self.kv_len), d=(0, self.spec.qk_dim))
-
-    def value(self) -> Tensor:
-        return self._matrix(self.spec.value, k=(0, self.kv_len), e=(0, self.spec.v_dim))
-
-    def _matrix(self, load: Load, **ranges: Extent) -> Tensor:
-        """``load`` over the batch and ``ranges``; batch dimensions that it does not depend on have size 1."""
-        matrix = self.grid(**ranges).evaluate(load, {})
-        return matrix.expand(*matrix.shape[:-2], *(stop - start for start, stop in ranges.values()))
-
-    def grid(self, **ranges: Extent) -> Grid:
-        """The grid of the batch indices and of ``ranges``, in this order."""
-        extents = {f"b{i}": (0, size) for i, size in enumerate(self.batch_shape)} | ranges
-        symbols = dict(zip(self.spec.symbols, self.sizes, strict=True))
-        return Grid.over(extents, symbols, self.operands, self.exact)
-
-    def entries(self, root: Expr, rows: Extent, leaves: Mapping[type[Expr], Tensor]) -> Tensor:
-        """``root`` over batch, q, k, where ``leaves`` gives the value of Score or Prob."""
-        given = {n: leaves[type(n)].to(self.dtype(n.dtype)) for n in walk(root) if type(n) in leaves}
-        value = self.grid(q=rows, k=(0, self.kv_len)).evaluate(root, given)
-        return value.expand(*self.batch_shape, rows[1] - rows[0], value.shape[-1])
-
-    def blocks(self) -> Iterator[Extent]:
-        """Ranges of rows whose entries fit BLOCK_ELEMENTS."""
-        rows = max(1, BLOCK_ELEMENTS // max(1, math.prod(self.batch_shape) * self.kv_len))
-        for start in range(0, self.q_len, rows):
-            yield start, min(start + rows, self.q_len)
-
-    def score(self, rows: Extent, key: Tensor) -> tuple[Tensor, Tensor]:
-        """The products of queries and keys, and what becomes of them."""
-        raw = self.query(rows) @ key.mT
-        score = self.entries(self.spec.score, rows, {Score: raw})
-        return raw, score.expand(*score.shape[:-1], self.kv_len)
-
-    def weights(self, rows: Extent, key: Tensor, heads: int) -> Tensor:
-        """Of these rows; means over so many ``heads`` that are not 0."""
-        return self.averaged(self.entries(self.spec.weight, rows, {Prob: self.probabilities(rows, key).prob}), heads)
-
-    def averaged(self, matrix: Tensor, heads: int) -> Tensor:
-        if heads == 0:
-            return matrix
-        groups = math.prod(self.batch_shape) // heads
-        return matrix.to(self.dtype(self.spec.out_dtype)).reshape(groups, heads, *matrix.shape[-2:]).mean(1)
-
-    def probabilities(self, rows: Extent, key: Tensor) -> _Probabilities:
-        raw, score = self.score(rows, key)
-        return self._softmax(rows, raw, score) if self.spec.softmax else self._divided(raw, score)
-
-    def _softmax(self, rows: Extent, raw: Tensor, score: Tensor) -> _Probabilities:
-        extra = [self.entries(x, rows, {}).to(score.dtype) for x in self.spec.extra_logits]
-        logits = torch.cat((score, *extra), -1)
-        prob, lse = logits.softmax(-1), logits.to(self.dtype(self.spec.lse_dtype)).logsumexp(-1)
-        if self.spec.empty_row == "zero":
-            empty = (score == -math.inf).all(-1, keepdim=True)
-            prob, lse = prob.masked_fill(empty, 0.0), lse.masked_fill(empty[..., 0], math.inf)
-        keys, *rest = prob.split([self.kv_len] + [1] * len(extra), -1)
-        return _Probabilities(raw, keys, tuple(rest), lse, keys)
-
-    def _divided(self, raw: Tensor, score: Tensor) -> _Probabilities:
-        """By its sum, or by nothing."""
-        by_sum = self.spec.normalisation == "sum"
-        total = score.sum(-1, keepdim=True) if by_sum else score.new_ones((*score.shape[:-1], 1))
-        return _Probabilities(raw, score / total, (), total[..., 0].to(self.dtype(self.spec.lse_dtype)), 1 / total)
-
-
 # -------------------------------------------------------------------------------------------------------- backward
 
 
@@ -303,7 +172,7 @@ class _Call:
 class _Backward:
     """One backward pass; the names are those of ``fuse.ir.gradient``."""
 
-    call: _Call
+    call: Call
     gradient: Gradient
 
     def run(self, grad_out: Tensor, grad_lse: Tensor | None) -> list[Tensor]:
@@ -334,19 +203,19 @@ class _Backward:
         found = call.probabilities(rows, key)
         leaves: dict[type[Expr], Tensor] = {Score: found.raw, Prob: found.prob}
         weight = call.entries(spec.weight, rows, leaves)
-        d_weight = _product(grad_out, value.mT).to(weight.dtype)
+        d_weight = product(grad_out, value.mT).to(weight.dtype)
         d_prob = (d_weight * call.entries(of.weight, rows, leaves)).to(found.prob.dtype)
-        delta = _mean(spec, found.prob, d_prob)
+        delta = mean_of_rows(spec, found.prob, d_prob)
         delta = delta if grad_lse is None else delta - grad_lse
         d_score = found.rate * (d_prob - delta)
         d_raw = (d_score * call.entries(of.score, rows, leaves)).to(found.raw.dtype)
         keys, d, e = (0, call.kv_len), (0, spec.qk_dim), (0, spec.v_dim)
         if of.query:
-            self._scatter(spec.query, _product(d_raw, key), totals, q=rows, d=d)
+            self._scatter(spec.query, product(d_raw, key), totals, q=rows, d=d)
         if of.key:
-            self._scatter(spec.key, _product(d_raw.mT, call.query(rows)), totals, k=keys, d=d)
+            self._scatter(spec.key, product(d_raw.mT, call.query(rows)), totals, k=keys, d=d)
         if of.value:
-            self._scatter(spec.value, _product(weight.mT, grad_out), totals, k=keys, e=e)
+            self._scatter(spec.value, product(weight.mT, grad_out), totals, k=keys, e=e)
         of_root = {"score": d_score, "weight": d_weight}
         of_root |= {f"extra_logits.{i}": -p * delta for i, p in enumerate(found.extra)}
         for term in of.terms:
@@ -356,85 +225,6 @@ class _Backward:
     def _scatter(self, load: Load, grad: Tensor, totals: Mapping[int, Tensor], **ranges: Extent) -> None:
         """Adds ``grad``, over the batch and ``ranges``, to the operand's total at the coordinates of ``load``."""
         self.call.grid(**ranges).scatter(grad, load, totals[load.operand])
-
-
-# --------------------------------------------------------------------------------------------------------- tangent
-
-
-def attention_tangent(
-    spec: AttentionSpec, operands: Sequence[Tensor], tangents: Sequence[Tensor | None], sizes: Sequence[int]
-) -> tuple[Tensor, Tensor]:
-    """The derivatives of the result and of its rows' log-sum-exp along ``tangents``, one for each operand or None: forward-mode
-    differentiation.
-
-    The tangent of a softmax is prob * (t - sum of prob * t), t the scores'; that sum is the log-sum-exp's. That of s / sum of s
-    is t / sum of s - prob * sum of (t / sum of s). Laid out as these.
-    """
-    tangent = _tangent(spec, operands, tangents, sizes)
-    out = torch.empty_strided(
-        spec.out_shape(sizes), spec.out_strides(sizes), dtype=getattr(torch, spec.out_dtype), device=operands[0].device
-    )
-    lse = torch.empty(spec.lse_shape(sizes), dtype=getattr(torch, spec.lse_dtype), device=out.device)
-    with torch.no_grad(), torch.autocast(out.device.type, enabled=False):
-        for rows in tangent.call.blocks():
-            of_out, of_lse = tangent.rows(rows)
-            out[..., slice(*rows), :], lse[..., slice(*rows)] = of_out.to(out.dtype), of_lse[..., 0].to(lse.dtype)
-    return out, lse
-
-
-def weights_tangent(
-    spec: AttentionSpec, operands: Sequence[Tensor], tangents: Sequence[Tensor | None], sizes: Sequence[int], heads: int
-) -> Tensor:
-    """As ``attention_tangent``, of ``weights``."""
-    tangent = _tangent(spec, operands, tangents, sizes)
-    matrix = torch.empty(weights_shape(spec, sizes, heads), dtype=getattr(torch, spec.out_dtype), device=operands[0].device)
-    with torch.no_grad(), torch.autocast(matrix.device.type, enabled=False):
-        for rows in tangent.call.blocks():
-            matrix[..., slice(*rows), :] = tangent.call.averaged(tangent.weights(rows)[0], heads)
-    return matrix
-
-
-def _tangent(
-    spec: AttentionSpec, operands: Sequence[Tensor], tangents: Sequence[Tensor | None], sizes: Sequence[int]
-) -> _Tangent:
-    wanted = tuple(t is not None for t in tangents)
-    still = [torch.zeros_like(x) if x.is_floating_point() else x for x in operands]  # integers say where others are read
-    along = [x if t is None else t for x, t in zip(still, tangents, strict=True)]
-    return _Tangent(_call(spec, operands, sizes, "eager"), _call(spec, along, sizes, "eager"), gradient(spec, wanted))
-
-
-@dataclass(frozen=True)
-class _Tangent:
-    """``along`` is the call with tangents in the place of the operands; the other names are those of ``fuse.ir.gradient``."""
-
-    call: _Call
-    along: _Call
-    gradient: Gradient
-
-    def rows(self, rows: Extent) -> tuple[Tensor, Tensor]:
-        """Of the result and of the log-sum-exp."""
-        of_weight, mean, weight = self.weights(rows)
-        return _product(of_weight, self.call.value()) + _product(weight, self.along.value()), mean
-
-    def weights(self, rows: Extent) -> tuple[Tensor, Tensor, Tensor]:
-        """Of the weights and of the log-sum-exp, and the weights."""
-        call, along, spec = self.call, self.along, self.call.spec
-        key = call.key()
-        found = call.probabilities(rows, key)
-        leaves: dict[type[Expr], Tensor] = {Score: found.raw, Prob: found.prob}
-        raw = along.query(rows) @ key.mT + call.query(rows) @ along.key().mT
-        score = raw * call.entries(self.gradient.score, rows, leaves) + self._terms("score", rows, leaves)
-        mean = _mean(spec, found.rate, score)
-        for i, p in enumerate(found.extra):
-            mean = mean + p * self._terms(f"extra_logits.{i}", rows, leaves)
-        prob = found.rate * score - found.prob * mean
-        of_weight = prob * call.entries(self.gradient.weight, rows, leaves) + self._terms("weight", rows, leaves)
-        return of_weight, mean, call.entries(spec.weight, rows, leaves)
-
-    def _terms(self, root: str, rows: Extent, leaves: Mapping[type[Expr], Tensor]) -> Tensor | float:
-        """What loads add to the tangent of ``root``."""
-        terms = [t for t in self.gradient.terms if t.root == root]
-        return sum(self.call.entries(t.factor, rows, leaves) * self.along.entries(t.load, rows, {}) for t in terms)
 
 
 # ----------------------------------------------------------------------------------------------------------- masks
@@ -458,7 +248,7 @@ def check_mask(spec: AttentionSpec, operands: Sequence[Tensor], sizes: Sequence[
     """Raises InvalidSpec unless ``spec.mask`` says the truth about ``spec.score`` on these operands."""
     if spec.mask is None:
         return
-    mask, call = spec.mask, _Call(spec, operands, sizes, exact=True)
+    mask, call = spec.mask, Call(spec, operands, sizes, exact=True)
     rows = (0, call.q_len)
     leaves: dict[type[Expr], Tensor] = {Score: call.query(rows) @ call.key().mT}
 
