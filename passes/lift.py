@@ -225,7 +225,7 @@ class _Lift:
     ) -> tuple[Expr, tuple[Value, ...], Load, Load, sympy.Symbol]:
         joined = joined_scores(self.r, softmax.score, q, k)
         raw = softmax.score if joined is None else joined.score
-        opaque = _last_first(summed_into(raw))
+        opaque, others = _last_first(summed_into(raw)), list[Product]()
         for candidate in opaque:
             one = joined is not None and candidate is joined.marker
             product = joined.product if joined is not None and one else product_of(self.r, candidate, "d")
@@ -233,7 +233,7 @@ class _Lift:
                 continue
             sides = self._query_and_key(product, q, k)
             if sides is None:
-                check_before(self.r, product, k)
+                others.append(product)
                 continue
             self._fix(product.over, *(value for value, _ in product.sides))
             self.r.inner.add(product.over)
@@ -247,6 +247,8 @@ class _Lift:
                 if any(depends_on(leaf, s) for s in scores):
                     raise Declined(ScoresUsed(op_name(leaf)))
             return score, scores, query, key, product.over
+        for product in others:
+            check_before(self.r, product, k)
         raise Declined(NoScoreProduct(", ".join(sorted({o.name for o in opaque})) or "the scores are loaded"))
 
     def _with_addend(self, score: Expr, candidate: Opaque) -> Expr:

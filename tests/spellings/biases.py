@@ -163,6 +163,15 @@ def relative_by_gather_both_ways(q: Tensor, k: Tensor, v: Tensor, table: Tensor)
     return attend((q @ k.mT + to_position + from_position) / math.sqrt(16 * 3), v)
 
 
+@spelling(extra=lambda: (rand(17, 32, seed=5), rand(32, 3, 16, seed=6)))
+def relative_by_gather_of_projected_positions(q: Tensor, k: Tensor, v: Tensor, positions: Tensor, weight: Tensor) -> Tensor:
+    """Funnel: what queries are multiplied with are products, too, of which keys read a part each."""
+    projected = torch.einsum("td,dhe->the", positions, weight) / 6
+    places = torch.arange(9) - torch.arange(9)[:, None] + 8
+    of_all = torch.einsum("bhqe,the->bhqt", q, projected)
+    return attend(scores(q, k) + torch.gather(of_all, -1, places.expand(2, 3, 9, 9)) / 4, v)
+
+
 @spelling(extra=lambda: (rand(3, 17, 16, seed=5),))
 def relative_shift_by_padding(q: Tensor, k: Tensor, v: Tensor, table: Tensor) -> Tensor:
     """Transformer-XL: pad, view as if a column shorter, slice."""
