@@ -117,6 +117,8 @@ def find(graph: Graph, states: Mapping[Node, State]) -> list[Candidate]:
         made = _with_statistics(_slice(anchor, roots, passed, states, mutations, order))
         found[contraction] = replace(made, sums=products) if first else made
     settled = {c.roots[0] for c in found.values() if operator_name(c.anchor) not in FUNCTIONS}
+    # Products that make the scores of others are none of their own: rotary positions are a product before them.
+    settled |= {n for c in found.values() for n in c.nodes if n not in c.roots}
     chains = [
         replace(_slice(first, (second, *_divisions_after(second)), passed, states, mutations, order), softmax=False)
         for second, (first, passed) in _chained(graph, order).items() if second not in settled

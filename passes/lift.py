@@ -268,9 +268,10 @@ class _Lift:
         return expr.substitute(score, {Score(v.dtype): out})
 
     def _fix(self, x: sympy.Symbol, *values: Value) -> None:
-        """Kernels are made for one head dimension: a symbolic one, as under dynamic=True, is guarded on."""
+        """Kernels are made for one head dimension: a symbolic one, as under dynamic=True, is guarded on; but not for what may be
+        no attention, as any two products without a softmax may."""
         size = self.r.space.sizes[x]
-        for n in (n for v in values for n in v.shape if not size.is_Integer and as_index(n) == size):
+        for n in (n for v in values for n in v.shape if self.softmax and not size.is_Integer and as_index(n) == size):
             int(n)
             raise _Specialised
         if not size.is_Integer:

@@ -28,7 +28,10 @@ def sdpa_as_products(
     if enable_gqa:
         key = key.repeat_interleave(query.size(-3) // key.size(-3), -3)
         value = value.repeat_interleave(query.size(-3) // value.size(-3), -3)
-    score = query @ key.transpose(-2, -1) * (1 / math.sqrt(query.size(-1)) if scale is None else scale)
+    score = query @ key.transpose(-2, -1)
+    if score.dtype == torch.float16:  # as kernels have it: a mask of the lowest number would be infinite beside a score
+        score = score.to(torch.float32)
+    score = score * (1 / math.sqrt(query.size(-1)) if scale is None else scale)
     if is_causal:
         rows = torch.arange(query.size(-2), device=query.device)[:, None]
         attn_mask = torch.arange(key.size(-2), device=query.device)[None, :] <= rows
@@ -36,7 +39,7 @@ def sdpa_as_products(
         score = torch.where(attn_mask, score, float("-inf"))
     elif attn_mask is not None:
         score = score + attn_mask
-    weight = safe_softmax(score, -1)
+    weight = safe_softmax(score, -1).to(value.dtype)
     if dropout_p > 0.0:
         weight = torch.dropout(weight, dropout_p, train=True)
     out: Tensor = weight @ value

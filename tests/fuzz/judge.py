@@ -94,7 +94,8 @@ def judge(program: Program, exact: Outcome, eager: Outcome, found: Outcome) -> s
         refused = own and "flex" in program.text  # by PyTorch's own operator, where it is not fused
         return "" if refused else f"raises {type(found.error).__name__}: {found.error}"
     for name, fact in eager.facts.items():
-        if found.facts[name] != fact:
+        # Of an operator with several results torch keeps one of two equal calls, fx_graph_cse, and so two results are one
+        if found.facts[name] != fact and (name, program.inner) != ("memory is shared", "inductor"):
             return f"{name}: {found.facts[name]}, eager's {fact}"
     bars = _Bars(program, exact, eager)
     for name in eager.named:
