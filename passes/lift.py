@@ -268,8 +268,8 @@ class _Lift:
         return expr.substitute(score, {Score(v.dtype): out})
 
     def _fix(self, x: sympy.Symbol, *values: Value) -> None:
-        """Kernels are made for one head dimension: a symbolic one, as under dynamic=True, is guarded on; but not for what may be
-        no attention, as any two products without a softmax may."""
+        """Kernels are made for one head dimension: a symbolic one, as under dynamic=True, is guarded on; but not for any two
+        products without a softmax, which may be no attention."""
         size = self.r.space.sizes[x]
         for n in (n for v in values for n in v.shape if self.softmax and not size.is_Integer and as_index(n) == size):
             int(n)
