@@ -197,7 +197,7 @@ def _weights(read: Read, value: Value) -> Expr | None:
     axes, sizes = (*read.batch, read.q, read.k), read.reader.space.sizes
     for coords in [at for v, at, _ in read.reader.read() if v is value]:
         there = tuple(c for c in coords if c != 0)
-        if any(n != (sizes[c] if c in sizes else 1) for c, n in zip(coords, dims(value), strict=True)):
+        if any(n != sizes.get(c, 1) for c, n in zip(coords, dims(value), strict=True)):
             continue  # a part of it is no weight of a key, such as that of a sink
         if there == tuple(x for x in axes if x in there) and all(x in there or sizes[x] == 1 for x in axes):
             return _of_probability(read, read.reader.element(value, coords))
