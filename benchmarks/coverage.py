@@ -100,10 +100,15 @@ def left(s: Series) -> Iterator[str]:
     groups: dict[tuple[str, ...], list[Model]] = {}
     for m in s.models:
         if m.fused < m.sites:
-            groups.setdefault(tuple(sorted(name.partition(": ")[2] for name in m.reasons)), []).append(m)
+            groups.setdefault(tuple(sorted(map(_said, m.reasons))), []).append(m)
     for reasons, models in sorted(groups.items(), key=lambda g: -sum(m.sites - m.fused for m in g[1])):
         names, sites = ", ".join(m.name for m in models), sum(m.sites - m.fused for m in models)
         yield f"| {names} | {sites} | {'; '.join(reasons) or 'in no graph as a whole'} |"
+
+
+def _said(reason: str) -> str:
+    name, _, text = reason.partition(": ")
+    return name if text == "…" else text
 
 
 def placed(text: str, name: str, lines: Iterator[str]) -> str:
