@@ -262,3 +262,10 @@ for _name, _read in {
         return p @ v, read(p)
 
     spelling()(named(_program, f"weights_read_for_{_name}"))
+
+
+@spelling(0, extra=lambda: (rand(3, 1, 1, seed=7),), reason="ProbabilitiesUsed")
+def share_of_a_sink(q: Tensor, k: Tensor, v: Tensor, sink: Tensor) -> tuple[Tensor, Tensor]:
+    """What no value belongs to is no weight of a key."""
+    p = torch.cat([scores(q, k), sink.expand(*q.shape[:-1], 1)], -1).softmax(-1)
+    return p[..., :-1] @ v, p[..., -1]
