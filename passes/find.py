@@ -16,6 +16,7 @@ from torch.fx import Graph, Node
 
 from fuse.passes.read.flex import IN_BASE_2, is_flex
 from fuse.passes.read.graph import VIEWS, Calls, State, operator_name, reached_from, storage_of, tensor_of, writes
+from fuse.passes.read.layers import weights_of_layers
 from fuse.passes.read.varlen import VARLEN, VARLEN_LSE, is_varlen
 from fuse.torch_private import HigherOrderOperator
 
@@ -184,28 +185,17 @@ def _contractions_after(anchor: Node, order: Mapping[Node, int], stops: Set[str]
 def _chained(graph: Graph, order: Mapping[Node, int]) -> dict[Node, tuple[Node, set[Node]]]:
     """Products that another one reaches without a softmax: that one, and the nodes between.
 
-    A product by a parameter, as of a layer, gives no scores.
+    A product by a layer's weights gives no scores.
     """
-    found: dict[Node, tuple[Node, set[Node]]] = {}
-    for node in graph.nodes:
-        if operator_name(node) not in MATRIX_PRODUCTS or not is_contraction(node) or _of_parameter(node):
-            continue
-        for end, passed in _contractions_after(node, order, NORMALISATIONS - FUNCTIONS):
-            if operator_name(end) in MATRIX_PRODUCTS and not _of_parameter(end):
-                found[end] = (node, passed)
-    return found
-
-
-def _of_parameter(product: Node) -> bool:
-    """Is a factor a parameter, or a view of one?"""
-    return any(isinstance(tensor_of(_viewed(arg)), torch.nn.Parameter) for arg in product.all_input_nodes)
-
-
-def _viewed(node: Node) -> Node:
-    """What a chain of views is of."""
-    while _is_view(node) and node.all_input_nodes:
-        node = node.all_input_nodes[0]
-    return node
+    products = [n for n in graph.nodes if is_contraction(n) and operator_name(n) in MATRIX_PRODUCTS]
+    weights = weights_of_layers(graph) if len(products) > 1 else set()
+    of_activations = [n for n in products if weights.isdisjoint(n.all_input_nodes)]
+    return {
+        end: (node, passed)
+        for node in of_activations
+        for end, passed in _contractions_after(node, order, NORMALISATIONS - FUNCTIONS)
+        if end in of_activations
+    }
 
 
 def _readers(node: Node, order: Mapping[Node, int]) -> Iterable[Node]:

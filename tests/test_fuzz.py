@@ -16,7 +16,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore"),
     pytest.mark.filterwarnings("error:fuse .* attention without its kernels"),
 ]
-TIERS = {"triton": [pytest.mark.triton], "reference": []}  # the others need a compiler
+TIERS = {"triton": [pytest.mark.triton], "reference": []}  # by target; the others need a compiler
 
 
 @pytest.mark.parametrize(

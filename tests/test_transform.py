@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from programs import attend, heads
+from spellings.unnormalised import FeedForward
 from torch import Tensor, nn
 from torch._inductor.utils import fresh_cache
 from torch.export import Dim, ExportedProgram, export
@@ -98,6 +99,15 @@ def test_a_size_that_a_program_leaves_open_is_not_fixed() -> None:
 class Attend(nn.Module):
     def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         return attend(q, k, v)
+
+
+@open_sizes
+def test_layers_are_no_attention_by_the_names_of_their_weights() -> None:
+    """A program's parameters are inputs like any others."""
+    layer, x, chosen = FeedForward(), torch.randn(1, 300, 8), torch.tensor([2, 0])
+    fused, report = fuse.transform(export(layer, (x, chosen)))
+    assert not report.sites and not report.others
+    torch.testing.assert_close(fused.module()(x, chosen), layer(x, chosen))
 
 
 class Detached(nn.Module):

@@ -210,10 +210,15 @@ def storage_of(node: Node) -> int | None:
 
 def is_state(node: Node) -> bool:
     """Is this a buffer, a parameter or a global variable, which the graph does not write?"""
-    path = source_name(node)
     storage = storage_of(node)
     written = {storage_of(w) for n in node.graph.nodes for w in writes(n)}
-    return (_OF_MODULE.search(path) is not None or path.startswith("G[")) and storage is not None and storage not in written
+    held = is_of_module(node) or source_name(node).startswith("G[")
+    return held and storage is not None and storage not in written
+
+
+def is_of_module(node: Node) -> bool:
+    """Is this an input that Dynamo has found in a module?"""
+    return _OF_MODULE.search(source_name(node)) is not None
 
 
 def reached_from(*nodes: Node | None) -> set[Node]:

@@ -54,6 +54,7 @@ SHARES = {
     "cpp, all blocks": Share("cpp", 12, Limits(), 12, fused=0.5, masked=0.0, narrow=False),
     "triton": Share("triton", 54, Limits(length=40, features=64), 27),
     "unnormalised": Share("reference", 24, FEW, 24, fused=0.6, masked=0.5),
+    "unnormalised, triton": Share("triton", 12, FEW, 12, fused=0.6, masked=0.5),
     "unnormalised, cpp": Share("cpp", 12, FEW, 12, fused=0.6, masked=0.5),
     "inductor": Share("reference", 6, Limits(length=33, features=64, inner="inductor"), 6, fused=0.5, masked=0.0),
 }
