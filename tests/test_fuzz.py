@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import pytest
 from fuzz.known import KNOWN, Known
-from fuzz.profiles import SHARES, Part, least, parts
+from fuzz.profiles import SHARES, Part, Share, least, parts
 from fuzz.program import Program
 from fuzz.run import Verdict, verdicts
 
@@ -19,9 +19,11 @@ pytestmark = [
 TIERS = {"triton": [pytest.mark.triton], "reference": []}  # by target; the others need a compiler
 
 
-@pytest.mark.parametrize(
-    "part", [pytest.param(p, id=str(p), marks=TIERS.get(p.share, [pytest.mark.compiler])) for p in parts()]
-)
+def tier(share: Share) -> list[pytest.MarkDecorator]:
+    return [pytest.mark.compiler] if share.limits.inner == "inductor" else TIERS.get(share.target, [pytest.mark.compiler])
+
+
+@pytest.mark.parametrize("part", [pytest.param(p, id=str(p), marks=tier(SHARES[p.share])) for p in parts()])
 def test_random_programs_are_as_in_eager(part: Part) -> None:
     """And most of them are fused, and their masks recovered."""
     share = SHARES[part.share]
