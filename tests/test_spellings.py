@@ -12,6 +12,7 @@ from spellings import (
     layouts,
     masks,
     near_miss_masks,
+    near_miss_operands,
     near_misses,
     products,
     regions,
@@ -25,7 +26,7 @@ from together import narrow
 
 TOPICS = (
     beside, softmaxes, products, scales, masks, biases, layouts, sets_of_keys, terms, composites, regions, near_misses,
-    near_miss_masks, unnormalised,
+    near_miss_masks, near_miss_operands, unnormalised,
 )  # fmt: skip
 
 
