@@ -90,6 +90,14 @@ def biased_without_a_softmax(dtype: str) -> Problem:
 
 
 @case
+def groups_without_a_softmax(dtype: str) -> Problem:
+    kv_index = (B0, op("floordiv", B1, 4))
+    return problem(
+        dtype, batch=(2, 8), kv_batch=(2, 2), kv_index=kv_index, score=lambda s: op("sigmoid", s), normalisation="none"
+    )
+
+
+@case
 def weight_without_a_softmax(dtype: str) -> Problem:
     """Something else than the probability multiplies the values."""
     kept = op("where", op("eq", op("mod", op("add", Q, K), 3), 0), const(0.0, dtype), op("mul", Prob(dtype), 1.5))

@@ -144,6 +144,17 @@ def test_g8_triangles_in_place_with_symbolic_sizes() -> None:
     assert fuse.report().recovered == 1
 
 
+def test_g8_no_size_is_fixed_for_what_may_be_no_attention() -> None:
+    def program(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return (q @ k.mT).sigmoid() @ v
+
+    run = compiled(program, dynamic=True)
+    for features in (4, 6):
+        x = (rand(2, 3, 64, features), rand(2, 3, 80, features, seed=1), rand(2, 3, 80, features, seed=2))
+        torch.testing.assert_close(run(*x), program(*x))
+    assert fuse.report().graphs == 1
+
+
 def test_g9_metadata_changed_in_place() -> None:
     """Dynamo's example value of ``k`` shows the shape at the end."""
 

@@ -99,7 +99,7 @@ GRADIENTS = (
     "score_in_bfloat16_decides", "coordinate_by_way_of_bfloat16", "weight_chosen_in_bfloat16",
     "sigmoid_attention", "squared_relu_causal", "retention", "retention_of_learned_decay", "linear_attention_causal",
     "divided_by_its_sum", "window_without_a_softmax", "padding_without_a_softmax", "biased_without_a_softmax",
-    "no_keys_without_a_softmax", "weight_without_a_softmax",
+    "no_keys_without_a_softmax", "weight_without_a_softmax", "groups_without_a_softmax",
 )  # fmt: skip
 # With blocks of one, two and three vectors of queries, as they are planned: what ends a block, and every kind of sum.
 PLANNED = (

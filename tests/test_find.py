@@ -70,3 +70,19 @@ def test_the_addend_of_baddbmm_is_followed_as_scores_are() -> None:
 
     (found,) = candidates(program, *(x.flatten(0, 1) for x in heads()))
     assert {"full", "triu"} <= names(found)
+
+
+def test_products_that_reach_another_one_are_a_candidate_without_a_softmax() -> None:
+    (found,) = candidates(lambda q, k, v: (q @ k.mT).sigmoid() @ v, *heads())
+    assert not found.softmax and operator_name(found.anchor) == "matmul"
+
+
+def test_what_makes_the_scores_of_an_attention_is_none_of_its_own() -> None:
+    """Rotary positions: a product before the scores, by way of a cosine."""
+
+    def program(q: Tensor, k: Tensor, v: Tensor, frequencies: Tensor) -> Tensor:
+        angles = (frequencies[:, None] @ torch.arange(9.0)[None]).mT
+        return attend(q * angles.cos(), k * angles.cos(), v)
+
+    (found,) = candidates(program, *heads(), torch.randn(16))
+    assert found.softmax

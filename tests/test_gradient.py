@@ -16,7 +16,7 @@ from torch import Tensor
 from fuse.ir.expr import FLOATS, Expr, Load, Prob, Score, const
 from fuse.ir.gradient import Gradient, Term, derivative, gradient
 from fuse.ir.operators import OPERATORS
-from fuse.targets import reference
+from fuse.targets import reference, reference_tangent
 from fuse.targets.evaluate import Call
 
 S, P, X = Score("float64"), Prob("float64"), Load("float64", 0, (Q, K))
@@ -207,6 +207,21 @@ LEFT_OUT = (
 def test_the_backward_of_every_case_is_autograd_s(name: str) -> None:
     found, expected = backward(name)
     torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-10, equal_nan=True)
+
+
+@pytest.mark.parametrize("name", ["retention", "linear_attention_causal", "weight_without_a_softmax", "two_extra_logits"])
+def test_tangents_are_pytorch_s_own(name: str) -> None:
+    made = ALL_CASES[name]("float64")
+    along = [torch.randn_like(t) if t.is_floating_point() else None for t in made.operands]
+    pairs = [(t, x) for t, x in zip(made.operands, along, strict=True) if x is not None]
+
+    def function(*floats: Tensor) -> Tensor:
+        rest = iter(floats)
+        return attend(made, [t if x is None else next(rest) for t, x in zip(made.operands, along, strict=True)])
+
+    _, expected = torch.func.jvp(function, *map(tuple, zip(*pairs, strict=True)))
+    found, _ = reference_tangent.attention_tangent(made.spec, made.operands, along, made.sizes)
+    torch.testing.assert_close(found, expected)
 
 
 def test_blocks_of_rows_add_up_to_the_whole_gradient(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -75,6 +75,35 @@ def test_a_predicate_of_positions_becomes_loop_bounds(
     assert bounds(pass_over(program, *heads(N)).spec) == expected
 
 
+# ------------------------------------------------------------------------------------------------------ without a softmax
+
+LONG = 96  # of fewer keys nothing would be saved
+
+
+@pytest.mark.parametrize(
+    ("weights", "expected"),
+    [
+        (lambda s, seen: s.relu().square().masked_fill(~seen, 0), ("", "1 + q", "")),
+        (lambda s, seen: s.masked_fill(~seen, -math.inf).sigmoid(), ("", "1 + q", "")),
+        (lambda s, seen: (s + torch.zeros(LONG, LONG).masked_fill(~seen, -math.inf)).exp(), ("", "1 + q", "")),
+        (lambda s, seen: s * torch.where(seen, 0.5, 0.0), ("", "1 + q", "")),
+        (lambda s, seen: s.sigmoid() * seen, ("", "1 + q", "")),
+        (lambda s, seen: torch.where(seen, s.sigmoid(), -s.sigmoid()), None),  # at most zero, and not zero
+        (lambda s, seen: s.masked_fill(~seen, -1e9), None),  # what vanishes under a softmax
+    ],
+)
+def test_without_a_softmax_what_is_zero_is_masked(
+    weights: Callable[[Tensor, Tensor], Tensor], expected: tuple[str, str, str] | None
+) -> None:
+    def program(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        rows, keys = positions(LONG, LONG)
+        return weights(q @ k.mT / 4, keys <= rows) @ v
+
+    spec = pass_over(program, *heads(LONG)).spec
+    assert spec.normalisation == "none"
+    assert (None if spec.mask is None else bounds(spec)) == expected
+
+
 # ------------------------------------------------------------------------------------------------- many spellings of one
 
 

@@ -26,6 +26,9 @@ NAMES = {
     "sinks": "causal_sinks",
     "softmax_plus_one": "plus_one",
     "dropout": "dropout",
+    "sigmoid_attention": "unnormalised",
+    "retention": "causal_distances_unnormalised",
+    "linear_attention_causal": "causal_by_sum",
 }
 
 

@@ -220,6 +220,19 @@ def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return scores.softmax(-1) @ v  # this line is the site
 
 
+def test_a_site_without_a_softmax_says_what_is_in_its_place() -> None:
+    def by_sum(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        s = (q @ k.mT).sigmoid()
+        return s @ v / s.sum(-1, keepdim=True)
+
+    x = [torch.randn(2, 96, 16) for _ in range(3)]
+    report = fuse.explain(by_sum, *x)
+    assert "softmax     none: scores are divided by their sum" in str(report)
+    assert "softmax     none: scores multiply the values" in str(fuse.explain(lambda q, k, v: (q @ k.mT).sigmoid() @ v, *x))
+    (site,) = report.sites
+    assert site.spec is not None and "prob = sigmoid(score) / sum over k of sigmoid(score)" in str(site.spec)
+
+
 def test_a_site_names_the_line_the_formula_and_the_mask_of_the_user() -> None:
     x = torch.randn(2, 64, 16)
     with torch.no_grad():

@@ -101,6 +101,17 @@ def test_a_table_beside_a_mask_holds_the_bias_alone() -> None:
     torch.testing.assert_close(passed.result, program(*tensors))
 
 
+def test_a_bias_that_is_rounded_behind_its_mask_is_one_table() -> None:
+    """Else the score and what is visible of it would read two, of which one says nothing of the other."""
+
+    def program(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        d = distances()
+        return attend(q, k, v, torch.where(d <= 0, 0.9 ** -d.clamp(max=0), -torch.inf).to(q.dtype))
+
+    spec = pass_over(program, *(x.bfloat16() for x in heads(N, M))).spec
+    assert spec.mask is not None and len(spec.operands) == 4
+
+
 def test_a_cheap_function_of_the_distance_is_computed_for_each_entry() -> None:
     def program(q: Tensor, k: Tensor, v: Tensor, slope: Tensor) -> Tensor:
         return attend(q, k, v, slope[:, None, None] * distances())

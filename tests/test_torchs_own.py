@@ -64,7 +64,7 @@ def test_what_sdpa_cannot_say_has_no_rival(name: str) -> None:
     assert (rival is None) == (name != "features_strided")
 
 
-@pytest.mark.parametrize("name", ["sigmoid_attention", "biased_without_a_softmax"])
+@pytest.mark.parametrize("name", ["sigmoid_attention", "biased_without_a_softmax", "groups_without_a_softmax"])
 def test_without_a_softmax_the_rival_is_two_products(name: str) -> None:
     """And one operation between them, the least that there can be."""
     made = CASES[name]("float32")

@@ -56,7 +56,7 @@ GRADIENTS = (
     "weight_masked_after_softmax", "relative_table", "t5_bias", "decomposed_positions",
     "sigmoid_attention", "squared_relu_causal", "retention", "retention_of_learned_decay", "linear_attention_causal",
     "divided_by_its_sum", "window_without_a_softmax", "padding_without_a_softmax", "biased_without_a_softmax",
-    "weight_without_a_softmax",
+    "weight_without_a_softmax", "groups_without_a_softmax",
 )  # fmt: skip
 CHOSEN = [(n, "float32") for n in GRADIENTS]
 CHOSEN += [

@@ -78,6 +78,13 @@ def sdpa_grouped(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return sdpa(q, k, v, enable_gqa=True, is_causal=True)
 
 
+@spelling(kv=1, dtype=torch.float16)
+def sdpa_float16_below_the_lowest_number(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """The sum of mask and score is no number of float16, and one of the float32 that scores are computed in."""
+    q, k = torch.full_like(q, 2.0), torch.full_like(k, -2.0)
+    return sdpa(q, k, v, torch.full((q.shape[-2], 1), torch.finfo(torch.float16).min, dtype=q.dtype), scale=1.0)
+
+
 @spelling(dtype=torch.bfloat16, extra=keep)
 def sdpa_bfloat16(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
     return sdpa(q, k, v, mask)

@@ -74,6 +74,11 @@ def retention_of_a_decay_for_each_head(q: Tensor, k: Tensor, v: Tensor) -> Tenso
     return (q @ k.mT * mask) @ v
 
 
+@spelling(1, shape=LONG, extra=lambda: ((torch.arange(96) < torch.tensor([50, 90])[:, None]).float(),))
+def padding_as_a_factor(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+    return (scores(q, k).sigmoid() * mask[:, None, None, :]) @ v
+
+
 @spelling(1, shape=LONG)
 def exponential_that_nothing_divides(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return torch.exp(scores(q, k) - 3) @ v
@@ -133,6 +138,13 @@ def products_and_a_factor(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 def weights_used_beside(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     p = torch.sigmoid(scores(q, k))
     return p @ v, p
+
+
+@spelling(0, shape=LONG)
+def log_sum_exp_of_the_weights(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    """Which the result needs of no row."""
+    p = torch.sigmoid(scores(q, k))
+    return p @ v, p.logsumexp(-1)
 
 
 @spelling(0, shape=LONG)
