@@ -15,31 +15,37 @@ from fuse.when_imported import when_imported
 
 if TYPE_CHECKING:
     from fuse.public import (
+        ContextParallel,
         FuseError,
         Options,
         Report,
         Site,
         Transformed,
         explain,
+        gather_sequence,
         inductor_configs,
         report,
         reset,
         save_library,
+        shard_sequence,
         transform,
     )
 
 __version__ = "0.1.0"
 __all__ = [
+    "ContextParallel",
     "FuseError",
     "Options",
     "Report",
     "Site",
     "Transformed",
     "explain",
+    "gather_sequence",
     "inductor_configs",
     "report",
     "reset",
     "save_library",
+    "shard_sequence",
     "transform",
 ]
 

@@ -16,6 +16,7 @@ from fuse.contents import Buffers
 from fuse.ops import opaque, warm
 from fuse.ops.attention import parsed
 from fuse.options import Options, resolve
+from fuse.parallel.plan import Plan
 from fuse.passes.policy import Choose, Leave, leave_none
 from fuse.passes.read.graph import State
 from fuse.qualify.judge import Trial
@@ -57,7 +58,7 @@ def fuse(
 
 def _tried(gm: GraphModule, example_inputs: Sequence[Any], chosen: Options) -> tuple[Callable[..., Any], Reading]:
     """``gm`` with its attention fused, compiled; and again without the sites whose kernels turn out wrong or slower."""
-    if chosen.qualify == "never":
+    if chosen.qualify == "never" or chosen.context_parallel is not None:  # what would be left would be wrong
         return _fused(gm, example_inputs, chosen, leave_none)
     anew = chosen.qualify == "always" or dump_sites.folder() is not None
     trial, before = Trial(anew, chosen.target != registry.AUTO, chosen.inner == "inductor"), check.keep(gm)
@@ -71,6 +72,8 @@ def _fused(gm: GraphModule, example_inputs: Sequence[Any], chosen: Options, leav
     reading = rewrite(gm, chosen, example_inputs, leave=leave)
     if chosen.require:
         required.check(reading.sites)  # before anything is built or compiled
+    if chosen.context_parallel is not None:
+        required.check_across_ranks(reading.sites)
     _prepare(gm, reading.sites, chosen.tune)  # builds run beside the inner compiler
     dump_sites.remember(gm, reading.sites)
     if chosen.qualify == "never":
@@ -127,7 +130,7 @@ def is_read(example_inputs: Sequence[Any], chosen: Options) -> bool:
     if chosen.disable:
         return False
     devices = _devices(example_inputs)
-    if chosen.require or not devices or any(map(chooser(chosen), devices)):
+    if chosen.require or chosen.context_parallel is not None or not devices or any(map(chooser(chosen), devices)):
         return True
     _warn_of_devices(frozenset(d.type for d in devices), chosen.target)
     return False
@@ -154,10 +157,16 @@ def rewrite(
 ) -> Reading:
     """As ``passes.run``. A defect of a pass must not cost the user more than its fusions."""
     try:
-        return passes.run(gm, chooser(chosen), inputs, begins, inside, leave, Buffers())
+        return passes.run(gm, chooser(chosen), inputs, begins, inside, leave, Buffers(), _plan(chosen))
     except Exception as error:
         log.warning("a pass failed; attention in this graph may run unfused. Please report this.", exc_info=True)
         return Reading((Site(False, InternalError(f"{type(error).__name__}: {error}"), "", ""),))
+
+
+def _plan(chosen: Options) -> Plan | None:
+    """Where the sequence lies; what is read of it is each site's own."""
+    across = chosen.context_parallel
+    return None if across is None else Plan(across.group_name, across.balanced, across.way, (), ())
 
 
 def _built(site: Site, gradients: bool) -> Site:

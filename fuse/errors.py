@@ -84,6 +84,38 @@ class NotFused(FuseError):
     message = "option 'require' asks for kernels, and {count} of {total} attention sites of this graph have none:\n{sites}"
 
 
+class NoRanks(FuseError):
+    message = (
+        "option 'context_parallel' is for several processes, but torch.distributed has no group: call "
+        "torch.distributed.init_process_group, or init_device_mesh, first, or drop the option."
+    )
+
+
+class NotAcrossRanks(FuseError):
+    message = (
+        "option 'context_parallel' makes the attention of a shard that of the whole sequence, which cannot be done with {count} "
+        "of {total} sites of this graph; as they are, they would attend to this rank's shard alone:\n{sites}"
+    )
+
+
+class DisabledAcrossRanks(FuseError):
+    message = (
+        "with fuse disabled every rank would attend to its shard of the sequence alone: drop the option 'context_parallel' and "
+        "give each rank the whole sequence, or do not disable fuse."
+    )
+
+
+class NotAShard(FuseError):
+    message = "{what}. {remedy}"
+
+
+class NotBatched(FuseError):
+    message = (
+        "attention over several ranks cannot be batched by torch.vmap: call the model without it, or drop the option "
+        "'context_parallel'."
+    )
+
+
 class NotAGraph(FuseError):
     message = (
         "fuse.transform takes an exported program or a traced module, not a {got}. Give it torch.export.export(model, inputs) "

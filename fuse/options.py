@@ -8,15 +8,28 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from fuse.errors import InductorOnly, InvalidOption, InvalidVariable, NotTunable, UnknownOption, UnknownVariable, did_you_mean
+from fuse.errors import (
+    DisabledAcrossRanks,
+    InductorOnly,
+    InvalidOption,
+    InvalidVariable,
+    NotTunable,
+    UnknownOption,
+    UnknownVariable,
+    did_you_mean,
+)
 from fuse.settings import Settings
 from fuse.targets import registry
 from fuse.torch_private import inductor_config
 
+if TYPE_CHECKING:
+    from fuse.parallel.option import ContextParallel
+
 INNER = ("inductor", "aot_eager", "eager")
 QUALIFY = ("once", "never", "always")
+ACROSS = "context_parallel"
 SWITCH = {"1": True, "true": True, "on": True, "0": False, "false": False, "off": False, "": False}
 
 
@@ -32,6 +45,8 @@ class Options:
     require   raise NotFused where attention is left as it was or computed by plain PyTorch; graphs without any are compiled.
               ``disable`` wins over it
     tune      measure which tile sizes are the fastest, on the first calls' operands; kept on disk. For targets with a choice
+    context_parallel  over which ranks the sequence lies: a fuse.ContextParallel, or a process group or a DeviceMesh of one
+              dimension, which stands for one. What cannot be computed so raises NotAcrossRanks
     mode      Inductor's mode, as torch.compile got it
     inductor  Inductor's own options
     """
@@ -43,6 +58,7 @@ class Options:
     qualify: str = "once"
     require: bool = False
     tune: bool = False
+    context_parallel: ContextParallel | None = None
     mode: str | None = None
     inductor: Mapping[str, Any] = field(default_factory=dict)
 
@@ -54,6 +70,8 @@ class Options:
                 raise InvalidOption(name=name, value=value, allowed=_listed(allowed), hint=hint)
         if self.tune and self.target not in (tunable := registry.tunable()):
             raise NotTunable(what="tune", target=self.target, tunable=_listed(tunable))
+        if self.disable and self.context_parallel is not None:
+            raise DisabledAcrossRanks
         if self.inner != "inductor" and (self.mode or self.inductor):
             what = f"mode={self.mode!r}" if self.mode else f"option {next(iter(self.inductor))!r}"
             raise InductorOnly(what=what, inner=self.inner)
@@ -75,9 +93,14 @@ def resolve(mode: str | None, given: Mapping[str, Any] | Options | None) -> Opti
     if isinstance(given, Options):
         _reject_unknown_options(given.inductor)
         return given
-    own = {**_from_environment(), **{k: v for k, v in (given or {}).items() if k in CHOICES}}
-    inductor = {k: v for k, v in (given or {}).items() if k not in CHOICES}
+    own: dict[str, Any] = {**_from_environment(), **{k: v for k, v in (given or {}).items() if k in CHOICES}}
+    across = (given or {}).get(ACROSS)
+    inductor = {k: v for k, v in (given or {}).items() if k not in CHOICES and k != ACROSS}
     _reject_unknown_options(inductor)
+    if across is not None:
+        from fuse.parallel.option import context_parallel  # torch.distributed takes its time to load
+
+        own[ACROSS] = context_parallel(across)
     return Options(**own, mode=None if mode == "default" else mode, inductor=inductor)
 
 
@@ -112,8 +135,8 @@ def _reject_unknown_options(given: Mapping[str, Any]) -> None:
     known = {name.replace("-", "_") for name in inductor_config.get_config_copy()}
     for name in given:
         if name.replace("-", "_") not in known:
-            hint = did_you_mean(name, CHOICES) or did_you_mean(name, known)
-            raise UnknownOption(name=name, hint=hint, allowed=_listed(tuple(CHOICES)))
+            hint = did_you_mean(name, (*CHOICES, ACROSS)) or did_you_mean(name, known)
+            raise UnknownOption(name=name, hint=hint, allowed=_listed((*CHOICES, ACROSS)))
 
 
 def _names(allowed: tuple[str | bool, ...]) -> list[str]:

@@ -127,6 +127,7 @@ __all__ = [
     "flex_refusal",
     "get_hash_for_files",
     "given_for",
+    "group_named",
     "guard_input",
     "hint",
     "inductor_config",
@@ -431,6 +432,12 @@ def trace_artifact(name: str, encoding: str, content: Callable[[], str]) -> None
 def default_store() -> Any:
     """What all processes of the default group read and write, with compare_set(key, expected, desired)."""
     return torch.distributed.distributed_c10d._get_default_store()
+
+
+def group_named(name: str) -> Any:
+    """The process group that has this as its ``group_name``."""
+    found: Any = torch.distributed.distributed_c10d
+    return found._resolve_process_group(name)
 
 
 def artifact_manager(kind: str, load: Callable[[str, bytes], None]) -> Any:

@@ -26,10 +26,12 @@ from typing import Any, TypeVar
 from torch.fx import Graph, GraphModule, Node
 
 import fuse.ops.attention
+import fuse.ops.context_attention
 import fuse.ops.snapshot
 import fuse.ops.tile_map
 import fuse.ops.weights  # noqa: F401  they register their ops
 from fuse.ir.spec import AttentionSpec, InvalidSpec, verify
+from fuse.parallel.plan import Plan
 from fuse.passes import census
 from fuse.passes.accept import Found, accept, declined_site
 from fuse.passes.beside import Beside, read_beside
@@ -45,6 +47,7 @@ from fuse.passes.read.bodies import Body, bodies
 from fuse.passes.read.graph import State, hidden_subclass, operator_name, states, tensor_of
 from fuse.passes.read.trace import Trace, Value, trace
 from fuse.passes.replace import add_up, insert, live_nodes, remove, unread_nodes
+from fuse.passes.spread import spread
 from fuse.passes.tables import tabulate
 from fuse.passes.terms import terms_of
 from fuse.passes.tiles import map_tiles
@@ -75,6 +78,13 @@ PASSES: tuple[Pass, ...] = (
     map_tiles,  # what an opaque mask lets be seen of each tile is computed once in the graph
 )
 
+# Of a sequence that lies on several ranks: maps and tables are made of one shard.
+ACROSS_RANKS: tuple[Pass, ...] = (
+    know_contents,
+    spread,  # places in the shard become places in the whole sequence
+    recover_mask,
+)
+
 _NO_ATTENTION = (NotSoftmax, NoScoreProduct)
 
 
@@ -86,6 +96,7 @@ def run(
     inside: bool = True,
     leave: Leave = leave_none,
     contents: Contents = Contents(),  # noqa: B008  it has no state
+    plan: Plan | None = None,
 ) -> Reading:
     """Rewrites ``gm``; one Site for every attention that was found, fused or not. Never raises.
 
@@ -95,9 +106,10 @@ def run(
     inside    with the bodies inside it
     leave     what is left although it could be fused
     contents  what tensors hold
+    plan      see Policy
     """
     hidden = hidden_subclass(gm.graph, inputs)
-    policy = Policy(choose, leave, contents, Declined(Subclass(hidden)) if hidden else None)
+    policy = Policy(choose, leave, contents, Declined(Subclass(hidden)) if hidden else None, plan)
     readings = [_never_raises(body, policy) for body in bodies(gm, begins) if inside or body.graph is gm.graph]
     for module in gm.modules():
         if isinstance(module, GraphModule):
@@ -310,7 +322,7 @@ def _read_term(candidate: Candidate, root: Node, lifted: Lifted, context: SiteCo
     check_pays(lifted)
     check_transforms(lifted, candidate.inputs, state_of[candidate.anchor], state_of[root])
     steps = [("lift", lifted.spec)]
-    for each in PASSES:
+    for each in PASSES if context.plan is None else ACROSS_RANKS:
         lifted = _verified(each, each(lifted, context))
         steps.append((each.__name__, lifted.spec))
     return _Term(lifted, tuple(steps))
@@ -343,7 +355,7 @@ def _inserted(graph: Graph, site: _Read, term: _Term, beside: Beside, state_of: 
 
 
 def _context(traced: Trace, candidate: Candidate, policy: Policy) -> SiteContext:
-    return SiteContext(traced, _target(candidate, policy.choose), policy.contents)
+    return SiteContext(traced, _target(candidate, policy.choose), policy.contents, policy.plan)
 
 
 def _target(candidate: Candidate, choose: Choose) -> str:

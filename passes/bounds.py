@@ -229,7 +229,7 @@ def _held(r: Reader, limit: IndexExpr) -> IndexExpr | None:
     """``limit`` such that it cannot wrap: an integer from a tensor or from the user may be as large as int64 allows."""
     if any(abs(c) > FAR for c in limit.atoms(sympy.Integer)):
         return None
-    data = sorted((s for s in limit.free_symbols if s not in r.space.sizes and not s.is_positive), key=str)
+    data = sorted((s for s in limit.free_symbols if s not in r.space.sizes and not s.is_nonnegative), key=str)
     if not data or limit == data[0]:
         return limit
     parts = linear(limit, data[0])

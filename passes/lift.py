@@ -23,6 +23,7 @@ from fuse.ir.index import IndexExpr, linear
 from fuse.ir.philox import drawn_in
 from fuse.ir.spec import AttentionSpec, Operand
 from fuse.ir.text import to_text
+from fuse.parallel.plan import Plan
 from fuse.passes.lookups import hoist_lookups
 from fuse.passes.policy import Contents
 from fuse.passes.predicate import REPLACED, separate
@@ -74,6 +75,7 @@ class Lifted:
     sizes      the values of spec.symbols
     out_dims   root dimension → dimension of the op's result
     features   sizes of what the op's last dimension has to be split into, if it stands for several of the root's
+    plan       of a sequence that lies on several ranks: see fuse.parallel.plan
     scores     the products of query and keys, which must not be used elsewhere
     read       see Read
     relied     of what it is known what they hold, on which the spec relies
@@ -87,15 +89,18 @@ class Lifted:
     read: Read
     relied: tuple[Node, ...] = ()
     features: tuple[int, ...] = ()
+    plan: Plan | None = None
 
 
 @dataclass(frozen=True)
 class SiteContext:
-    """What passes may look at beside the site: the trace that it was read from, the target of its kernel, what tensors hold."""
+    """What passes may look at beside the site: the trace that it was read from, the target of its kernel, what tensors hold, and
+    where the sequence lies, if that is on several ranks."""
 
     trace: Trace
     target: str
     contents: Contents = Contents()
+    plan: Plan | None = None
 
 
 class Pass(Protocol):

@@ -32,7 +32,7 @@ from fuse.passes.read.graph import (
     writes,
 )
 from fuse.passes.read.trace import Seed, Trace, Value
-from fuse.report.reasons import Declined, Mutated, NotTraceable, RandomNumbers, ScoresUsed, UnsupportedShape
+from fuse.report.reasons import Declined, Mutated, NotSpread, NotTraceable, RandomNumbers, ScoresUsed, UnsupportedShape
 from fuse.torch_private import CleanDiv, FloorDiv, schema, to_copy
 
 aten = torch.ops.aten  # programs of torch.export hold nothing else
@@ -87,6 +87,8 @@ def insert(
     """Emits the op before ``root``, or before who needs what is given ``beside`` it; nothing uses it yet. Raises Declined, and
     leaves the graph as it was, if it cannot.
     """
+    if lifted.plan is not None and beside.words:
+        raise Declined(NotSpread(f"{' and '.join(beside.words)} {'are' if beside.weights else 'is'} read, too"))
     spec = replace(lifted.spec, out_order=_out_order(root, lifted))
     verify(spec)
     trace, target = context.trace, context.target
@@ -155,7 +157,7 @@ def _results(
     """The op, and what has the root's dimensions: the result, and what stands for other nodes."""
     found: dict[str, Node] = {}
     matrices: list[Node] = []
-    arguments = (*call, in_graph(spec.to_json()), target)
+    arguments: tuple[Any, ...] = (*call, in_graph(spec.to_json()), target)
     if beside.weights:
         texts = [in_graph(weights_of(spec, w).to_json()) for w in beside.weights]
         heads = [0 if w.heads is None else emitter.size(w.heads) for w in beside.weights]
@@ -167,6 +169,8 @@ def _results(
     elif any(of.kind == "lse" for of in beside.rows):
         op = emitter.new_call(torch.ops.fuse.attention_lse.default, arguments, {})
         out, found["lse"] = (emitter.new_call(operator.getitem, (op, i), {}) for i in (0, 1))
+    elif lifted.plan is not None:
+        op = out = emitter.new_call(torch.ops.fuse.context_attention.default, (*arguments, in_graph(lifted.plan.to_json())), {})
     else:
         op = out = emitter.new_call(torch.ops.fuse.attention.default, arguments, {})
     if any(of.kind == "max" for of in beside.rows):

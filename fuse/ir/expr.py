@@ -19,6 +19,9 @@ INTS = ("int64", "int32", "int16", "int8", "uint8")
 DTYPES = (*FLOATS, *INTS, "bool")
 
 COMPARISONS = ("eq", "ne", "lt", "le", "gt", "ge")
+# Symbols of a spec that is a part of the attention of a longer sequence, the last that it has: the position of its first query,
+# that of its first key, and the length of the whole. None is larger than a length
+Q_START, K_START, LENGTH = PLACES = ("q_start", "k_start", "length")
 _table: dict[tuple[Any, ...], Expr] = {}
 _SAME: Mapping[str, str] = {}
 

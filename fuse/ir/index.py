@@ -28,6 +28,11 @@ def size_symbol(name: str) -> sympy.Symbol:
     return sympy.Symbol(name, integer=True, positive=True)
 
 
+def place_symbol(name: str) -> sympy.Symbol:
+    """A position in a sequence."""
+    return sympy.Symbol(name, integer=True, nonnegative=True)
+
+
 @dataclass
 class Space:
     """The loop indices in scope: each variable x runs over 0 <= x < size."""
@@ -204,13 +209,14 @@ def _integer_coefficients(e: IndexExpr) -> bool:
 
 
 def _sizes_nonnegative(e: IndexExpr, sizes: dict[sympy.Symbol, IndexExpr]) -> bool:
-    """Is a polynomial of sizes alone (each at least one) nonnegative? Shifted by one, it has only such coefficients."""
+    """Is a polynomial of sizes alone nonnegative? They are at least one, and shifted by that it has only such coefficients;
+    places are at least zero."""
     if e.is_Integer:
         return bool(e >= 0)
     free = e.free_symbols
-    if any(s in sizes or not s.is_positive for s in free) or not e.is_polynomial(*free):
+    if any(s in sizes or not s.is_nonnegative for s in free) or not e.is_polynomial(*free):
         return False
-    shifted = sympy.expand(e.subs({s: s + 1 for s in free}, simultaneous=True))
+    shifted = sympy.expand(e.subs({s: s + 1 for s in free if s.is_positive}, simultaneous=True))
     return all(term.as_coeff_Mul()[0] >= 0 for term in sympy.Add.make_args(shifted))
 
 

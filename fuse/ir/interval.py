@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fuse.ir.expr import DTYPES, FLOATS, INTS, Apply, Const, Expr, Index, Symbol, rounded, walk
+from fuse.ir.expr import DTYPES, FLOATS, INTS, PLACES, Apply, Const, Expr, Index, Symbol, rounded, walk
 from fuse.ir.operators import OPERATORS, Operator
 
 # Kernels refuse longer sequences, so index arithmetic can be proved to fit 32-bit lanes.
@@ -88,7 +88,9 @@ def anywhere(leaf: Expr) -> Range:
     if isinstance(leaf, Const):
         return point(leaf.value)
     known = (
-        not isinstance(leaf, Symbol) or leaf.name in ("q_len", "kv_len") or (leaf.name[0] == "B" and leaf.name[1:].isdigit())
+        not isinstance(leaf, Symbol)
+        or leaf.name in ("q_len", "kv_len", *PLACES)
+        or (leaf.name[0] == "B" and leaf.name[1:].isdigit())
     )
     return Range(0, MAX_LENGTH) if known else WHOLE[leaf.dtype]
 

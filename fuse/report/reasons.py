@@ -152,6 +152,11 @@ class OtherDevice(Reason):
     unblock = "move the model, or choose a target that has kernels there"
 
 
+class NotSpread(Reason):
+    message = "it cannot be computed over several ranks: {detail}"
+    unblock = "give it what lies on each rank alone as tensors with one place for each position of the shard"
+
+
 class KernelRefused(Reason):
     message = "its kernel was refused: {detail}"
     unblock = "send the kernel's source, which the warning names"

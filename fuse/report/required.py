@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from fuse.errors import NotFused
+from fuse.errors import NotAcrossRanks, NotFused
 from fuse.report.paths import merge_paths
 from fuse.report.runs import brief
 from fuse.report.site import Site
@@ -39,6 +39,13 @@ def check(sites: Sequence[Site]) -> None:
     if found := unfused(sites):
         count = sum(len(x.sites) for x in found)
         raise NotFused(count=count, total=len(sites), sites="\n".join(f"  {x}" for x in found))
+
+
+def check_across_ranks(sites: Sequence[Site]) -> None:
+    """Raises NotAcrossRanks for attention that would be that of one rank's shard."""
+    left = [site for site in sites if not site.recovered]
+    if found := unfused(left):
+        raise NotAcrossRanks(count=len(left), total=len(sites), sites="\n".join(f"  {x}" for x in found))
 
 
 def _blocked(site: Site) -> tuple[str, str] | None:

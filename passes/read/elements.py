@@ -14,8 +14,8 @@ import sympy
 import torch
 
 from fuse.ir import expr
-from fuse.ir.expr import INTS, Apply, Const, Expr, Load, Symbol, apply, const
-from fuse.ir.index import IndexExpr, Space, linear, size_symbol
+from fuse.ir.expr import INTS, PLACES, Apply, Const, Expr, Load, Symbol, apply, const
+from fuse.ir.index import IndexExpr, Space, linear, place_symbol, size_symbol
 from fuse.ir.interval import MAX_LENGTH, WHOLE, Range, point, range_of
 from fuse.ir.spec import AttentionSpec
 from fuse.passes.read.graph import VIEWS
@@ -278,7 +278,8 @@ def spec_reader(spec: AttentionSpec, rising: Set[int] = frozenset()) -> Reader:
     space = Space()
     for axis, name in [(f"b{i}", f"B{i}") for i in range(spec.batch)] + [("q", "q_len"), ("k", "kv_len")]:
         space.add(axis, size_symbol(name))
-    return Reader(space, symbols={s.name: s for n in space.sizes.values() for s in n.free_symbols}, rising=rising)
+    symbols = {s.name: s for n in space.sizes.values() for s in n.free_symbols} | {s: place_symbol(s) for s in PLACES}
+    return Reader(space, symbols=symbols, rising=rising)
 
 
 def index_to_expr(e: IndexExpr, atoms: dict[sympy.Symbol, Expr], space: Space) -> Expr:
