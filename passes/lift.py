@@ -94,8 +94,8 @@ class Lifted:
 
 @dataclass(frozen=True)
 class SiteContext:
-    """What passes may look at beside the site: the trace that it was read from, the target of its kernel, what tensors hold, and
-    where the sequence lies, if that is on several ranks."""
+    """What passes may look at beside the site: the trace that it was read from, the target of its kernel, what tensors hold,
+    and where the sequence lies, if that is on several ranks."""
 
     trace: Trace
     target: str

@@ -1,9 +1,9 @@
 """A site whose sequence lies on several ranks: attention of a shard's queries as a part of that of the whole.
 
-A shard is a substitution. Where the spec computes with positions, query q becomes q + q_start, key k becomes k + k_start, and the
-length that of the whole; what is read at a position stays where it is, in the tensor of the rank that has it. So every mask that
-can be read is that of the whole sequence. It takes a length that is a symbol in the graph: with a number, it could not be told
-from any other that happens to be equal.
+A shard is a substitution. Where the spec computes with positions, query q becomes q + q_start, key k becomes k + k_start, and
+the length that of the whole; what is read at a position stays where it is, in the tensor of the rank that has it. So every mask
+that can be read is that of the whole sequence. It takes a length that is a symbol in the graph: a number could not be told from
+any other that happens to be equal.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ from fuse.report.reasons import Declined, NotSpread
 
 _POSITIONS = {"q": Q_START, "k": K_START}
 _FIXED = (
-    "its length is {length} in the graph, a number as any other. Call the model on shards that fuse.shard_sequence has made, or "
-    "compile it with dynamic=True; if it is a number all the same, something in the model asks for its value"
+    "its length is {length} in the graph, a number as any other. Call the model on shards that fuse.shard_sequence has made, "
+    "or compile it with dynamic=True; if it is a number all the same, something in the model asks for its value"
 )
 
 
@@ -94,9 +94,7 @@ class _Spread:
         positions = [d for d, n in enumerate(dims(leaf)) if n == self.length]
         read = [d for d in positions if not isinstance(load.coords[d], Const)]
         if len(read) > 1:
-            raise Declined(
-                self._reason(leaf, "has queries and keys of this shard alone: compute it in the model from positions")
-            )
+            raise Declined(self._reason(leaf, "has queries and keys of this shard alone: compute it of positions"))
         for d in read:
             if load.coords[d] not in (index("q"), index("k")):
                 raise Declined(self._reason(leaf, f"is read at position {load.coords[d]}"))
@@ -126,9 +124,7 @@ class _Spread:
         """A table that is read by position has to have a place for every position of the whole sequence."""
         size, found = dims(leaf)[d], range_of(coordinate, anywhere)
         if not (size.is_Integer and found.low >= 0 and found.high < int(size)):
-            raise Declined(
-                self._reason(leaf, f"is a table of {size} that may be too small for positions of the whole sequence")
-            )
+            raise Declined(self._reason(leaf, f"is a table of {size}, which may be too few for the whole sequence"))
 
     def _narrowed(self, load: Load, leaf: Value) -> dict[int, tuple[int, int]]:
         """By dimension, the range that is read of it where that is not all: the rest need not travel."""

@@ -129,9 +129,14 @@ class Gradients:
         self.totals = {i: torch.zeros_like(x, dtype=_sum_dtype(x)) for i, x in enumerate(call.operands) if wanted[i]}
 
     @property
+    def numbered_keys(self) -> list[tuple[int, int]]:
+        """The wanted operands of keys, each behind its number among all of those."""
+        return [(n, i) for n, (i, _) in enumerate(self.call.plan.keys) if self.wanted[i]]
+
+    @property
     def keys(self) -> list[int]:
         """The wanted operands of keys."""
-        return [i for i, _ in self.call.plan.keys if self.wanted[i]]
+        return [i for _, i in self.numbered_keys]
 
     def add_part(self, grads: Sequence[Tensor], segment: Segment) -> list[Tensor]:
         """Takes what ``part`` of a segment gives, one for each wanted operand; hands back those of keys, positions first."""

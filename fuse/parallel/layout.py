@@ -50,7 +50,7 @@ def common(a: Extent, b: Extent) -> Extent:
 
 @dataclass(frozen=True)
 class Piece:
-    """Positions ``start`` … ``stop`` of the sequence, which lie from row ``row`` on in the tensors of the rank that has them."""
+    """Positions ``start`` … ``stop`` of a sequence, which lie from row ``row`` on in the tensors of the rank that has them."""
 
     start: int
     stop: int

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from fuse.ir.spec import AttentionSpec
 from fuse.parallel.call import Call, Gradients, Segment
-from fuse.parallel.exchange import Pending, like, start
+from fuse.parallel.exchange import Pending, Shape, like, start
 from fuse.parallel.layout import Extent, Piece, common
 
 
@@ -58,22 +58,24 @@ def backward(call: Call, grad_out: Tensor, out: Tensor, lse: Tensor, wanted: Seq
     total, ranks = Gradients(call, wanted), call.ranks
     on_their_way: Pending | None = None
     for step, parts in enumerate(_arriving(call)):
-        user = (ranks.rank + step) % ranks.count  # whose queries have seen this rank's keys in this step
-        found, grads = (
-            call.pieces((ranks.rank - step) % ranks.count, ranks.rank),
-            _of_parts(call, parts, grad_out, out, lse, total),
-        )
+        owner, user = (
+            (ranks.rank - step) % ranks.count,
+            (ranks.rank + step) % ranks.count,
+        )  # whose keys; who has seen this rank's
+        grads = _of_parts(call, parts, grad_out, out, lse, total)
         if step == 0:
-            _add(total, grads, found)
+            _add(total, grads, call.pieces(owner, ranks.rank))
             continue
         _arrived(call, total, on_their_way, step - 1)
-        owed = call.pieces(ranks.rank, user)
-        count = sum(piece.stop - piece.start for piece in owed)
-        likes = [total.totals[i].movedim(dict(call.plan.keys)[i], 0) for i in total.keys]
-        shapes = [like(x, count) for x in likes] if count else []
-        on_their_way = start(ranks, (ranks.rank - step) % ranks.count, grads, user, shapes, call.device)
+        on_their_way = start(ranks, owner, grads, user, _shapes(call, total, user), call.device)
     _arrived(call, total, on_their_way, ranks.count - 1)
     return total.result()
+
+
+def _shapes(call: Call, total: Gradients, user: int) -> list[Shape]:
+    """Of what rank ``user`` has for this rank's keys."""
+    count = sum(piece.stop - piece.start for piece in call.pieces(call.ranks.rank, user))
+    return [like(total.totals[i].movedim(dim, 0), count) for i, dim in call.plan.keys if i in total.totals] if count else []
 
 
 def _arrived(call: Call, total: Gradients, pending: Pending | None, step: int) -> None:
@@ -89,10 +91,9 @@ def _add(total: Gradients, rows: Sequence[Tensor], found: Sequence[Piece]) -> No
 
 def _of_parts(call: Call, parts: Sequence[Part], grad_out: Tensor, out: Tensor, lse: Tensor, total: Gradients) -> list[Tensor]:
     """Gradients of the keys of ``parts``, as their rows lie; what belongs to this rank's queries is added to ``total``."""
-    dims, order = dict(call.plan.keys), [i for i, _ in call.plan.keys]
     if not parts:
         return []
-    grads = [torch.zeros_like(parts[0].tensors[order.index(i)], dtype=total.totals[i].dtype) for i in dims if i in total.totals]
+    grads = [torch.zeros_like(parts[0].tensors[n], dtype=total.totals[i].dtype) for n, i in total.numbered_keys]
     for part in parts:
         for segment in call.segments:
             if (seen := part.of(segment)) is None:

@@ -29,8 +29,8 @@ def shard_sequence(batch: Any, mesh: Any, *, balanced: bool = False, dim: int = 
               ``labels``, since the label of a shard's last position lies on another rank. What has no dimension ``dim`` or
               another length there is handed on
     mesh      as the option takes it; of a fuse.ContextParallel, ``balanced`` is its own
-    balanced  gives each rank a part of the head and one of the tail of the sequence, so that all have as much to do under a causal
-              mask. The option has to say so, too: fuse.ContextParallel(mesh, balanced=True)
+    balanced  gives each rank a part of the head and one of the tail of the sequence, so that all have as much to do under a
+              causal mask. The option has to say so, too: fuse.ContextParallel(mesh, balanced=True)
 
     The dimension is marked as one whose size changes, as torch._dynamo.maybe_mark_dynamic does: graphs have it as a symbol.
     Raises NotAShard where the length is no multiple of the ranks, or of twice as many if balanced.
