@@ -93,8 +93,8 @@ class NoRanks(FuseError):
 
 class NotAcrossRanks(FuseError):
     message = (
-        "option 'context_parallel' makes the attention of a shard that of the whole sequence, which cannot be done with {count} "
-        "of {total} sites of this graph; as they are, they would attend to this rank's shard alone:\n{sites}"
+        "option 'context_parallel' makes the attention of a shard that of the whole sequence, which cannot be done with "
+        "{count} of {total} sites of this graph; as they are, they would attend to this rank's shard alone:\n{sites}"
     )
 
 
