@@ -238,6 +238,15 @@ def again(function: Callable[[Tensor], Any], x: Tensor) -> Any:
     return checkpoint(function, x, use_reentrant=False)
 
 
+def of_rows(m: Any, x: Tensor) -> Tensor:
+    """Attention whose operands are a product of all texts' rows, as GPT-2's are."""
+    rows = torch.addmm(m.dense.bias, x.view(-1, WIDTH), m.dense.weight.mT)
+    q = k = v = rows.view(*x.shape[:2], HEADS, -1).transpose(1, 2)
+    at = torch.arange(x.shape[1])
+    score = (q @ k.mT).masked_fill(at[:, None] < at, -torch.inf)
+    return (score.softmax(-1) @ v).transpose(1, 2).reshape(x.shape)
+
+
 def counted(x: Tensor) -> Tensor:
     return x * torch.arange(x.shape[1])[:, None].cos()
 
@@ -267,6 +276,7 @@ TAKEN: dict[str, Way] = {
     "rows of a table": lambda m, x, at: x + m.table[at],
     "a choice by position": lambda m, x, at: torch.where(at[..., None] > 5, x, 0),
     "a softmax over features": lambda m, x, at: x * x.softmax(-1),
+    "attention of rows": lambda m, x, at: of_rows(m, x),
     "a layer that is computed twice": lambda m, x, at: again(lambda x: layer(m, m.norm(x), at), x),
 }  # fmt: skip
 
