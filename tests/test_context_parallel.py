@@ -413,6 +413,27 @@ def test_what_a_user_can_get_wrong_is_an_error_at_once() -> None:
         fuse.ContextParallel(None)
 
 
+def in_torchs_context() -> bool:
+    from torch.distributed.tensor.experimental import context_parallel
+
+    torch.manual_seed(0)
+    model, (x, places) = Layers(CASES["documents"]), batch()
+    expected = model(x, places).detach()
+    mesh = dist.device_mesh.init_device_mesh("cpu", (RANKS,))
+    across = fuse.ContextParallel(mesh, balanced=True)
+    compiled = torch.compile(model, backend="fuse", options={"inner": "eager", "context_parallel": across}, dynamic=True)
+    buffers = [x, *(t.clone() for t in places)]
+    with context_parallel(mesh, buffers=buffers, buffer_seq_dims=[1] * len(buffers)):
+        out = compiled(buffers[0], tuple(buffers[1:]))
+    torch.testing.assert_close(fuse.gather_sequence(out, across), expected)
+    return True
+
+
+def test_shards_of_torchs_own_context_are_taken() -> None:
+    """Its buffers are balanced by default."""
+    assert run_ranks(in_torchs_context, RANKS) == [True] * RANKS
+
+
 # ------------------------------------------------------------------------------------------------- a rank that dies
 
 
