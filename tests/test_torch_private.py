@@ -299,6 +299,17 @@ def test_storage_id() -> None:
     assert private.storage_id(fake) == private.storage_id(fake[1:]) != private.storage_id(fake.clone())
 
 
+def test_is_distributed_and_local_part() -> None:
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        x = torch.ones(4)
+        sharded = DTensor.from_local(x, init_device_mesh("cpu", (1,)), [Shard(0)])
+    finally:
+        dist.destroy_process_group()
+    assert private.is_distributed(sharded) and not private.is_distributed(x)
+    assert private.storage_id(private.local_part(sharded)) == private.storage_id(private.local_part(sharded[1:]))
+
+
 def test_shapeenv() -> None:
     shapes = private.ShapeEnv(duck_shape=False)
     fake = private.FakeTensorMode(shape_env=shapes).from_tensor(torch.empty(6, 4))
