@@ -117,7 +117,7 @@ MATRIX = ("vit_length", "head_dim_7", "grouped_query", "shared_keys_and_own_valu
           "window", "documents", "soft_cap_causal", "masked_rows_are_zero", "weight_masked_after_softmax", "no_keys",
           "masked_rows_with_low_sinks", "sigmoid_attention", "retention", "linear_attention_causal", "weight_without_a_softmax",
           "padding_without_a_softmax",
-          "positions_in_bfloat16", "score_in_bfloat16_decides")  # fmt: skip
+          "positions_in_bfloat16", "score_in_bfloat16_decides", "result_in_float32")  # fmt: skip
 EMULATED = ("cross_attention", "head_dim_80", "value_narrower_than_key", "left_padding_and_causal", "two_extra_logits",
             "retention", "divided_by_its_sum")  # fmt: skip
 CHOSEN += [(n, "bfloat16", "avx512_bf16") for n in MATRIX] + [(n, "bfloat16", "amx_emulated") for n in EMULATED]

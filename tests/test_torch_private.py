@@ -11,8 +11,11 @@ from typing import Any
 import pytest
 import sympy
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.autograd import forward_ad
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor, Shard
 from torch.utils.checkpoint import checkpoint
 from torch_graphs import Look, given_to_backend, placeholders
 
@@ -299,15 +302,23 @@ def test_storage_id() -> None:
     assert private.storage_id(fake) == private.storage_id(fake[1:]) != private.storage_id(fake.clone())
 
 
-def test_is_distributed_and_local_part() -> None:
+def divided(x: Tensor) -> Tensor:
+    """A DTensor of one rank."""
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     try:
-        x = torch.ones(4)
-        sharded = DTensor.from_local(x, init_device_mesh("cpu", (1,)), [Shard(0)])
+        return DTensor.from_local(x, init_device_mesh("cpu", (1,)), [Shard(0)])
     finally:
         dist.destroy_process_group()
-    assert private.is_distributed(sharded) and not private.is_distributed(x)
-    assert private.storage_id(private.local_part(sharded)) == private.storage_id(private.local_part(sharded[1:]))
+
+
+def test_is_distributed() -> None:
+    x = torch.ones(4)
+    assert private.is_distributed(divided(x)) and not private.is_distributed(x)
+
+
+def test_local_part() -> None:
+    x = torch.ones(4)
+    assert private.storage_id(private.local_part(divided(x))) == private.storage_id(x)
 
 
 def test_shapeenv() -> None:
