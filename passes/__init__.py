@@ -44,7 +44,7 @@ from fuse.passes.lift import Lifted, Pass, SiteContext, lift
 from fuse.passes.masks import recover_mask
 from fuse.passes.pays import check_pays
 from fuse.passes.policy import Choose, Contents, Leave, Policy, leave_none
-from fuse.passes.positions import Positions, Root
+from fuse.passes.positions import misplaced
 from fuse.passes.read.bodies import Body, bodies
 from fuse.passes.read.graph import State, hidden_subclass, operator_name, states, tensor_of
 from fuse.passes.read.trace import Trace, Value, trace
@@ -116,6 +116,9 @@ def run(
     hidden = hidden_subclass(gm.graph, inputs)
     policy = Policy(choose, leave, contents, Declined(Subclass(hidden)) if hidden else None, across)
     readings = [_never_raises(body, policy) for body in bodies(gm, begins) if inside or body.graph is gm.graph]
+    if across is not None and not across.trusted and not any(s.reason for r in readings for s in r.sites):
+        others = any(r.others for r in readings)
+        readings.append(Reading(tuple(misplaced([b for b in bodies(gm, begins) if inside or b.graph is gm.graph], others))))
     for module in gm.modules():
         if isinstance(module, GraphModule):
             module.recompile()
@@ -214,11 +217,8 @@ def _fuse_sites(body: Body, policy: Policy, expansions: Sequence[Expansion]) -> 
                 summed |= candidate.sums
     live = _live_beside(graph, candidates, read, kept)
     groups: list[list[Found]] = []
-    positions = Positions(graph, state_of, [Root(s.root, s.terms[0].lifted, s.context.trace) for s in read])
 
     def put(site: _Read) -> list[Found]:
-        for term in site.terms if policy.across is not None and not policy.across.trusted else ():
-            positions.check(term.lifted, site.context.trace)
         made = _insert_site(graph, site, state_of, live, {old for g in groups for f in g for old, _ in f.replacement.beside})
         _check_wanted(graph, made, policy.leave, calls.get(site.candidate.anchor, site.candidate.anchor))
         return made

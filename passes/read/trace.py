@@ -125,7 +125,7 @@ class _Recorder(TorchDispatchMode):
         kwargs = kwargs or {}
         read = [self.value(x) for x in pytree.tree_leaves(args)]
         result = func(*args, **kwargs)
-        if func.namespace != "aten" or schema(func).is_mutable:
+        if func.namespace not in ("aten", "fuse") or schema(func).is_mutable:
             return result  # the write-back of a mutated input; metadata queries
         if func is to_copy and not isinstance(args[0], torch.Tensor):
             self.put(result, Value(None, (), {}, result, literal=_converted(args[0], result.dtype)))
