@@ -40,6 +40,7 @@ from fuse.torch_private import (
     disable_current_modes,
     enable_python_dispatcher,
     hint,
+    is_distributed,
     pytree,
     schema,
     to_copy,
@@ -174,7 +175,7 @@ def trace(nodes: Sequence[Node], inputs: Sequence[Node], state_of: Mapping[Node,
 def _refuse_subclasses(nodes: Sequence[Node]) -> None:
     for node in nodes:
         value = node.meta.get("example_value")
-        if isinstance(value, torch.Tensor) and type(value) not in PLAIN:
+        if isinstance(value, torch.Tensor) and type(value) not in PLAIN and not is_distributed(value):
             raise Declined(Subclass(f"{user_name(node)} is a {type(value).__name__}", location(node)))
 
 
