@@ -96,7 +96,7 @@ class Call:
 
     def rows_of(self, tensors: Sequence[Tensor], found: Sequence[Piece]) -> list[Tensor]:
         """``found`` of each of ``tensors``, whose rows lie as this rank's positions do; nothing of each where it is nothing."""
-        return [torch.cat([x[piece.rows] for piece in found]) for x in tensors] if found else []
+        return [together([x[piece.rows] for piece in found]) for x in tensors] if found else []
 
     def part(self, segment: Segment, keys: Sequence[Tensor], first: int) -> tuple[list[Tensor], list[int]]:
         """Operands and sizes of the attention of a segment's queries to ``keys``, which begin at position ``first``."""
@@ -118,6 +118,11 @@ class Call:
         """Memory for the result."""
         shape, strides = self.spec.out_shape(self.sizes), self.spec.out_strides(self.sizes)
         return torch.empty_strided(shape, strides, dtype=getattr(torch, self.spec.out_dtype), device=self.device)
+
+
+def together(parts: Sequence[Tensor]) -> Tensor:
+    """One behind another; a single one is not copied."""
+    return parts[0] if len(parts) == 1 else torch.cat(list(parts))
 
 
 class Gradients:

@@ -78,11 +78,14 @@ def swap(
 
     One call of all_to_all_single, which every rank of the group has to make.
     """
-    given = [_packed(rows, device) for rows in outgoing]
+    given = [sum(x.nbytes for x in rows) for rows in outgoing]
     expected = [sum(shape.bytes for shape in shapes) for shapes in incoming]
-    sent, received = torch.cat(given), torch.empty(sum(expected), dtype=torch.uint8, device=device)
+    sent, received = (
+        _packed([x for rows in outgoing for x in rows], device),
+        torch.empty(sum(expected), dtype=torch.uint8, device=device),
+    )
     traffic.sent += sent.numel()
-    dist.all_to_all_single(received, sent, expected, [x.numel() for x in given], group=ranks.group)
+    dist.all_to_all_single(received, sent, expected, given, group=ranks.group)
     return [_unpacked(part, shapes) for part, shapes in zip(received.split(expected), incoming, strict=True)]
 
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fuse.parallel.call import Call, Gradients, Segment
+from fuse.parallel.call import Call, Gradients, Segment, together
 from fuse.parallel.exchange import like, swap
 from fuse.parallel.layout import Extent
 
@@ -89,8 +89,7 @@ def _joined(extent: Extent, at: dict[int, tuple[int, tuple[Tensor, ...]]]) -> He
     while position < extent[1]:
         position, tensors = at[position]
         found.append(tensors)
-    whole = found[0] if len(found) == 1 else tuple(torch.cat(parts) for parts in zip(*found, strict=True))
-    return Held(extent, whole)
+    return Held(extent, tuple(together(parts) for parts in zip(*found, strict=True)))
 
 
 def _give_back(call: Call, held: Sequence[Held], of_keys: Sequence[Sequence[Tensor]], total: Gradients) -> None:
@@ -104,7 +103,7 @@ def _give_back(call: Call, held: Sequence[Held], of_keys: Sequence[Sequence[Tens
             begin = piece.start - held[which].extent[0]
             for x, grad in zip(parts, of_keys[which], strict=True):
                 x.append(grad[begin : begin + piece.stop - piece.start])
-        return [torch.cat(x) for x in parts] if parts and parts[0] else []
+        return [together(x) for x in parts] if parts and parts[0] else []
 
     arriving = [sum(p.stop - p.start for p in call.pieces(me, r)) if r != me else 0 for r in ranks]
     likes = [total.totals[i].movedim(dict(call.plan.keys)[i], 0) for i in total.keys]
