@@ -34,6 +34,7 @@ def causal(s: Expr) -> tuple[Expr, Mask]:
 # What test_amx_emulated.py does not run through the same core: other reads along the keys, masks, rows that are redone.
 NAMES = (
     "vit_length", "head_dim_7", "one_query", "three_batch_dimensions", "packed_qkv", "features_strided", "transposed_output",
+    "result_in_float32",
     "prefix", "dilated", "padding", "documents", "dense_bool", "t5_bias", "relative_table", "decomposed_positions",
     "soft_cap_causal", "sinks", "masked_rows_are_zero", "masked_rows_added_fill", "masked_rows_with_sink",
     "two_lowest_masks_overflow", "integer_mask_product", "no_keys", "no_keys_beside_a_low_sink",
