@@ -16,7 +16,7 @@ from fuse.contents import Buffers
 from fuse.ops import opaque, warm
 from fuse.ops.attention import parsed
 from fuse.options import Options, resolve
-from fuse.parallel.plan import Plan
+from fuse.parallel.plan import Across, Plan
 from fuse.passes.policy import Choose, Leave, leave_none
 from fuse.passes.read.graph import State
 from fuse.qualify.judge import Trial
@@ -157,16 +157,16 @@ def rewrite(
 ) -> Reading:
     """As ``passes.run``. A defect of a pass must not cost the user more than its fusions."""
     try:
-        return passes.run(gm, chooser(chosen), inputs, begins, inside, leave, Buffers(), _plan(chosen))
+        return passes.run(gm, chooser(chosen), inputs, begins, inside, leave, Buffers(), _across(chosen))
     except Exception as error:
         log.warning("a pass failed; attention in this graph may run unfused. Please report this.", exc_info=True)
         return Reading((Site(False, InternalError(f"{type(error).__name__}: {error}"), "", ""),))
 
 
-def _plan(chosen: Options) -> Plan | None:
-    """Where the sequence lies; what is read of it is each site's own."""
-    across = chosen.context_parallel
-    return None if across is None else Plan(across.group_name, across.balanced, across.way, (), ())
+def _across(chosen: Options) -> Across | None:
+    """Where the sequence lies."""
+    of = chosen.context_parallel
+    return None if of is None else Across(Plan(of.group_name, of.balanced, of.way, (), ()), of.positionwise)
 
 
 def _built(site: Site, gradients: bool) -> Site:

@@ -31,7 +31,7 @@ import fuse.ops.snapshot
 import fuse.ops.tile_map
 import fuse.ops.weights  # noqa: F401  they register their ops
 from fuse.ir.spec import AttentionSpec, InvalidSpec, verify
-from fuse.parallel.plan import Plan
+from fuse.parallel.plan import Across
 from fuse.passes import census
 from fuse.passes.accept import Found, accept, declined_site
 from fuse.passes.beside import Beside, read_beside
@@ -42,6 +42,7 @@ from fuse.passes.layout import put_keys_innermost
 from fuse.passes.lift import Lifted, Pass, SiteContext, lift
 from fuse.passes.masks import recover_mask
 from fuse.passes.pays import check_pays
+from fuse.passes.positions import Positions, Root
 from fuse.passes.policy import Choose, Contents, Leave, Policy, leave_none
 from fuse.passes.read.bodies import Body, bodies
 from fuse.passes.read.graph import State, hidden_subclass, operator_name, states, tensor_of
@@ -96,7 +97,7 @@ def run(
     inside: bool = True,
     leave: Leave = leave_none,
     contents: Contents = Contents(),  # noqa: B008  it has no state
-    plan: Plan | None = None,
+    across: Across | None = None,
 ) -> Reading:
     """Rewrites ``gm``; one Site for every attention that was found, fused or not. Never raises.
 
@@ -106,10 +107,10 @@ def run(
     inside    with the bodies inside it
     leave     what is left although it could be fused
     contents  what tensors hold
-    plan      see Policy
+    across    see Policy
     """
     hidden = hidden_subclass(gm.graph, inputs)
-    policy = Policy(choose, leave, contents, Declined(Subclass(hidden)) if hidden else None, plan)
+    policy = Policy(choose, leave, contents, Declined(Subclass(hidden)) if hidden else None, across)
     readings = [_never_raises(body, policy) for body in bodies(gm, begins) if inside or body.graph is gm.graph]
     for module in gm.modules():
         if isinstance(module, GraphModule):
@@ -209,8 +210,11 @@ def _fuse_sites(body: Body, policy: Policy, expansions: Sequence[Expansion]) -> 
                 summed |= candidate.sums
     live = _live_beside(graph, candidates, read, kept)
     groups: list[list[Found]] = []
+    positions = Positions(graph, state_of, [Root(s.root, s.terms[0].lifted, s.context.trace) for s in read])
 
     def put(site: _Read) -> list[Found]:
+        for term in site.terms if policy.across is not None and not policy.across.trusted else ():
+            positions.check(term.lifted, site.context.trace)
         made = _insert_site(graph, site, state_of, live, {old for g in groups for f in g for old, _ in f.replacement.beside})
         _check_wanted(graph, made, policy.leave, calls.get(site.candidate.anchor, site.candidate.anchor))
         return made
@@ -356,7 +360,7 @@ def _inserted(graph: Graph, site: _Read, term: _Term, beside: Beside, state_of: 
 
 
 def _context(traced: Trace, candidate: Candidate, policy: Policy) -> SiteContext:
-    return SiteContext(traced, _target(candidate, policy.choose), policy.contents, policy.plan)
+    return SiteContext(traced, _target(candidate, policy.choose), policy.contents, policy.across and policy.across.plan)
 
 
 def _target(candidate: Candidate, choose: Choose) -> str:

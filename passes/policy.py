@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
-from fuse.parallel.plan import Plan
+from fuse.parallel.plan import Across
 from fuse.report.reasons import Declined, Reason
 
 Choose = Callable[[torch.device], str | None]
@@ -44,11 +44,11 @@ class Policy:
     leave     see Leave
     contents  see Contents
     refused   why no site of the graph is read; None: they are
-    plan      where the sequence lies, if that is on several ranks; its operands are each site's own
+    across    where the sequence lies, if that is on several ranks
     """
 
     choose: Choose
     leave: Leave = leave_none
     contents: Contents = Contents()
     refused: Declined | None = None
-    plan: Plan | None = None
+    across: Across | None = None

@@ -24,6 +24,8 @@ class ContextParallel:
               "ring": they come a rank at a time, while the ones before are computed, and the parts are merged by their
               log-sum-exp. "auto": gather where that takes no more memory than the shard's queries and results do, or where
               parts cannot be merged exactly, else ring
+    positionwise  True: the user says that the model computes everything but attention for each position by itself. Else it is
+              checked, and what is not known to be so, such as experts that gather their tokens, raises NotAcrossRanks
 
     Raises InvalidOption for anything else, NoRanks where torch.distributed was not initialised.
     """
@@ -31,12 +33,14 @@ class ContextParallel:
     group: Any
     balanced: bool = False
     way: str = "auto"
+    positionwise: bool = False
 
     def __post_init__(self) -> None:
         if self.way not in WAYS:
             raise InvalidOption(name="context_parallel.way", value=self.way, allowed=", ".join(map(repr, WAYS)), hint="")
-        if type(self.balanced) is not bool:
-            raise InvalidOption(name="context_parallel.balanced", value=self.balanced, allowed="True, False", hint="")
+        for name in ("balanced", "positionwise"):
+            if type(value := getattr(self, name)) is not bool:
+                raise InvalidOption(name=f"context_parallel.{name}", value=value, allowed="True, False", hint="")
         process_group(self.group)
 
     @property

@@ -36,3 +36,12 @@ class Plan:
         data = serial.loads(text)
         at = {name: tuple((operand, dim) for operand, dim in data[name]) for name in ("queries", "keys")}
         return Plan(**(data | at))
+
+
+@dataclass(frozen=True)
+class Across:
+    """What passes are told: a plan, to which each site adds its operands. ``trusted``: that everything but attention is computed
+    for each position by itself is not looked into."""
+
+    plan: Plan
+    trusted: bool
