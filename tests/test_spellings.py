@@ -19,6 +19,7 @@ from spellings import (
     scales,
     sets_of_keys,
     softmaxes,
+    statistics,
     terms,
     unnormalised,
 )
@@ -26,13 +27,14 @@ from together import narrow
 
 TOPICS = (
     beside, softmaxes, products, scales, masks, biases, layouts, sets_of_keys, terms, composites, regions, near_misses,
-    near_miss_masks, near_miss_operands, unnormalised,
+    near_miss_masks, near_miss_operands, statistics, unnormalised,
 )  # fmt: skip
 
 
 # A row that is NaN gives NaN to all gradients; eager's masked_fill keeps it from those of queries and keys.
 NAN_ROWS = {
     "beside.weights_of_rows_without_a_score", "beside.logsumexp_by_hand_of_rows_without_a_score",
+    "near_misses.mean_of_masked_scores_subtracted",
     "near_misses.large_scores_without_max",  # the rows that overflow in eager are those with the largest errors
     *(f"near_miss_masks.{n}" for n in (
         "mask_multiplied_by_negative_scale", "empty_rows_infinite", "empty_rows_infinite_bfloat16", "infinity_against_infinity",
@@ -59,7 +61,7 @@ CLOSE = {f"regions.{n}" for n in (
 
 
 def is_close(name: str) -> bool:
-    return name in CLOSE or name.startswith("near_miss")
+    return name in CLOSE or name.startswith(("near_miss", "statistics"))
 
 
 @pytest.mark.compiler
