@@ -24,7 +24,9 @@ from torch._dispatch.python import enable_python_dispatcher
 
 # Settings of Dynamo, with patch(); a backend by its name
 from torch._dynamo import config as dynamo_config
-from torch._dynamo import lookup_backend
+
+# Has graphs hold a dimension of a tensor as a symbol, unless the model fixes it: (tensor, dimension)
+from torch._dynamo import lookup_backend, maybe_mark_dynamic
 from torch._dynamo.symbolic_convert import InstructionTranslator
 
 # What a batching rule is given first, with batch_size
@@ -140,6 +142,7 @@ __all__ = [
     "lookup_backend",
     "make_fx",
     "math_attention",
+    "maybe_mark_dynamic",
     "open_sizes",
     "original",
     "packet_name",

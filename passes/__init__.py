@@ -26,10 +26,10 @@ from typing import Any, TypeVar
 from torch.fx import Graph, GraphModule, Node
 
 import fuse.ops.attention
-import fuse.ops.context_attention
 import fuse.ops.snapshot
 import fuse.ops.tile_map
-import fuse.ops.weights  # noqa: F401  they register their ops
+import fuse.ops.weights
+import fuse.parallel.op  # noqa: F401  they register their ops
 from fuse.ir.spec import AttentionSpec, InvalidSpec, verify
 from fuse.parallel.plan import Across
 from fuse.passes import census
@@ -42,8 +42,8 @@ from fuse.passes.layout import put_keys_innermost
 from fuse.passes.lift import Lifted, Pass, SiteContext, lift
 from fuse.passes.masks import recover_mask
 from fuse.passes.pays import check_pays
-from fuse.passes.positions import Positions, Root
 from fuse.passes.policy import Choose, Contents, Leave, Policy, leave_none
+from fuse.passes.positions import Positions, Root
 from fuse.passes.read.bodies import Body, bodies
 from fuse.passes.read.graph import State, hidden_subclass, operator_name, states, tensor_of
 from fuse.passes.read.trace import Trace, Value, trace
@@ -360,7 +360,9 @@ def _inserted(graph: Graph, site: _Read, term: _Term, beside: Beside, state_of: 
 
 
 def _context(traced: Trace, candidate: Candidate, policy: Policy) -> SiteContext:
-    return SiteContext(traced, _target(candidate, policy.choose), policy.contents, policy.across and policy.across.plan)
+    return SiteContext(
+        traced, _target(candidate, policy.choose), policy.contents, None if policy.across is None else policy.across.plan
+    )
 
 
 def _target(candidate: Candidate, choose: Choose) -> str:

@@ -1,10 +1,10 @@
 """Whether all that attention reads is computed for each position by itself.
 
-Where a sequence lies on several ranks, attention sees all of it and everything else a shard. That is what the model computes on
-the whole only if each position is computed from itself: a convolution over positions, a running sum of them, or numbers of
-positions that begin at 0 on every rank would be others. Each operand of a site is read backwards, one operation at a time, at one
-position: each tensor that has positions has to be read at the same one. What an operation reads that is not known here may be
-anything.
+Where a sequence lies on several ranks, attention sees all of it and everything else a shard. That is what the model computes
+on the whole only if each position is computed from itself: a convolution over positions, a running sum of them, or numbers of
+positions that begin at 0 on every rank would be others. Each operand of a site is read backwards, one operation at a time, at
+one position: each tensor that has positions has to be read at the same one. What an operation reads that is not known here may
+be anything.
 """
 
 from __future__ import annotations
@@ -74,7 +74,7 @@ class Positions:
     _seen: set[tuple[Value, Coords]] = field(default_factory=set)
 
     def check(self, lifted: Lifted, site: Trace) -> None:
-        """Raises Declined where an operand of a site, which was read from the trace ``site``, is no function of its own position."""
+        """Raises Declined where an operand of a site, read from the trace ``site``, is no function of its own position."""
         assert lifted.plan is not None
         places = dict((*lifted.plan.queries, *lifted.plan.keys))
         pending = [
@@ -115,7 +115,7 @@ class Positions:
             self._check_input(asked, length)
             return []
         reader = _Step()
-        position = reader.space.add(POSITION, length)
+        reader.space.add(POSITION, length)
         coords = [_in_scope(reader, d, c, n) for d, (c, n) in enumerate(zip(asked.coords, dims(value), strict=True))]
         rule = _rule(value)
         return (

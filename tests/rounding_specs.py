@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import torch
 from problems import B0, K, Problem, Q, case, cast, hide, load, mapped, op, problem, rand
 
-from fuse.ir.expr import Expr, Prob, const
+from fuse.ir.expr import HALVES, Expr, Prob, const
 
 
 def _rounded(position: Expr, dtype: str = "bfloat16") -> Expr:
@@ -111,3 +112,10 @@ def low_scores_beside_infinite_ones(dtype: str) -> Problem:
         dtype, gate, q_len=45,
         score=lambda s: hide(op("add", op("add", s, low), load(gate, 3, Q)), op("lt", K, op("sub", Q, 2))),
     )  # fmt: skip
+
+
+@case
+def result_in_float32(dtype: str) -> Problem:
+    """As of each of several terms, which are added up before they are rounded."""
+    p = problem(dtype, batch=(1, 2), q_len=70, score=lambda s: hide(s, op("le", K, Q)))
+    return replace(p, spec=replace(p.spec, out_dtype="float32" if dtype in HALVES else dtype))

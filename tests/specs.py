@@ -180,13 +180,6 @@ def transposed_output(dtype: str) -> Problem:
 
 
 @case
-def result_in_float32(dtype: str) -> Problem:
-    """Halves are not rounded where they are added up."""
-    base = problem(dtype, kv_len=70)
-    return replace(base, spec=replace(base.spec, out_dtype="float64" if dtype == "float64" else "float32"))
-
-
-@case
 def heads_last_inputs(dtype: str) -> Problem:
     base = problem(dtype)
     return replace(base, operands=[t.transpose(1, 2).contiguous().transpose(1, 2) for t in base.operands])

@@ -109,7 +109,6 @@ PLANNED = (
 )  # fmt: skip
 CHOSEN = [(n, "float32", LANES) for n in GRADIENTS]
 CHOSEN += [(n, d, LANES) for n in ("transposed_output", "left_padding_and_causal") for d in ("float16", "bfloat16", "float64")]
-CHOSEN += [("result_in_float32", d, LANES) for d in ("float16", "bfloat16")]
 CHOSEN += [(n, "float64", LANES) for n in ("masked_rows_with_low_sinks", "sum_of_products_in_float32", "soft_cap")]
 CHOSEN += [("left_padding_and_causal", "float32", isa) for isa in ("avx2", "sse")]
 CHOSEN += [("flat_rows", "bfloat16", LANES), ("one_query_and_one_key_without_their_indices", "bfloat16", LANES)]
@@ -117,8 +116,8 @@ CHOSEN += [("flat_rows", "bfloat16", LANES), ("one_query_and_one_key_without_the
 MATRIX = ("vit_length", "head_dim_7", "grouped_query", "shared_keys_and_own_values", "features_strided", "causal_long",
           "window", "documents", "soft_cap_causal", "masked_rows_are_zero", "weight_masked_after_softmax", "no_keys",
           "masked_rows_with_low_sinks", "sigmoid_attention", "retention", "linear_attention_causal", "weight_without_a_softmax",
-          "padding_without_a_softmax", "result_in_float32",
-          "positions_in_bfloat16", "score_in_bfloat16_decides")  # fmt: skip
+          "padding_without_a_softmax",
+          "positions_in_bfloat16", "score_in_bfloat16_decides", "result_in_float32")  # fmt: skip
 EMULATED = ("cross_attention", "head_dim_80", "value_narrower_than_key", "left_padding_and_causal", "two_extra_logits",
             "retention", "divided_by_its_sum")  # fmt: skip
 CHOSEN += [(n, "bfloat16", "avx512_bf16") for n in MATRIX] + [(n, "bfloat16", "amx_emulated") for n in EMULATED]

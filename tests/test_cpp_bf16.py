@@ -34,13 +34,12 @@ def causal(s: Expr) -> tuple[Expr, Mask]:
 # What test_amx_emulated.py does not run through the same core: other reads along the keys, masks, rows that are redone.
 NAMES = (
     "vit_length", "head_dim_7", "one_query", "three_batch_dimensions", "packed_qkv", "features_strided", "transposed_output",
-    "result_in_float32",
     "prefix", "dilated", "padding", "documents", "dense_bool", "t5_bias", "relative_table", "decomposed_positions",
     "soft_cap_causal", "sinks", "masked_rows_are_zero", "masked_rows_added_fill", "masked_rows_with_sink",
     "two_lowest_masks_overflow", "integer_mask_product", "no_keys", "no_keys_beside_a_low_sink",
     "masked_rows_with_two_low_sinks",
     "positions_in_bfloat16", "documents_in_float16", "mapped_by_bfloat16", "score_in_bfloat16_decides",
-    "coordinate_by_way_of_bfloat16", "weight_chosen_in_bfloat16",
+    "coordinate_by_way_of_bfloat16", "weight_chosen_in_bfloat16", "result_in_float32",
     "sigmoid_attention", "squared_relu_causal", "retention", "linear_attention_causal", "divided_by_its_sum",
     "window_without_a_softmax", "padding_without_a_softmax", "biased_without_a_softmax", "no_keys_without_a_softmax",
     "decoding_without_a_softmax", "decoding_divided_by_its_sum", "weight_without_a_softmax",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -265,13 +265,31 @@ def test_write_calls() -> None:
 # ------------------------------------------------------------------------------------------------------------- processes
 
 
-def test_default_store(tmp_path: Path) -> None:
+def test_maybe_mark_dynamic() -> None:
+    x = torch.ones(2, 6)
+    private.maybe_mark_dynamic(x, 1)
+    (held,) = placeholders(given_to_backend(lambda x: x + 1, x))[-1:]
+    assert [isinstance(n, torch.SymInt) for n in held.meta["example_value"].shape] == [False, True]
+
+
+@pytest.fixture
+def alone(tmp_path: Path) -> Iterator[None]:
+    """The only process of a group."""
     torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/group", rank=0, world_size=1)
-    try:
-        store = private.default_store()
-        assert [store.compare_set("key", "", text) for text in ("first", "second")] == [b"first", b"first"]
-    finally:
-        torch.distributed.destroy_process_group()
+    yield
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.usefixtures("alone")
+def test_default_store() -> None:
+    store = private.default_store()
+    assert [store.compare_set("key", "", text) for text in ("first", "second")] == [b"first", b"first"]
+
+
+@pytest.mark.usefixtures("alone")
+def test_group_named() -> None:
+    group = torch.distributed.group.WORLD
+    assert private.group_named(group.group_name) is group
 
 
 def test_artifact_manager() -> None:

@@ -129,25 +129,25 @@ def _backward(
 # ----------------------------------------------------------------------------------------------------------- fakes
 
 
-def _fake(operands: list[Tensor], sizes: list[IntLike], spec: str, target: str) -> Tensor:
+def fake(operands: list[Tensor], sizes: list[IntLike], spec: str, target: str) -> Tensor:
     parsed_spec = parsed(spec)
     dtype: torch.dtype = getattr(torch, parsed_spec.out_dtype)
     shape, strides = parsed_spec.out_shape(sizes), parsed_spec.out_strides(sizes)
     return torch.empty_strided(shape, strides, dtype=dtype, device=operands[0].device)
 
 
-def _fake_forward(operands: list[Tensor], sizes: list[IntLike], spec: str, target: str) -> tuple[Tensor, Tensor]:
-    parsed_spec, out = parsed(spec), _fake(operands, sizes, spec, target)
+def fake_forward(operands: list[Tensor], sizes: list[IntLike], spec: str, target: str) -> tuple[Tensor, Tensor]:
+    parsed_spec, out = parsed(spec), fake(operands, sizes, spec, target)
     return out, out.new_empty(parsed_spec.lse_shape(sizes), dtype=getattr(torch, registry.named(target).lse_dtype(parsed_spec)))
 
 
 def _fake_lse(operands: list[Tensor], sizes: list[IntLike], spec: str, target: str) -> tuple[Tensor, Tensor]:
-    parsed_spec, out = parsed(spec), _fake(operands, sizes, spec, target)
+    parsed_spec, out = parsed(spec), fake(operands, sizes, spec, target)
     return out, out.new_empty(parsed_spec.lse_shape(sizes), dtype=getattr(torch, parsed_spec.lse_dtype))
 
 
 def _fake_rows(operands: list[Tensor], sizes: list[IntLike], spec: str, target: str) -> tuple[Tensor, Tensor, Tensor]:
-    _, lse = _fake_forward(operands, sizes, spec, target)
+    _, lse = fake_forward(operands, sizes, spec, target)
     return *_fake_lse(operands, sizes, spec, target), lse
 
 
@@ -300,11 +300,11 @@ def register(name: str, kernel: Any, autograd: Any, fake: Any, batching_rule: An
     torch.library.register_vmap(f"fuse::{name}", batching_rule, lib=_library)
 
 
-register("attention", _attention, _attention_autograd, _fake, batching.attention_rule)
+register("attention", _attention, _attention_autograd, fake, batching.attention_rule)
 register("attention_lse", _attention_lse, _lse_autograd, _fake_lse, batching.lse_rule)
 register("attention_rows", _attention_rows, _rows_autograd, _fake_rows, batching.rows_rule)
 register("attention_max", _attention_max, _max_autograd, _fake_max, batching.max_rule)
-register("attention_forward", _forward, None, _fake_forward, batching.forward_rule)
+register("attention_forward", _forward, None, fake_forward, batching.forward_rule)
 register("attention_backward", _backward, _backward_autograd, _fake_backward, batching.backward_rule)
 # What these are called by has taken the place of those without "in_python", on CPUs: templates/cpp/op.cpp.
 _library.impl("attention_in_python", _attention, "CompositeExplicitAutograd")

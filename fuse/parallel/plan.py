@@ -40,8 +40,8 @@ class Plan:
 
 @dataclass(frozen=True)
 class Across:
-    """What passes are told: a plan, to which each site adds its operands. ``trusted``: that everything but attention is computed
-    for each position by itself is not looked into."""
+    """What passes are told: a plan, to which each site adds its operands. ``trusted``: nobody looks into whether everything but
+    attention is computed for each position by itself."""
 
     plan: Plan
     trusted: bool

@@ -12,6 +12,7 @@ from torch import Tensor
 from fuse.errors import NotAShard
 from fuse.parallel.layout import Layout
 from fuse.parallel.option import ContextParallel, process_group
+from fuse.torch_private import maybe_mark_dynamic
 
 IGNORED = -100  # a label without a loss, as torch.nn.functional.cross_entropy has it
 
@@ -88,7 +89,7 @@ def _shard(x: Tensor, across: ContextParallel, dim: int, name: str) -> Tensor:
         )
         raise NotAShard(what=what, remedy=f"Pad them to a multiple of {layout.divisor}.")
     shard = _rows(x, layout, dist.get_rank(process_group(across.group)), dim)
-    torch._dynamo.maybe_mark_dynamic(shard, dim % x.dim())
+    maybe_mark_dynamic(shard, dim % x.dim())
     return shard
 
 

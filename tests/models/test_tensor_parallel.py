@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import copy
-import json
-from pathlib import Path
 
 import torch
-import torch.distributed as dist
+from ranks import run_ranks
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
@@ -20,10 +18,8 @@ RANKS = 2
 PLAN = {f"self_attn.{n}": ColwiseParallel() for n in ("q_proj", "k_proj", "v_proj")} | {"self_attn.o_proj": RowwiseParallel()}
 
 
-def train_one_step(rank: int, folder: str) -> None:
-    """What rank ``rank`` does: one step of the sharded, compiled model and of the whole one, eagerly; differences to a file."""
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", store=dist.FileStore(f"{folder}/store", RANKS), rank=rank, world_size=RANKS)
+def train_one_step() -> tuple[int, int, float, float]:
+    """Steps of the sharded, compiled model and of the whole one: sites, fused ones, differences of losses and of gradients."""
     torch.manual_seed(0)
     whole = LlamaForCausalLM(LlamaConfig(**llama_like("eager", vocab_size=64, num_hidden_layers=1)))
     sharded = copy.deepcopy(whole)
@@ -39,15 +35,11 @@ def train_one_step(rank: int, folder: str) -> None:
     gradients = [[g.full_tensor() if isinstance(g := p.grad, DTensor) else g for p in m.parameters()] for m in (whole, sharded)]
     worst = max(float((a - b).abs().max() / a.abs().max()) for a, b in zip(*gradients, strict=True))
     report = fuse.report()
-    found = [len(report.sites), report.fused, float((losses[0] - losses[1]).abs()), worst]
-    Path(folder, f"rank{rank}.json").write_text(json.dumps(found))
-    dist.destroy_process_group()
+    return len(report.sites), report.fused, float((losses[0] - losses[1]).abs()), worst
 
 
-def test_every_rank_of_a_tensor_parallel_llama_fuses_its_heads(tmp_path: Path) -> None:
-    torch.multiprocessing.spawn(train_one_step, (str(tmp_path),), nprocs=RANKS)
-    for rank in range(RANKS):
-        sites, fused, loss, gradient = json.loads((tmp_path / f"rank{rank}.json").read_text())
+def test_every_rank_of_a_tensor_parallel_llama_fuses_its_heads() -> None:
+    for sites, fused, loss, gradient in run_ranks(train_one_step, RANKS):
         assert (sites, fused) == (1, 1)
         assert loss < 1e-5
         assert gradient < 1e-4

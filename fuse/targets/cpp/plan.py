@@ -78,7 +78,8 @@ def backward_plan(spec: AttentionSpec, isa: str, terms: bool) -> Plan:
     terms   whether entries have gradients beside those of query, key and value, which the matrix core does not sum
     """
     forward = plan(spec, isa)
-    if forward.core == "matrix" and not terms:
+    multiplied = spec.out_dtype == "bfloat16"  # the result's gradient is a factor of products, too
+    if forward.core == "matrix" and multiplied and not terms:
         return replace(forward, vectors=12, block_k=64, part_keys=768, decode_queries=0)
     return replace(plan(spec, "avx512") if forward.core == "matrix" else forward, block_k=96, decode_queries=0)
 

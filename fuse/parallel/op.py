@@ -82,11 +82,11 @@ def _backward(
 
 
 def _fake(operands: list[Tensor], sizes: list[IntLike], spec: str, target: str, plan: str) -> Tensor:
-    return attention._fake(operands, sizes, spec, target)
+    return attention.fake(operands, sizes, spec, target)
 
 
 def _fake_forward(operands: list[Tensor], sizes: list[IntLike], spec: str, target: str, plan: str) -> tuple[Tensor, Tensor]:
-    return attention._fake_forward(operands, sizes, spec, target)
+    return attention.fake_forward(operands, sizes, spec, target)
 
 
 def _fake_backward(
