@@ -140,7 +140,9 @@ class _Recorder(TorchDispatchMode):
         return result
 
 
-def trace(nodes: Sequence[Node], inputs: Sequence[Node], state_of: Mapping[Node, State], roots: Set[Node]) -> Trace:
+def trace(
+    nodes: Sequence[Node], inputs: Sequence[Node], state_of: Mapping[Node, State], roots: Set[Node] = frozenset()
+) -> Trace:
     """Runs ``nodes``, in order, from fresh fakes for ``inputs``. Raises Declined if that fails or contradicts Dynamo.
 
     roots  of nodes: what may be replaced by what it holds then, to which others write later all the same
