@@ -248,7 +248,8 @@ class _Lift:
             score = hoist_lookups(self.r, self._with_addend(score, candidate), {q.name, k.name}, batch)
             score = self._loaded(score)
             scores = joined.of if joined is not None and one else (product.value,)
-            check_statistics(self.r, (score, *map(self._loaded, (softmax.weight, *softmax.extra_logits))), scores, q, k)
+            logits = (score, *map(self._loaded, softmax.extra_logits))
+            check_statistics(self.r, logits, self._loaded(softmax.weight), scores, q, k)
             return score, scores, query, key, product.over
         for product in others:
             check_before(self.r, product, k)

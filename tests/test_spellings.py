@@ -82,7 +82,7 @@ def test_spelling_in_training(name: str) -> None:
 
 SYMBOLIC = (
     "softmaxes.in_float32", "softmaxes.deferred_normalisation_minus_max", "softmaxes.sink_per_head",
-    "softmaxes.transposed_scores",
+    "softmaxes.transposed_scores", "statistics.maximum_of_all_below_a_clamp",
     "products.einsum_heads_third", "products.einsum_batch_last_in_scores", "products.sum_of_products", "products.bmm",
     "scales.on_both_by_power", "scales.as_full_tensor", "masks.causal_buffer_slice", "masks.window", "masks.padding_extended",
     "masks.causal_and_padding_combined", "masks.four_masks", "biases.alibi", "biases.t5", "biases.relative_by_gather",

@@ -28,15 +28,20 @@ def made_of_scores(leaves: Sequence[Value], scores: Sequence[Value]) -> bool:
     return any(depends_on(leaf, s) for leaf in leaves for s in scores)
 
 
-def check_statistics(r: Reader, roots: Sequence[Expr], scores: Sequence[Value], q: sympy.Symbol, k: sympy.Symbol) -> None:
+def check_statistics(
+    r: Reader, logits: Sequence[Expr], weight: Expr, scores: Sequence[Value], q: sympy.Symbol, k: sympy.Symbol
+) -> None:
     """Raises Declined where what is made of ``scores`` is one of each entry, or meets them where a rounding matters.
 
-    roots  the score, the weight and the extra logits, with Score in the place of the product that gives ``scores``
+    logits  the score and the extra logits, with Score in the place of the product that gives ``scores``
+    weight  may hold nothing of the kind: who knows a row's weights, or their sum, has computed all of attention but a product
     """
     entry = {x.name for x in (q, k) if r.space.sizes[x] != 1}
+    if found := [r.leaves[i] for i in expr.operands(weight) if made_of_scores([r.leaves[i]], scores)]:
+        raise Declined(ScoresUsed(op_name(found[0])))
     made: dict[Expr, Value] = {}  # what depends on a statistic, with one that it depends on
     of_score: set[Expr] = set()
-    for n in expr.walk(*roots):
+    for n in expr.walk(*logits):
         if isinstance(n, Load) and made_of_scores([r.leaves[n.operand]], scores):
             made[n] = r.leaves[n.operand]
             if n.dtype not in FLOATS or entry <= expr.axes(n):
