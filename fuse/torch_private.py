@@ -6,6 +6,7 @@ What differs between versions is settled here.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -134,11 +135,13 @@ __all__ = [
     "hint",
     "inductor_config",
     "is_batched",
+    "is_distributed",
     "is_legacy_batched",
     "is_traced",
     "is_wrapped",
     "legacy_vmap_level",
     "level_of",
+    "local_part",
     "lookup_backend",
     "make_fx",
     "math_attention",
@@ -268,6 +271,16 @@ tensor_id: Callable[[Tensor], int] = attrgetter("_cdata")
 def storage_id(x: Tensor) -> int:
     """The same for tensors, fake ones too, that share memory."""
     return int(x.untyped_storage()._cdata)
+
+
+def is_distributed(x: object) -> bool:
+    """Whether something is a DTensor; without an import of what nobody else uses."""
+    module = sys.modules.get("torch.distributed.tensor")
+    return module is not None and type(x) is module.DTensor
+
+
+local_part: Callable[[Tensor], Tensor] = attrgetter("_local_tensor")
+"""What this rank has of a DTensor."""
 
 
 def hint(n: SymInt) -> int | None:

@@ -36,6 +36,7 @@ from fuse.passes import census
 from fuse.passes.accept import Found, accept, declined_site
 from fuse.passes.beside import Beside, read_beside
 from fuse.passes.contents import know_contents
+from fuse.passes.distributed import check_distributed
 from fuse.passes.expand import Expansion, expand
 from fuse.passes.find import Candidate, find, is_attention
 from fuse.passes.layout import put_keys_innermost
@@ -43,7 +44,7 @@ from fuse.passes.lift import Lifted, Pass, SiteContext, lift
 from fuse.passes.masks import recover_mask
 from fuse.passes.pays import check_pays
 from fuse.passes.policy import Choose, Contents, Leave, Policy, leave_none
-from fuse.passes.positions import Positions, Root
+from fuse.passes.positions import misplaced
 from fuse.passes.read.bodies import Body, bodies
 from fuse.passes.read.graph import State, hidden_subclass, operator_name, states, tensor_of
 from fuse.passes.read.trace import Trace, Value, trace
@@ -68,7 +69,7 @@ from fuse.report.reasons import (
     UnsupportedShape,
 )
 from fuse.report.site import Reading, Site
-from fuse.torch_private import SizeWouldBeFixed
+from fuse.torch_private import SizeWouldBeFixed, is_distributed
 
 T = TypeVar("T")
 PASSES: tuple[Pass, ...] = (
@@ -85,6 +86,9 @@ ACROSS_RANKS: tuple[Pass, ...] = (
     spread,  # places in the shard become places in the whole sequence
     recover_mask,
 )
+
+# Of DTensors: what the others make or look at would be one rank's part.
+DISTRIBUTED: tuple[Pass, ...] = (recover_mask,)
 
 _NO_ATTENTION = (NotSoftmax, NoScoreProduct)
 
@@ -112,6 +116,9 @@ def run(
     hidden = hidden_subclass(gm.graph, inputs)
     policy = Policy(choose, leave, contents, Declined(Subclass(hidden)) if hidden else None, across)
     readings = [_never_raises(body, policy) for body in bodies(gm, begins) if inside or body.graph is gm.graph]
+    if across is not None and not across.trusted and not any(s.reason for r in readings for s in r.sites):
+        others = any(r.others for r in readings)
+        readings.append(Reading(tuple(misplaced([b for b in bodies(gm, begins) if inside or b.graph is gm.graph], others))))
     for module in gm.modules():
         if isinstance(module, GraphModule):
             module.recompile()
@@ -210,11 +217,8 @@ def _fuse_sites(body: Body, policy: Policy, expansions: Sequence[Expansion]) -> 
                 summed |= candidate.sums
     live = _live_beside(graph, candidates, read, kept)
     groups: list[list[Found]] = []
-    positions = Positions(graph, state_of, [Root(s.root, s.terms[0].lifted, s.context.trace) for s in read])
 
     def put(site: _Read) -> list[Found]:
-        for term in site.terms if policy.across is not None and not policy.across.trusted else ():
-            positions.check(term.lifted, site.context.trace)
         made = _insert_site(graph, site, state_of, live, {old for g in groups for f in g for old, _ in f.replacement.beside})
         _check_wanted(graph, made, policy.leave, calls.get(site.candidate.anchor, site.candidate.anchor))
         return made
@@ -325,12 +329,19 @@ def _read_sum(candidate: Candidate, context: SiteContext, state_of: Mapping[Node
 
 def _read_term(candidate: Candidate, root: Node, lifted: Lifted, context: SiteContext, state_of: Mapping[Node, State]) -> _Term:
     check_pays(lifted)
+    check_distributed(lifted, context)
     check_transforms(lifted, candidate.inputs, state_of[candidate.anchor], state_of[root])
     steps = [("lift", lifted.spec)]
-    for each in PASSES if context.plan is None else ACROSS_RANKS:
+    for each in _passes(context):
         lifted = _verified(each, each(lifted, context))
         steps.append((each.__name__, lifted.spec))
     return _Term(lifted, tuple(steps))
+
+
+def _passes(context: SiteContext) -> tuple[Pass, ...]:
+    if context.distributed:
+        return DISTRIBUTED
+    return PASSES if context.plan is None else ACROSS_RANKS
 
 
 def _insert_site(graph: Graph, site: _Read, state_of: Mapping[Node, State], live: Set[Node], given: Set[Node]) -> list[Found]:
@@ -360,9 +371,9 @@ def _inserted(graph: Graph, site: _Read, term: _Term, beside: Beside, state_of: 
 
 
 def _context(traced: Trace, candidate: Candidate, policy: Policy) -> SiteContext:
-    return SiteContext(
-        traced, _target(candidate, policy.choose), policy.contents, None if policy.across is None else policy.across.plan
-    )
+    distributed = any(is_distributed(tensor_of(n)) for n in (*candidate.nodes, *candidate.inputs))
+    plan = None if policy.across is None else policy.across.plan
+    return SiteContext(traced, _target(candidate, policy.choose), policy.contents, plan, distributed)
 
 
 def _target(candidate: Candidate, choose: Choose) -> str:

@@ -133,7 +133,7 @@ class _Finder:
             return False
         if (calls := _log_sum_exp(self.lifted, value)) is not None:
             self.rows.append(RowStatistic(node, "lse", calls))
-        elif (found := self._weights(node, value)) is not None:
+        elif not self.context.distributed and (found := self._weights(node, value)) is not None:
             self.weights.append(found)
         else:
             return False

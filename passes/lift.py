@@ -95,12 +95,13 @@ class Lifted:
 @dataclass(frozen=True)
 class SiteContext:
     """What passes may look at beside the site: the trace that it was read from, the target of its kernel, what tensors hold,
-    and where the sequence lies, if that is on several ranks."""
+    where the sequence lies, if that is on several ranks, and whether the graph's tensors there are DTensors."""
 
     trace: Trace
     target: str
     contents: Contents = Contents()
     plan: Plan | None = None
+    distributed: bool = False
 
 
 class Pass(Protocol):

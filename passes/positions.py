@@ -4,27 +4,31 @@ Where a sequence lies on several ranks, attention sees all of it and everything 
 on the whole only if each position is computed from itself: a convolution over positions, a running sum of them, or numbers of
 positions that begin at 0 on every rank would be others. Each operand of a site is read backwards, one operation at a time, at
 one position: each tensor that has positions has to be read at the same one. What an operation reads that is not known here may
-be anything.
+be anything. The same is asked of what a graph gives.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
 
 import sympy
 import torch
-from torch.fx import Graph, Node
+from torch.fx import Node
 
 from fuse.ir import expr
 from fuse.ir.expr import Expr, Load, const
 from fuse.ir.index import IndexExpr
-from fuse.passes.lift import Lifted
-from fuse.passes.read.elements import HANDLERS, Reader, arguments, dims, op_name
-from fuse.passes.read.graph import State, location, operator_name, user_name
+from fuse.parallel.plan import Plan
+from fuse.passes.read.bodies import Body, graphs_of
+from fuse.passes.read.elements import HANDLERS, Reader, arguments, as_index, dims, op_name
+from fuse.passes.read.flex import is_flex
+from fuse.passes.read.graph import location, operator_name, states, tensor_of, user_name
 from fuse.passes.read.pointwise import broadcast
-from fuse.passes.read.trace import Trace, Value, trace
+from fuse.passes.read.trace import Value, trace
 from fuse.report.reasons import Declined, NotSpread
+from fuse.report.site import Site
 
 POSITION = "position"
 _MIXES = "reads other positions than its own"
@@ -54,73 +58,114 @@ class _Step(Reader):
         return self.load(value, coords) if value.literal is None else const(value.literal, value.dtype)
 
 
-@dataclass(frozen=True)
-class Root:
-    """Where a site of the graph was read, and from which trace."""
-
-    node: Node
-    lifted: Lifted
-    trace: Trace
+OP = "fuse::context_attention"
 
 
-@dataclass
-class Positions:
-    """Of one graph, all of whose sites stand at ``roots``."""
+def misplaced(found: Sequence[Body], others: bool) -> Iterator[Site]:
+    """What of the graphs ``found``, attention in its place, is not computed for each position by itself.
 
-    graph: Graph
-    states: Mapping[Node, State]
-    roots: Sequence[Root]
-    _trace: Trace | None = None
-    _seen: set[tuple[Value, Coords]] = field(default_factory=set)
+    others  whether there are normalisations that are no attention: then what has as many places as an input is looked at where
+            there is no attention, too
+    """
+    checked = [_Positions(body) for body in found]
+    lengths = {length for positions in checked for length in positions.lengths}
+    if not lengths and others:
+        lengths = {length for positions in checked for length in positions.symbols}
+    for positions in checked:
+        yield from (declined for length in lengths for declined in positions.check(length))
 
-    def check(self, lifted: Lifted, site: Trace) -> None:
-        """Raises Declined where an operand of a site, read from the trace ``site``, is no function of its own position."""
-        assert lifted.plan is not None
-        places = dict((*lifted.plan.queries, *lifted.plan.keys))
-        pending = [
-            Asked(leaf, tuple(_S if places.get(i) == d else None for d in range(len(leaf.shape))))
-            for i, leaf in enumerate(lifted.leaves)
-        ]
-        results = {t.value_of[r.node]: r.lifted for r in self.roots for t in (r.trace, self.trace)}
-        while pending:
-            asked = pending.pop()
-            if (asked.value, asked.coords) not in self._seen:
-                self._seen.add((asked.value, asked.coords))
-                pending += self._behind(asked, lifted.sizes[-1], results, site)
+
+class _Positions:
+    """Of one graph."""
+
+    def __init__(self, body: Body) -> None:
+        self.graph = body.graph
+        self.failed: Declined | None = None
+        self.seen: set[tuple[Value, Coords]] = set()
+        calls = [n for n in self.graph.nodes if n.op in ("call_function", "call_method") and not _is_state(n)]
+        given = {n for n in calls if _is_linear(n) or _is_called(n) or (_is_part(n) and _is_called(n.args[0]))}
+        inputs = [n for n in self.graph.nodes if n.op in ("placeholder", "get_attr") or n in given]
+        try:
+            self.trace = trace([n for n in calls if n not in given], inputs, states(self.graph, body.begins))
+        except Declined as d:
+            self.failed = d
 
     @property
-    def trace(self) -> Trace:
-        """Of the graph up to its last site. What linear layers give is not computed: with a bias that would fix sizes."""
-        if self._trace is None:
-            order = list(self.graph.nodes)
-            last = max(order.index(root.node) for root in self.roots)
-            calls = [n for n in order[: last + 1] if n.op in ("call_function", "call_method") and not _is_state(n)]
-            inputs = [n for n in order if n.op in ("placeholder", "get_attr") or (n in calls and _is_linear(n))]
-            self._trace = trace([n for n in calls if not _is_linear(n)], inputs, self.states)
-        return self._trace
+    def lengths(self) -> list[IndexExpr]:
+        """Of the shards that attention is of."""
+        return [] if self.failed else [as_index(v.args[1][-1]) for v in self._attention.values()]
 
-    def _behind(self, asked: Asked, length: IndexExpr, results: Mapping[Value, Lifted], site: Trace) -> list[Asked]:
-        """What an element is made of. Raises Declined where that is not of its position alone."""
+    @property
+    def symbols(self) -> list[IndexExpr]:
+        """Sizes of inputs that are no numbers."""
+        tensors = [t for n in self.graph.find_nodes(op="placeholder") if (t := tensor_of(n)) is not None]
+        return [as_index(n) for t in tensors for n in t.shape if as_index(n).is_Symbol]
+
+    @property
+    def _attention(self) -> dict[Node, Value]:
+        """The calls of the op, by the nodes that hold their results."""
+        return {n: v for n, v in self.trace.value_of.items() if v.op is not None and op_name(v) == OP}
+
+    def check(self, length: IndexExpr) -> Iterator[Site]:
+        """What is read at other positions: one site for each attention that reads it, or for the graph's outputs."""
+        if self.failed is not None:
+            yield Site(False, self.failed.reason, self.failed.reason.where, "")
+            return
+        asked = [(n, list(self._operands(v))) for n, v in self._attention.items() if as_index(v.args[1][-1]) == length]
+        out = self.graph.output_node()
+        for node, pending in [*asked, (out, list(self._outputs(out, length)))]:
+            try:
+                self._follow(pending, length)
+            except Declined as d:
+                yield Site(False, d.reason, "the graph's output" if node is out else location(node), "")
+
+    def _operands(self, call: Value) -> Iterator[Asked]:
+        plan = Plan.from_json(call.args[4])
+        places = dict((*plan.queries, *plan.keys))
+        for i, leaf in enumerate(call.args[0]):
+            yield Asked(leaf, tuple(_S if places.get(i) == d else None for d in range(len(leaf.shape))))
+
+    def _outputs(self, out: Node, length: IndexExpr) -> Iterator[Asked]:
+        for node in out.all_input_nodes:
+            value = self.trace.value_of.get(node)
+            if value is not None and length in dims(value):
+                yield Asked(value, tuple(_S if n == length else None for n in dims(value)))
+
+    def _follow(self, pending: list[Asked], length: IndexExpr) -> None:
+        """Raises Declined where an element is made of other positions than its own."""
+        while pending:
+            asked = pending.pop()
+            if (asked.value, asked.coords) not in self.seen:
+                self.seen.add((asked.value, asked.coords))
+                pending += self._behind(asked, length)
+
+    def _behind(self, asked: Asked, length: IndexExpr) -> Iterable[Asked]:
         value = asked.value
-        if value in results:
-            self._check_result(asked, results[value])
-            return []
         if value.op is None:
-            whole = self.trace.value_of.get(site.node_of[value]) if value in site.node_of else None
-            if whole is not None and whole is not value:
-                return [Asked(whole, asked.coords, asked.by)]
-            node = self.trace.node_of.get(value)
-            if node is not None and _is_linear(node):
-                return [_next(asked, self.trace.value_of[node.all_input_nodes[0]], [*asked.coords[:-1], None])]
-            self._check_input(asked, length)
-            return []
+            return self._given(asked, length)
+        if op_name(value) == OP:
+            self._check_plain(asked, length)
+            return ()
         reader = _Step()
         reader.space.add(POSITION, length)
         coords = [_in_scope(reader, d, c, n) for d, (c, n) in enumerate(zip(asked.coords, dims(value), strict=True))]
-        rule = _rule(value)
-        return (
-            self._read(asked, reader, coords) if rule is None else [_next(asked, v, found) for v, found in rule(value, coords)]
-        )
+        if (rule := _rule(value)) is None:
+            return self._read(asked, reader, coords)
+        return [_next(asked, v, found) for v, found in rule(value, coords)]
+
+    def _given(self, asked: Asked, length: IndexExpr) -> Iterable[Asked]:
+        """Of what was not run: inputs, linear layers, and calls of graphs, whose outputs are looked at by themselves."""
+        node = self.trace.node_of.get(asked.value)
+        held = self.trace.value_of
+        if node is not None and _is_linear(node):
+            return [_next(asked, held[node.all_input_nodes[0]], [*asked.coords[:-1], None])]
+        self._check_plain(asked, length)
+        if node is None or node.op != "call_function":
+            return ()
+        call = node.args[0] if _is_part(node) else node
+        assert isinstance(call, Node)
+        read = [held[n] for n in call.all_input_nodes if n in held and n.op != "get_attr"]
+        return [Asked(v, tuple(_S if n == length else None for n in dims(v)), asked.value) for v in read]
 
     def _read(self, asked: Asked, reader: _Step, coords: Sequence[IndexExpr]) -> list[Asked]:
         """By what reads the operation for specs, too."""
@@ -134,19 +179,17 @@ class Positions:
             raise Declined(_reason(value, _MIXES if value.inputs() else counts))
         return [_next(asked, reader.leaves[n.operand], [reader.index(c) for c in n.coords]) for n in loads]
 
-    def _check_result(self, asked: Asked, lifted: Lifted) -> None:
-        queries = lifted.out_dims.index(lifted.spec.batch)
-        if any(c != (_S if d == queries else None) for d, c in enumerate(asked.coords)):
-            raise Declined(_reason(asked.by or asked.value, _MIXES))
-
-    def _check_input(self, asked: Asked, length: IndexExpr) -> None:
+    def _check_plain(self, asked: Asked, length: IndexExpr) -> None:
+        """A tensor that has positions is read at the position itself, others without any."""
         node = self.trace.node_of.get(asked.value)
+        name = "a tensor" if node is None else user_name(node)
+        if sum(c == _S for c in asked.coords) > 1:
+            raise Declined(NotSpread(f"{name} has queries and keys of this shard alone"))
         for c, n in zip(asked.coords, dims(asked.value), strict=True):
             if n == length and c != _S:
-                what = NotSpread(f"all of {'a tensor' if node is None else user_name(node)} is read at each position")
+                what = NotSpread(f"all positions of {name} are read at each")
                 raise Declined(what if asked.by is None else _reason(asked.by, _MIXES))
             if n != length and c is not None:
-                name = "a tensor" if node is None else user_name(node)
                 raise Declined(NotSpread(f"{name} is read at the positions of this shard, which begin at 0 on every rank"))
 
 
@@ -198,7 +241,18 @@ def _is_state(node: Node) -> bool:
     return operator_name(node) in ("_set_grad_enabled", "_enter_autocast", "_exit_autocast")
 
 
+def _is_part(node: Node) -> bool:
+    """Of the results of a call."""
+    return operator_name(node) == "getitem" and isinstance(node.args[0], Node)
+
+
+def _is_called(node: Any) -> bool:
+    """Is it a call of a graph, as of a checkpoint?"""
+    return bool(graphs_of(node)) and not is_flex(node)
+
+
 def _is_linear(node: Node) -> bool:
+    """It is not run: with a bias that would fix sizes."""
     return node.op == "call_function" and operator_name(node) == "linear" and len(node.args) >= 2
 
 

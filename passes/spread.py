@@ -11,17 +11,18 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
+import sympy
 from torch import Tensor
 
 from fuse.ir import expr
 from fuse.ir.expr import K_START, LENGTH, PLACES, Q_START, Const, Expr, Index, Load, Symbol, apply, index, symbol
-from fuse.ir.index import IndexExpr
+from fuse.ir.index import IndexExpr, size_symbol
 from fuse.ir.interval import anywhere, in_call, range_of
 from fuse.ir.spec import Operand
 from fuse.passes.lift import Lifted, SiteContext
 from fuse.passes.read.elements import dims, spec_reader
 from fuse.passes.read.graph import location, user_name
-from fuse.passes.read.trace import Value, computed
+from fuse.passes.read.trace import Value, as_size, computed
 from fuse.report.reasons import Declined, NotSpread
 
 _POSITIONS = {"q": Q_START, "k": K_START}
@@ -36,6 +37,7 @@ def spread(lifted: Lifted, context: SiteContext) -> Lifted:
     if context.plan is None:
         return lifted
     length = _length(lifted)
+    lifted = _by_text(lifted, length)
     spread = _Spread(lifted, context, length)
     spec = lifted.spec.mapped(spread.expression)
     operands = tuple(Operand(len(v.shape), v.dtype) for v in spread.leaves)
@@ -58,6 +60,46 @@ def _length(lifted: Lifted) -> IndexExpr:
     if length in others:
         raise Declined(NotSpread("the length of the sequence and a size of the batch are one symbol: make them differ, once"))
     return length
+
+
+def _by_text(lifted: Lifted, length: IndexExpr) -> Lifted:
+    """Tensors that have the positions of all texts in one dimension, as the rows of a product, with a dimension for each."""
+    rows = {i: found for i, leaf in enumerate(lifted.leaves) if (found := _rows(leaf, length))}
+    if not rows:
+        return lifted
+    reader, own = spec_reader(lifted.spec), size_symbol("q_len")
+    for axis in _POSITIONS:
+        reader.space.add(axis, own)
+
+    def split(c: Expr) -> tuple[Expr, Expr]:
+        at = reader.index(c).subs(size_symbol("kv_len"), own)
+        return reader.expression(reader.space.floordiv(at, own)), reader.expression(reader.space.mod(at, own))
+
+    def rule(n: Expr) -> Expr | None:
+        if not (isinstance(n, Load) and n.operand in rows):
+            return None
+        parts = (split(c) if d in rows[n.operand] else (c,) for d, c in enumerate(n.coords))
+        return Load(n.dtype, n.operand, tuple(c for part in parts for c in part))
+
+    leaves = tuple(_with_texts(leaf, rows[i], length) if i in rows else leaf for i, leaf in enumerate(lifted.leaves))
+    operands = tuple(Operand(len(v.shape), v.dtype) for v in leaves)
+    spec = replace(lifted.spec.mapped(lambda root: expr.rewrite(root, rule)), operands=operands)
+    return replace(lifted, spec=spec, leaves=leaves)
+
+
+def _rows(leaf: Value, length: IndexExpr) -> dict[int, IndexExpr]:
+    """By dimension, how many texts lie in it one behind another."""
+    found = {d: sympy.cancel(n / length) for d, n in enumerate(dims(leaf)) if n != length}
+    return {d: n for d, n in found.items() if n.is_Symbol or (n.is_Integer and n > 1)}
+
+
+def _with_texts(leaf: Value, rows: Mapping[int, IndexExpr], length: IndexExpr) -> Value:
+    def view(x: Tensor) -> Tensor:
+        for d, texts in sorted(rows.items(), reverse=True):
+            x = x.unflatten(d, [as_size(texts, leaf), as_size(length, leaf)])
+        return x
+
+    return computed([leaf], view)
 
 
 @dataclass

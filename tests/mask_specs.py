@@ -26,7 +26,7 @@ from problems import (
     rand,
 )
 
-from fuse.ir.expr import Expr, const, symbol
+from fuse.ir.expr import K_START, LENGTH, Q_START, Expr, const, symbol
 from fuse.ir.spec import Mask
 
 # ------------------------------------------------------------------------------------------------------------- masks
@@ -76,6 +76,20 @@ def window(dtype: str) -> Problem:
     return problem(
         dtype, batch=(1, 2), q_len=300, symbols={"window": 50},
         score=lambda s: hide(s, predicate, lower=first, upper=op("add", Q, 1)),
+    )  # fmt: skip
+
+
+@case
+def shard_of_a_window(dtype: str) -> Problem:
+    """Queries and keys are parts of a sequence, as where it lies on several ranks: the first ten queries see no key, and the
+    last ten, which look further on, neither."""
+    q, k = op("add", Q, symbol(Q_START)), op("add", K, symbol(K_START))
+    first = op("sub", op("add", op("sub", q, 80), 1), symbol(K_START))
+    upper = op("sub", op("add", q, 1), symbol(K_START))
+    predicate = both(op("le", k, q), op("ge", k, op("add", op("sub", q, 80), 1)))
+    return problem(
+        dtype, batch=(1, 2), q_len=160, kv_len=61, symbols={Q_START: 310, K_START: 320, LENGTH: 1000}, empty_row="zero",
+        score=lambda s: hide(s, predicate, lower=first, upper=upper),
     )  # fmt: skip
 
 

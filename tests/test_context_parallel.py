@@ -13,6 +13,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from ranks import run_ranks
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 import fuse
 from fuse.errors import InvalidOption, NoRanks, NotAShard
@@ -183,7 +184,7 @@ def of_ranks() -> list[dict[tuple[str, bool, str], Difference]]:
 @pytest.mark.parametrize(("balanced", "way"), LAYOUTS)
 @pytest.mark.parametrize("name", CASES)
 def test_attention_of_shards_is_that_of_the_whole(name: str, balanced: bool, way: str, of_ranks: list) -> None:
-    allowed = 2e-6 if CASES[name].dtype == torch.float32 else 3e-2
+    allowed = 2e-6 if CASES[name].dtype == torch.float32 else 4e-2
     for rank in of_ranks:
         found = rank[name, balanced, way]
         assert found.fused == (2, 2)
@@ -229,10 +230,31 @@ class Before(nn.Module):
         return made
 
 
+def layer(m: Any, x: Tensor, at: Tensor) -> Any:
+    return m.attention(x, (at, at, at >= 0))
+
+
+def again(function: Callable[[Tensor], Any], x: Tensor) -> Any:
+    return checkpoint(function, x, use_reentrant=False)
+
+
+def of_rows(m: Any, x: Tensor) -> Tensor:
+    """Attention whose operands are a product of all texts' rows, as GPT-2's are."""
+    rows = torch.addmm(m.dense.bias, x.view(-1, WIDTH), m.dense.weight.mT)
+    q = k = v = rows.view(*x.shape[:2], HEADS, -1).transpose(1, 2)
+    at = torch.arange(x.shape[1])
+    score = (q @ k.mT).masked_fill(at[:, None] < at, -torch.inf)
+    return (score.softmax(-1) @ v).transpose(1, 2).reshape(x.shape)
+
+
+def counted(x: Tensor) -> Tensor:
+    return x * torch.arange(x.shape[1])[:, None].cos()
+
+
 Way = Callable[[Any, Tensor, Tensor], Tensor]
 REFUSED: dict[str, Way] = {
     "conv1d reads other positions": lambda m, x, at: m.conv(x.mT).mT,
-    "arange counts the positions of this shard from 0": lambda m, x, at: x * torch.arange(x.shape[1])[:, None].cos(),
+    "arange counts the positions of this shard from 0": lambda m, x, at: counted(x),
     "table is read at the positions of this shard": lambda m, x, at: x + m.table[: x.shape[1]],
     "cumsum reads other positions": lambda m, x, at: x.cumsum(1),
     "sub reads other positions": lambda m, x, at: x - x.mean(1, keepdim=True),
@@ -243,7 +265,9 @@ REFUSED: dict[str, Way] = {
     "matmul reads other positions": lambda m, x, at: x @ x.mT @ x,
     "add reads other positions": lambda m, x, at: x + x[:, :1],
     "sort reads other positions": lambda m, x, at: x.sort(1).values,
-    "cumsum reads other positions (": lambda m, x, at: m.dense(x.flatten(0, 1).cumsum(0)).view(x.shape),
+    "cumsum reads other positions, in a layer": lambda m, x, at: again(lambda x: layer(m, x.cumsum(1), at), x),
+    "arange counts the positions of this shard, before a layer": lambda m, x, at: again(m.norm, counted(x)),
+    "cumsum reads other positions, of all texts": lambda m, x, at: m.dense(x.flatten(0, 1).cumsum(0)).view(x.shape),
 }  # fmt: skip
 TAKEN: dict[str, Way] = {
     "layers of each position": lambda m, x, at: m.norm(m.dense(F.gelu(m.dense(x)))) + x,
@@ -252,6 +276,8 @@ TAKEN: dict[str, Way] = {
     "rows of a table": lambda m, x, at: x + m.table[at],
     "a choice by position": lambda m, x, at: torch.where(at[..., None] > 5, x, 0),
     "a softmax over features": lambda m, x, at: x * x.softmax(-1),
+    "attention of rows": lambda m, x, at: of_rows(m, x),
+    "a layer that is computed twice": lambda m, x, at: again(lambda x: layer(m, m.norm(x), at), x),
 }  # fmt: skip
 
 
@@ -265,9 +291,8 @@ def said(ways: str) -> dict[str, str]:
         across = fuse.ContextParallel(dist.group.WORLD)
         compiled = torch.compile(model, backend="fuse", options={"inner": "eager", "context_parallel": across})
         try:
-            with torch.no_grad():
-                out = compiled(fuse.shard_sequence(x, across), fuse.shard_sequence(at, across))
-                torch.testing.assert_close(fuse.gather_sequence(out, across), model(x, at))
+            out = compiled(fuse.shard_sequence(x, across), fuse.shard_sequence(at, across))
+            torch.testing.assert_close(fuse.gather_sequence(out, across), model(x, at).detach())
             found[name] = ""
         except Exception as e:
             found[name] = str(e)
@@ -277,7 +302,7 @@ def said(ways: str) -> dict[str, str]:
 def test_what_is_not_computed_for_each_position_by_itself_is_refused_by_name() -> None:
     (found,) = run_ranks(said, 1, "REFUSED")
     for name in REFUSED:
-        assert "NotAcrossRanks" in found[name] and name.removesuffix(" (") in found[name], (name, found[name])
+        assert "NotAcrossRanks" in found[name] and name.split(",")[0] in found[name], (name, found[name])
         assert "test_context_parallel.py:" in found[name]
 
 
@@ -291,23 +316,20 @@ class Unreadable(nn.Module):
         super().__init__()
         self.way = way
 
-    def forward(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor | tuple[Tensor, Tensor]:
-        score = q @ k.mT
+    def forward(self, x: Tensor, mask: Tensor) -> Tensor | tuple[Tensor, Tensor]:
+        score = x @ (2 * x).mT
         if self.way == "matrix":
             score = score.masked_fill(mask, -torch.inf)
         p = score.softmax(-1)
-        if self.way == "dropout":
-            p = F.dropout(p, 0.5)
         if self.way == "no attention":
             p = score.sort(-1).values.softmax(-1)
-        return (p @ v, score.logsumexp(-1)) if self.way == "log-sum-exp" else p @ v
+        return (p @ (3 * x), score.logsumexp(-1)) if self.way == "log-sum-exp" else p @ (3 * x)
 
 
 UNREADABLE = {
     "matrix": "mask has queries and keys of this shard alone",
-    "no attention": "all scores of a row are needed at once",
+    "no attention": "reads other positions than its own",
     "log-sum-exp": "the log-sum-exp of its rows is read, too",
-    "dropout": "random numbers",
 }
 
 
@@ -317,11 +339,9 @@ def refusals() -> dict[str, str]:
         torch._dynamo.reset()
         options = {"inner": "eager", "context_parallel": dist.group.WORLD}
         compiled = torch.compile(Unreadable(way), backend="fuse", options=options)
-        tensors = [*torch.randn(3, 2, 4, LENGTH, 8), torch.ones(LENGTH, LENGTH, dtype=torch.bool).triu(1)]
-        for x in tensors if way != "fixed" else ():
-            torch._dynamo.maybe_mark_dynamic(x, x.dim() - 2)
-            if x.shape[-1] == LENGTH:
-                torch._dynamo.maybe_mark_dynamic(x, 1)
+        tensors = torch.randn(2, 4, LENGTH, 8), torch.ones(LENGTH, LENGTH, dtype=torch.bool).triu(1)
+        for x, dim in ((tensors[0], 2), (tensors[1], 0), (tensors[1], 1)) if way != "fixed" else ():
+            torch._dynamo.maybe_mark_dynamic(x, dim)
         try:
             compiled(*tensors)
             found[way] = "ran"
@@ -391,6 +411,27 @@ def test_what_a_user_can_get_wrong_is_an_error_at_once() -> None:
     assert "cannot be 'cp'; allowed: a process group" in name
     with pytest.raises(NoRanks):
         fuse.ContextParallel(None)
+
+
+def in_torchs_context() -> bool:
+    from torch.distributed.tensor.experimental import context_parallel
+
+    torch.manual_seed(0)
+    model, (x, places) = Layers(CASES["documents"]), batch()
+    expected = model(x, places).detach()
+    mesh = dist.device_mesh.init_device_mesh("cpu", (RANKS,))
+    across = fuse.ContextParallel(mesh, balanced=True)
+    compiled = torch.compile(model, backend="fuse", options={"inner": "eager", "context_parallel": across}, dynamic=True)
+    buffers = [x, *(t.clone() for t in places)]
+    with context_parallel(mesh, buffers=buffers, buffer_seq_dims=[1] * len(buffers)):
+        out = compiled(buffers[0], tuple(buffers[1:]))
+    torch.testing.assert_close(fuse.gather_sequence(out, across), expected)
+    return True
+
+
+def test_shards_of_torchs_own_context_are_taken() -> None:
+    """Its buffers are balanced by default."""
+    assert run_ranks(in_torchs_context, RANKS) == [True] * RANKS
 
 
 # ------------------------------------------------------------------------------------------------- a rank that dies

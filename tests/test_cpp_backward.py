@@ -88,7 +88,7 @@ GRADIENTS = (
     "value_narrower_than_key", "grouped_query", "features_strided", "packed_qkv", "flat_rows", "flat_rows_of_any_length",
     "head_dim_7", "shared_keys_and_own_values",
     "one_query_and_one_key_without_their_indices", "causal_long", "causal_offset",
-    "causal_more_queries_than_keys", "window", "left_padding_and_causal", "documents", "dense_additive",
+    "causal_more_queries_than_keys", "window", "shard_of_a_window", "left_padding_and_causal", "documents", "dense_additive",
     "integer_mask_product", "masked_rows_infinite_fill", "masked_rows_added_fill", "row_of_a_low_bias", "masked_rows_are_zero",
     "two_lowest_masks_overflow", "raised_to_the_largest_number",
     "masked_rows_with_sink", "alibi", "t5_bias", "relative_table", "decomposed_positions",
@@ -117,7 +117,8 @@ MATRIX = ("vit_length", "head_dim_7", "grouped_query", "shared_keys_and_own_valu
           "window", "documents", "soft_cap_causal", "masked_rows_are_zero", "weight_masked_after_softmax", "no_keys",
           "masked_rows_with_low_sinks", "sigmoid_attention", "retention", "linear_attention_causal", "weight_without_a_softmax",
           "padding_without_a_softmax",
-          "positions_in_bfloat16", "score_in_bfloat16_decides", "result_in_float32")  # fmt: skip
+          "positions_in_bfloat16", "score_in_bfloat16_decides", "result_in_float32",
+          "shard_of_a_window")  # fmt: skip
 EMULATED = ("cross_attention", "head_dim_80", "value_narrower_than_key", "left_padding_and_causal", "two_extra_logits",
             "retention", "divided_by_its_sum")  # fmt: skip
 CHOSEN += [(n, "bfloat16", "avx512_bf16") for n in MATRIX] + [(n, "bfloat16", "amx_emulated") for n in EMULATED]

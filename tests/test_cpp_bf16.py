@@ -39,7 +39,7 @@ NAMES = (
     "two_lowest_masks_overflow", "integer_mask_product", "no_keys", "no_keys_beside_a_low_sink",
     "masked_rows_with_two_low_sinks",
     "positions_in_bfloat16", "documents_in_float16", "mapped_by_bfloat16", "score_in_bfloat16_decides",
-    "coordinate_by_way_of_bfloat16", "weight_chosen_in_bfloat16", "result_in_float32",
+    "coordinate_by_way_of_bfloat16", "weight_chosen_in_bfloat16", "result_in_float32", "shard_of_a_window",
     "sigmoid_attention", "squared_relu_causal", "retention", "linear_attention_causal", "divided_by_its_sum",
     "window_without_a_softmax", "padding_without_a_softmax", "biased_without_a_softmax", "no_keys_without_a_softmax",
     "decoding_without_a_softmax", "decoding_divided_by_its_sum", "weight_without_a_softmax",

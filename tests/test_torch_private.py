@@ -11,8 +11,11 @@ from typing import Any
 import pytest
 import sympy
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.autograd import forward_ad
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor, Shard
 from torch.utils.checkpoint import checkpoint
 from torch_graphs import Look, given_to_backend, placeholders
 
@@ -297,6 +300,25 @@ def test_storage_id() -> None:
     x, fake = torch.empty(4), faked(4)
     assert private.storage_id(x) == private.storage_id(x[1:]) != private.storage_id(x.clone())
     assert private.storage_id(fake) == private.storage_id(fake[1:]) != private.storage_id(fake.clone())
+
+
+def divided(x: Tensor) -> Tensor:
+    """A DTensor of one rank."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        return DTensor.from_local(x, init_device_mesh("cpu", (1,)), [Shard(0)])
+    finally:
+        dist.destroy_process_group()
+
+
+def test_is_distributed() -> None:
+    x = torch.ones(4)
+    assert private.is_distributed(divided(x)) and not private.is_distributed(x)
+
+
+def test_local_part() -> None:
+    x = torch.ones(4)
+    assert private.storage_id(private.local_part(divided(x))) == private.storage_id(x)
 
 
 def test_shapeenv() -> None:

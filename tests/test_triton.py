@@ -20,6 +20,7 @@ from fuse.targets.triton.module import precision  # noqa: E402
 # What is read, rounded and multiplied by dtype; and rows whose result depends on eager's roundings.
 BY_DTYPE = (
     "plain", "head_dim_24", "packed_qkv_head_dim_24", "features_strided", "grouped_query", "causal_long", "window",
+    "shard_of_a_window",
     "documents_in_any_order", "mapped_bool", "dense_additive", "relative_table", "sinks", "soft_cap_causal",
     "left_padding_and_causal", "masked_rows_lowest_fill", "masked_rows_added_fill", "two_lowest_masks_overflow",
     "raised_to_the_largest_number",

@@ -50,6 +50,7 @@ GRADIENTS = (
     "features_strided", "packed_qkv", "packed_qkv_head_dim_24", "flat_rows", "flat_rows_of_any_length",
     "one_query_and_one_key_without_their_indices", "causal_long", "causal_offset",
     "causal_more_queries_than_keys", "window", "padding", "left_padding_and_causal", "documents", "dense_additive",
+    "shard_of_a_window",
     "masked_rows_infinite_fill", "masked_rows_added_fill", "masked_rows_are_zero", "two_lowest_masks_overflow",
     "raised_to_the_largest_number", "row_of_a_low_bias",
     "masked_rows_with_sink", "alibi", "soft_cap_causal", "scalar_tensor_scale", "two_extra_logits", "weight_factor",

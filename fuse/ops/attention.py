@@ -14,6 +14,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from functools import cache
+from importlib import import_module
 from typing import Any
 
 import torch
@@ -27,6 +28,7 @@ from fuse.memoize import memoize
 from fuse.ops import batching, levels
 from fuse.targets import registry
 from fuse.torch_private import any_tangent, below_autograd
+from fuse.when_imported import when_imported
 
 # Kernels take any strides: a copy into another layout would cost and gain nothing.
 TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.needs_fixed_stride_order)
@@ -313,3 +315,11 @@ _library.impl("attention_forward_in_python", _forward, "CompositeExplicitAutogra
 _library.impl("attention_backward_in_python", _backward, "CompositeExplicitAutograd")
 _library.impl("attention_backward_in_python", _backward_autograd, "Autograd")
 _library.impl("attention_backward", batching.legacy_backward_rule, "Batched")
+
+
+def _shard(_: object) -> None:
+    """Registers the rule for DTensors, as soon as there can be any."""
+    import_module("fuse.ops.sharding")
+
+
+when_imported("torch.distributed.tensor", _shard)

@@ -117,6 +117,11 @@ class Subclass(Reason):
     unblock = "hand plain tensors to the attention (DTensor: to_local(), or use_local_output=True)"
 
 
+class Distributed(Reason):
+    message = "its tensors are DTensors, and {detail}"
+    unblock = "hand each rank's part to the attention (to_local(), or use_local_output=True)"
+
+
 class Mutated(Reason):
     message = "{detail} is written in place between its use in the attention and the end of it"
     unblock = "use an out-of-place operation"

@@ -17,8 +17,10 @@ from fuse.torch_private import (
     OpOverload,
     hint,
     is_batched,
+    is_distributed,
     is_wrapped,
     level_of,
+    local_part,
     schema,
     source_name,
     storage_id,
@@ -142,10 +144,10 @@ def _transform(node: Node) -> Transform:
 
 
 def below_transforms(x: torch.Tensor) -> torch.Tensor:
-    """The tensor that the levels of torch.func wrap."""
+    """The tensor that the levels of torch.func wrap; of a DTensor, what this rank has."""
     while is_wrapped(x):
         x = unwrapped(x)
-    return x
+    return local_part(x) if is_distributed(x) else x
 
 
 def counts_examples(node: Node, transform: Transform, transforms: Sequence[Transform]) -> bool:

@@ -42,6 +42,7 @@ from fuse.torch_private import (
     disable_current_modes,
     enable_python_dispatcher,
     hint,
+    is_distributed,
     pytree,
     schema,
     to_copy,
@@ -126,7 +127,7 @@ class _Recorder(TorchDispatchMode):
         kwargs = kwargs or {}
         read = [self.value(x) for x in pytree.tree_leaves(args)]
         result = func(*args, **kwargs)
-        if func.namespace != "aten" or schema(func).is_mutable:
+        if func.namespace not in ("aten", "fuse") or schema(func).is_mutable:
             return result  # the write-back of a mutated input; metadata queries
         if func is to_copy and not isinstance(args[0], torch.Tensor):
             self.put(result, Value(None, (), {}, result, literal=_converted(args[0], result.dtype)))
@@ -185,7 +186,7 @@ def trace(
 def _refuse_subclasses(nodes: Sequence[Node]) -> None:
     for node in nodes:
         value = node.meta.get("example_value")
-        if isinstance(value, torch.Tensor) and type(value) not in PLAIN:
+        if isinstance(value, torch.Tensor) and type(value) not in PLAIN and not is_distributed(value):
             raise Declined(Subclass(f"{user_name(node)} is a {type(value).__name__}", location(node)))
 
 
