@@ -70,7 +70,7 @@ CASES = {
     "sink": Case(window, sink=True),
     "bfloat16": Case(window, dtype=torch.bfloat16),
 }
-LAYOUTS = [(balanced, way) for balanced in (False, True) for way in ("gather", "ring")]
+LAYOUTS = [(balanced, way) for balanced in (False, True) for way in ("gather", "ring")] + [(True, "auto")]
 
 
 class Attention(nn.Module):

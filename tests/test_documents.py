@@ -24,7 +24,7 @@ FIGURES = {"docs/architecture.md"}  # drawn by characters
 ILLUSTRATE = {
     "README.md": ["any model"],
     "CONTRIBUTING.md": ["the tests themselves", "the tests themselves"],
-    "docs/distributed.md": ["needs several processes"],
+    "docs/distributed.md": ["needs several processes"] * 2,
     "docs/tutorial.md": [
         "there is a compiler",
         "it takes half a minute",

@@ -19,6 +19,7 @@ from fuse.ir.spec import IntLike
 from fuse.ops import attention, levels
 from fuse.parallel import gather, ring
 from fuse.parallel.call import Call
+from fuse.parallel.layout import joined
 from fuse.parallel.plan import Plan
 from fuse.torch_private import any_tangent, below_autograd
 
@@ -37,20 +38,20 @@ _ops: Any = torch.ops.fuse
 
 
 def _way(call: Call) -> Any:
-    """The module that computes ``call``."""
+    """The module that computes ``call``; every rank of the group decides alike."""
     if not call.merges or call.plan.way == "gather":
         return gather
     return ring if call.plan.way == "ring" or _gathered(call) > _own(call) else gather
 
 
 def _gathered(call: Call) -> int:
-    """Elements that all keys take which this rank's queries see."""
-    seen = sum(stop - start for start, stop in call.wanted)
+    """Elements that all keys take which a rank's queries see, on the rank that sees most."""
+    seen = max(sum(stop - start for start, stop in joined(extents)) for extents in call.needs)
     return sum(x[:1].numel() for x in call.keys) * seen
 
 
 def _own(call: Call) -> int:
-    """Elements of this rank's queries and results."""
+    """Elements of a rank's queries and results."""
     queries = sum(call.operands[i].numel() for i, _ in call.plan.queries)
     return queries + torch.Size(call.spec.out_shape(call.sizes)).numel()
 
