@@ -265,8 +265,9 @@ def _traces(
 def _trace_slices(graph: Graph, candidates: list[Candidate], state_of: Mapping[Node, State]) -> Trace | Declined:
     nodes = frozenset().union(*(c.nodes for c in candidates))
     inputs = frozenset().union(*(c.inputs for c in candidates)) - nodes
+    roots = {root for c in candidates for root in c.roots}
     try:
-        return trace([n for n in graph.nodes if n in nodes], [n for n in graph.nodes if n in inputs], state_of)
+        return trace([n for n in graph.nodes if n in nodes], [n for n in graph.nodes if n in inputs], state_of, roots)
     except Declined as d:
         return d
 

@@ -28,14 +28,15 @@ from fuse.passes.lookups import hoist_lookups
 from fuse.passes.policy import Contents
 from fuse.passes.predicate import REPLACED, separate
 from fuse.passes.read import pointwise, views  # noqa: F401  the readers register themselves
-from fuse.passes.read.elements import POLYNOMIAL, PRODUCTS, Opaque, Reader, as_index, dims, may_wrap, op_name, summed_into
+from fuse.passes.read.elements import POLYNOMIAL, PRODUCTS, Opaque, Reader, as_index, dims, may_wrap, summed_into
 from fuse.passes.read.graph import reached_from
 from fuse.passes.read.joined import joined_products, joined_scores
 from fuse.passes.read.mixed import check_before
 from fuse.passes.read.products import Product, Side, product_of
 from fuse.passes.read.random import with_scaled_choices
 from fuse.passes.read.softmax import DeferredNormalisation, Softmax, recognise, unnormalised
-from fuse.passes.read.trace import Trace, Value, computed, depends_on
+from fuse.passes.read.statistics import check_statistics
+from fuse.passes.read.trace import Trace, Value, computed
 from fuse.report.reasons import (  # fmt: skip
     Declined,
     IntegersWrap,
@@ -43,7 +44,6 @@ from fuse.report.reasons import (  # fmt: skip
     NotLinear,
     NotSoftmax,
     RandomNumbers,
-    ScoresUsed,
     UnsupportedShape,
     UnsupportedType,
 )
@@ -249,9 +249,8 @@ class _Lift:
             score = hoist_lookups(self.r, self._with_addend(score, candidate), {q.name, k.name}, batch)
             score = self._loaded(score)
             scores = joined.of if joined is not None and one else (product.value,)
-            for leaf in self._used(score, softmax):
-                if any(depends_on(leaf, s) for s in scores):
-                    raise Declined(ScoresUsed(op_name(leaf)))
+            logits = (score, *map(self._loaded, softmax.extra_logits))
+            check_statistics(self.r, logits, self._loaded(softmax.weight), scores, q, k)
             return score, scores, query, key, product.over
         for product in others:
             check_before(self.r, product, k)
@@ -312,10 +311,6 @@ class _Lift:
             return self.r.load(n.value, tuple(self.r.index(c) for c in n.coords)) if isinstance(n, Opaque) else None
 
         return expr.rewrite(score, rule)
-
-    def _used(self, score: Expr, softmax: Softmax) -> list[Value]:
-        roots = (score, *map(self._loaded, (softmax.weight, *softmax.extra_logits)))
-        return [self.r.leaves[i] for i in expr.operands(*roots)]
 
     # -------------------------------------------------------------------------------------------------- assembly
 

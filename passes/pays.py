@@ -1,5 +1,6 @@
-"""Does a site without a softmax gain by being fused? Any two products with something between them are one, those of a layer's
-weights, too; what a kernel saves are the scores, which are then neither written nor read.
+"""Does a site gain by being fused? Without a softmax any two products with something between them are one, those of a layer's
+weights, too; what a kernel saves are the scores, which are then neither written nor read. Where it reads what the graph makes
+of all scores, the graph writes them, too: a product more, and fewer passes over them.
 """
 
 from __future__ import annotations
@@ -9,22 +10,27 @@ import math
 from fuse.ir import expr
 from fuse.ir.expr import Apply, Expr, Score
 from fuse.passes.lift import Lifted
+from fuse.passes.read.statistics import made_of_scores
 from fuse.passes.read.trace import size_hint
 from fuse.report.reasons import ChainOfProducts, Declined, NothingSaved
+
+_PASSES = 4  # over the scores: those that a mask, a softmax and a second product take, where something else is made of them
 
 
 def check_pays(lifted: Lifted) -> None:
     """Raises Declined where nothing would be saved, or the products may better be taken in another order."""
     spec = lifted.spec
+    sizes = [size_hint(n, lifted.leaves[0]) for n in lifted.sizes]
+    q_len, kv_len = sizes[spec.batch : spec.batch + 2]
+    shape = f"{math.prod(sizes[: spec.batch])} x {q_len} x {kv_len}"
+    scores = q_len * kv_len
+    if made_of_scores(lifted.leaves, lifted.scores) and _PASSES * scores < (q_len + kv_len) * spec.qk_dim:
+        raise Declined(NothingSaved(f"{shape} scores have to be there beforehand, of many more queries and keys"))
     if spec.softmax:
         return
     if _is_product(spec.score):
         raise Declined(ChainOfProducts())
-    sizes = [size_hint(n, lifted.leaves[0]) for n in lifted.sizes]
-    q_len, kv_len = sizes[spec.batch : spec.batch + 2]
-    scores, others = q_len * kv_len, (q_len + kv_len) * (spec.qk_dim + spec.v_dim)
-    if scores < others:
-        shape = f"{math.prod(sizes[: spec.batch])} x {q_len} x {kv_len}"
+    if scores < (q_len + kv_len) * (spec.qk_dim + spec.v_dim):
         raise Declined(NothingSaved(f"{shape} scores are fewer numbers than queries, keys, values and result are"))
 
 

@@ -401,15 +401,18 @@ def live_nodes(graph: Graph, slices: Iterable[Node], replaced: Mapping[Node, Nod
         *map(reached_from, (*replaced, *replaced.values()))
     )  # what reads a root's memory reads the replacement's
     live: set[Node] = set()
+    later: set[int | None] = set()  # memory of roots that is read, and that others may write to when it is the replacement's
     stack = [n for n in graph.nodes if n not in inside]
     while True:
         while stack:
             node = stack.pop()
             if node not in live:
                 live.add(node)
+                later |= {storage_of(x) for x in node.all_input_nodes if x in replaced}
                 stack.extend(replaced.get(x, x) for x in node.all_input_nodes)
-        memory = {storage_of(n) for n in live if n not in made or storage_of(n) not in roots} - {None}
-        stack = [n for n in inside - live if any(storage_of(w) in memory for w in writes(n))]
+        memory = {storage_of(n) for n in live if n not in made or storage_of(n) not in roots}
+        written = {n: memory | later if n in made and n not in replaced else memory for n in inside - live}
+        stack = [n for n, of in written.items() if any(storage_of(w) in of - {None} for w in writes(n))]
         if not stack:
             return live
 

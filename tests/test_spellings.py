@@ -19,6 +19,7 @@ from spellings import (
     scales,
     sets_of_keys,
     softmaxes,
+    statistics,
     terms,
     unnormalised,
 )
@@ -26,13 +27,14 @@ from together import narrow
 
 TOPICS = (
     beside, softmaxes, products, scales, masks, biases, layouts, sets_of_keys, terms, composites, regions, near_misses,
-    near_miss_masks, near_miss_operands, unnormalised,
+    near_miss_masks, near_miss_operands, statistics, unnormalised,
 )  # fmt: skip
 
 
 # A row that is NaN gives NaN to all gradients; eager's masked_fill keeps it from those of queries and keys.
 NAN_ROWS = {
     "beside.weights_of_rows_without_a_score", "beside.logsumexp_by_hand_of_rows_without_a_score",
+    "near_misses.mean_of_masked_scores_subtracted",
     "near_misses.large_scores_without_max",  # the rows that overflow in eager are those with the largest errors
     *(f"near_miss_masks.{n}" for n in (
         "mask_multiplied_by_negative_scale", "empty_rows_infinite", "empty_rows_infinite_bfloat16", "infinity_against_infinity",
@@ -59,7 +61,7 @@ CLOSE = {f"regions.{n}" for n in (
 
 
 def is_close(name: str) -> bool:
-    return name in CLOSE or name.startswith("near_miss")
+    return name in CLOSE or name.startswith(("near_miss", "statistics"))
 
 
 @pytest.mark.compiler
@@ -80,7 +82,7 @@ def test_spelling_in_training(name: str) -> None:
 
 SYMBOLIC = (
     "softmaxes.in_float32", "softmaxes.deferred_normalisation_minus_max", "softmaxes.sink_per_head",
-    "softmaxes.transposed_scores",
+    "softmaxes.transposed_scores", "statistics.maximum_of_all_below_a_clamp",
     "products.einsum_heads_third", "products.einsum_batch_last_in_scores", "products.sum_of_products", "products.bmm",
     "scales.on_both_by_power", "scales.as_full_tensor", "masks.causal_buffer_slice", "masks.window", "masks.padding_extended",
     "masks.causal_and_padding_combined", "masks.four_masks", "biases.alibi", "biases.t5", "biases.relative_by_gather",

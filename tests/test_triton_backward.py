@@ -62,7 +62,7 @@ GRADIENTS = (
 CHOSEN = [(n, "float32") for n in GRADIENTS]
 CHOSEN += [
     (n, d)
-    for n in ("grouped_query", "left_padding_and_causal", "t5_bias", "linear_attention_causal")
+    for n in ("grouped_query", "left_padding_and_causal", "t5_bias", "linear_attention_causal", "result_in_float32")
     for d in ("bfloat16", "float16", "float64")
 ]
 CHOSEN += [("soft_cap", "float64")]

@@ -44,7 +44,7 @@ class ProbabilitiesUsed(Reason):
 
 class ScoresUsed(Reason):
     message = "all scores of a row are needed at once, in {detail}"
-    unblock = "nothing yet: a selection or reduction over the scores has to see them all"
+    unblock = "read one number of each row or key, and choose nothing by comparing a score with it"
 
 
 class NotSoftmax(Reason):
@@ -88,7 +88,7 @@ class ChainOfProducts(Reason):
 
 
 class NothingSaved(Reason):
-    message = "two products without a softmax, by which nothing is saved here: {detail}"
+    message = "nothing would be saved here: {detail}"
     unblock = "nothing: it pays for longer sequences"
 
 

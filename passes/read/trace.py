@@ -6,7 +6,7 @@ functional; every ATen call is recorded as a Value. Nothing of this is executed 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -25,9 +25,11 @@ from fuse.passes.read.graph import (  # fmt: skip
     below_transforms,
     location,
     operator_name,
+    storage_of,
     tensor_of,
     user_name,
     wants_gradient,
+    writes,
 )
 from fuse.passes.read.sdpa import sdpa_as_products
 from fuse.passes.read.varlen import by_name, is_varlen, varlen_as_products
@@ -85,7 +87,7 @@ class Seed(Value):
 class Trace:
     """
     ran       the nodes that were run
-    value_of  what each node holds when all have run
+    value_of  what each node holds when all have run; a root, what it held when it had run itself
     node_of   where to take a value
     flowing   values that want a gradient
     stops     values that want none though something they are made of does: detached, or made under no_grad
@@ -139,9 +141,15 @@ class _Recorder(TorchDispatchMode):
         return result
 
 
-def trace(nodes: Sequence[Node], inputs: Sequence[Node], state_of: Mapping[Node, State]) -> Trace:
-    """Runs ``nodes``, in order, from fresh fakes for ``inputs``. Raises Declined if that fails or contradicts Dynamo."""
+def trace(
+    nodes: Sequence[Node], inputs: Sequence[Node], state_of: Mapping[Node, State], roots: Set[Node] = frozenset()
+) -> Trace:
+    """Runs ``nodes``, in order, from fresh fakes for ``inputs``. Raises Declined if that fails or contradicts Dynamo.
+
+    roots  of nodes: what may be replaced by what it holds then, to which others write later all the same
+    """
     _refuse_subclasses([*inputs, *nodes])
+    written = {storage_of(n) for node in nodes for n in writes(node)} - {None}
     mode = _fake_mode([*inputs, *nodes])
     recorder = _Recorder()
     tensor_inputs = [n for n in inputs if isinstance(n.meta.get("example_value"), torch.Tensor)]
@@ -150,11 +158,14 @@ def trace(nodes: Sequence[Node], inputs: Sequence[Node], state_of: Mapping[Node,
     def run(*fakes: torch.Tensor) -> list[Any]:
         env: dict[Node, Any] = dict(zip(tensor_inputs, fakes, strict=True))
         env |= {n: _given(n) for n in inputs if n not in env}
+        before: dict[Node, torch.Tensor] = {}
         for node in nodes:
             recorder.running = node
             with _autocast(state_of[node].autocast):
                 env[node] = _run_node(node, env)
-        return [env[n] if isinstance(env[n], torch.Tensor) else None for n in nodes]
+            if node in roots and storage_of(node) in written:
+                before[node] = env[node].clone()
+        return [x if isinstance(x := before.get(n, env[n]), torch.Tensor) else None for n in nodes]
 
     with mode, enable_python_dispatcher(), torch.no_grad():
         fakes = [_fresh(n.meta["example_value"]) for n in tensor_inputs]

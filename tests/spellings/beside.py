@@ -239,6 +239,63 @@ def weights_averaged_of_a_view(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor,
     return p @ v, p.view(2, 3, 9, 9).mean(1)
 
 
+def by_distance(x: Tensor) -> Tensor:
+    """The entry of query q and key k in the column 8 + k - q: zeros beside each row, read in rows that are longer by one."""
+    rows = F.pad(x, (0, 8)).flatten(-2)
+    return F.pad(rows, (9, 0)).view(2, 3, 9, 18)[..., 1:]
+
+
+def by_key(x: Tensor) -> Tensor:
+    """The other way."""
+    rows = F.pad(F.pad(x, (0, 1)).flatten(-2), (0, 8))
+    return rows.view(2, 3, 10, 17)[..., :9, 8:]
+
+
+def _added(out: Tensor, more: Tensor) -> Tensor:
+    return out + more
+
+
+def _added_in_place(out: Tensor, more: Tensor) -> Tensor:
+    out += more
+    return out
+
+
+def _added_to_what_is_returned(out: Tensor, more: Tensor) -> Tensor:
+    out.add_(more)
+    return out
+
+
+def _added_to_what_is_scaled(out: Tensor, more: Tensor) -> Tensor:
+    out.add_(more)
+    return out * 2
+
+
+def _added_below_a_view(out: Tensor, more: Tensor) -> Tensor:
+    view = out.flatten(-2)
+    out += more
+    return view
+
+
+def _added_after_a_reader(out: Tensor, more: Tensor) -> Tensor:
+    before = out * 2
+    out += more
+    return out + before
+
+
+for _sum in (
+    _added, _added_in_place, _added_to_what_is_returned, _added_to_what_is_scaled, _added_below_a_view, _added_after_a_reader,
+):  # fmt: skip
+
+    def _program(q: Tensor, k: Tensor, v: Tensor, keys: Tensor, values: Tensor, add=_sum) -> Tensor:  # type: ignore[no-untyped-def]
+        """VITS: keys and values of each distance, beside those of each position."""
+        p = (scores(q, k) + by_key(q @ keys.mT)).softmax(-1)
+        return add(p @ v, by_distance(p) @ values)  # type: ignore[no-any-return]
+
+    spelling(extra=lambda: (rand(17, 16, seed=3), rand(17, 16, seed=4)))(
+        named(_program, f"weights_read_again_by_distance{_sum.__name__}")
+    )
+
+
 @spelling(0, reason="ProbabilitiesUsed")
 def weights_written_to(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, ...]:
     p = scores(q, k).softmax(-1)

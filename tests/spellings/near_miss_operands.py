@@ -74,7 +74,7 @@ def dense_synthesizer(q: Tensor, k: Tensor, v: Tensor, weight: Tensor) -> Tensor
     return (q @ weight).softmax(-1) @ v
 
 
-@spelling(0, reason="ScoresUsed")
+@spelling()
 def product_minus_its_mean(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     s = scores(q, k)
     return (s - s.mean()).softmax(-1) @ v

@@ -61,7 +61,7 @@ def values_made_of_the_scores(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return s.softmax(-1) @ (s.sin() @ v)
 
 
-@spelling(0, reason="ScoresUsed")
+@spelling()
 def max_of_another_dimension(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     s = scores(q, k)
     e = (s - s.amax(-2, keepdim=True)).exp()
@@ -85,7 +85,7 @@ def sum_over_more_keys_than_the_product(q: Tensor, k: Tensor, v: Tensor) -> Tens
     return e[..., :5] / e.sum(-1, keepdim=True) @ v[:, :, :5]
 
 
-@spelling(0, reason="ScoresUsed", extra=lambda: (rand(9, 1, seed=5),))
+@spelling(extra=lambda: (rand(9, 1, seed=5),))
 def denominator_with_exp_of_another_number(q: Tensor, k: Tensor, v: Tensor, x: Tensor) -> Tensor:
     """exp(-max) beside the sum is a logit of zero; exp(-x) of any other x is none."""
     s = scores(q, k)
@@ -93,14 +93,14 @@ def denominator_with_exp_of_another_number(q: Tensor, k: Tensor, v: Tensor, x: T
     return e / (e.sum(-1, keepdim=True) + (-x).exp()) @ v
 
 
-@spelling(0, reason="ScoresUsed", extra=lambda: (rand(9, 1, seed=5),))
+@spelling(extra=lambda: (rand(9, 1, seed=5),))
 def denominator_with_exp_less_another_number(q: Tensor, k: Tensor, v: Tensor, x: Tensor) -> Tensor:
     s = scores(q, k)
     e = (s - s.amax(-1, keepdim=True)).exp()
     return e / (e.sum(-1, keepdim=True) + (0.5 - x).exp()) @ v
 
 
-@spelling(0, reason="ScoresUsed")
+@spelling()
 def maximum_subtracted_twice_from_one(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     s = scores(q, k)
     m = s.amax(-1, keepdim=True)
@@ -108,21 +108,21 @@ def maximum_subtracted_twice_from_one(q: Tensor, k: Tensor, v: Tensor) -> Tensor
     return e / (e.sum(-1, keepdim=True) + (-m).exp()) @ v
 
 
-@spelling(0, reason="ScoresUsed")
+@spelling()
 def rows_hidden_by_their_maximum(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """Added to a whole row, but a mask: such a row is NaN."""
     s = scores(q, k)
     return (s + torch.where(s.amax(-1, keepdim=True) > 0.8, 0.0, -math.inf)).softmax(-1) @ v
 
 
-@spelling(0, reason="ScoresUsed")
+@spelling()
 def mean_of_masked_scores_subtracted(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """Minus infinity in every row with a hidden key, which is NaN for that."""
     s = scores(q, k).masked_fill(torch.ones(9, 9).tril() == 0, -math.inf)
     return (s - s.mean(-1, keepdim=True)).softmax(-1) @ v
 
 
-@spelling(0, reason="ScoresUsed")
+@spelling()
 def rows_hidden_by_what_is_subtracted(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """Minus 1e9, beside which scores are rounded away, is an average of all values."""
     s = scores(q, k)
@@ -130,7 +130,7 @@ def rows_hidden_by_what_is_subtracted(q: Tensor, k: Tensor, v: Tensor) -> Tensor
     return (s - torch.where(m > 0.8, m, 1e9)).softmax(-1) @ v
 
 
-@spelling(0, reason="ScoresUsed", inputs=lambda: trained(qkv()), grad=True)
+@spelling(inputs=lambda: trained(qkv()), grad=True)
 def maximum_detached_in_one_place(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """The same numbers, but not the same gradients: that of the maximum that is added stays."""
     s = scores(q, k)
@@ -171,13 +171,13 @@ def sink_gate_after_another_sink(q: Tensor, k: Tensor, v: Tensor, sink: Tensor) 
     return F.pad(s, (0, 1)).softmax(-1)[..., :-1] @ v * gate
 
 
-@spelling(0, reason="ScoresUsed", extra=lambda: (rand(9, seed=5),))
+@spelling(extra=lambda: (rand(9, seed=5),))
 def max_subtracted_before_a_factor_of_each_key(q: Tensor, k: Tensor, v: Tensor, factor: Tensor) -> Tensor:
     s = scores(q, k)
     return ((s - s.amax(-1, keepdim=True)) * factor).softmax(-1) @ v
 
 
-@spelling(0, reason="ScoresUsed", extra=lambda: (rand(9, seed=5),))
+@spelling(extra=lambda: (rand(9, seed=5),))
 def max_subtracted_behind_a_factor_of_each_key(q: Tensor, k: Tensor, v: Tensor, factor: Tensor) -> Tensor:
     s = scores(q, k)
     return (factor * (s - s.amax(-1, keepdim=True))).softmax(-1) @ v
@@ -275,13 +275,13 @@ def heads_mixed_after_softmax(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return torch.einsum("bhqk,hg->bgqk", scores(q, k).softmax(-1), mix) @ v
 
 
-@spelling(0, reason="ScoresUsed")
+@spelling()
 def standardised_scores(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     s = scores(q, k)
     return ((s - s.mean(-1, keepdim=True)) / s.std(-1, keepdim=True)).softmax(-1) @ v
 
 
-@spelling(0, reason="ScoresUsed")
+@spelling()
 def sink_of_the_scores(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     s = scores(q, k)
     return torch.cat((s, s.mean(-1, keepdim=True)), -1).softmax(-1)[..., :-1] @ v

@@ -162,7 +162,7 @@ def weights_of_one_set_returned(q: Tensor, k: Tensor, v: Tensor, k2: Tensor, v2:
     return p @ torch.cat((v, v2), -2), p[..., 9:]
 
 
-@spelling(0, reason="ScoresUsed", extra=another)
+@spelling(extra=another)
 def scores_of_one_set_decide_on_the_other(q: Tensor, k: Tensor, v: Tensor, k2: Tensor, v2: Tensor) -> Tensor:
     a, b = scores(q, k), scores(q, k2)
     s = torch.cat((a, b * a.amax(-1, keepdim=True)), -1)

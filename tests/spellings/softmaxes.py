@@ -352,7 +352,7 @@ def normalised_by_f_normalize(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return F.normalize(scores(q, k).exp(), p=1, dim=-1) @ v
 
 
-@spelling(0, reason="ScoresUsed")
+@spelling()
 def plus_one_after_the_max(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """A known slip: one is added after the largest score was taken off, so it weighs differently in each row."""
     s = scores(q, k)

@@ -159,7 +159,7 @@ def divided_by_the_sum_over_queries(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return (p / p.sum(-2, keepdim=True)) @ v
 
 
-@spelling(0, shape=LONG)
+@spelling(shape=LONG)
 def multiplied_by_the_largest(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     s = scores(q, k).sigmoid()
     return (s * s.amax(-1, keepdim=True)) @ v
