@@ -2,14 +2,30 @@
 
     torchrun --nproc-per-node 4 examples/long_context.py
 
-compares the loss and every gradient with those of one process in eager PyTorch, and prints
+compares the loss and every gradient with those of one process in eager PyTorch, and printed
 
-    …
+    causal    in order  gather       240 KB sent   loss off by 9.5e-07, gradients by 8.1e-07
+    causal    in order  ring         240 KB sent   loss off by 9.5e-07, gradients by 7.6e-07
+    causal    balanced  gather       360 KB sent   loss off by 4.8e-07, gradients by 9.0e-07
+    causal    balanced  ring         360 KB sent   loss off by 9.5e-07, gradients by 8.1e-07
+    window    in order  gather        22 KB sent   loss off by 0.0e+00, gradients by 7.3e-07
+    window    in order  ring          22 KB sent   loss off by 0.0e+00, gradients by 7.3e-07
+    window    balanced  gather        45 KB sent   loss off by 4.8e-07, gradients by 6.8e-07
+    window    balanced  ring          45 KB sent   loss off by 4.8e-07, gradients by 6.8e-07
+    documents in order  gather       248 KB sent   loss off by 0.0e+00, gradients by 5.9e-07
+    documents in order  ring         248 KB sent   loss off by 0.0e+00, gradients by 6.7e-07
+    documents balanced  gather       371 KB sent   loss off by 4.8e-07, gradients by 6.9e-07
+    documents balanced  ring         371 KB sent   loss off by 4.8e-07, gradients by 7.5e-07
+    padding   in order  gather       241 KB sent   loss off by 9.5e-07, gradients by 8.1e-07
+    padding   in order  ring         241 KB sent   loss off by 9.5e-07, gradients by 7.6e-07
+    padding   balanced  gather       361 KB sent   loss off by 4.8e-07, gradients by 9.0e-07
+    padding   balanced  ring         361 KB sent   loss off by 9.5e-07, gradients by 8.1e-07
+    16 attention sites, 16 fused
 
 Each rank has a fourth of the positions of each text. ``fuse.shard_sequence`` splits a batch, and under the option
 "context_parallel" every attention is that of the whole text, whatever its mask: keys and values that a rank's queries see come
-from the ranks that have them. ``--length`` is that of the texts, ``--window`` that of the window, ``--forward`` leaves the
-gradients and the comparison out.
+from the ranks that have them. ``--length`` is that of the texts, ``--window`` that of the window, ``--masks`` chooses some, and
+``--forward`` leaves the gradients and the comparison out.
 """
 
 from __future__ import annotations
@@ -170,7 +186,7 @@ def differences(whole: nn.Module, model: nn.Module, given: dict[str, Tensor], lo
         assert p.grad is not None and q.grad is not None, name
         gradient = q.grad.full_tensor()
         worst = max(worst, float((gradient - p.grad).abs().max() / p.grad.abs().max()))
-    return abs(loss - float(expected)), worst
+    return abs(loss - float(expected.detach())), worst
 
 
 def summed(x: Tensor) -> Tensor:
@@ -185,12 +201,13 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--length", type=int, default=320)
     parser.add_argument("--window", type=int, default=16)
+    parser.add_argument("--masks", nargs="+")
     parser.add_argument("--forward", action="store_true")
     chosen = parser.parse_args()
     mesh = init_device_mesh("cpu", (int(os.environ["WORLD_SIZE"]),), mesh_dim_names=("cp",))
     torch.set_num_threads(1)
     masks: list[Mask] = [causal, window(chosen.window), documents, padding]
-    for mask in masks:
+    for mask in (mask for mask in masks if mask.__name__ in (chosen.masks or [mask.__name__])):
         for balanced in (False, True):
             for way in ("gather", "ring"):
                 torch.compiler.reset()

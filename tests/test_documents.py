@@ -118,10 +118,11 @@ def test_a_command_of_a_page_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 
 
 MEASURING = {"quickstart", "report", "train_gpt"}  # whose output documents have as tables and pictures
+SEVERAL = {"long_context"}  # started by torchrun
 
 
 @pytest.mark.compiler
-@pytest.mark.parametrize("name", sorted({path.stem for path in (ROOT / "examples").glob("*.py")} - MEASURING))
+@pytest.mark.parametrize("name", sorted({path.stem for path in (ROOT / "examples").glob("*.py")} - MEASURING - SEVERAL))
 def test_an_example_prints_what_it_says(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: Captured) -> None:
     skip_without_what_is_used_by((ROOT / f"examples/{name}.py").read_text())
     run_in(tmp_path, monkeypatch)
@@ -136,6 +137,17 @@ def test_the_training_example_has_eagers_losses(tmp_path: Path, monkeypatch: pyt
     found = re.fullmatch(r"3 steps: losses are at most (\S+) apart; curves in curves.svg\n", printed)
     assert found and float(found[1]) < 1e-4
     assert Path("curves.svg").read_text().startswith("<svg")
+
+
+@pytest.mark.compiler
+def test_the_example_of_a_long_context_has_the_loss_and_gradients_of_one_process(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", str(ROOT / "examples/long_context.py")]
+    chosen = ["--length", "160", "--masks", "window"]
+    done = subprocess.run([*command, *chosen], cwd=tmp_path, capture_output=True, text=True, check=False, timeout=300)
+    found = re.findall(r"window .* KB sent   loss off by (\S+), gradients by (\S+)\n", done.stdout)
+    assert len(found) == 4, done.stderr
+    assert max(float(x) for row in found for x in row) < 2e-6
+    assert done.stdout.endswith("4 attention sites, 4 fused\n")
 
 
 def test_the_options_are_all_explained() -> None:
