@@ -22,7 +22,7 @@ from fuse.ir.spec import Operand
 from fuse.passes.lift import Lifted, SiteContext
 from fuse.passes.read.elements import dims, spec_reader
 from fuse.passes.read.graph import location, user_name
-from fuse.passes.read.trace import Value, as_size, computed
+from fuse.passes.read.trace import Seed, Value, as_size, computed
 from fuse.report.reasons import Declined, NotSpread
 
 _POSITIONS = {"q": Q_START, "k": K_START}
@@ -36,6 +36,8 @@ def spread(lifted: Lifted, context: SiteContext) -> Lifted:
     """The site as a part of the attention of all ranks, if ``context`` has a plan for it. Raises Declined."""
     if context.plan is None:
         return lifted
+    if any(isinstance(leaf, Seed) for leaf in lifted.leaves):
+        raise Declined(NotSpread("random numbers are drawn in it: set its dropout to 0"))
     length = _length(lifted)
     lifted = _by_text(lifted, length)
     spread = _Spread(lifted, context, length)

@@ -323,6 +323,8 @@ class Unreadable(nn.Module):
         p = score.softmax(-1)
         if self.way == "no attention":
             p = score.sort(-1).values.softmax(-1)
+        if self.way == "dropout":
+            p = p * (torch.rand_like(p) > 0.5)
         return (p @ (3 * x), score.logsumexp(-1)) if self.way == "log-sum-exp" else p @ (3 * x)
 
 
@@ -330,6 +332,7 @@ UNREADABLE = {
     "matrix": "mask has queries and keys of this shard alone",
     "no attention": "reads other positions than its own",
     "log-sum-exp": "the log-sum-exp of its rows is read, too",
+    "dropout": "random numbers",
 }
 
 

@@ -11,7 +11,7 @@ from functools import cache
 import torch
 
 from fuse.ir import expr
-from fuse.ir.expr import K_START, LENGTH, Q_START, Expr, Load
+from fuse.ir.expr import K_START, LENGTH, PLACES, Q_START, Expr, Load
 from fuse.ir.grid import Grid
 from fuse.ir.spec import AttentionSpec
 from fuse.parallel.layout import Extent, Layout
@@ -72,5 +72,9 @@ def _bounds(spec: AttentionSpec, sizes: tuple[int, ...], rows: Extent, whole: in
 
 
 def _closed(spec: AttentionSpec, bound: Expr | None) -> bool:
-    """Whether every rank knows ``bound`` of every other: it is none, or made of positions and sizes alone."""
-    return bound is None or (expr.axes(bound) <= {"q"} and not any(isinstance(n, Load) for n in expr.walk(bound)))
+    """Whether every rank knows ``bound`` of every other: it is none, or made of positions and sizes that all have alike."""
+    if bound is None:
+        return True
+    alike = {*spec.symbols[: spec.batch + 2], *PLACES}
+    plain = expr.axes(bound) <= {"q"} and set(expr.symbols(bound)) <= alike
+    return plain and not any(isinstance(n, Load) for n in expr.walk(bound))
