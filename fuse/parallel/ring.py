@@ -153,17 +153,17 @@ class _Merged:
         self._lse: Tensor | None = None
 
     def add(self, out: Tensor, lse: Tensor) -> None:
-        """``lse`` as kernels keep it: infinite in a row that sees nothing of this part."""
+        """``lse`` as kernels keep it: infinite in a row that sees nothing of this part. Both are written."""
         empty = (lse == math.inf) & ~out[..., 0].isnan() if self.spec.empty_row == "zero" else lse == -math.inf
-        lse = lse.masked_fill(empty, -math.inf)
-        out = out.masked_fill(empty[..., None], 0)
+        lse.masked_fill_(empty, -math.inf)
+        out.masked_fill_(empty[..., None], 0)
         if self._out is None or self._lse is None:
             self._out, self._lse = out, lse
             return
         both = torch.logaddexp(self._lse, lse)
-        shares = ((x - both).exp().masked_fill(x == -math.inf, 0)[..., None] for x in (self._lse, lse))
-        before, new = shares
-        self._out, self._lse = self._out * before + out * new, both
+        before, new = ((x - both).exp().masked_fill(x == -math.inf, 0)[..., None] for x in (self._lse, lse))
+        self._out.mul_(before).add_(out.mul_(new))
+        self._lse = both
 
     @property
     def lse(self) -> Tensor:
@@ -175,4 +175,4 @@ class _Merged:
         """NaN, or zero, in a row that sees nothing of any part."""
         assert self._out is not None and self._lse is not None
         nothing = math.nan if self.spec.empty_row == "nan" else 0.0
-        return self._out.masked_fill((self._lse == -math.inf)[..., None], nothing)
+        return self._out.masked_fill_((self._lse == -math.inf)[..., None], nothing)
