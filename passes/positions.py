@@ -9,9 +9,8 @@ be anything. The same is asked of what a graph gives.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence, Set
 from dataclasses import dataclass, replace
-from typing import Any
 
 import sympy
 import torch
@@ -31,6 +30,7 @@ from fuse.report.reasons import Declined, NotSpread
 from fuse.report.site import Site
 
 POSITION = "position"
+_OP = torch.ops.fuse.context_attention.default
 _MIXES = "reads other positions than its own"
 Coords = tuple[IndexExpr | None, ...]  # None: any place along this dimension
 
@@ -58,32 +58,36 @@ class _Step(Reader):
         return self.load(value, coords) if value.literal is None else const(value.literal, value.dtype)
 
 
-OP = "fuse::context_attention"
-
-
 def misplaced(found: Sequence[Body], others: bool) -> Iterator[Site]:
     """What of the graphs ``found``, attention in its place, is not computed for each position by itself.
 
     others  whether there are normalisations that are no attention: then what has as many places as an input is looked at where
             there is no attention, too
     """
-    checked = [_Positions(body) for body in found]
-    lengths = {length for positions in checked for length in positions.lengths}
-    if not lengths and others:
-        lengths = {length for positions in checked for length in positions.symbols}
-    for positions in checked:
+    attends = any(n.target is _OP for body in found for n in body.graph.nodes)
+    checked = list(map(_Positions, found)) if attends or others else []
+    yield from (Site(False, p.failed.reason, p.where, "") for p in checked if p.failed is not None)
+    whole = [positions for positions in checked if positions.failed is None]
+    lengths = frozenset(length for positions in whole for length in (positions.lengths if attends else positions.symbols))
+    for positions in whole:
+        positions.lengths_of_all = lengths if attends else frozenset()
         yield from (declined for length in lengths for declined in positions.check(length))
 
 
 class _Positions:
-    """Of one graph."""
+    """Of one graph.
+
+    failed          why it cannot be told
+    lengths_of_all  of sequences, be they attended to in this graph or another
+    """
 
     def __init__(self, body: Body) -> None:
         self.graph = body.graph
         self.failed: Declined | None = None
-        self.seen: set[tuple[Value, Coords]] = set()
+        self.lengths_of_all: Set[IndexExpr] = frozenset()
+        self.seen: set[tuple[Value, Coords, IndexExpr]] = set()
         calls = [n for n in self.graph.nodes if n.op in ("call_function", "call_method") and not _is_state(n)]
-        given = {n for n in calls if _is_linear(n) or _is_called(n) or (_is_part(n) and _is_called(n.args[0]))}
+        given = {n for n in calls if any(of(n) for of in (_is_linear, _is_called, _is_part_of_call, _is_number))}
         inputs = [n for n in self.graph.nodes if n.op in ("placeholder", "get_attr") or n in given]
         try:
             self.trace = trace([n for n in calls if n not in given], inputs, states(self.graph, body.begins))
@@ -91,9 +95,14 @@ class _Positions:
             self.failed = d
 
     @property
+    def where(self) -> str:
+        """Its first attention."""
+        return next((location(n) for n in self.graph.nodes if n.target is _OP), "")
+
+    @property
     def lengths(self) -> list[IndexExpr]:
         """Of the shards that attention is of."""
-        return [] if self.failed else [as_index(v.args[1][-1]) for v in self._attention.values()]
+        return [as_index(v.args[1][-1]) for v in self._attention.values()]
 
     @property
     def symbols(self) -> list[IndexExpr]:
@@ -104,13 +113,10 @@ class _Positions:
     @property
     def _attention(self) -> dict[Node, Value]:
         """The calls of the op, by the nodes that hold their results."""
-        return {n: v for n, v in self.trace.value_of.items() if v.op is not None and op_name(v) == OP}
+        return {n: v for n, v in self.trace.value_of.items() if v.op is _OP}
 
     def check(self, length: IndexExpr) -> Iterator[Site]:
         """What is read at other positions: one site for each attention that reads it, or for the graph's outputs."""
-        if self.failed is not None:
-            yield Site(False, self.failed.reason, self.failed.reason.where, "")
-            return
         asked = [(n, list(self._operands(v))) for n, v in self._attention.items() if as_index(v.args[1][-1]) == length]
         out = self.graph.output_node()
         for node, pending in [*asked, (out, list(self._outputs(out, length)))]:
@@ -135,15 +141,15 @@ class _Positions:
         """Raises Declined where an element is made of other positions than its own."""
         while pending:
             asked = pending.pop()
-            if (asked.value, asked.coords) not in self.seen:
-                self.seen.add((asked.value, asked.coords))
+            if (key := (asked.value, asked.coords, length)) not in self.seen:
+                self.seen.add(key)
                 pending += self._behind(asked, length)
 
     def _behind(self, asked: Asked, length: IndexExpr) -> Iterable[Asked]:
         value = asked.value
         if value.op is None:
             return self._given(asked, length)
-        if op_name(value) == OP:
+        if value.op is _OP:
             self._check_plain(asked, length)
             return ()
         reader = _Step()
@@ -156,16 +162,23 @@ class _Positions:
     def _given(self, asked: Asked, length: IndexExpr) -> Iterable[Asked]:
         """Of what was not run: inputs, linear layers, and calls of graphs, whose outputs are looked at by themselves."""
         node = self.trace.node_of.get(asked.value)
-        held = self.trace.value_of
         if node is not None and _is_linear(node):
-            return [_next(asked, held[node.all_input_nodes[0]], [*asked.coords[:-1], None])]
+            return self._of_linear(asked, node)
         self._check_plain(asked, length)
         if node is None or node.op != "call_function":
             return ()
-        call = node.args[0] if _is_part(node) else node
-        assert isinstance(call, Node)
+        call = node.all_input_nodes[0] if _is_part_of_call(node) else node
+        held = self.trace.value_of
         read = [held[n] for n in call.all_input_nodes if n in held and n.op != "get_attr"]
-        return [Asked(v, tuple(_S if n == length else None for n in dims(v)), asked.value) for v in read]
+        return [Asked(v, tuple(_S if asked.placed and n == length else None for n in dims(v)), asked.value) for v in read]
+
+    def _of_linear(self, asked: Asked, node: Node) -> Iterator[Asked]:
+        """Weight and bias may have positions, too."""
+        *rows, column = asked.coords
+        coords: list[Sequence[IndexExpr | None]] = [[*rows, None], [column, None], [column]]
+        for x, at in zip((*node.args, *node.kwargs.values()), coords, strict=False):
+            if isinstance(x, Node):
+                yield _next(asked, self.trace.value_of[x], at)
 
     def _read(self, asked: Asked, reader: _Step, coords: Sequence[IndexExpr]) -> list[Asked]:
         """By what reads the operation for specs, too."""
@@ -176,7 +189,7 @@ class _Positions:
             return [_next(asked, v, c) for v, c in _anything(value, coords)]
         if POSITION in expr.axes(expr.rewrite(found, lambda n: const(0, n.dtype) if isinstance(n, Load) else None)):
             counts = "counts the positions of this shard from 0: hand the model the position ids of the whole sequence"
-            raise Declined(_reason(value, _MIXES if value.inputs() else counts))
+            raise Declined(self._reason(value, _MIXES if value.inputs() else counts))
         return [_next(asked, reader.leaves[n.operand], [reader.index(c) for c in n.coords]) for n in loads]
 
     def _check_plain(self, asked: Asked, length: IndexExpr) -> None:
@@ -186,11 +199,19 @@ class _Positions:
         if sum(c == _S for c in asked.coords) > 1:
             raise Declined(NotSpread(f"{name} has queries and keys of this shard alone"))
         for c, n in zip(asked.coords, dims(asked.value), strict=True):
-            if n == length and c != _S:
+            if (n == length and c != _S) or (n != length and n in self.lengths_of_all):
                 what = NotSpread(f"all positions of {name} are read at each")
-                raise Declined(what if asked.by is None else _reason(asked.by, _MIXES))
+                raise Declined(what if asked.by is None else self._reason(asked.by, _MIXES))
             if n != length and c is not None:
                 raise Declined(NotSpread(f"{name} is read at the positions of this shard, which begin at 0 on every rank"))
+
+    def _reason(self, value: Value, what: str) -> NotSpread:
+        node = value.origin or self.trace.node_of.get(value)
+        if node is not None and _is_part_of_call(node):
+            node = node.all_input_nodes[0]
+        return NotSpread(
+            f"{op_name(value) if node is None else operator_name(node)} {what}", "" if node is None else location(node)
+        )
 
 
 _S = sympy.Symbol(POSITION, integer=True)
@@ -241,26 +262,24 @@ def _is_state(node: Node) -> bool:
     return operator_name(node) in ("_set_grad_enabled", "_enter_autocast", "_exit_autocast")
 
 
-def _is_part(node: Node) -> bool:
-    """Of the results of a call."""
-    return operator_name(node) == "getitem" and isinstance(node.args[0], Node)
-
-
-def _is_called(node: Any) -> bool:
+def _is_called(node: Node) -> bool:
     """Is it a call of a graph, as of a checkpoint?"""
     return bool(graphs_of(node)) and not is_flex(node)
+
+
+def _is_part_of_call(node: Node) -> bool:
+    """Of its results."""
+    return operator_name(node) == "getitem" and isinstance(node.args[0], Node) and _is_called(node.args[0])
+
+
+def _is_number(node: Node) -> bool:
+    """A number of the program, which Dynamo hands on in a tensor."""
+    return operator_name(node) == "item" and node.all_input_nodes[0].op == "placeholder"
 
 
 def _is_linear(node: Node) -> bool:
     """It is not run: with a bias that would fix sizes."""
     return node.op == "call_function" and operator_name(node) == "linear" and len(node.args) >= 2
-
-
-def _reason(value: Value, what: str) -> NotSpread:
-    node = value.origin
-    return NotSpread(
-        f"{op_name(value) if node is None else operator_name(node)} {what}", "" if node is None else location(node)
-    )
 
 
 # ------------------------------------------------------------------------- what operations read that specs need not know

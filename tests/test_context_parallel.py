@@ -3,122 +3,20 @@ cannot be done is refused by name."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from ranks import run_ranks
-from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
+from sharded import CASES, GROUPS, HEADS, RANKS, TEXTS, WIDTH, Case, Layers, batch
+from torch import Tensor
 
 import fuse
 from fuse.errors import InvalidOption, NoRanks, NotAShard
 from fuse.parallel.exchange import traffic
 
-RANKS, TEXTS, LENGTH, WIDTH, HEADS, GROUPS = 2, 2, 48, 32, 4, 2
-Places = tuple[Tensor, Tensor, Tensor]  # position ids, documents, which are no padding
-Mask = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]  # of query and key positions, documents and kept ones
-
-
-def causal(q: Tensor, k: Tensor, documents: Tensor, kept: Tensor) -> Tensor:
-    return (k <= q)[None, None]
-
-
-def window(q: Tensor, k: Tensor, documents: Tensor, kept: Tensor) -> Tensor:
-    return ((k <= q) & (q - k < 7))[None, None]
-
-
-def both_sides(q: Tensor, k: Tensor, documents: Tensor, kept: Tensor) -> Tensor:
-    return ((q - k).abs() < 9)[None, None]
-
-
-def of_documents(q: Tensor, k: Tensor, documents: Tensor, kept: Tensor) -> Tensor:
-    return causal(q, k, documents, kept) & (documents[:, None, :, None] == documents[:, None, None])
-
-
-def padded(q: Tensor, k: Tensor, documents: Tensor, kept: Tensor) -> Tensor:
-    return causal(q, k, documents, kept) & kept[:, None, None]
-
-
-def everything(q: Tensor, k: Tensor, documents: Tensor, kept: Tensor) -> Tensor:
-    return torch.ones_like(k <= q)[None, None]
-
-
-@dataclass(frozen=True)
-class Case:
-    """``fill``: of what is hidden; ``bias``: that a position of distance takes off; ``sink``: a logit without a value."""
-
-    mask: Mask
-    fill: float = -torch.inf
-    bias: float = 0.0
-    sink: bool = False
-    dtype: torch.dtype = torch.float32
-
-
-LOWEST = torch.finfo(torch.float32).min
-CASES = {
-    "causal": Case(causal, bias=0.1),
-    "window": Case(window, LOWEST),
-    "both sides": Case(both_sides),
-    "documents": Case(of_documents),
-    "padding, hidden by the lowest number": Case(padded, LOWEST),
-    "everything": Case(everything),
-    "sink": Case(window, sink=True),
-    "bfloat16": Case(window, dtype=torch.bfloat16),
-}
 LAYOUTS = [(balanced, way) for balanced in (False, True) for way in ("gather", "ring")] + [(True, "auto")]
-
-
-class Attention(nn.Module):
-    """With grouped queries, and keys and values that one layer gives."""
-
-    def __init__(self, case: Case) -> None:
-        super().__init__()
-        self.case = case
-        self.query, self.out = nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, WIDTH)
-        self.memory = nn.Linear(WIDTH, 2 * GROUPS * (WIDTH // HEADS))
-        self.sink = nn.Parameter(torch.randn(HEADS))
-
-    def forward(self, x: Tensor, places: Places) -> Tensor:
-        _, documents, kept = places
-        q = self.query(x).unflatten(-1, (HEADS, -1)).transpose(1, 2)
-        k, v = self.memory(x).unflatten(-1, (2, GROUPS, -1)).permute(2, 0, 3, 1, 4).repeat_interleave(HEADS // GROUPS, 2)
-        at = torch.arange(x.shape[1])
-        score = q @ k.mT * (WIDTH // HEADS) ** -0.5 - self.case.bias * (at[:, None] - at).to(x.dtype)
-        score = score.masked_fill(~self.case.mask(at[:, None], at, documents, kept), self.case.fill)
-        if self.case.sink:
-            score = torch.cat((score, self.sink[None, :, None, None].expand(*score.shape[:3], 1)), -1)
-        weights = score.softmax(-1)[..., : k.shape[2]]
-        mixed: Tensor = self.out((weights @ v).transpose(1, 2).flatten(2))
-        return x + mixed
-
-
-class Layers(nn.Module):
-    def __init__(self, case: Case) -> None:
-        super().__init__()
-        self.first, self.second = Attention(case), Attention(case)
-        self.norm, self.places = nn.LayerNorm(WIDTH), nn.Embedding(LENGTH, WIDTH)
-        self.ahead = nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.GELU(), nn.Linear(WIDTH, WIDTH))
-
-    def forward(self, x: Tensor, places: Places) -> Tensor:
-        x = self.first(x + self.places(places[0]), places)
-        result: Tensor = self.second(x + self.ahead(self.norm(x)), places)
-        return result
-
-
-def batch() -> tuple[Tensor, Places]:
-    positions = torch.arange(LENGTH)
-    kept = torch.ones(TEXTS, LENGTH, dtype=torch.bool)
-    kept[1, :5] = False
-    return torch.randn(TEXTS, LENGTH, WIDTH), (
-        positions.expand(TEXTS, -1),
-        torch.stack((positions // 11, positions // 29)),
-        kept,
-    )
 
 
 @dataclass(frozen=True)
@@ -213,160 +111,14 @@ def test_inductor_compiles_around_it() -> None:
             assert max(found.result, found.gradients) < 2e-6, found
 
 
-# ------------------------------------------------------------------------------------------------------- what is refused
-
-
-class Before(nn.Module):
-    """Attention to what ``way`` has made of its input."""
-
-    def __init__(self, way: Way) -> None:
-        super().__init__()
-        self.way, self.attention = way, Attention(Case(causal))
-        self.conv, self.table = nn.Conv1d(WIDTH, WIDTH, 3, padding=1), nn.Parameter(torch.randn(512, WIDTH))
-        self.dense, self.norm = nn.Linear(WIDTH, WIDTH), nn.RMSNorm(WIDTH)
-
-    def forward(self, x: Tensor, at: Tensor) -> Tensor:
-        made: Tensor = self.attention(self.way(self, x, at), (at, at, at >= 0))
-        return made
-
-
-def layer(m: Any, x: Tensor, at: Tensor) -> Any:
-    return m.attention(x, (at, at, at >= 0))
-
-
-def again(function: Callable[[Tensor], Any], x: Tensor) -> Any:
-    return checkpoint(function, x, use_reentrant=False)
-
-
-def of_rows(m: Any, x: Tensor) -> Tensor:
-    """Attention whose operands are a product of all texts' rows, as GPT-2's are."""
-    rows = torch.addmm(m.dense.bias, x.view(-1, WIDTH), m.dense.weight.mT)
-    q = k = v = rows.view(*x.shape[:2], HEADS, -1).transpose(1, 2)
-    at = torch.arange(x.shape[1])
-    score = (q @ k.mT).masked_fill(at[:, None] < at, -torch.inf)
-    return (score.softmax(-1) @ v).transpose(1, 2).reshape(x.shape)
-
-
-def counted(x: Tensor) -> Tensor:
-    return x * torch.arange(x.shape[1])[:, None].cos()
-
-
-Way = Callable[[Any, Tensor, Tensor], Tensor]
-REFUSED: dict[str, Way] = {
-    "conv1d reads other positions": lambda m, x, at: m.conv(x.mT).mT,
-    "arange counts the positions of this shard from 0": lambda m, x, at: counted(x),
-    "table is read at the positions of this shard": lambda m, x, at: x + m.table[: x.shape[1]],
-    "cumsum reads other positions": lambda m, x, at: x.cumsum(1),
-    "sub reads other positions": lambda m, x, at: x - x.mean(1, keepdim=True),
-    "pad reads other positions": lambda m, x, at: x + F.pad(x, (0, 0, 1, 0))[:, :-1],
-    "roll reads other positions": lambda m, x, at: x.roll(1, 1),
-    "flip reads other positions": lambda m, x, at: x.flip(1),
-    "softmax reads other positions": lambda m, x, at: x * x.softmax(1),
-    "matmul reads other positions": lambda m, x, at: x @ x.mT @ x,
-    "add reads other positions": lambda m, x, at: x + x[:, :1],
-    "sort reads other positions": lambda m, x, at: x.sort(1).values,
-    "cumsum reads other positions, in a layer": lambda m, x, at: again(lambda x: layer(m, x.cumsum(1), at), x),
-    "arange counts the positions of this shard, before a layer": lambda m, x, at: again(m.norm, counted(x)),
-    "cumsum reads other positions, of all texts": lambda m, x, at: m.dense(x.flatten(0, 1).cumsum(0)).view(x.shape),
-}  # fmt: skip
-TAKEN: dict[str, Way] = {
-    "layers of each position": lambda m, x, at: m.norm(m.dense(F.gelu(m.dense(x)))) + x,
-    "rows of all texts": lambda m, x, at: m.dense(x.reshape(-1, WIDTH).relu()).view(x.shape),
-    "rotary positions": lambda m, x, at: torch.cat((-x[..., 16:], x[..., :16]), -1) * at[..., None].sin() + x,
-    "rows of a table": lambda m, x, at: x + m.table[at],
-    "a choice by position": lambda m, x, at: torch.where(at[..., None] > 5, x, 0),
-    "a softmax over features": lambda m, x, at: x * x.softmax(-1),
-    "attention of rows": lambda m, x, at: of_rows(m, x),
-    "a layer that is computed twice": lambda m, x, at: again(lambda x: layer(m, m.norm(x), at), x),
-}  # fmt: skip
-
-
-def said(ways: str) -> dict[str, str]:
-    """What compiling each of the ``ways`` says; "" where it runs and gives what one process gives."""
-    found: dict[str, str] = {}
-    for name, way in globals()[ways].items():
-        torch._dynamo.reset()
-        torch.manual_seed(0)
-        model, x, at = Before(way), torch.randn(TEXTS, LENGTH, WIDTH), torch.arange(LENGTH).expand(TEXTS, -1)
-        across = fuse.ContextParallel(dist.group.WORLD)
-        compiled = torch.compile(model, backend="fuse", options={"inner": "eager", "context_parallel": across})
-        try:
-            out = compiled(fuse.shard_sequence(x, across), fuse.shard_sequence(at, across))
-            torch.testing.assert_close(fuse.gather_sequence(out, across), model(x, at).detach())
-            found[name] = ""
-        except Exception as e:
-            found[name] = str(e)
-    return found
-
-
-def test_what_is_not_computed_for_each_position_by_itself_is_refused_by_name() -> None:
-    (found,) = run_ranks(said, 1, "REFUSED")
-    for name in REFUSED:
-        assert "NotAcrossRanks" in found[name] and name.split(",")[0] in found[name], (name, found[name])
-        assert "test_context_parallel.py:" in found[name]
-
-
-def test_what_is_computed_for_each_position_by_itself_is_taken() -> None:
-    for rank in run_ranks(said, RANKS, "TAKEN"):
-        assert rank == dict.fromkeys(TAKEN, "")
-
-
-class Unreadable(nn.Module):
-    def __init__(self, way: str) -> None:
-        super().__init__()
-        self.way = way
-
-    def forward(self, x: Tensor, mask: Tensor) -> Tensor | tuple[Tensor, Tensor]:
-        score = x @ (2 * x).mT
-        if self.way == "matrix":
-            score = score.masked_fill(mask, -torch.inf)
-        p = score.softmax(-1)
-        if self.way == "no attention":
-            p = score.sort(-1).values.softmax(-1)
-        if self.way == "dropout":
-            p = p * (torch.rand_like(p) > 0.5)
-        return (p @ (3 * x), score.logsumexp(-1)) if self.way == "log-sum-exp" else p @ (3 * x)
-
-
-UNREADABLE = {
-    "matrix": "mask has queries and keys of this shard alone",
-    "no attention": "reads other positions than its own",
-    "log-sum-exp": "the log-sum-exp of its rows is read, too",
-    "dropout": "random numbers",
-}
-
-
-def refusals() -> dict[str, str]:
-    found = {}
-    for way in (*UNREADABLE, "fixed"):
-        torch._dynamo.reset()
-        options = {"inner": "eager", "context_parallel": dist.group.WORLD}
-        compiled = torch.compile(Unreadable(way), backend="fuse", options=options)
-        tensors = torch.randn(2, 4, LENGTH, 8), torch.ones(LENGTH, LENGTH, dtype=torch.bool).triu(1)
-        for x, dim in ((tensors[0], 2), (tensors[1], 0), (tensors[1], 1)) if way != "fixed" else ():
-            torch._dynamo.maybe_mark_dynamic(x, dim)
-        try:
-            compiled(*tensors)
-            found[way] = "ran"
-        except Exception as e:
-            found[way] = str(e)
-    return found
-
-
-def test_attention_that_cannot_be_that_of_the_whole_is_refused_before_anything_runs() -> None:
-    (found,) = run_ranks(refusals, 1)
-    for way, part in UNREADABLE.items():
-        assert "NotAcrossRanks" in found[way] and part in found[way], (way, found[way])
-    assert "its length is 48 in the graph" in found["fixed"]
-
-
 # --------------------------------------------------------------------------------------------------- shards and options
 
 
 def sharded(balanced: bool) -> dict[str, object]:
     across = fuse.ContextParallel(dist.group.WORLD, balanced=balanced)
     ids = torch.arange(16).view(2, 8)
-    found = fuse.shard_sequence({"input_ids": ids, "labels": ids, "scale": torch.ones(3), "use_cache": False}, across)
+    others = {"pixels": torch.ones(2, 4, 4), "scale": torch.ones(3), "use_cache": False}  # first, and of other lengths
+    found = fuse.shard_sequence({**others, "input_ids": ids, "labels": ids}, across)
     whole = {name: fuse.gather_sequence(found[name], across).tolist() for name in ("input_ids", "position_ids", "shift_labels")}
     try:
         fuse.shard_sequence(torch.zeros(1, 10 if balanced else 9), across)
@@ -384,6 +136,7 @@ def test_a_batch_is_split_and_put_together_again(balanced: bool) -> None:
         assert found["input_ids"] == found["labels"] == [at, [8 + i for i in at]]
         assert found["shift_labels"][0] == [-100 if i == 7 else i + 1 for i in at]
         assert (found["scale"], found["use_cache"]) == ([1, 1, 1], False)
+        assert torch.tensor(found["pixels"]).shape == (2, 4, 4)
         ids = [list(range(8)), list(range(8, 16))]
         after = [[*row[1:], -100] for row in ids]
         assert found["whole"] == {"input_ids": ids, "position_ids": [ids[0], ids[0]], "shift_labels": after}

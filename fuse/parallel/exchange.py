@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cache
 from itertools import accumulate
 from typing import Any
 
@@ -47,7 +46,6 @@ class Ranks:
         return dist.get_global_rank(self.group, rank)
 
 
-@cache
 def ranks_of(name: str) -> Ranks:
     """The group of that name. What fails in it is torch's error."""
     group = group_named(name)

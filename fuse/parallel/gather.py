@@ -40,14 +40,10 @@ def forward(call: Call) -> tuple[Tensor, Tensor]:
 def backward(call: Call, grad_out: Tensor, out: Tensor, lse: Tensor, wanted: Sequence[bool]) -> list[Tensor]:
     """Gradients of this rank's ``wanted`` operands; what other ranks have for its keys is in them."""
     held, op, total = _brought(call), torch.ops.fuse.attention_backward.default, Gradients(call, wanted)
-    dims = dict(call.plan.keys)
-    of_keys = [
-        [torch.zeros_like(h.tensors[list(dims).index(i)], dtype=total.totals[i].dtype) for i in total.keys] for h in held
-    ]
+    of_keys = [[torch.zeros_like(h.tensors[n], dtype=total.totals[i].dtype) for n, i in total.numbered_keys] for h in held]
     for segment in call.segments:
         operands, sizes = _part(call, segment, held)
-        rows = (call.of_rows(x, segment) for x in (grad_out, out, lse))
-        given, result, statistic = rows
+        given, result, statistic = (call.of_rows(x, segment) for x in (grad_out, out, lse))
         grads = op(given, operands, sizes, result, statistic.contiguous(), call.text, call.target, list(wanted))
         which = _place(held, segment.keys)
         for target, grad in zip(of_keys[which], total.add_part(grads, segment), strict=True):

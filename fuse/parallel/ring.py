@@ -58,10 +58,7 @@ def backward(call: Call, grad_out: Tensor, out: Tensor, lse: Tensor, wanted: Seq
     total, ranks = Gradients(call, wanted), call.ranks
     on_their_way: Pending | None = None
     for step, parts in enumerate(_arriving(call)):
-        owner, user = (
-            (ranks.rank - step) % ranks.count,
-            (ranks.rank + step) % ranks.count,
-        )  # whose keys; who has seen this rank's
+        owner, user = (ranks.rank - step) % ranks.count, (ranks.rank + step) % ranks.count  # of these keys; of this rank's
         grads = _of_parts(call, parts, grad_out, out, lse, total)
         if step == 0:
             _add(total, grads, call.pieces(owner, ranks.rank))

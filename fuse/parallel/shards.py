@@ -15,6 +15,7 @@ from fuse.parallel.option import ContextParallel, process_group
 from fuse.torch_private import maybe_mark_dynamic
 
 IGNORED = -100  # a label without a loss, as torch.nn.functional.cross_entropy has it
+_TEXTS = ("input_ids", "inputs_embeds")  # what has the positions, whatever else there is
 
 
 @overload
@@ -27,8 +28,8 @@ def shard_sequence(batch: Any, mesh: Any, *, balanced: bool = False, dim: int = 
     batch     a tensor, or tensors by name as a model of transformers takes them, with positions in dimension ``dim``. Of names:
               ``position_ids`` are added where there are ``input_ids`` or ``inputs_embeds`` without any, since a model would
               number the positions of each shard from 0 on; ``shift_labels``, each position's next label, where there are
-              ``labels``, since the label of a shard's last position lies on another rank. What has no dimension ``dim`` or
-              another length there is handed on
+              ``labels``, since the label of a shard's last position lies on another rank. What has no dimension ``dim``, or
+              another length there than these (than the first, where there are none), is handed on
     mesh      as the option takes it; of a fuse.ContextParallel, ``balanced`` is its own
     balanced  gives each rank a part of the head and one of the tail of the sequence, so that all have as much to do under a
               causal mask. The option has to say so, too: fuse.ContextParallel(mesh, balanced=True)
@@ -40,7 +41,7 @@ def shard_sequence(batch: Any, mesh: Any, *, balanced: bool = False, dim: int = 
     if isinstance(batch, Tensor):
         return _shard(batch, across, dim, "the tensor")
     named = _with_places(dict(batch), dim)
-    length = next((x.shape[dim] for x in named.values() if _has(x, dim)), None)
+    length = next((named[name].shape[dim] for name in (*_TEXTS, *named) if _has(named.get(name), dim)), None)
     return {name: _shard(x, across, dim, name) if _has(x, dim) and x.shape[dim] == length else x for name, x in named.items()}
 
 
@@ -71,7 +72,7 @@ def _has(x: Any, dim: int) -> bool:
 
 
 def _with_places(batch: dict[str, Any], dim: int) -> dict[str, Any]:
-    given = next((batch[name] for name in ("input_ids", "inputs_embeds") if _has(batch.get(name), dim)), None)
+    given = next((batch[name] for name in _TEXTS if _has(batch.get(name), dim)), None)
     if given is not None and "position_ids" not in batch:
         batch["position_ids"] = torch.arange(given.shape[dim], device=given.device).expand(given.shape[0], -1)
     labels: Any = batch.get("labels")
@@ -84,9 +85,8 @@ def _with_places(batch: dict[str, Any], dim: int) -> dict[str, Any]:
 def _shard(x: Tensor, across: ContextParallel, dim: int, name: str) -> Tensor:
     layout, length = across.layout, x.shape[dim]
     if length % layout.divisor:
-        what = (
-            f"{name} has {length} positions, which {layout.ranks} ranks cannot share" + " in two parts each" * layout.balanced
-        )
+        parts = " in two parts each" if layout.balanced else ""
+        what = f"{name} has {length} positions, which {layout.ranks} ranks cannot share{parts}"
         raise NotAShard(what=what, remedy=f"Pad them to a multiple of {layout.divisor}.")
     shard = _rows(x, layout, dist.get_rank(process_group(across.group)), dim)
     maybe_mark_dynamic(shard, dim % x.dim())

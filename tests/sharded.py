@@ -1,0 +1,109 @@
+"""Models whose sequence lies on several ranks: masks, layers of attention, and a batch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+RANKS, TEXTS, LENGTH, WIDTH, HEADS, GROUPS = 2, 2, 48, 32, 4, 2
+Places = tuple[Tensor, Tensor, Tensor]  # position ids, documents, which are no padding
+Mask = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]  # of query and key positions, documents and kept ones
+
+
+def causal(q: Tensor, k: Tensor, documents: Tensor, kept: Tensor) -> Tensor:
+    return (k <= q)[None, None]
+
+
+def window(q: Tensor, k: Tensor, documents: Tensor, kept: Tensor) -> Tensor:
+    return ((k <= q) & (q - k < 7))[None, None]
+
+
+def both_sides(q: Tensor, k: Tensor, documents: Tensor, kept: Tensor) -> Tensor:
+    return ((q - k).abs() < 9)[None, None]
+
+
+def of_documents(q: Tensor, k: Tensor, documents: Tensor, kept: Tensor) -> Tensor:
+    return causal(q, k, documents, kept) & (documents[:, None, :, None] == documents[:, None, None])
+
+
+def padded(q: Tensor, k: Tensor, documents: Tensor, kept: Tensor) -> Tensor:
+    return causal(q, k, documents, kept) & kept[:, None, None]
+
+
+def everything(q: Tensor, k: Tensor, documents: Tensor, kept: Tensor) -> Tensor:
+    return torch.ones_like(k <= q)[None, None]
+
+
+@dataclass(frozen=True)
+class Case:
+    """``fill``: of what is hidden; ``bias``: that a position of distance takes off; ``sink``: a logit without a value."""
+
+    mask: Mask
+    fill: float = -torch.inf
+    bias: float = 0.0
+    sink: bool = False
+    dtype: torch.dtype = torch.float32
+
+
+LOWEST = torch.finfo(torch.float32).min
+CASES = {
+    "causal": Case(causal, bias=0.1),
+    "window": Case(window, LOWEST),
+    "both sides": Case(both_sides),
+    "documents": Case(of_documents),
+    "padding, hidden by the lowest number": Case(padded, LOWEST),
+    "everything": Case(everything),
+    "sink": Case(window, sink=True),
+    "bfloat16": Case(window, dtype=torch.bfloat16),
+}
+
+
+class Attention(nn.Module):
+    """With grouped queries, and keys and values that one layer gives."""
+
+    def __init__(self, case: Case) -> None:
+        super().__init__()
+        self.case = case
+        self.query, self.out = nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, WIDTH)
+        self.memory = nn.Linear(WIDTH, 2 * GROUPS * (WIDTH // HEADS))
+        self.sink = nn.Parameter(torch.randn(HEADS))
+
+    def forward(self, x: Tensor, places: Places) -> Tensor:
+        _, documents, kept = places
+        q = self.query(x).unflatten(-1, (HEADS, -1)).transpose(1, 2)
+        k, v = self.memory(x).unflatten(-1, (2, GROUPS, -1)).permute(2, 0, 3, 1, 4).repeat_interleave(HEADS // GROUPS, 2)
+        at = torch.arange(x.shape[1])
+        score = q @ k.mT * (WIDTH // HEADS) ** -0.5 - self.case.bias * (at[:, None] - at).to(x.dtype)
+        score = score.masked_fill(~self.case.mask(at[:, None], at, documents, kept), self.case.fill)
+        if self.case.sink:
+            score = torch.cat((score, self.sink[None, :, None, None].expand(*score.shape[:3], 1)), -1)
+        weights = score.softmax(-1)[..., : k.shape[2]]
+        mixed: Tensor = self.out((weights @ v).transpose(1, 2).flatten(2))
+        return x + mixed
+
+
+class Layers(nn.Module):
+    def __init__(self, case: Case) -> None:
+        super().__init__()
+        self.first, self.second = Attention(case), Attention(case)
+        self.norm, self.places = nn.LayerNorm(WIDTH), nn.Embedding(LENGTH, WIDTH)
+        self.ahead = nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.GELU(), nn.Linear(WIDTH, WIDTH))
+
+    def forward(self, x: Tensor, places: Places) -> Tensor:
+        x = self.first(x + self.places(places[0]), places)
+        result: Tensor = self.second(x + self.ahead(self.norm(x)), places)
+        return result
+
+
+def batch() -> tuple[Tensor, Places]:
+    positions = torch.arange(LENGTH)
+    kept = torch.ones(TEXTS, LENGTH, dtype=torch.bool)
+    kept[1, :5] = False
+    return torch.randn(TEXTS, LENGTH, WIDTH), (
+        positions.expand(TEXTS, -1),
+        torch.stack((positions // 11, positions // 29)),
+        kept,
+    )
