@@ -17,7 +17,7 @@ import torch
 from torch.fx import Node
 
 from fuse.ir import expr
-from fuse.ir.expr import Expr, Load, const
+from fuse.ir.expr import Expr, Index, Load, Symbol, const
 from fuse.ir.index import IndexExpr
 from fuse.parallel.plan import Plan
 from fuse.passes.read.bodies import Body, graphs_of
@@ -28,10 +28,12 @@ from fuse.passes.read.pointwise import broadcast
 from fuse.passes.read.trace import Value, trace
 from fuse.report.reasons import Declined, NotSpread
 from fuse.report.site import Site
+from fuse.torch_private import hint, pytree
 
 POSITION = "position"
 _OP = torch.ops.fuse.context_attention.default
 _MIXES = "reads other positions than its own"
+_COUNTS = "computes with the length of this shard, which is not that of the sequence"
 Coords = tuple[IndexExpr | None, ...]  # None: any place along this dimension
 
 
@@ -79,12 +81,14 @@ class _Positions:
 
     failed          why it cannot be told
     lengths_of_all  of sequences, be they attended to in this graph or another
+    alike           the length that is looked at, and sizes of inputs that are as large, which may be the same
     """
 
     def __init__(self, body: Body) -> None:
         self.graph = body.graph
         self.failed: Declined | None = None
         self.lengths_of_all: Set[IndexExpr] = frozenset()
+        self.alike: Set[IndexExpr] = frozenset()
         self.seen: set[tuple[Value, Coords, IndexExpr]] = set()
         calls = [n for n in self.graph.nodes if n.op in ("call_function", "call_method") and not _is_state(n)]
         given = {n for n in calls if any(of(n) for of in (_is_linear, _is_called, _is_part_of_call, _is_number))}
@@ -105,10 +109,15 @@ class _Positions:
         return [as_index(v.args[1][-1]) for v in self._attention.values()]
 
     @property
-    def symbols(self) -> list[IndexExpr]:
-        """Sizes of inputs that are no numbers."""
+    def symbols(self) -> dict[IndexExpr, int | None]:
+        """Sizes of inputs that are no numbers, and how large they are in the call that is compiled."""
         tensors = [t for n in self.graph.find_nodes(op="placeholder") if (t := tensor_of(n)) is not None]
-        return [as_index(n) for t in tensors for n in t.shape if as_index(n).is_Symbol]
+        sizes = [n for t in tensors for n in t.shape if isinstance(n, torch.SymInt)]
+        return {as_index(n): hint(n) for n in sizes if as_index(n).is_Symbol}
+
+    def _as_large(self, length: IndexExpr) -> Set[IndexExpr]:
+        known = self.symbols
+        return {length, *(n for n, size in known.items() if size is not None and size == known.get(length))}
 
     @property
     def _attention(self) -> dict[Node, Value]:
@@ -117,6 +126,7 @@ class _Positions:
 
     def check(self, length: IndexExpr) -> Iterator[Site]:
         """What is read at other positions: one site for each attention that reads it, or for the graph's outputs."""
+        self.alike = self._as_large(length)
         asked = [(n, list(self._operands(v))) for n, v in self._attention.items() if as_index(v.args[1][-1]) == length]
         out = self.graph.output_node()
         for node, pending in [*asked, (out, list(self._outputs(out, length)))]:
@@ -155,9 +165,22 @@ class _Positions:
         reader = _Step()
         reader.space.add(POSITION, length)
         coords = [_in_scope(reader, d, c, n) for d, (c, n) in enumerate(zip(asked.coords, dims(value), strict=True))]
-        if (rule := _rule(value)) is None:
-            return self._read(asked, reader, coords)
-        return [_next(asked, v, found) for v, found in rule(value, coords)]
+        rule = _rule(value)
+        if any(n.free_symbols & self.alike for n in _numbers(value, sizes=rule is None or _draws(value))):
+            raise Declined(self._reason(value, _COUNTS))
+        return self._read(asked, reader, coords) if rule is None else self._by(rule, asked, coords)
+
+    def _by(self, rule: Rule, asked: Asked, coords: Sequence[IndexExpr]) -> list[Asked]:
+        if rule is _anything and asked.placed:
+            raise Declined(self._reason(asked.value, _MIXES))
+        return [self._next(asked, v, found) for v, found in rule(asked.value, coords)]
+
+    def _next(self, asked: Asked, value: Value, coords: Sequence[IndexExpr | None]) -> Asked:
+        """What is read of an operand. Whatever it holds, what reads all its positions may count them, as a sum of ones does."""
+        found = _next(asked, value, coords)
+        if any(c is None and n.free_symbols & self.alike for c, n in zip(coords, dims(value), strict=True)):
+            raise Declined(self._reason(found.by or value, _MIXES))
+        return found
 
     def _given(self, asked: Asked, length: IndexExpr) -> Iterable[Asked]:
         """Of what was not run: inputs, linear layers, and calls of graphs, whose outputs are looked at by themselves."""
@@ -174,11 +197,11 @@ class _Positions:
 
     def _of_linear(self, asked: Asked, node: Node) -> Iterator[Asked]:
         """Weight and bias may have positions, too."""
-        *rows, column = asked.coords
+        *rows, column = (sympy.Integer(0) if c is None else c for c in asked.coords)
         coords: list[Sequence[IndexExpr | None]] = [[*rows, None], [column, None], [column]]
         for x, at in zip((*node.args, *node.kwargs.values()), coords, strict=False):
             if isinstance(x, Node):
-                yield _next(asked, self.trace.value_of[x], at)
+                yield self._next(asked, self.trace.value_of[x], at)
 
     def _read(self, asked: Asked, reader: _Step, coords: Sequence[IndexExpr]) -> list[Asked]:
         """By what reads the operation for specs, too."""
@@ -186,11 +209,17 @@ class _Positions:
         found = HANDLERS[op_name(value)](reader, value, tuple(coords))
         loads = [n for n in expr.walk(found) if isinstance(n, Load)]
         if any(reader.leaves[n.operand] is value for n in loads):
-            return [_next(asked, v, c) for v, c in _anything(value, coords)]
-        if POSITION in expr.axes(expr.rewrite(found, lambda n: const(0, n.dtype) if isinstance(n, Load) else None)):
+            return self._by(_anything, asked, coords)
+        at = [(reader.leaves[n.operand], [reader.index(c) for c in n.coords]) for n in loads]
+        written = list(_beside_loads(found))
+        sizes = {n for _, coords in at for c in coords if not c.has(_S) for n in c.free_symbols}
+        names = {n.name for n in written if isinstance(n, Symbol)}
+        if sizes & self.alike or names & {size.name for size in self.alike}:
+            raise Declined(self._reason(value, _COUNTS))
+        if any(isinstance(n, Index) and n.axis == POSITION for n in written):
             counts = "counts the positions of this shard from 0: hand the model the position ids of the whole sequence"
             raise Declined(self._reason(value, _MIXES if value.inputs() else counts))
-        return [_next(asked, reader.leaves[n.operand], [reader.index(c) for c in n.coords]) for n in loads]
+        return [_next(asked, leaf, found) for leaf, found in at]
 
     def _check_plain(self, asked: Asked, length: IndexExpr) -> None:
         """A tensor that has positions is read at the position itself, others without any."""
@@ -240,6 +269,15 @@ def _canonical(c: IndexExpr | None) -> IndexExpr | None:
     return c.subs({x: sympy.Symbol(f"kept{i}", integer=True) for i, x in enumerate(others)}, simultaneous=True)
 
 
+def _beside_loads(root: Expr) -> Iterator[Expr]:
+    """What an element is computed with, but for where other elements are read."""
+    pending = [root]
+    while pending:
+        n = pending.pop()
+        yield n
+        pending += () if isinstance(n, Load) else n.args
+
+
 def _rule(value: Value) -> Rule | None:
     """What tells the elements that ``value`` reads; None: what reads it for specs."""
     assert value.op is not None
@@ -250,6 +288,12 @@ def _rule(value: Value) -> Rule | None:
     if op_name(value) in HANDLERS:
         return None
     return _pointwise if torch.Tag.pointwise in value.op.tags else _anything
+
+
+def _numbers(value: Value, sizes: bool) -> Iterator[IndexExpr]:
+    """Those among the arguments of a call that are no constants. ``sizes``: its integers are not among them."""
+    kinds = torch.SymFloat if sizes else (torch.SymFloat, torch.SymInt)
+    return (x.node.expr for x in pytree.tree_leaves((value.args, dict(value.kwargs))) if isinstance(x, kinds))
 
 
 def _draws(value: Value) -> bool:
@@ -328,7 +372,12 @@ def _lookup(value: Value, coords: Sequence[IndexExpr]) -> Iterator[tuple[Value, 
     yield from ((a["weight"], [None, coords[-1]]), (a["indices"], coords[:-1]))
 
 
+def _nothing(value: Value, coords: Sequence[IndexExpr]) -> Iterator[tuple[Value, Sequence[IndexExpr | None]]]:
+    return iter(())
+
+
 RULES: dict[str, Rule] = {
+    **dict.fromkeys(("empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided"), _nothing),
     **dict.fromkeys(("mm", "bmm", "addmm", "baddbmm"), _product),
     **dict.fromkeys(
         ("sum", "mean", "amax", "amin", "max", "min", "logsumexp", "var", "var_mean", "std", "prod", "any", "all", "argmax",

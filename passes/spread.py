@@ -15,6 +15,7 @@ import sympy
 from torch import Tensor
 
 from fuse.ir import expr
+from fuse.ir.bounded import bounds_of
 from fuse.ir.expr import K_START, LENGTH, PLACES, Q_START, Const, Expr, Index, Load, Symbol, apply, index, symbol
 from fuse.ir.index import IndexExpr, size_symbol
 from fuse.ir.interval import anywhere, in_call, range_of
@@ -166,7 +167,7 @@ class _Spread:
 
     def _check_table(self, leaf: Value, d: int, coordinate: Expr) -> None:
         """A table that is read by position has to have a place for every position of the whole sequence."""
-        size, found = dims(leaf)[d], range_of(coordinate, anywhere)
+        size, found = dims(leaf)[d], bounds_of(coordinate, anywhere)
         if not (size.is_Integer and found.low >= 0 and found.high < int(size)):
             raise Declined(self._reason(leaf, f"is a table of {size}, which may be too few for the whole sequence"))
 
