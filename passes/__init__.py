@@ -13,6 +13,9 @@ of each site
 of the graph
     accept    one fuse::attention in the place of each root whose scores nothing else needs; what nothing uses is removed
     census    what no site tells of
+of a sequence over several ranks
+    positions what is not computed for each position by itself
+    compare   the first attention, where ranks ask whether they make the same call
 """
 
 from __future__ import annotations
@@ -35,6 +38,7 @@ from fuse.parallel.plan import Across
 from fuse.passes import census
 from fuse.passes.accept import Found, accept, declined_site
 from fuse.passes.beside import Beside, read_beside
+from fuse.passes.compare import compare_first
 from fuse.passes.contents import know_contents
 from fuse.passes.distributed import check_distributed
 from fuse.passes.expand import Expansion, expand
@@ -119,6 +123,8 @@ def run(
     if across is not None and not across.trusted and not any(s.reason for r in readings for s in r.sites):
         others = any(r.others for r in readings)
         readings.append(Reading(tuple(misplaced([b for b in bodies(gm, begins) if inside or b.graph is gm.graph], others))))
+    for body in bodies(gm, begins) if across is not None else ():
+        compare_first(body.graph)
     for module in gm.modules():
         if isinstance(module, GraphModule):
             module.recompile()

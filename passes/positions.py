@@ -367,6 +367,15 @@ def _row_norm(value: Value, coords: Sequence[IndexExpr]) -> Iterator[tuple[Value
     yield from ((y, [None] * len(y.shape)) for y in others)
 
 
+def _stack(value: Value, coords: Sequence[IndexExpr]) -> Iterator[tuple[Value, Sequence[IndexExpr | None]]]:
+    """Of every part; along the dimension in which they stand a coordinate only chooses."""
+    a = arguments(value)
+    dim = a["dim"] % len(coords)
+    if coords[dim].has(_S):
+        return _anything(value, coords)
+    return ((x, [*coords[:dim], *coords[dim + 1 :]]) for x in a["tensors"])
+
+
 def _lookup(value: Value, coords: Sequence[IndexExpr]) -> Iterator[tuple[Value, Sequence[IndexExpr | None]]]:
     a = arguments(value)
     yield from ((a["weight"], [None, coords[-1]]), (a["indices"], coords[:-1]))
@@ -385,4 +394,5 @@ RULES: dict[str, Rule] = {
     ),
     **dict.fromkeys(("native_layer_norm", "_fused_rms_norm", "rms_norm"), _row_norm),
     "embedding": _lookup,
+    "stack": _stack,
 }  # fmt: skip

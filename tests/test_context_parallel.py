@@ -190,7 +190,35 @@ def test_shards_of_torchs_own_context_are_taken() -> None:
     assert run_ranks(in_torchs_context, RANKS) == [True] * RANKS
 
 
-# ------------------------------------------------------------------------------------------------- a rank that dies
+# ------------------------------------------------------------------------------------- ranks that do not go together
+
+
+def unlike(balanced: bool) -> list[str]:
+    """What a rank says whose shard has another length, an odd one, or other texts than those of the others, and then runs."""
+    across, found = fuse.ContextParallel(dist.group.WORLD, balanced=balanced), []
+    compiled = torch.compile(Layers(CASES["causal"]), backend="fuse", options={"inner": "eager", "context_parallel": across})
+    x, places = batch()
+    rank = dist.get_rank()
+    for texts, length in ((2, 24 - 4 * rank), (2, 23), (2 - rank, 24), (2, 24)):
+        own = [t[:texts, :length].clone() for t in (x, *places)]
+        for t in own:
+            torch._dynamo.maybe_mark_dynamic(t, 1)
+        try:
+            compiled(own[0], tuple(own[1:]))
+            found.append("ran")
+        except NotAShard as e:
+            found.append(str(e))
+    return found
+
+
+@pytest.mark.parametrize("balanced", [False, True])
+def test_ranks_whose_shards_are_not_alike_are_told_so_at_once(balanced: bool) -> None:
+    """Each of them, and all go on together."""
+    for lengths, odd, others, alike in run_ranks(unlike, RANKS, balanced, limit=60):
+        assert "these are not: 24 on rank 0, 20 on rank 1. Give every rank its shard of one batch" in lengths
+        assert ("a balanced shard has two halves, this one has 23 positions" in odd) if balanced else odd == "ran"
+        assert "ranks do not attend alike: their batches have other sizes" in others
+        assert alike == "ran"
 
 
 def dies() -> None:

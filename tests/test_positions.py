@@ -99,6 +99,7 @@ TAKEN: dict[str, Way] = {
     "layers of each position": lambda m, x, at: m.norm(m.dense(F.gelu(m.dense(x)))) + x,
     "rows of all texts": lambda m, x, at: m.dense(x.reshape(-1, WIDTH).relu()).view(x.shape),
     "rotary positions": lambda m, x, at: torch.cat((-x[..., 16:], x[..., :16]), -1) * at[..., None].sin() + x,
+    "rotary positions of neighbours": lambda m, x, at: torch.stack((-x[..., 1::2], x[..., ::2]), -1).flatten(-2) + x,
     "rows of a table": lambda m, x, at: x + m.table[at],
     "a choice by position": lambda m, x, at: torch.where(at[..., None] > 5, x, 0),
     "a number of texts": lambda m, x, at: x * x.shape[0],

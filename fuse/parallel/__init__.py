@@ -9,6 +9,7 @@ in graphs
     op        fuse::context_attention
 when it runs
     call      one call on this rank
+    alike     whether all ranks make the same one
     needs     which keys the rows of a shard see at all, by the bounds of the mask
     exchange  rows of tensors between ranks, by torch.distributed
     gather    attention of a shard's queries with all the keys that they need at once

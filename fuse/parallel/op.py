@@ -18,6 +18,7 @@ from fuse.errors import NotBatched, TangentOfGradient
 from fuse.ir.spec import IntLike
 from fuse.ops import attention, levels
 from fuse.parallel import gather, ring
+from fuse.parallel.alike import check_alike
 from fuse.parallel.call import Call
 from fuse.parallel.layout import joined
 from fuse.parallel.plan import Plan
@@ -66,6 +67,8 @@ def _attention(operands: list[Tensor], sizes: list[int], spec: str, target: str,
 
 def _forward(operands: list[Tensor], sizes: list[int], spec: str, target: str, plan: str) -> tuple[Tensor, Tensor]:
     call = _call(operands, sizes, spec, target, plan)
+    if call.plan.compares:
+        check_alike(call)
     out, lse = _way(call).forward(call)
     return out, lse
 

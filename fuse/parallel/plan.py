@@ -19,6 +19,7 @@ class Plan:
     way       as of ContextParallel
     queries   (operand, dimension) of the positions of queries, which lie on the rank that needs them
     keys      (operand, dimension) of those of keys, which come from all ranks
+    compares  asks first whether all ranks have made the same call
     """
 
     group: str
@@ -26,6 +27,7 @@ class Plan:
     way: str
     queries: At
     keys: At
+    compares: bool = False
 
     def to_json(self) -> str:
         return json.dumps(asdict(self), separators=(",", ":"), sort_keys=True)
