@@ -334,7 +334,7 @@ def _read_sum(candidate: Candidate, context: SiteContext, state_of: Mapping[Node
 
 
 def _read_term(candidate: Candidate, root: Node, lifted: Lifted, context: SiteContext, state_of: Mapping[Node, State]) -> _Term:
-    check_pays(lifted)
+    check_pays(lifted, context.plan is not None)
     check_distributed(lifted, context)
     check_transforms(lifted, candidate.inputs, state_of[candidate.anchor], state_of[root])
     steps = [("lift", lifted.spec)]

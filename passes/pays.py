@@ -17,8 +17,11 @@ from fuse.report.reasons import ChainOfProducts, Declined, NothingSaved
 _PASSES = 4  # over the scores: those that a mask, a softmax and a second product take, where something else is made of them
 
 
-def check_pays(lifted: Lifted) -> None:
-    """Raises Declined where nothing would be saved, or the products may better be taken in another order."""
+def check_pays(lifted: Lifted, across_ranks: bool = False) -> None:
+    """Raises Declined where nothing would be saved, or the products may better be taken in another order.
+
+    across_ranks  the sequence lies on several: what is attention cannot be left, however little it would save of a shard
+    """
     spec = lifted.spec
     sizes = [size_hint(n, lifted.leaves[0]) for n in lifted.sizes]
     q_len, kv_len = sizes[spec.batch : spec.batch + 2]
@@ -30,7 +33,7 @@ def check_pays(lifted: Lifted) -> None:
         return
     if _is_product(spec.score):
         raise Declined(ChainOfProducts())
-    if scores < (q_len + kv_len) * (spec.qk_dim + spec.v_dim):
+    if not across_ranks and scores < (q_len + kv_len) * (spec.qk_dim + spec.v_dim):
         raise Declined(NothingSaved(f"{shape} scores are fewer numbers than queries, keys, values and result are"))
 
 

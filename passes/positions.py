@@ -26,6 +26,7 @@ from fuse.passes.read.flex import is_flex
 from fuse.passes.read.graph import location, operator_name, states, tensor_of, user_name
 from fuse.passes.read.pointwise import broadcast
 from fuse.passes.read.trace import Value, trace
+from fuse.passes.replace import live_nodes
 from fuse.report.reasons import Declined, NotSpread
 from fuse.report.site import Site
 from fuse.torch_private import hint, pytree
@@ -91,6 +92,8 @@ class _Positions:
         self.alike: Set[IndexExpr] = frozenset()
         self.seen: set[tuple[Value, Coords, IndexExpr]] = set()
         calls = [n for n in self.graph.nodes if n.op in ("call_function", "call_method") and not _is_state(n)]
+        matter = live_nodes(self.graph, calls, {})  # not the tables of a BlockMask, whose function attention was read from
+        calls = [n for n in calls if n in matter]
         given = {n for n in calls if any(of(n) for of in (_is_linear, _is_called, _is_part_of_call, _is_number))}
         inputs = [n for n in self.graph.nodes if n.op in ("placeholder", "get_attr") or n in given]
         try:
@@ -231,7 +234,7 @@ class _Positions:
             if (n == length and c != _S) or (n != length and n in self.lengths_of_all):
                 what = NotSpread(f"all positions of {name} are read at each")
                 raise Declined(what if asked.by is None else self._reason(asked.by, _MIXES))
-            if n != length and c is not None:
+            if n not in self.alike and c is not None:
                 raise Declined(NotSpread(f"{name} is read at the positions of this shard, which begin at 0 on every rank"))
 
     def _reason(self, value: Value, what: str) -> NotSpread:

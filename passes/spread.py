@@ -23,7 +23,7 @@ from fuse.ir.spec import Operand
 from fuse.passes.lift import Lifted, SiteContext
 from fuse.passes.read.elements import dims, spec_reader
 from fuse.passes.read.graph import location, user_name
-from fuse.passes.read.trace import Seed, Value, as_size, computed
+from fuse.passes.read.trace import Seed, Value, as_size, computed, size_hint
 from fuse.report.reasons import Declined, NotSpread
 
 _POSITIONS = {"q": Q_START, "k": K_START}
@@ -136,7 +136,7 @@ class _Spread:
 
     def _load(self, load: Load, new: Mapping[Expr, Expr]) -> Load:
         leaf = self.lifted.leaves[load.operand]
-        positions = [d for d, n in enumerate(dims(leaf)) if n == self.length]
+        positions = [d for d, n in enumerate(dims(leaf)) if n == self.length or self._is_as_long(leaf, d, load.coords[d])]
         read = [d for d in positions if not isinstance(load.coords[d], Const)]
         if len(read) > 1:
             raise Declined(self._reason(leaf, "has queries and keys of this shard alone: compute it of positions"))
@@ -155,6 +155,12 @@ class _Spread:
             for d, c in enumerate(load.coords)
         )
         return Load(load.dtype, self._operand(leaf, place, starts), coords)
+
+    def _is_as_long(self, leaf: Value, d: int, at: Expr) -> bool:
+        """Is a dimension that is read at the position as long as the shard, though nothing in the graph says so? Functions that
+        FlexAttention is given read tensors so. Each call is checked for it: see fuse.parallel.call."""
+        n = dims(leaf)[d]
+        return n.is_Symbol and at in (index("q"), index("k")) and size_hint(n, leaf) == size_hint(self.length, leaf)
 
     def _operand(self, leaf: Value, place: tuple[str, int] | None, ranges: Mapping[int, tuple[int, int]]) -> int:
         key = (leaf, place, tuple(sorted(ranges.items())))

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 
 RANKS, TEXTS, LENGTH, WIDTH, HEADS, GROUPS = 2, 2, 48, 32, 4, 2
-Places = tuple[Tensor, Tensor, Tensor]  # position ids, documents, which are no padding
+Places = tuple[Any, ...]  # position ids, documents, which are no padding; a BlockMask for FlexAttention
 Mask = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]  # of query and key positions, documents and kept ones
 
 
@@ -33,19 +35,59 @@ def padded(q: Tensor, k: Tensor, documents: Tensor, kept: Tensor) -> Tensor:
     return causal(q, k, documents, kept) & kept[:, None, None]
 
 
+PREFIX = torch.tensor([5, 30])  # of each text, the second over the border of two shards
+
+
+def prefix(q: Tensor, k: Tensor, documents: Tensor, kept: Tensor) -> Tensor:
+    return causal(q, k, documents, kept) | (k < PREFIX[:, None, None, None])
+
+
 def everything(q: Tensor, k: Tensor, documents: Tensor, kept: Tensor) -> Tensor:
     return torch.ones_like(k <= q)[None, None]
 
 
+Weigh = Callable[[Tensor, Tensor], Tensor]  # weights, of scores and of how far the key is behind the query
+
+
+def softmax(score: Tensor, distance: Tensor) -> Tensor:
+    return score.softmax(-1)
+
+
+def sigmoid(score: Tensor, distance: Tensor) -> Tensor:
+    return (score - 3).sigmoid()
+
+
+def squared_relu(score: Tensor, distance: Tensor) -> Tensor:
+    return score.relu() ** 2 / 48
+
+
+def retention(score: Tensor, distance: Tensor) -> Tensor:
+    return score * 0.9 ** distance.to(score.dtype)
+
+
+def share(score: Tensor, distance: Tensor) -> Tensor:
+    """Of scores that are positive, or hidden."""
+    return score / score.sum(-1, keepdim=True)
+
+
 @dataclass(frozen=True)
 class Case:
-    """``fill``: of what is hidden; ``bias``: that a position of distance takes off; ``sink``: a logit without a value."""
+    """
+    fill      of what is hidden
+    bias      that a position of distance takes off
+    sink      a logit without a value
+    positive  queries and keys are
+    flex      FlexAttention says it, of causal documents
+    """
 
     mask: Mask
     fill: float = -torch.inf
     bias: float = 0.0
     sink: bool = False
     dtype: torch.dtype = torch.float32
+    weigh: Weigh = softmax
+    positive: bool = False
+    flex: bool = False
 
 
 LOWEST = torch.finfo(torch.float32).min
@@ -58,6 +100,12 @@ CASES = {
     "everything": Case(everything),
     "sink": Case(window, sink=True),
     "bfloat16": Case(window, dtype=torch.bfloat16),
+    "prefix": Case(prefix),
+    "FlexAttention": Case(of_documents, bias=0.1, flex=True),
+    "sigmoid": Case(of_documents, weigh=sigmoid),
+    "squared ReLU": Case(window, weigh=squared_relu),
+    "retention": Case(causal, 0.0, weigh=retention),
+    "a share of positive scores": Case(causal, 0.0, weigh=share, positive=True),
 }
 
 
@@ -72,17 +120,37 @@ class Attention(nn.Module):
         self.sink = nn.Parameter(torch.randn(HEADS))
 
     def forward(self, x: Tensor, places: Places) -> Tensor:
-        _, documents, kept = places
+        _, documents, kept, *masks = places
         q = self.query(x).unflatten(-1, (HEADS, -1)).transpose(1, 2)
         k, v = self.memory(x).unflatten(-1, (2, GROUPS, -1)).permute(2, 0, 3, 1, 4).repeat_interleave(HEADS // GROUPS, 2)
+        if self.case.positive:
+            q, k = q.sigmoid(), k.sigmoid()
         at = torch.arange(x.shape[1])
+        if self.case.flex:
+            return x + self.out(self._flex(q, k, v, masks[0]).transpose(1, 2).flatten(2))
         score = q @ k.mT * (WIDTH // HEADS) ** -0.5 - self.case.bias * (at[:, None] - at).to(x.dtype)
         score = score.masked_fill(~self.case.mask(at[:, None], at, documents, kept), self.case.fill)
         if self.case.sink:
             score = torch.cat((score, self.sink[None, :, None, None].expand(*score.shape[:3], 1)), -1)
-        weights = score.softmax(-1)[..., : k.shape[2]]
+        weights = self.case.weigh(score, at[:, None] - at)[..., : k.shape[2]]
         mixed: Tensor = self.out((weights @ v).transpose(1, 2).flatten(2))
         return x + mixed
+
+    def _flex(self, q: Tensor, k: Tensor, v: Tensor, mask: BlockMask) -> Tensor:
+        def nearer(score: Tensor, text: Tensor, head: Tensor, q: Tensor, k: Tensor) -> Tensor:
+            return score - 0.1 * (q - k)
+
+        result: Tensor = flex_attention(q, k, v, score_mod=nearer, block_mask=mask)
+        return result
+
+
+def block_mask(documents: Tensor) -> BlockMask:
+    """Of causal documents."""
+
+    def seen(text: Tensor, head: Tensor, q: Tensor, k: Tensor) -> Tensor:
+        return (k <= q) & (documents[text, q] == documents[text, k])
+
+    return create_block_mask(seen, len(documents), None, documents.shape[1], documents.shape[1], device="cpu")
 
 
 class Layers(nn.Module):

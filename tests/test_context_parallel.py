@@ -3,13 +3,14 @@ cannot be done is refused by name."""
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 
 import pytest
 import torch
 import torch.distributed as dist
 from ranks import run_ranks
-from sharded import CASES, GROUPS, HEADS, RANKS, TEXTS, WIDTH, Case, Layers, batch
+from sharded import CASES, GROUPS, HEADS, RANKS, TEXTS, WIDTH, Case, Layers, batch, block_mask
 from torch import Tensor
 
 import fuse
@@ -36,14 +37,19 @@ def difference(case: Case, across: fuse.ContextParallel, inner: str) -> Differen
     x = x.to(case.dtype)
     weights = torch.randn_like(x)
     whole = x.clone().requires_grad_()
-    expected = model(whole, places)
+    plain = Layers(dataclasses.replace(case, flex=False)).to(case.dtype)  # FlexAttention has no gradients on CPUs
+    plain.load_state_dict(model.state_dict())
+    expected = plain(whole, places)
     (expected * weights).sum().backward()
-    wanted = {name: p.grad for name, p in model.named_parameters()}
-    model.zero_grad()
+    wanted = {name: p.grad for name, p in plain.named_parameters()}
 
-    compiled = torch.compile(model, backend="fuse", options={"inner": inner, "context_parallel": across})
+    options = {"inner": inner, "context_parallel": across}
+    compiled = torch.compile(
+        model, backend="fuse", options=options, dynamic=case.flex or None, fullgraph=True
+    )  # a BlockMask holds lengths
     shard, own = fuse.shard_sequence(x, across).requires_grad_(), tuple(fuse.shard_sequence(t, across) for t in places)
     torch._dynamo.maybe_mark_dynamic(shard, 1)
+    own = (*own, block_mask(own[1])) if case.flex else own
     traffic.reset()
     out = compiled(shard, own)
     sent = traffic.sent

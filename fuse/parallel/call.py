@@ -9,6 +9,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from fuse.errors import NotAShard
 from fuse.ir.spec import AttentionSpec
 from fuse.ops.attention import parsed
 from fuse.parallel.exchange import Ranks, ranks_of
@@ -84,6 +85,14 @@ class Call:
             found.append(Segment(slice(row, row + stop - start), start, keys))
             row += stop - start
         return tuple(found)
+
+    def check_positions(self) -> None:
+        """Raises NotAShard where a tensor has not one place for each position of the shard: not all were proved to."""
+        length = self.sizes[self.spec.batch]
+        for i, dim in (*self.plan.queries, *self.plan.keys):
+            if (n := self.operands[i].shape[dim]) != length:
+                what = f"a tensor of {n} positions is read in the attention of a shard of {length}"
+                raise NotAShard(what=what, remedy="Give each rank its shard of it, as fuse.shard_sequence makes it.")
 
     @cached_property
     def keys(self) -> tuple[Tensor, ...]:

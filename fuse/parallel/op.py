@@ -67,6 +67,7 @@ def _attention(operands: list[Tensor], sizes: list[int], spec: str, target: str,
 
 def _forward(operands: list[Tensor], sizes: list[int], spec: str, target: str, plan: str) -> tuple[Tensor, Tensor]:
     call = _call(operands, sizes, spec, target, plan)
+    call.check_positions()
     if call.plan.compares:
         check_alike(call)
     out, lse = _way(call).forward(call)
