@@ -154,13 +154,20 @@ class Unreadable(nn.Module):
             p = score.sort(-1).values.softmax(-1)
         if self.way == "dropout":
             p = p * (torch.rand_like(p) > 0.5)
-        return (p @ (3 * x), score.logsumexp(-1)) if self.way == "log-sum-exp" else p @ (3 * x)
+        if self.way == "cross":  # whole on every rank, or a shard of another sequence: nothing says which
+            y = x.new_ones(2, 4, 10, 8)
+            return (x @ y.mT).softmax(-1) @ (2 * y)
+        beside = {"log-sum-exp": score.logsumexp(-1), "weights": p, "weights of all heads": p.mean(1)}.get(self.way)
+        return p @ (3 * x) if beside is None else (p @ (3 * x), beside)
 
 
 UNREADABLE = {
     "matrix": "mask has queries and keys of this shard alone",
     "no attention": "reads other positions than its own",
     "log-sum-exp": "the log-sum-exp of its rows is read, too",
+    "weights": "the weights are read, too",
+    "weights of all heads": "the mean of the weights over 4 heads are read, too",
+    "cross": "queries and 10 keys are not the positions of one sequence",
     "dropout": "random numbers",
 }
 

@@ -29,10 +29,12 @@ def needs(spec: AttentionSpec, sizes: tuple[int, ...], layout: Layout) -> tuple[
 
 
 def merges(spec: AttentionSpec, sizes: tuple[int, ...], layout: Layout) -> bool:
-    """Whether results of parts of the keys, with the log-sum-exp of their rows, are enough to have that of all."""
+    """Whether results of parts of the keys are enough to have that of all: by the log-sum-exp of their rows after a softmax,
+    and as they are where nothing is normalised."""
     whole = sizes[spec.batch] * layout.ranks
     segments = tuple(s for rank in range(layout.ranks) for s in layout.segments(rank, whole))
-    return spec.softmax and not spec.extra_logits and _exact(spec, sizes, segments, whole)
+    mergeable = spec.normalisation == "none" or (spec.softmax and not spec.extra_logits)
+    return mergeable and _exact(spec, sizes, segments, whole)
 
 
 @cache

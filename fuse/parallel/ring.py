@@ -1,4 +1,5 @@
-"""Attention of a shard's queries in parts, a rank's keys at a time, merged by the log-sum-exp of their rows.
+"""Attention of a shard's queries in parts, a rank's keys at a time, merged by the log-sum-exp of their rows, or added up where
+there is no softmax.
 
 While a part is computed the keys of the next one arrive (Liu, Zaharia, Abbeel 2023, Ring Attention, section 3), each from the
 rank that has them, and only those that are seen. With the result and the log-sum-exp of the whole row, the gradients of a part
@@ -151,6 +152,9 @@ class _Merged:
 
     def add(self, out: Tensor, lse: Tensor) -> None:
         """``lse`` as kernels keep it: infinite in a row that sees nothing of this part. Both are written."""
+        if not self.spec.softmax:
+            self._out, self._lse = out if self._out is None else self._out.add_(out), lse
+            return
         empty = (lse == math.inf) & ~out[..., 0].isnan() if self.spec.empty_row == "zero" else lse == -math.inf
         lse.masked_fill_(empty, -math.inf)
         out.masked_fill_(empty[..., None], 0)
@@ -165,11 +169,15 @@ class _Merged:
     @property
     def lse(self) -> Tensor:
         assert self._lse is not None
+        if not self.spec.softmax:
+            return self._lse
         return self._lse if self.spec.empty_row == "nan" else self._lse.masked_fill(self._lse == -math.inf, math.inf)
 
     @property
     def out(self) -> Tensor:
         """NaN, or zero, in a row that sees nothing of any part."""
         assert self._out is not None and self._lse is not None
+        if not self.spec.softmax:
+            return self._out
         nothing = math.nan if self.spec.empty_row == "nan" else 0.0
         return self._out.masked_fill_((self._lse == -math.inf)[..., None], nothing)
