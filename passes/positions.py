@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence, Set
 from dataclasses import dataclass, replace
+from typing import Any
 
 import sympy
 import torch
@@ -115,7 +116,8 @@ class _Positions:
     def symbols(self) -> dict[IndexExpr, int | None]:
         """Sizes of inputs that are no numbers, and how large they are in the call that is compiled."""
         tensors = [t for n in self.graph.find_nodes(op="placeholder") if (t := tensor_of(n)) is not None]
-        sizes = [n for t in tensors for n in t.shape if isinstance(n, torch.SymInt)]
+        shapes: Iterator[Any] = (n for t in tensors for n in t.shape)
+        sizes = [n for n in shapes if isinstance(n, torch.SymInt)]
         return {as_index(n): hint(n) for n in sizes if as_index(n).is_Symbol}
 
     def _as_large(self, length: IndexExpr) -> Set[IndexExpr]:

@@ -144,13 +144,13 @@ class Attention(nn.Module):
         return result
 
 
-def block_mask(documents: Tensor) -> BlockMask:
-    """Of causal documents."""
+def block_mask(documents: Tensor, length: int) -> BlockMask:
+    """Of causal documents, for as many positions."""
 
     def seen(text: Tensor, head: Tensor, q: Tensor, k: Tensor) -> Tensor:
         return (k <= q) & (documents[text, q] == documents[text, k])
 
-    return create_block_mask(seen, len(documents), None, documents.shape[1], documents.shape[1], device="cpu")
+    return create_block_mask(seen, len(documents), None, length, length, device="cpu")
 
 
 class Layers(nn.Module):

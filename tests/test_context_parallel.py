@@ -49,7 +49,7 @@ def difference(case: Case, across: fuse.ContextParallel, inner: str) -> Differen
     )  # a BlockMask holds lengths
     shard, own = fuse.shard_sequence(x, across).requires_grad_(), tuple(fuse.shard_sequence(t, across) for t in places)
     torch._dynamo.maybe_mark_dynamic(shard, 1)
-    own = (*own, block_mask(own[1])) if case.flex else own
+    own = (*own, block_mask(own[1], shard.shape[1])) if case.flex else own
     traffic.reset()
     out = compiled(shard, own)
     sent = traffic.sent
