@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import gc
+import multiprocessing
+import os
 import pickle
 import tempfile
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
@@ -14,11 +17,22 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch.multiprocessing import ProcessContext, spawn
+from torch.multiprocessing import ProcessContext, start_processes
 
 from fuse.targets.cpp import compiler
 
 LIMIT = 240  # seconds, after which no rank is waited for: far more than any test takes
+# Ranks are forks of a process that has imported these, and done nothing: else imports would be most of what a test takes.
+IMPORTED = "torch._dynamo torch._inductor.compile_fx torch.distributed.fsdp torch.distributed.tensor fuse transformers"
+multiprocessing.set_forkserver_preload(IMPORTED.split())
+
+
+@dataclass(frozen=True)
+class Around:
+    """The environment of the test that asks, and how it has kernels built: what its ranks are forks of is older."""
+
+    environ: dict[str, str]
+    flags: tuple[Any, Any]
 
 
 def run_ranks(function: Callable[..., Any], ranks: int, *args: Any, limit: float = LIMIT) -> list[Any]:
@@ -28,8 +42,9 @@ def run_ranks(function: Callable[..., Any], ranks: int, *args: Any, limit: float
     does; one that has not ended after ``limit`` seconds is killed with the others, and TimeoutError raised.
     """
     with tempfile.TemporaryDirectory() as folder:
-        flags = compiler.FLAGS, compiler.ISA_FLAGS
-        processes = spawn(_run, (ranks, folder, limit, flags, partial(function, *args)), ranks, join=False)
+        around = Around(dict(os.environ), (compiler.FLAGS, compiler.ISA_FLAGS))
+        given = ranks, folder, limit, around, partial(function, *args)
+        processes = start_processes(_run, given, ranks, join=False, start_method="forkserver")
         _wait(processes, limit)
         return [pickle.loads(_result(folder, rank).read_bytes()) for rank in range(ranks)]
 
@@ -45,9 +60,11 @@ def _wait(processes: ProcessContext, limit: float) -> None:
             process.kill()
 
 
-def _run(rank: int, ranks: int, folder: str, limit: float, flags: tuple[Any, Any], call: Callable[[], Any]) -> None:
+def _run(rank: int, ranks: int, folder: str, limit: float, around: Around, call: Callable[[], Any]) -> None:
+    os.environ.clear()
+    os.environ.update(around.environ)
     torch.set_num_threads(1)
-    compiler.FLAGS, compiler.ISA_FLAGS = flags  # kernels are those of the test that asks
+    compiler.FLAGS, compiler.ISA_FLAGS = around.flags
     store = dist.FileStore(f"{folder}/store", ranks)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=ranks, timeout=timedelta(seconds=limit))
     _result(folder, rank).write_bytes(pickle.dumps(call()))

@@ -120,7 +120,7 @@ MATRIX = ("vit_length", "head_dim_7", "grouped_query", "shared_keys_and_own_valu
           "positions_in_bfloat16", "score_in_bfloat16_decides", "result_in_float32",
           "shard_of_a_window")  # fmt: skip
 EMULATED = ("cross_attention", "head_dim_80", "value_narrower_than_key", "left_padding_and_causal", "two_extra_logits",
-            "retention", "divided_by_its_sum")  # fmt: skip
+            "retention", "divided_by_its_sum", "result_in_float32")  # fmt: skip
 CHOSEN += [(n, "bfloat16", "avx512_bf16") for n in MATRIX] + [(n, "bfloat16", "amx_emulated") for n in EMULATED]
 
 

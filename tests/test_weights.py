@@ -23,6 +23,8 @@ from fuse.qualify import faster, right
 from fuse.qualify.verdict import case_of
 from fuse.report.runs import Runs
 from fuse.targets import reference
+from fuse.targets.cpp import cpu
+from fuse.targets.cpp.compiler import instruction_set
 from fuse.targets.cpp.launch import CppKernel, build
 from fuse.targets.cpp.launch_weights import CppWeights, build_weights
 
@@ -32,7 +34,16 @@ BY_DTYPE = (
     "plain", "causal", "transposed_output", "two_extra_logits", "masked_rows_lowest_fill", "left_padding_and_causal", "no_keys",
     "relative_table", "integer_mask_product",
 )  # fmt: skip
-CHOSEN = [(name, "float32") for name in ALL] + [(n, d) for n in BY_DTYPE for d in ("bfloat16", "float16", "float64")]
+# Scores by the matrix unit: tails of queries, keys and features, groups, strides, masks, rows that are written exactly.
+MATRIX = (
+    "vit_length", "head_dim_7", "head_dim_80", "grouped_query", "features_strided", "documents", "window", "no_queries",
+    "masked_rows_with_low_sinks",
+)  # fmt: skip
+EMULATED = ("head_dim_7", "cross_attention", "left_padding_and_causal")
+OWN = ""  # the machine's instruction set
+CHOSEN = [(name, "float32", OWN) for name in ALL]
+CHOSEN += [(n, d, OWN) for n in BY_DTYPE for d in ("bfloat16", "float16", "float64")]
+CHOSEN += [(n, "bfloat16", OWN) for n in MATRIX] + [(n, "bfloat16", "amx_emulated") for n in EMULATED]
 
 
 def averaged(p: Problem) -> Problem:
@@ -53,28 +64,36 @@ def check(p: Problem, matrix: Tensor, heads: int) -> None:
 
 # ----------------------------------------------------------------------------------------------------------- kernels
 
-Kernels = dict[tuple[str, str], tuple[CppKernel, CppWeights, CppWeights]]
+Way = tuple[str, str, str]  # name, dtype, instruction set
+Kernels = dict[Way, tuple[CppKernel, CppWeights, CppWeights]]
 
 
-def built(p: Problem) -> tuple[CppKernel, CppWeights, CppWeights]:
-    mean = averaged(p)
+def built(p: Problem, isa: str) -> tuple[CppKernel, CppWeights, CppWeights]:
+    mean, on = averaged(p), isa or instruction_set()
     with narrow(2):
-        result = CppKernel(p.spec, build(p.spec))
-        return result, CppWeights(p.spec, build_weights(p.spec)), CppWeights(mean.spec, build_weights(mean.spec))
+        result = CppKernel(p.spec, build(p.spec, on))
+        return result, *(CppWeights(spec, build_weights(spec, on)) for spec in (p.spec, mean.spec))
 
 
 @pytest.fixture(scope="module")
 def kernels(request: pytest.FixtureRequest) -> Kernels:
-    cases = [(p["name"], p["dtype"]) for p in asked(request, test_a_kernel_writes_what_the_reference_says)]
+    ways = [p["chosen"] for p in asked(request, test_a_kernel_writes_what_the_reference_says)]
     with together():
-        return {(name, dtype): built(ALL[name](dtype)) for name, dtype in cases}
+        return {(name, dtype, isa): built(ALL[name](dtype), isa) for name, dtype, isa in ways if runs(isa)}
+
+
+def runs(isa: str) -> bool:
+    return isa == OWN or cpu.matrix_unit() is not None
 
 
 @pytest.mark.compiler
-@pytest.mark.parametrize("name, dtype", CHOSEN)
-def test_a_kernel_writes_what_the_reference_says(kernels: Kernels, name: str, dtype: str) -> None:
+@pytest.mark.parametrize("chosen", CHOSEN, ids="-".join)
+def test_a_kernel_writes_what_the_reference_says(kernels: Kernels, chosen: Way) -> None:
+    name, dtype, isa = chosen
+    if not runs(isa):
+        pytest.skip(f"this machine has no {isa}")
     p = ALL[name](dtype)
-    result, whole, mean = kernels[name, dtype]
+    result, whole, mean = kernels[chosen]
     _, lse = result.forward(p.operands, p.sizes)
     check(p, whole(p.operands, lse, p.sizes, 0), 0)
     if p.spec.batch:

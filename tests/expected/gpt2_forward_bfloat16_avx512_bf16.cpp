@@ -672,6 +672,18 @@ template <int WIDTH, int PAIRS> static void pack_column_pairs(uint32_t* dst, int
         }
     }
 }
+
+// Of [PAIRS][ld] pairs of columns, pairs of each column and itself, in place.
+template <int WIDTH> static void repeat_columns(uint32_t* dst, int ld, int rows) {
+    for (int p = (WIDTH - 1) / 2; p >= 0; p--)
+        for (int k = 0; k < rows; k += W) {
+            const __m512i x = _mm512_loadu_si512(dst + p * ld + k), odd = _mm512_srli_epi32(x, 16), even = _mm512_and_si512(x,
+                _mm512_set1_epi32(0xffff));
+            if (2 * p + 1 < WIDTH) _mm512_storeu_si512(dst + (2 * p + 1) * ld + k, _mm512_or_si512(odd, _mm512_slli_epi32(odd,
+                16)));
+            _mm512_storeu_si512(dst + 2 * p * ld + k, _mm512_or_si512(even, _mm512_slli_epi32(even, 16)));
+        }
+}
 // Operands in the layouts of matrix products: pairs of neighbours along the summed axis lie together, columns follow.
 //   key    per tile of BK keys: [PAIRS][BK] pairs of features
 //   value  per tile of BK keys: [BK / 2][DVP] pairs of keys, in the order of packed_key

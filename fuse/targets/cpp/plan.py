@@ -11,8 +11,8 @@ from fuse.ir.tile_map import TileMap
 # Lanes of 32 bits, and accumulators (rows x vectors) that leave registers for the operands: 32 registers or 16.
 _SHAPES = {"avx512": (16, 8, 3), "avx2": (8, 4, 3), "neon": (4, 8, 3), "sse": (4, 4, 2)}
 # Units that multiply bfloat16 pairs, beside AVX-512. The emulated one gives AMX's results where there is none.
-_MATRIX_SHAPES = {"avx512_bf16": (16, 6, 3), "amx": (16, 32, 2), "amx_emulated": (16, 32, 2)}
-ISAS = (*_SHAPES, *_MATRIX_SHAPES)
+MATRIX_UNITS = {"avx512_bf16": (16, 6, 3), "amx": (16, 32, 2), "amx_emulated": (16, 32, 2)}
+ISAS = (*_SHAPES, *MATRIX_UNITS)
 
 
 @dataclass(frozen=True)
@@ -49,9 +49,9 @@ def plan(spec: AttentionSpec, isa: str) -> Plan:
     """The plan for ``spec`` on ``isa``; ValueError for an unknown one."""
     if isa not in ISAS:
         raise ValueError(f"instruction set {isa!r} is none of {ISAS}")
-    if isa in _MATRIX_SHAPES:
+    if isa in MATRIX_UNITS:
         if _is_bfloat16(spec):
-            width, rows, vectors = _MATRIX_SHAPES[isa]
+            width, rows, vectors = MATRIX_UNITS[isa]
             return Plan("matrix", isa, "float", width, vectors, rows, block_k=64, wave_bytes=2**20, decode_queries=4)
         isa = "avx512"
     _, rows, vectors = _SHAPES[isa]
@@ -61,7 +61,7 @@ def plan(spec: AttentionSpec, isa: str) -> Plan:
 
 def plan_tile_map(spec: TileMap, isa: str) -> Plan:
     """As ``plan``; a block is what is classified together."""
-    isa = "avx512" if isa in _MATRIX_SHAPES else isa
+    isa = "avx512" if isa in MATRIX_UNITS else isa
     real, width = _lanes(isa, any(node.dtype == "float64" for node in walk(spec.predicate)))
     return Plan("tile_map", isa, real, width, vectors=1, rows=1, block_k=512, thread_work=2**16)
 
@@ -78,16 +78,18 @@ def backward_plan(spec: AttentionSpec, isa: str, terms: bool) -> Plan:
     terms   whether entries have gradients beside those of query, key and value, which the matrix core does not sum
     """
     forward = plan(spec, isa)
-    multiplied = spec.out_dtype == "bfloat16"  # the result's gradient is a factor of products, too
+    multiplied = spec.out_dtype in ("bfloat16", "float32")  # the result's gradient is a factor of products, too
     if forward.core == "matrix" and multiplied and not terms:
         return replace(forward, vectors=12, block_k=64, part_keys=768, decode_queries=0)
     return replace(plan(spec, "avx512") if forward.core == "matrix" else forward, block_k=96, decode_queries=0)
 
 
 def weights_plan(spec: AttentionSpec, isa: str) -> Plan:
-    """The plan of the kernel of weights of ``spec`` on ``isa``: of the lanes core, since it waits for memory."""
+    """The plan of the kernel of weights of ``spec`` on ``isa``: of the lanes core, whose scores the matrix unit multiplies."""
     forward = plan(spec, isa)
-    return replace(plan(spec, "avx512") if forward.core == "matrix" else forward, decode_queries=0)
+    if forward.core == "matrix":
+        return replace(plan(spec, "avx512"), isa=isa, block_k=96, decode_queries=0)
+    return replace(forward, decode_queries=0)
 
 
 def lse_dtype(spec: AttentionSpec) -> str:

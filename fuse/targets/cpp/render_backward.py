@@ -186,6 +186,7 @@ def render_backward(spec: AttentionSpec, wanted: Sequence[bool], plan: Plan) -> 
             spec, [(s.load.operand, s.load.dtype if s.kind == "matrix" else "real", s.order) for s in found]
         ),
         "needs_scores": bool(matrices & {"query", "key"}) or entries, "slice_limit": _SLICE_LIMIT,
+        "split": spec.out_dtype == "float32",
         "slices": any(s.kind in ("row", "key", "entry", "logit") for s in found), "argument_count": argument_count(spec),
         "stage_count": max((len(p.stages) for p in programs), default=0) + sum(map(_tiled, found)),
     }  # fmt: skip

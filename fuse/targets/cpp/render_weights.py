@@ -7,7 +7,7 @@ from fuse.kernel.backward import recomputed_above, recomputed_below
 from fuse.kernel.destinations import Unsupported
 from fuse.kernel.source import environment, made_by
 from fuse.targets.cpp.outline import finished
-from fuse.targets.cpp.plan import Plan, lse_dtype
+from fuse.targets.cpp.plan import MATRIX_UNITS, Plan, lse_dtype
 from fuse.targets.cpp.render import CppSource, call_context
 
 
@@ -26,6 +26,7 @@ def render_weights(spec: AttentionSpec, plan: Plan) -> str:
     header = "\n".join(f"// {line}" for line in _header(spec, plan))
     context = call_context(source, plan) | {
         "header": header, "programs": programs, "weight": weight, "extra_logits": extra_logits,
+        "multiplied": plan.isa in MATRIX_UNITS,
         "rewritten": recomputed is not None, "recomputed_below": repr(recomputed), "recomputed": False,
         "recomputed_above": repr(recomputed_above(lse_dtype(spec))),
         "factor": repr(computed.factor), "stage_count": max(len(p.stages) for p in [*programs, weight]),
