@@ -48,12 +48,16 @@ PROVED: dict[str, tuple[Expr, int, int]] = {
     "behind": (logarithmic(op("neg", op("minimum", DISTANCE, 0)), 16, 32), 0, 31),
     "in halves": (logarithmic(FAR, 8, 16, "bfloat16"), 0, 15),
     "signed, cut": (op("minimum", op("maximum", op("add", op("mul", signed(FAR, 8), -1), 8), 0), 15), 0, 8),
+    "smaller": (where(op("lt", FAR, 8), FAR, const(0)), 0, 7),
     "not larger": (where(apply("not", op("gt", FAR, 7), dtype="bool"), FAR, const(7)), 0, 7),
     "one and the other": (where(both("and", op("ge", FAR, 3), op("le", FAR, 4)), FAR, const(0)), 0, 4),
     "one or the other": (where(both("or", op("lt", FAR, 3), op("gt", FAR, 4)), const(3), FAR), 3, 4),
     "the same": (where(op("eq", DISTANCE, 5), DISTANCE, const(2)), 2, 5),
     "but one": (where(op("ne", DISTANCE, 5), const(2), DISTANCE), 2, 5),
     "a branch that is never taken": (where(op("lt", FAR, 0), DISTANCE, const(1)), 1, 1),
+    "a logarithm of 1, or a little less than 0": (
+        op("minimum", cast(op("floor", op("log", cast(op("maximum", FAR, 1), "float32"))), "int64"), 3), -1, 3,
+    ),
     "a root": (cast(op("sqrt", op("minimum", cast(FAR, "float32"), 80.0)), "int64"), 0, 8),
 }  # fmt: skip
 
@@ -65,6 +69,7 @@ def test_buckets_of_distances_have_their_bounds(name: str) -> None:
     assert (found.low, found.high) == (low, high)
 
 
+FURTHER = op("mul", cast(FAR, "float32"), 1.5)
 UNPROVED = {
     "a logarithm of zero": cast(op("log", cast(FAR, "float32")), "int64"),
     "its other branch": where(
@@ -72,7 +77,7 @@ UNPROVED = {
     ),
     "larger than integers": cast(op("exp", cast(FAR, "float32")), "int64"),
     "what data say": cast(Load("float32", 0, (Q,)), "int64"),
-    "a float that is compared": where(op("lt", cast(FAR, "float32"), 8.0), FAR, const(0)),
+    "a float that is compared": where(op("lt", FURTHER, 8.0), cast(FURTHER, "int64"), const(0)),
 }
 
 
@@ -82,7 +87,7 @@ def test_what_is_not_known_has_no_bounds(name: str) -> None:
     assert not (found.low >= 0 and found.high < 2**24)
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float64"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16", "float64"])
 def test_no_value_is_outside(dtype: str) -> None:
     """Of random integers that are made of floats and choices, as eager rounds them and as exact arithmetic has them."""
     draw, some = random.Random(0), 0
