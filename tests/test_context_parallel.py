@@ -85,7 +85,7 @@ def differences(names: tuple[str, ...], inner: str) -> dict[tuple[str, bool, str
 
 @pytest.fixture(scope="module")
 def of_ranks() -> list[dict[tuple[str, bool, str], Difference]]:
-    return run_ranks(differences, RANKS, tuple(CASES), "eager", limit=600)
+    return run_ranks(differences, RANKS, tuple(CASES), "eager", limit=900)
 
 
 @pytest.mark.parametrize(("name", "balanced", "way"), [(name, *layout) for name in CASES for layout in EACH[name]])
