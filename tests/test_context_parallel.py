@@ -229,6 +229,28 @@ def test_ranks_whose_shards_are_not_alike_are_told_so_at_once(balanced: bool) ->
         assert alike == "ran"
 
 
+def of_other_documents() -> str:
+    """What a function of FlexAttention reads by position is not the shard's: nothing in the graph tells."""
+    across, (x, places) = fuse.ContextParallel(dist.group.WORLD), batch()
+    options = {"inner": "eager", "context_parallel": across}
+    compiled = torch.compile(Layers(CASES["FlexAttention"]), backend="fuse", options=options, dynamic=True, fullgraph=True)
+    shard, own = fuse.shard_sequence(x, across), tuple(fuse.shard_sequence(t, across) for t in places)
+    try:
+        for documents in (own[1], places[1]):
+            compiled(shard, (*own, block_mask(documents, shard.shape[1])))
+        return "ran"
+    except NotAShard as e:
+        return str(e)
+
+
+def test_a_tensor_that_is_not_the_shards_is_an_error_where_it_is_read() -> None:
+    for found in run_ranks(of_other_documents, RANKS):
+        assert "a tensor of 48 positions is read in the attention of a shard of 24" in found
+
+
+# ------------------------------------------------------------------------------------------------- a rank that dies
+
+
 def dies() -> None:
     across = fuse.ContextParallel(dist.group.WORLD)
     torch.manual_seed(0)
