@@ -57,7 +57,11 @@ class _Division:
 
         Detached, else torch would do it to the result, in place, which 2.11 has no rule for.
         """
-        return x.detach().redistribute(self.mesh, placements).to_local() if isinstance(x, DTensor) else x
+        if not isinstance(x, DTensor):
+            return x
+        detached: Any = x.detach()
+        part: Tensor = detached.redistribute(self.mesh, placements).to_local()
+        return part
 
     def operands(self, operands: Sequence[Tensor]) -> list[Tensor]:
         return [self.local(x, self.of_operand(i)) for i, x in enumerate(operands)]
