@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from programs import attend, heads, pass_over
@@ -20,6 +22,15 @@ def test_grouped_heads_are_an_index_map_not_a_copy() -> None:
     spec = pass_over(program, torch.randn(2, 6, 9, 16), *heads(count=2)[1:]).spec
     assert to_text(spec.key).endswith("[b0, b1 // 3, k, d]") or to_text(spec.key).endswith("[b0, (b1 // 3), k, d]")
     assert [o.rank for o in spec.operands] == [4, 4, 4]
+
+
+@pytest.mark.parametrize("transposed", [lambda x: x.mT, torch.ops.aten.mT], ids=["attribute", "operator"])
+def test_grouped_heads_are_seen_through_an_attribute_as_any_dynamo_has_it(transposed: Callable[[Tensor], Tensor]) -> None:
+    def program(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return (q @ transposed(k.repeat_interleave(3, 1))).softmax(-1) @ v.repeat_interleave(3, 1)
+
+    spec = pass_over(program, torch.randn(2, 6, 9, 16), *heads(count=2)[1:]).spec
+    assert to_text(spec.key).endswith("[b0, (b1 // 3), k, d]")
 
 
 def test_of_heads_and_positions_that_share_a_value_the_positions_are_the_queries() -> None:

@@ -27,13 +27,16 @@ ENVIRONMENTS = (
     (NEWEST, "python3.12"),
     (NEWEST, "python3.13"),
 )
-# What reads torch's graphs, calls its private parts or is called by it; of the many tests of kernels, the small ones.
-READ = ("torch_private", "torch_private_graphs", "backend", "op", "func", "flex", "varlen", "inner", "transform")
+# What reads torch's graphs, calls its private parts or is called by it; of the many tests of kernels, the small ones; of those
+# of models, the ones on several ranks. Tests of sequences that lie on several need no compiler: the first selection has them.
+READ = ("torch_private", "torch_private_graphs", "backend", "op", "func", "flex", "varlen", "inner", "transform", "sharding")
 SMALL = ("cpp", "triton")
 SELECTION = (
     ("-m", "not compiler and not triton and not models"),
     ("-m", "compiler or triton", *(f"tests/test_{name}.py" for name in READ)),
     (*(f"tests/test_{name}.py" for name in SMALL), "-k", "small"),
+    ("-m", "compiler", "tests/test_weights.py", "-k", "not kernel_writes"),
+    ("tests/models/test_distributed.py",),
 )
 
 

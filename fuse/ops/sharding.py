@@ -53,8 +53,15 @@ class _Division:
         return tuple(Partial() if dim is None and number is not None else _placed(dim) for number, dim in at)
 
     def local(self, x: Tensor, placements: Placements) -> Tensor:
-        """A rank's part. Of a plain tensor every rank has the whole: DTensors meet no others."""
-        return x.redistribute(self.mesh, placements).to_local() if isinstance(x, DTensor) else x
+        """A rank's part. Of a plain tensor every rank has the whole: DTensors meet no others.
+
+        Detached, else torch would do it to the result, in place, which 2.11 has no rule for.
+        """
+        if not isinstance(x, DTensor):
+            return x
+        detached: Any = x.detach()
+        part: Tensor = detached.redistribute(self.mesh, placements).to_local()
+        return part
 
     def operands(self, operands: Sequence[Tensor]) -> list[Tensor]:
         return [self.local(x, self.of_operand(i)) for i, x in enumerate(operands)]

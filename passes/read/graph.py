@@ -32,12 +32,14 @@ _PURE_DUNDERS = {"and_", "or_", "xor_", "not_", "is_", "truth"}
 _OPERATOR_WRITES = {
     "setitem", "delitem", "iadd", "isub", "imul", "itruediv", "ifloordiv", "imod", "ipow", "iand", "ior", "ixor",
 }  # fmt: skip
+# What Dynamo calls x.T, x.H, x.mT and x.mH; it is an operator in torch 2.15
+ATTRIBUTES = {"getattr", "numpy_T", "matrix_H", "mT", "mH"}
 # What hands on the numbers of a tensor in another shape, under the names of Dynamo's graph and of ATen.
 VIEWS = {
     "view", "reshape", "transpose", "permute", "expand", "unsqueeze", "squeeze", "getitem", "contiguous", "clone",
     "flatten", "unflatten", "split", "chunk", "unbind", "movedim", "moveaxis", "swapaxes", "swapdims", "t", "narrow",
-    "select", "repeat_interleave", "repeat", "expand_as", "view_as", "reshape_as", "detach", "getattr", "tile",
-    "broadcast_to", "split_with_sizes", "tensor_split", "alias", "slice", "_unsafe_view", "lift_fresh_copy",
+    "select", "repeat_interleave", "repeat", "expand_as", "view_as", "reshape_as", "detach", "tile",
+    "broadcast_to", "split_with_sizes", "tensor_split", "alias", "slice", "_unsafe_view", "lift_fresh_copy", *ATTRIBUTES,
 }  # fmt: skip
 VALUE = "example_value"  # what a node holds, as a fake tensor
 LITERAL = "literal of fuse"  # the number in a tensor of one element that no call changes
@@ -260,7 +262,7 @@ def user_name(node: Node) -> str:
     made = [node]
     while made:
         node = made.pop()
-        if not (MADE in node.meta or operator_name(node) in ("snapshot", "getattr")):
+        if not (MADE in node.meta or operator_name(node) in {"snapshot", *ATTRIBUTES}):
             break
         made += reversed([n for n in node.all_input_nodes if not isinstance(n.meta.get(VALUE), torch.SymInt)])
         if operator_name(node) in ("bmm", "mm"):

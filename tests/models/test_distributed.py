@@ -62,6 +62,12 @@ class Case:
 
 
 CASES: dict[str, Case] = {}
+# Where torch 2.11 compiles other graphs: one without gradients tells stages the shapes; layers of one class share theirs.
+SITES_OF_2_11 = {
+    "stages of a pipeline, 1F1B": 2,
+    "stages of a pipeline, GPipe, with checkpoints": 2,
+    "FSDP2 per layer and tensor parallel, with checkpoints": ONCE,
+}
 
 
 def case(name: str, group: str, sites: int, error: float = 1e-5) -> Callable[[Callable[[], Step]], Callable[[], Step]]:
@@ -341,6 +347,7 @@ def test_every_rank_fuses_its_sites_and_the_step_is_that_of_one_rank(group: str)
     for rank, all_found in enumerate(run_ranks(run_group, RANKS[group], group, limit=600)):
         for f in all_found:
             asked = CASES[f.case]
-            assert (f.sites, f.fused) == (asked.sites, asked.sites), (rank, f)
+            sites = SITES_OF_2_11.get(f.case, asked.sites) if torch.__version__.startswith("2.11.") else asked.sites
+            assert (f.sites, f.fused) == (sites, sites), (rank, f)
             assert f.loss < asked.error, (rank, f)
             assert f.gradients < asked.error, (rank, f)
