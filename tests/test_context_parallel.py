@@ -83,6 +83,11 @@ def differences(names: tuple[str, ...], inner: str) -> dict[tuple[str, bool, str
     return found
 
 
+def check(found: Difference, allowed: float = 2e-6) -> None:
+    assert found.fused == (2, 2)
+    assert max(found.result, found.gradients) < allowed, found
+
+
 @pytest.fixture(scope="module")
 def of_ranks() -> list[dict[tuple[str, bool, str], Difference]]:
     return run_ranks(differences, RANKS, tuple(CASES), "eager", limit=900)
@@ -92,9 +97,7 @@ def of_ranks() -> list[dict[tuple[str, bool, str], Difference]]:
 def test_attention_of_shards_is_that_of_the_whole(name: str, balanced: bool, way: str, of_ranks: list) -> None:
     allowed = 2e-6 if CASES[name].dtype == torch.float32 else 4e-2
     for rank in of_ranks:
-        found = rank[name, balanced, way]
-        assert found.fused == (2, 2)
-        assert max(found.result, found.gradients) < allowed, found
+        check(rank[name, balanced, way], allowed)
 
 
 def test_only_what_the_mask_lets_be_seen_travels(of_ranks: list) -> None:
@@ -112,11 +115,14 @@ def test_only_what_the_mask_lets_be_seen_travels(of_ranks: list) -> None:
     assert ring == [6 * key, 0]
 
 
-def test_inductor_compiles_around_it() -> None:
-    for rank in run_ranks(differences, RANKS, ("window",), "inductor"):
+@pytest.mark.parametrize(
+    ("ranks", "names", "inner"), [(RANKS, ("window",), "inductor"), (3, ("causal", "both sides"), "eager")]
+)
+def test_so_it_is_with_inductor_and_on_three_ranks(ranks: int, names: tuple[str, ...], inner: str) -> None:
+    """On two, the rank before is the rank after."""
+    for rank in run_ranks(differences, ranks, names, inner):
         for found in rank.values():
-            assert found.fused == (2, 2)
-            assert max(found.result, found.gradients) < 2e-6, found
+            check(found)
 
 
 # --------------------------------------------------------------------------------------------------- shards and options
