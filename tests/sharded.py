@@ -35,6 +35,10 @@ def padded(q: Tensor, k: Tensor, documents: Tensor, kept: Tensor) -> Tensor:
     return causal(q, k, documents, kept) & kept[:, None, None]
 
 
+def before(q: Tensor, k: Tensor, documents: Tensor, kept: Tensor) -> Tensor:
+    return (k < q)[None, None]
+
+
 PREFIX = torch.tensor([5, 30])  # of each text, the second over the border of two shards
 
 
@@ -97,6 +101,7 @@ CASES = {
     "both sides": Case(both_sides),
     "documents": Case(of_documents),
     "padding, hidden by the lowest number": Case(padded, LOWEST),
+    "before, hidden by the lowest number": Case(before, LOWEST),  # the first query sees nothing, so all
     "everything": Case(everything),
     "sink": Case(window, sink=True),
     "bfloat16": Case(window, dtype=torch.bfloat16),

@@ -15,12 +15,15 @@ from torch import Tensor
 
 import fuse
 from fuse.errors import InvalidOption, NoRanks, NotAShard
-from fuse.parallel.exchange import traffic
+from fuse.parallel.exchange import _packed, _unpacked, like, traffic
 
 LAYOUTS = [(balanced, way) for balanced in (False, True) for way in ("gather", "ring")] + [(True, "auto")]
 FEW = [(False, "gather"), (True, "ring")]
-READ_ELSEWHERE = ("prefix", "FlexAttention", "sigmoid", "squared ReLU", "retention", "a share of positive scores")
-EACH = {name: FEW if name in READ_ELSEWHERE else LAYOUTS for name in CASES}
+IN_FEW = (
+    "before, hidden by the lowest number", "prefix", "FlexAttention", "sigmoid", "squared ReLU", "retention",
+    "a share of positive scores",
+)  # fmt: skip
+EACH = {name: FEW if name in IN_FEW else LAYOUTS for name in CASES}
 
 
 @dataclass(frozen=True)
@@ -123,6 +126,12 @@ def test_so_it_is_with_inductor_and_on_three_ranks(ranks: int, names: tuple[str,
     for rank in run_ranks(differences, ranks, names, inner):
         for found in rank.values():
             check(found)
+
+
+def test_tensors_of_one_exchange_may_begin_between_elements() -> None:
+    sent = [torch.tensor([True, False, True]), torch.tensor([1.5, -2.0])]
+    received = _unpacked(_packed(sent, sent[0].device), [like(x, len(x)) for x in sent])
+    assert all(torch.equal(x, y) for x, y in zip(received, sent, strict=True))
 
 
 # --------------------------------------------------------------------------------------------------- shards and options
