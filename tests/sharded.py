@@ -66,7 +66,7 @@ def squared_relu(score: Tensor, distance: Tensor) -> Tensor:
 
 
 def retention(score: Tensor, distance: Tensor) -> Tensor:
-    return score * 0.9 ** distance.to(score.dtype)
+    return score * 0.9 ** distance.to(score.dtype) / 16
 
 
 def share(score: Tensor, distance: Tensor) -> Tensor:

@@ -29,7 +29,7 @@ from problems import (
     rand,
 )
 from specs import CASES
-from together import asked, narrow, together
+from together import asked, narrow, runs, together
 
 from fuse import targets
 from fuse.ir.spec import Operand
@@ -122,12 +122,6 @@ MATRIX = ("vit_length", "head_dim_7", "grouped_query", "shared_keys_and_own_valu
 EMULATED = ("cross_attention", "head_dim_80", "value_narrower_than_key", "left_padding_and_causal", "two_extra_logits",
             "retention", "divided_by_its_sum", "result_in_float32")  # fmt: skip
 CHOSEN += [(n, "bfloat16", "avx512_bf16") for n in MATRIX] + [(n, "bfloat16", "amx_emulated") for n in EMULATED]
-
-
-def runs(isa: str) -> bool:
-    if isa in ("avx512_bf16", "amx_emulated"):
-        return cpu.matrix_unit() is not None
-    return isa != "avx2" or instruction_set() not in ("neon", "sse")
 
 
 @pytest.fixture(scope="module")

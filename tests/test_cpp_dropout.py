@@ -6,7 +6,7 @@ import pytest
 import torch
 from problems import rand
 from specs import RANDOM_CASES
-from together import asked, for_queries, together
+from together import asked, for_queries, runs, together
 
 from fuse.targets import reference
 from fuse.targets.cpp import cpu
@@ -21,10 +21,6 @@ WAYS = [("float32", LANES), ("float32", "avx2"), ("float64", LANES), ("bfloat16"
 
 
 Kernels = dict[tuple[str, str, str], CppKernel]
-
-
-def runs(isa: str) -> bool:
-    return cpu.matrix_unit() is not None if isa == "avx512_bf16" else isa != "avx2" or instruction_set() not in ("neon", "sse")
 
 
 @pytest.fixture(scope="module")

@@ -10,7 +10,7 @@ import pytest
 import torch
 from problems import Problem
 from specs import CASES, RANDOM_CASES
-from together import asked, narrow, together
+from together import asked, narrow, runs, together
 from torch import Tensor
 
 import fuse
@@ -23,7 +23,6 @@ from fuse.qualify import faster, right
 from fuse.qualify.verdict import case_of
 from fuse.report.runs import Runs
 from fuse.targets import reference
-from fuse.targets.cpp import cpu
 from fuse.targets.cpp.compiler import instruction_set
 from fuse.targets.cpp.launch import CppKernel, build
 from fuse.targets.cpp.launch_weights import CppWeights, build_weights
@@ -40,7 +39,7 @@ MATRIX = (
     "masked_rows_with_low_sinks",
 )  # fmt: skip
 EMULATED = ("head_dim_7", "cross_attention", "left_padding_and_causal")
-OWN = ""  # the machine's instruction set
+OWN = instruction_set()
 CHOSEN = [(name, "float32", OWN) for name in ALL]
 CHOSEN += [(n, d, OWN) for n in BY_DTYPE for d in ("bfloat16", "float16", "float64")]
 CHOSEN += [(n, "bfloat16", OWN) for n in MATRIX] + [(n, "bfloat16", "amx_emulated") for n in EMULATED]
@@ -69,10 +68,10 @@ Kernels = dict[Way, tuple[CppKernel, CppWeights, CppWeights]]
 
 
 def built(p: Problem, isa: str) -> tuple[CppKernel, CppWeights, CppWeights]:
-    mean, on = averaged(p), isa or instruction_set()
+    mean = averaged(p)
     with narrow(2):
-        result = CppKernel(p.spec, build(p.spec, on))
-        return result, *(CppWeights(spec, build_weights(spec, on)) for spec in (p.spec, mean.spec))
+        result = CppKernel(p.spec, build(p.spec, isa))
+        return result, *(CppWeights(spec, build_weights(spec, isa)) for spec in (p.spec, mean.spec))
 
 
 @pytest.fixture(scope="module")
@@ -80,10 +79,6 @@ def kernels(request: pytest.FixtureRequest) -> Kernels:
     ways = [p["chosen"] for p in asked(request, test_a_kernel_writes_what_the_reference_says)]
     with together():
         return {(name, dtype, isa): built(ALL[name](dtype), isa) for name, dtype, isa in ways if runs(isa)}
-
-
-def runs(isa: str) -> bool:
-    return isa == OWN or cpu.matrix_unit() is not None
 
 
 @pytest.mark.compiler

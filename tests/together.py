@@ -26,9 +26,9 @@ from fuse import targets
 from fuse.kernel.source import ENTRY
 from fuse.report.runs import Runs
 from fuse.targets.cache import entry
-from fuse.targets.cpp import compiler, launch, launch_backward, launch_weights
+from fuse.targets.cpp import compiler, cpu, launch, launch_backward, launch_weights
 from fuse.targets.cpp.launch import Built
-from fuse.targets.cpp.plan import Plan
+from fuse.targets.cpp.plan import MATRIX_UNITS, Plan
 
 MANY = 8  # kernels of a library: more of them leave nothing to a second core
 LANES = ("avx512", "avx2", "neon", "sse")  # instruction sets of the lanes core
@@ -90,6 +90,13 @@ def together() -> Iterator[None]:
         alike[kernel.isa, *kernel.flags].append(kernel)
     with ThreadPoolExecutor(2) as pool:
         list(pool.map(_build, [k[i : i + MANY] for k in alike.values() for i in range(0, len(k), MANY)]))
+
+
+def runs(isa: str) -> bool:
+    """Whether kernels for an instruction set can be run here; matrix units are emulated beside AVX512-BF16."""
+    if isa in MATRIX_UNITS:
+        return cpu.matrix_unit() is not None
+    return isa != "avx2" or compiler.instruction_set() not in ("neon", "sse")
 
 
 @contextmanager

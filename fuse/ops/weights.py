@@ -60,7 +60,7 @@ def _gradient_text(spec: str) -> str:
 
 
 def _any(x: Tensor) -> bool:
-    """Whether a number is not zero: most matrices tell by a first row, and bytes are looked at ten times as fast as numbers."""
+    """Whether a number is not zero. Most matrices tell by a first row; bytes are read many times as fast as numbers."""
     return bool(x[..., :1, :].any()) or bool((x.view(torch.uint8) if x.stride(-1) == 1 else x).any())
 
 
