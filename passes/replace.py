@@ -289,6 +289,8 @@ class _Emitter:
                 raise Declined(RandomNumbers(f"those of {schema(value.op).name} are needed as a tensor"))
             raise Declined(NotTraceable("a tensor that the graph does not hold"))
         args, kwargs = self._arguments(value.args), self._arguments(dict(value.kwargs))
+        if value.op is aten.copy.default:  # of which autograd has no derivative
+            return self.new_call(aten.copy_.default, (self.new_call(aten.empty_like.default, args[:1], {}), args[1]), {})
         node = self._call(value.op, args, kwargs)
         returns = schema(value.op).returns
         if len(returns) > 1 or isinstance(returns[0].type, torch.ListType):

@@ -45,6 +45,13 @@ KNOWN = {
     "one query and one key": Known(
         heads(ATTEND, q="randn(2, 1, 2, 24)", k="randn(2, 1, 2, 24)", v="randn(2, 1, 2, 24)"), "triton"
     ),
+    "keys written through a view": Known(
+        Program(
+            (("x0", "randn(9, 33)"), ("x1", "randn(33, 12)"), ("x2", "randn(9, 8)")),
+            ("k = x1[..., 3:].mT", "k.copy_(k.flip(-1))", "return F.scaled_dot_product_attention(x0, k, x2)"),
+            training=True,
+        )
+    ),
     "one of everything": Known(heads(ATTEND, q=_ONE_ELEMENT, k=_ONE_ELEMENT, v=_ONE_ELEMENT), "triton"),
     "a gate of rows of a batch": Known(
         heads("out = ((q @ k.mT * 0.2).softmax(-1) * x3) @ v", x3="randn(2, 1, 33, 1)"), "triton"
