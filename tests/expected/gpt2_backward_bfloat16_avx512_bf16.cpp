@@ -297,6 +297,38 @@ static void stage(D* dst, int ld, const T* data, Offset offset, Inside inside, i
             for (int q = 0; q < nq; q++) dst[k * ld + q] = element<D>(base[q * sq + k * sk]);
     }
 }
+// Memory that a call needs. Fresh pages cost a small call more than its arithmetic, so a thread keeps what is no more than MOST_KEPT for
+// its next call of this kernel.
+#ifdef __SANITIZE_ADDRESS__
+constexpr int64_t MOST_KEPT = 0;  // what is beside the memory of a call shall not be that of a larger one
+#else
+constexpr int64_t MOST_KEPT = 4 << 20;
+#endif
+
+struct Kept {
+    char* data = nullptr;
+    int64_t size = 0;
+
+    ~Kept() { drop(); }
+    void drop() { free(data), data = nullptr, size = 0; }
+    bool hold(int64_t bytes) {
+        if (bytes <= size) return true;
+        drop();
+        if (posix_memalign((void**)&data, 64, bytes)) return data = nullptr, false;
+        return size = bytes, true;
+    }
+};
+
+// Taken while it lives; ``data`` is null where there is no such memory. No two of one ``PART`` live at once in a thread.
+template <int PART> class Memory {
+    static Kept& kept() { static thread_local Kept of_thread; return of_thread; }
+
+public:
+    char* const data;
+
+    explicit Memory(int64_t bytes) : data(kept().hold(bytes) ? kept().data : nullptr) {}
+    ~Memory() { if (kept().size > MOST_KEPT) kept().drop(); }
+};
 // Keys of a tile, cut where the place at which an operand is read jumps: within a run it stays, or moves to the neighbour.
 struct Runs {
     struct Run { int64_t at; int first, length, step; } run[BK];
@@ -1668,11 +1700,12 @@ extern "C" __attribute__((visibility("default"))) int fuse_attention(const int64
     const int64_t parts = (c.kv_len + PART - 1) / PART;
     const int64_t slices = count * parts * Backward::slice_bytes(c);
     if (slices > INT64_C(1073741824)) return 1;
-    char *head = nullptr, *memory = nullptr;
     const int64_t tile_bytes = 0;
-    if (posix_memalign((void**)&head, 64, count * int64_t(sizeof(BatchIndex) + sizeof(Goal) + sizeof(Place) + sizeof(Keyed)
-        + sizeof(int64_t)) + tile_bytes + slices + 128)) return 2;
-    BatchIndex* batch = (BatchIndex*)head;
+    // Batch indices, where gradients go, tiles and slices.
+    const Memory<0> head(count * int64_t(sizeof(BatchIndex) + sizeof(Goal) + sizeof(Place) + sizeof(Keyed) + sizeof(int64_t))
+        + tile_bytes + slices + 128);
+    if (!head.data) return 2;
+    BatchIndex* batch = (BatchIndex*)head.data;
     Goal* goals = (Goal*)(batch + count);
     Place* places = (Place*)(goals + count);
     Keyed* keyed = (Keyed*)(places + count);
@@ -1694,7 +1727,7 @@ extern "C" __attribute__((visibility("default"))) int fuse_attention(const int64
         for (int64_t i = 0; i < count; i++) batch[i] = make_batch_index(c, places[i].number), goals[i] = make_goal(c, t,
             batch[i]);
     }
-    if (!in_order(places, count)) return free(head), 1;
+    if (!in_order(places, count)) return 1;
     int64_t components = 0, largest = 0;
     for (int64_t i = 0, component = -1; i < count; i++) {
         if (places[i].component != component) component = places[i].component, starts[components++] = i;
@@ -1708,7 +1741,10 @@ extern "C" __attribute__((visibility("default"))) int fuse_attention(const int64
     work.slots = shared ? min64(parts, 2 * threads) : 1;
     const int64_t width = shared ? min64(components, (4 * threads + work.slots - 1) / work.slots) : 1;
     const int64_t per_thread = sizeof(Scratch) + 64, per_wave = (width * largest * work.index_bytes() + 63) / 64 * 64;
-    if (posix_memalign((void**)&memory, 64, threads * per_thread + (shared ? 1 : threads) * per_wave)) return free(head), 2;
+    // Packed operands and gradients of queries, and the threads' scratch.
+    const Memory<1> held(threads * per_thread + (shared ? 1 : threads) * per_wave);
+    char* const memory = held.data;
+    if (!memory) return 2;
 #pragma omp parallel num_threads(threads) if (threads > 1)
     {
         const FlushDenormals flush;
@@ -1730,8 +1766,6 @@ extern "C" __attribute__((visibility("default"))) int fuse_attention(const int64
         const FlushDenormals flush;
         work.add_slices();
     }
-    free(memory);
-    free(head);
     return 0;
 }
 #ifdef FUSE_STANDALONE

@@ -296,6 +296,38 @@ static void stage(D* dst, int ld, const T* data, Offset offset, Inside inside, i
             for (int q = 0; q < nq; q++) dst[k * ld + q] = element<D>(base[q * sq + k * sk]);
     }
 }
+// Memory that a call needs. Fresh pages cost a small call more than its arithmetic, so a thread keeps what is no more than MOST_KEPT for
+// its next call of this kernel.
+#ifdef __SANITIZE_ADDRESS__
+constexpr int64_t MOST_KEPT = 0;  // what is beside the memory of a call shall not be that of a larger one
+#else
+constexpr int64_t MOST_KEPT = 4 << 20;
+#endif
+
+struct Kept {
+    char* data = nullptr;
+    int64_t size = 0;
+
+    ~Kept() { drop(); }
+    void drop() { free(data), data = nullptr, size = 0; }
+    bool hold(int64_t bytes) {
+        if (bytes <= size) return true;
+        drop();
+        if (posix_memalign((void**)&data, 64, bytes)) return data = nullptr, false;
+        return size = bytes, true;
+    }
+};
+
+// Taken while it lives; ``data`` is null where there is no such memory. No two of one ``PART`` live at once in a thread.
+template <int PART> class Memory {
+    static Kept& kept() { static thread_local Kept of_thread; return of_thread; }
+
+public:
+    char* const data;
+
+    explicit Memory(int64_t bytes) : data(kept().hold(bytes) ? kept().data : nullptr) {}
+    ~Memory() { if (kept().size > MOST_KEPT) kept().drop(); }
+};
 // Keys of a tile, cut where the place at which an operand is read jumps: within a run it stays, or moves to the neighbour.
 struct Runs {
     struct Run { int64_t at; int first, length, step; } run[BK];
@@ -1013,10 +1045,11 @@ extern "C" __attribute__((visibility("default"))) int fuse_attention(const int64
     const int64_t count = batch_count(c), blocks = (c.q_len + BQ - 1) / BQ, key_tiles = (c.kv_len + BK - 1) / BK;
     if (count * blocks == 0) return 0;
     if (c.q_len > 16777216 || c.kv_len > 16777216) return 1;
-    char *head = nullptr, *memory = nullptr;  // batch, slots and tiles; packed keys and values, and the threads' scratch
     const int64_t tile_bytes = 0;
-    if (posix_memalign((void**)&head, 64, count * int64_t(sizeof(BatchIndex) + sizeof(int64_t)) + tile_bytes)) return 2;
-    BatchIndex* batch = (BatchIndex*)head;
+    // Batch, slots and tiles.
+    const Memory<0> head(count * int64_t(sizeof(BatchIndex) + sizeof(int64_t)) + tile_bytes);
+    if (!head.data) return 2;
+    BatchIndex* batch = (BatchIndex*)head.data;
     int64_t* slot = (int64_t*)(batch + count);
     {
         const FlushDenormals flush;
@@ -1030,7 +1063,10 @@ extern "C" __attribute__((visibility("default"))) int fuse_attention(const int64
     const int64_t limit = min64(max64(max64(balanced, cached), 1), count);
     const int threads = int(min64(c.threads, 1 + count * c.q_len * c.kv_len * (D + DV) / 262144));
     const int64_t packed_bytes = limit * slot_bytes, per_thread = sizeof(Scratch) + 64;
-    if (posix_memalign((void**)&memory, 64, packed_bytes + threads * per_thread)) return free(head), 2;
+    // Packed keys and values, and the threads' scratch.
+    const Memory<1> held(packed_bytes + threads * per_thread);
+    char* const memory = held.data;
+    if (!memory) return 2;
     char* scratch = memory + packed_bytes;
 #pragma omp parallel num_threads(threads) if (threads > 1)
     {
@@ -1058,8 +1094,6 @@ extern "C" __attribute__((visibility("default"))) int fuse_attention(const int64
             }
         }
     }
-    free(memory);
-    free(head);
     return 0;
 }
 #ifdef FUSE_STANDALONE
