@@ -21,7 +21,7 @@ import cpu_peers
 import machine
 import torch
 import torch.nn.functional as F
-from timing import Run, Times, is_whole, keep, measure, repeated, working
+from timing import Repeated, Run, Times, is_whole, keep, measure, working
 from torch import Tensor
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
@@ -213,7 +213,7 @@ def main() -> int:
                 with torch.inference_mode():
                     runs = ways(case.kind, Inputs.make(case, getattr(torch, dtype)), args.peers)
                     count = max(1, int(_REPEATED / case.work))
-                    many = {name: run if name == "product" else repeated(run, count) for name, run in runs.items()}
+                    many = {name: run if name == "product" else Repeated(run, count) for name, run in runs.items()}
                     results.append(report(case, dtype, measure(many, args.seconds), count))
     if whole:
         keep("cpu_forward", facts, results)

@@ -39,7 +39,7 @@ def ratio(shape: tuple[int, int, int, int], width: int, dtype: torch.dtype, seco
     key, value = (torch.randn(batch, keys, heads, width).to(dtype).transpose(1, 2) for _ in range(2))
     count = max(1, int(_REPEATED / (batch * heads * queries * keys * width + 1e5)))
     ways = {name: torch.compile(attend, backend=name, dynamic=False) for name in ("fuse", "inductor")}
-    runs = {name: timing.repeated(partial(way, query, key, value), count) for name, way in ways.items()}
+    runs = {name: timing.Repeated(partial(way, query, key, value), count) for name, way in ways.items()}
     for run in runs.values():
         run()
     times = timing.measure(runs, seconds)

@@ -155,7 +155,7 @@ def measured(p: Point, threads: int, seconds: float) -> tuple[float, dict[str, f
         begin = time.perf_counter()
         runs["fuse"]()
         count = max(1, int(2e-3 / (time.perf_counter() - begin)))  # of a round: some milliseconds
-        runs = {name: timing.repeated(run, count) for name, run in runs.items()}
+        runs = {name: timing.Repeated(run, count) for name, run in runs.items()}
         ratio, found = _timed(runs, threads, seconds)
         if ratio < BAR:
             ratio, found = _timed(runs, threads, 3 * seconds)
