@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -19,9 +19,10 @@ from fuse.options import Options, resolve
 from fuse.parallel.plan import Across, Plan
 from fuse.passes.policy import Choose, Leave, leave_none
 from fuse.passes.read.graph import State
+from fuse.qualify import whole
 from fuse.qualify.judge import Trial
 from fuse.report import check, required
-from fuse.report.reasons import InternalError
+from fuse.report.reasons import InternalError, Slower
 from fuse.report.site import Reading, Site
 from fuse.targets import registry
 from fuse.torch_private import DataDependentOutputException, DynamicOutputShapeException
@@ -44,6 +45,7 @@ def fuse(
     """
     chosen = resolve(mode, options)
     original = check.keep(gm) if chosen.verify else None
+    plain = check.keep(gm) if _may_be_left(chosen) and whole.is_little(gm, example_inputs) else None
     if is_read(example_inputs, chosen):
         call, reading = _tried(gm, example_inputs, chosen)
     else:
@@ -53,7 +55,26 @@ def fuse(
     channels.tell(compiled[-1])
     if chosen.require:
         required.check(built)
+    if plain is not None and any(site.recovered or isinstance(site.reason, Slower) for site in built):
+        depends = f"{chosen.mode} {dict(chosen.inductor)}"
+        call = whole.Contest(call, plain, depends, partial(_left_as_a_whole, compiled[-1]))
     return call if original is None else check.against(original, call, reading.sites)
+
+
+def _may_be_left(chosen: Options) -> bool:
+    """Whether a graph may run operator by operator after all: nobody asked for more than speed."""
+    asked = (
+        chosen.require or chosen.verify or chosen.disable or chosen.target != registry.AUTO or dump_sites.folder() is not None
+    )
+    return chosen.qualify != "never" and chosen.inner == "inductor" and not asked and chosen.context_parallel is None
+
+
+def _left_as_a_whole(reading: Reading, why: str) -> None:
+    """Tells that the graph of ``reading`` does not run as it was compiled."""
+    sites = tuple(replace(s, recovered=False, reason=Slower(why), runs={}) if s.recovered else s for s in reading.sites)
+    told = replace(reading, sites=sites)
+    compiled[:] = [told if r is reading else r for r in compiled]
+    channels.tell(told)
 
 
 def _tried(gm: GraphModule, example_inputs: Sequence[Any], chosen: Options) -> tuple[Callable[..., Any], Reading]:

@@ -153,6 +153,7 @@ __all__ = [
     "rebind_unbacked",
     "remove_batch_dim",
     "safe_softmax",
+    "saves_by_hooks",
     "schema",
     "source_name",
     "storage_id",
@@ -212,6 +213,11 @@ version: Callable[[Tensor], int] = attrgetter("_version")
 def any_tangent(tensors: Iterable[Tensor]) -> bool:
     """Whether forward mode differentiates by one of them."""
     return forward_ad._current_level >= 0 and any(forward_ad.unpack_dual(t).tangent is not None for t in tensors)
+
+
+def saves_by_hooks() -> bool:
+    """Whether somebody is handed what autograd saves, as activation checkpointing is."""
+    return torch._C._autograd._top_saved_tensors_default_hooks(False) is not None
 
 
 # ------------------------------------------------------------------------------------------------- levels of torch.func

@@ -23,6 +23,7 @@ from fuse.passes.read.elements import as_index
 from fuse.passes.read.graph import (
     MADE,
     Transform,
+    is_torchs,
     location,
     operator_name,
     reached_from,
@@ -427,11 +428,8 @@ def unread_nodes(graph: Graph, slices: set[Node]) -> set[Node]:
             behind.add(node)
     found: set[Node] = set()
     for node in (n for n in reversed(graph.nodes) if n in behind):
-        module = str(getattr(node.target, "__module__", ""))
-        torchs = module.startswith("torch") and ("ops." not in module or module == "torch._ops.aten")
-        pure = node.op == "call_method" or module == "_operator" or torchs
         drawn = any(word in operator_name(node) for word in _RANDOM)
-        idle = node.op in ("call_function", "call_method") and pure and not drawn and not writes(node)
+        idle = is_torchs(node) and not drawn and not writes(node)
         known = operator_name(node) == "_assert_tensor_metadata"  # of values that need not be, and are as they are known to be
         if idle and (known or tensor_of(node) is not None) and all(u in found for u in node.users):
             found.add(node)

@@ -133,6 +133,13 @@ def test_any_tangent() -> None:
     assert torch.func.jvp(lambda y: y * private.any_tangent((y,)), (x,), (x,))[0].eq(x).all()
 
 
+def test_saves_by_hooks() -> None:
+    assert not private.saves_by_hooks()
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: x, lambda x: x):
+        assert private.saves_by_hooks()
+    assert not private.saves_by_hooks()
+
+
 class Double(private.SingleLevelFunction):
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:

@@ -25,7 +25,7 @@ from fuse.qualify.torchs_own import rival
 SDPA, PLAIN, PRODUCTS = ATTENTION, "plain operations", "two products"
 _MARGIN = 1.05  # by how much a kernel has to lose: benchmarks/never_slower.py asks for no less
 _CLEAR = 2.0  # by how much it may win at once
-_ROUNDS, _LEAST, _TRIALS = 5, 2e-3, 2  # in turn; seconds of one round; measurements, all of which it has to lose
+_ROUNDS, _LEAST, TRIALS = 5, 2e-3, 2  # in turn; seconds of one round; measurements, all of which it has to lose
 _MEMORY = 0.25  # of what is free: more than that is not taken to hold scores
 Call = Callable[[], object]
 
@@ -61,7 +61,7 @@ def times(call: ExpectedCall, wanted: Sequence[bool], called: bool, traced: bool
     ours = (_traced if traced and not call.weights else _called)(call, problem, wanted)
     theirs = way(found.attend, found.matrices, found.wanted)
     with nullcontext() if called else sdpa_kernel(SDPBackend.MATH):
-        for _ in range(_TRIALS):
+        for _ in range(TRIALS):
             mine, other = in_turn((ours, theirs), call.device)
             measured = Times(mine, other, SDPA if called else PLAIN)
             if not measured.lost:

@@ -35,9 +35,25 @@ class Verdict:
     why: str = ""
 
 
+class Subject:
+    """What a verdict is about: a frozen dataclass. ``folder``: of the cache, where verdicts on it lie."""
+
+    @property
+    def folder(self) -> str:
+        raise NotImplementedError
+
+    @property
+    def key(self) -> str:
+        return hashlib.sha256(repr(self).encode()).hexdigest()[:20]
+
+    @property
+    def path(self) -> Path:
+        return settings().cache_dir / self.folder / f"verdict-{self.key}.json"
+
+
 @dataclass(frozen=True)
-class Case:
-    """What a verdict is about. Sizes count by their magnitude: half a power of two.
+class Case(Subject):
+    """Calls of one kernel. Sizes count by their magnitude: half a power of two.
 
     written  the operator that the site is a call of; "" where it is written out
     traced   as in fuse.qualify.faster
@@ -56,12 +72,28 @@ class Case:
     layout: tuple[str, ...]
 
     @property
-    def key(self) -> str:
-        return hashlib.sha256(repr(self).encode()).hexdigest()[:20]
+    def folder(self) -> str:
+        return self.target
+
+
+@dataclass(frozen=True)
+class Step(Subject):
+    """A step of training by a whole graph on a CPU: its code, its inputs in words, and what may change how long it takes."""
+
+    code: str
+    inputs: tuple[str, ...]
+    device: str
+    versions: str
 
     @property
-    def path(self) -> Path:
-        return settings().cache_dir / self.target / f"verdict-{self.key}.json"
+    def folder(self) -> str:
+        return "cpp"
+
+
+def step_of(code: str, inputs: Sequence[torch.Tensor], compiler: str) -> Step:
+    """``compiler``: what else the compiled graph depends on."""
+    words = tuple(f"{t.dtype} {tuple(t.shape)} {t.stride()} {t.requires_grad}" for t in inputs)
+    return Step(code, words, device_name(torch.device("cpu")), f"{_versions()}, {compiler}")
 
 
 def case_of(call: ExpectedCall, wanted: Sequence[bool], written: str, traced: bool = True) -> Case:
@@ -118,7 +150,7 @@ def _triton() -> str:
 # ------------------------------------------------------------------------------------------------------------- on disk
 
 
-def read(case: Case) -> Verdict | None:
+def read(case: Subject) -> Verdict | None:
     """None where there is none, or what is there is not whole or of another case: it is decided anew."""
     try:
         found = records.read(case.path) or {}
@@ -128,11 +160,11 @@ def read(case: Case) -> Verdict | None:
         return None
 
 
-def write(case: Case, verdict: Verdict) -> None:
+def write(case: Subject, verdict: Verdict) -> None:
     """A folder that cannot be written to costs the next run a measurement."""
     with contextlib.suppress(OSError):
         records.write(case.path, _body(case, verdict))
 
 
-def _body(case: Case, verdict: Verdict) -> dict[str, Any]:
-    return {"format": FORMAT, "verdict": asdict(verdict), "of": asdict(case)}
+def _body(case: Subject, verdict: Verdict) -> dict[str, Any]:
+    return {"format": FORMAT, "verdict": asdict(verdict), "of": asdict(case)}  # type: ignore[call-overload]

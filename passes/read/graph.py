@@ -180,6 +180,13 @@ def autocast_dtype(device: Any, dtype: Any) -> torch.dtype:
     return dtype if isinstance(dtype, torch.dtype) else torch.get_autocast_dtype(str(device))
 
 
+def is_torchs(node: Node) -> bool:
+    """Whether it calls a method or a function that is Python's, torch's or ATen's: no operator that somebody else made."""
+    module = str(getattr(node.target, "__module__", ""))
+    torchs = module.startswith("torch") and ("ops." not in module or module == "torch._ops.aten")
+    return node.op == "call_method" or (node.op == "call_function" and (module == "_operator" or torchs))
+
+
 def writes(node: Node) -> tuple[Node, ...]:
     """The nodes whose storage ``node`` writes."""
     if node.op not in ("call_function", "call_method"):
