@@ -111,7 +111,7 @@ class Call:
 
     def score(self, rows: Extent, key: Tensor) -> tuple[Tensor, Tensor]:
         """The products of queries and keys, and what becomes of them."""
-        raw = self.query(rows) @ key.mT
+        raw = product(self.query(rows), key.mT)
         score = self.entries(self.spec.score, rows, {Score: raw})
         return raw, score.expand(*score.shape[:-1], self.kv_len)
 

@@ -77,7 +77,7 @@ class _Tangent:
         key = call.key()
         found = call.probabilities(rows, key)
         leaves: dict[type[Expr], Tensor] = {Score: found.raw, Prob: found.prob}
-        raw = along.query(rows) @ key.mT + call.query(rows) @ along.key().mT
+        raw = product(along.query(rows), key.mT) + product(call.query(rows), along.key().mT)
         score = raw * call.entries(self.gradient.score, rows, leaves) + self._terms("score", rows, leaves)
         mean = mean_of_rows(spec, found.rate, score)
         for i, p in enumerate(found.extra):

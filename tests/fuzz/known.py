@@ -52,6 +52,14 @@ KNOWN = {
             training=True,
         )
     ),
+    "queries in bfloat16 and keys in float32": Known(  # which FlexAttention multiplies in float32
+        Program(
+            (("x0", "randn(1, 1, n, 16)"), ("x1", "randn(1, 1, m * 16)"), ("x2", "randn(1, 1, m, 16)")),
+            ("return flex_attention(x0, x1.unflatten(2, (-1, 16)), x2)",),
+            lengths=((9, 9), (2, 2)),
+            dtype="bfloat16",
+        )
+    ),
     "one of everything": Known(heads(ATTEND, q=_ONE_ELEMENT, k=_ONE_ELEMENT, v=_ONE_ELEMENT), "triton"),
     "a gate of rows of a batch": Known(
         heads("out = ((q @ k.mT * 0.2).softmax(-1) * x3) @ v", x3="randn(2, 1, 33, 1)"), "triton"

@@ -148,7 +148,7 @@ def normalised(d: Draft) -> None:
 
 TERMS = (
     "p = p + 0.1",
-    "p = p - 0.3 * (q @ k.mT * 0.2).softmax(-1)", "p += (q.flip(-1) @ k.mT).masked_fill(j > i, -1e9).softmax(-1)",
+    "p = p - 0.3 * (q @ k.mT * 0.2).softmax(-1)", "p += (q.flip(-1) @ k.mT).masked_fill(j > i, -1e4).softmax(-1)",
     "p = p * 0.7 + (q @ k.mT * 0.2).softmax(-1) * 0.3; p = p / p.sum(-1, keepdim=True)",
 )  # fmt: skip
 
