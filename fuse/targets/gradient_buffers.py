@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 
 import torch
 from torch import Tensor
 
-from fuse.ir.expr import Load
-from fuse.ir.interval import Range, in_call, range_of
+from fuse.ir.expr import Apply, Const, Index, Load
+from fuse.ir.interval import Leaves, Range, in_call, range_of
 from fuse.ir.spec import AttentionSpec
 from fuse.kernel.destinations import Destination, overlapping
 
@@ -21,6 +22,7 @@ class GradientBuffers:
         self._real: torch.dtype = getattr(torch, spec.lse_dtype)
         self._shared: dict[tuple[int, ...], dict[str, str]] = {}
         self._apart_in: dict[tuple[int, ...], bool] = {}
+        self._whole_in: dict[tuple[int, ...], dict[str, tuple[int, ...]]] = {}
 
     def are_apart(self, sizes: Sequence[int]) -> bool:
         """Whether in this call no two batch indices share a part of a gradient: else no kernel computes it."""
@@ -30,8 +32,24 @@ class GradientBuffers:
             self._apart_in = {key: not overlapping(self._destinations, self._spec, by_name)}
         return self._apart_in[key]
 
-    def zeros(self, operands: Sequence[Tensor], sizes: Sequence[int]) -> dict[str, Tensor]:
-        """A tensor for every destination, by name; one tensor for those that write to different places of an operand."""
+    def whole(self, sizes: Sequence[int]) -> dict[str, tuple[int, ...]]:
+        """The destinations that are all of an operand's gradient, and the shape of which each writes every element."""
+        key = tuple(sizes)
+        if key not in self._whole_in:
+            operands = [to.load.operand for to in self._destinations]
+            alone = [to for to in self._destinations if to.kind == "matrix" and operands.count(to.load.operand) == 1]
+            leaves = self._leaves(dict(zip(self._spec.symbols, sizes, strict=True)))
+            found = {} if 0 in sizes else {to.name: _shape_written(to.load, leaves) for to in alone}  # no kernel runs then
+            self._whole_in = {key: {name: shape for name, shape in found.items() if shape is not None}}
+        return self._whole_in[key]
+
+    def made(
+        self, operands: Sequence[Tensor], sizes: Sequence[int], written: Mapping[str, tuple[int, ...]] = MappingProxyType({})
+    ) -> dict[str, Tensor]:
+        """A tensor of zeros for every destination, by name; one tensor for those that write to different places of an operand.
+
+        written  ``whole``, where the kernel writes all that it can: what has such a shape is not filled
+        """
         key = tuple(sizes)
         if key not in self._shared:
             self._shared = {key: self._first_of(dict(zip(self._spec.symbols, sizes, strict=True)))}
@@ -41,7 +59,8 @@ class GradientBuffers:
             if first in found:
                 found[to.name] = found[first]
             elif to.kind == "matrix":
-                found[to.name] = torch.zeros_like(operand)
+                filled = written.get(to.name) != tuple(operand.shape)
+                found[to.name] = (torch.zeros_like if filled else torch.empty_like)(operand)
             else:
                 outer_first = [operand.shape[d] for d in to.order]
                 memory = torch.zeros(outer_first, dtype=self._real, device=operand.device)
@@ -76,13 +95,30 @@ class GradientBuffers:
         """Whether two destinations write to different places of the same operand."""
         if a.load.operand != b.load.operand or b.kind != "matrix":
             return False
-        leaves = in_call(sizes, {"d": self._spec.qk_dim, "e": self._spec.v_dim})
+        leaves = self._leaves(sizes)
 
         def ranges(load: Load) -> list[Range]:
             return [range_of(c, leaves) for c in load.coords]
 
         pairs = zip(ranges(a.load), ranges(b.load), strict=True)
         return any(x.high < y.low or y.high < x.low for x, y in pairs)
+
+    def _leaves(self, sizes: Mapping[str, int]) -> Leaves:
+        return in_call(sizes, {"d": self._spec.qk_dim, "e": self._spec.v_dim})
+
+
+def _shape_written(load: Load, leaves: Leaves) -> tuple[int, ...] | None:
+    """The shape of which ``load`` reads each element: an index along each dimension, or one for so many of a batch."""
+    axes: list[str] = []
+    for coord in load.coords:
+        divided = isinstance(coord, Apply) and coord.op == "floordiv" and isinstance(coord.operands[1], Const)
+        of = coord.operands[0] if isinstance(coord, Apply) and divided else coord
+        if not isinstance(of, Index):
+            return None
+        axes.append(of.axis)
+    ranges = [range_of(coord, leaves) for coord in load.coords]
+    covered = len(axes) == len(set(axes)) and all(r.low == 0 for r in ranges)
+    return tuple(int(r.high) + 1 for r in ranges) if covered else None
 
 
 def _inverse(order: Sequence[int]) -> list[int]:

@@ -45,6 +45,7 @@ from fuse.torch_private import (
     is_distributed,
     pytree,
     schema,
+    storage_id,
     to_copy,
 )
 
@@ -162,7 +163,7 @@ def trace(
         for node in nodes:
             recorder.running = node
             with _autocast(state_of[node].autocast):
-                env[node] = _run_node(node, env)
+                env[node] = _sharing(node, _run_node(node, env), env)
             if node in roots and storage_of(node) in written:
                 before[node] = env[node].clone()
         return [x if isinstance(x := before.get(n, env[n]), torch.Tensor) else None for n in nodes]
@@ -308,6 +309,23 @@ def _given(node: Node) -> Any:
         return getattr(node.graph.owning_module, str(node.target))
     x = node.meta.get("example_value")
     return float(x) if isinstance(x, torch.SymFloat) else x
+
+
+def _sharing(node: Node, result: Any, env: Mapping[Node, Any]) -> Any:
+    """``result``, or the argument that it is: torch's functionalize takes some operators that may return it (type_as,
+    atleast_2d, broadcast_tensors) for copies, so that what is written to one of both would not be seen in the other.
+    """
+    if not isinstance(result, torch.Tensor) or storage_of(node) is None:
+        return result
+    several = [n for n in node.all_input_nodes if tensor_of(n) is None]  # it takes one of their results
+    arguments = [*node.all_input_nodes, *(n for of in several for n in of.all_input_nodes)]
+    same = [x for n in arguments if isinstance(x := env.get(n), torch.Tensor) and storage_of(n) == storage_of(node)]
+    if not same or any(storage_id(x) == storage_id(result) for x in same):
+        return result
+    for x in same:
+        if (x.dtype, x.size(), x.stride()) == (result.dtype, result.size(), result.stride()):
+            return x
+    raise Declined(NotTraceable(f"{operator_name(node)} returns memory of its argument", location(node)))
 
 
 def _autocast(states: tuple[Autocast, ...]) -> Any:

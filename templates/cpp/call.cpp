@@ -31,6 +31,7 @@ struct Function {
 struct Backward {
     Function function;
     std::vector<int64_t> wanted, sizes, destinations;  // truth values; values of symbols; numbers of operands
+    std::vector<std::vector<int64_t>> shapes;          // for each destination, that of which every element is written, or none
     at::ScalarType lse;
 
     bool is_of(at::IntArrayRef w, at::IntArrayRef s) const { return sizes == s && wanted == w; }

@@ -33,11 +33,12 @@ typedef std::vector<at::Tensor> Gradients(
     const at::Tensor&, at::TensorList, c10::SymIntArrayRef, const at::Tensor&, const at::Tensor&, std::string_view, std::string_view,
     c10::List<bool>, const std::optional<at::Tensor>&);
 
-// As at::zeros_like, which takes longer than the gradients of a few tokens.
-at::Tensor zeros(const at::Tensor& like) {
-    if (like.numel() > 1 << 14 || !like.is_non_overlapping_and_dense()) return at::zeros_like(like);
+// What a gradient is written to: zeros, where not all of it is `written`. Torch's own functions take longer than the gradients
+// of a few tokens.
+at::Tensor buffer(const at::Tensor& like, bool written) {
+    if (!like.is_non_overlapping_and_dense() || (!written && like.numel() > 1 << 14)) return at::zeros_like(like);
     const at::Tensor found = at::detail::empty_strided_cpu(like.sizes(), like.strides(), like.scalar_type());
-    std::memset(found.mutable_data_ptr(), 0, found.nbytes());
+    if (!written) std::memset(found.mutable_data_ptr(), 0, found.nbytes());
     return found;
 }
 
@@ -51,8 +52,11 @@ bool gradients_by_kernel(
         if (!b.is_of(wanted, sizes) || lse.scalar_type() != b.lse) continue;
         std::vector<at::Tensor> all(operands.size());
         found.clear();
-        for (size_t i = 0; i < operands.size(); i++)
-            if (wanted[i]) found.push_back(all[i] = zeros(operands[i]));
+        for (size_t i = 0; i < operands.size(); i++) {
+            if (!wanted[i]) continue;
+            const size_t at = std::find(b.destinations.begin(), b.destinations.end(), int64_t(i)) - b.destinations.begin();
+            found.push_back(all[i] = buffer(operands[i], at < b.shapes.size() && operands[i].sizes() == b.shapes[at]));
+        }
         Arguments arguments(out, lse, out.strides(), operands, sizes);
         arguments.a.push_back(0);
         arguments.add(grad_out);
@@ -109,15 +113,18 @@ TORCH_LIBRARY_IMPL(fuse, AutogradCPU, m) {
 
 }  // namespace
 
-// Of a spec that was taken; `wanted` is as long as there are operands.
+// Of a spec that was taken; `wanted` is as long as there are operands. `shapes`: for each destination its rank, then so many sizes.
 EXPORTED void fuse_take_backward(
     const char* spec, Run* run, int64_t arguments, int64_t operands, const int64_t* wanted, int64_t symbols, const int64_t* sizes,
-    int64_t count, const int64_t* destinations, const char* lse) {
+    int64_t count, const int64_t* destinations, int64_t numbers, const int64_t* shapes, const char* lse) {
+    std::vector<std::vector<int64_t>> written;
+    for (const int64_t* n = shapes; n < shapes + numbers; n += 1 + *n) written.emplace_back(n + 1, n + 1 + *n);
     change([=](Kernels& all) {
         const auto found = all.find(spec);
         if (found == all.end()) return;
         found->second.backward.push_back(
-            {{run, size_t(arguments)}, {wanted, wanted + operands}, {sizes, sizes + symbols}, {destinations, destinations + count}, dtype(lse)});
+            {{run, size_t(arguments)}, {wanted, wanted + operands}, {sizes, sizes + symbols}, {destinations, destinations + count},
+             written, dtype(lse)});
     });
 }
 

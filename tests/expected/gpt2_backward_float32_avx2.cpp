@@ -302,11 +302,14 @@ static void stage(D* dst, int ld, const T* data, Offset offset, Inside inside, i
 }
 // Memory that a call needs. Fresh pages cost a small call more than its arithmetic, so a thread keeps what is no more than MOST_KEPT for
 // its next call of this kernel.
+#ifndef FUSE_MOST_KEPT
 #ifdef __SANITIZE_ADDRESS__
-constexpr int64_t MOST_KEPT = 0;  // what is beside the memory of a call shall not be that of a larger one
+#define FUSE_MOST_KEPT 0  // what lies behind the memory of a call shall not be that of a larger one
 #else
-constexpr int64_t MOST_KEPT = 4 << 20;
+#define FUSE_MOST_KEPT (4 << 20)
 #endif
+#endif
+constexpr int64_t MOST_KEPT = FUSE_MOST_KEPT;
 
 struct Kept {
     char* data = nullptr;

@@ -60,6 +60,34 @@ KNOWN = {
             dtype="bfloat16",
         )
     ),
+    "keys written to under another name": Known(
+        Program(
+            (("x0", "randn(2, n, 16)"), ("x1", "randn(2, m, 16)"), ("x2", "randn(2, m, 8)")),
+            (
+                "t = torch.empty_like(x1)",
+                "t[..., ::2], t[..., 1::2] = x1[..., ::2] * 0.8, x1[..., 1::2] + 0.1",
+                "s = x0 @ t.type_as(x1).mT * 0.25",
+                "t.type_as(x1).mul_(0.5)",
+                "return s.softmax(-1) @ x2, torch.atleast_2d(t).add_(1)",
+            ),
+        )
+    ),
+    "one of two factors in float64": Known(
+        Program(
+            (
+                ("x0", "randn(2, 2, n, 16)"), ("x1", "randn(2, 2, m, 16)"), ("x2", "randn(2, 2, m, 16)"),
+                ("x3", "randn(5, 16)"), ("x4", "randn(5, 16)"),
+            ),
+            (
+                "m = x1.shape[-2]",
+                "p = torch.cat([x0 @ x1.mT * 0.25, x0 @ x3.mT * 0.2], -1).softmax(-1)",
+                "return p[..., m:] @ x4 + p[..., :m] @ x2",
+            ),
+            dtype="float64",
+            training=True,
+        ),
+        "triton",
+    ),
     "one of everything": Known(heads(ATTEND, q=_ONE_ELEMENT, k=_ONE_ELEMENT, v=_ONE_ELEMENT), "triton"),
     "a gate of rows of a batch": Known(
         heads("out = ((q @ k.mT * 0.2).softmax(-1) * x3) @ v", x3="randn(2, 1, 33, 1)"), "triton"

@@ -45,6 +45,7 @@ class CppBackward:
         self._lse_dtype: torch.dtype = getattr(torch, lse_dtype(spec))
         count = argument_count(spec) + 2 + spec.batch + 2 + sum(1 + len(s.order) for s in found)
         self._library = Library(built, "backward", count)
+        self._names = [to.name for to in found]
         self._text = ""
         self._told: set[tuple[int, ...]] = set()
 
@@ -62,7 +63,10 @@ class CppBackward:
             return
         self._told.add(key)
         if (operands := self._gradients.of_operands(sizes)) is not None:
-            op.take_backward(self._text, self._spec, self._library.function, op.BackwardCall(self._wanted, key, operands))
+            found = op.BackwardCall(
+                self._wanted, key, operands, tuple(self._gradients.whole(sizes).get(n, ()) for n in self._names)
+            )
+            op.take_backward(self._text, self._spec, self._library.function, found)
 
     def __call__(
         self, grad_out: Tensor, operands: Sequence[Tensor], sizes: Sequence[int], out: Tensor, lse: Tensor,
@@ -73,7 +77,7 @@ class CppBackward:
         if not self._gradients.are_apart(sizes):
             self._library.runs = left_to_reference(self.runs, "backward", OVERLAPPING)
             return reference.attention_backward(self._spec, grad_out, operands, sizes, self._wanted, "eager", grad_lse)
-        gradients = self._gradients.zeros(operands, sizes)
+        gradients = self._gradients.made(operands, sizes, self._gradients.whole(sizes))
         lse = lse.to(self._lse_dtype)  # the reference's, where it stood in for the forward kernel
         arguments = [torch.get_num_threads(), out.data_ptr(), lse.data_ptr(), *out.stride(), *sizes]
         for tensor in operands:

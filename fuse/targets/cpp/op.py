@@ -46,11 +46,13 @@ class BackwardCall:
     """Gradients of the ``wanted`` operands in calls of ``sizes``, where each is one tensor.
 
     destinations  for each, in the order in which the kernel takes them, the operand that it is the gradient of
+    shapes        for each, that of which the kernel writes every element, or ()
     """
 
     wanted: tuple[bool, ...]
     sizes: tuple[int, ...]
     destinations: tuple[int, ...]
+    shapes: tuple[tuple[int, ...], ...]
 
 
 def torch_command(python: bool = True) -> tuple[str, ...]:
@@ -92,7 +94,7 @@ def _opened(binary: Path) -> Any:
     number, text, run = ctypes.c_int64, ctypes.c_char_p, ctypes.c_void_p
     numbers = ctypes.POINTER(number)
     take.argtypes = (text, run, number, number, number, numbers, text, text)
-    take_backward.argtypes = (text, run, number, *(number, numbers) * 3, text)
+    take_backward.argtypes = (text, run, number, *(number, numbers) * 4, text)
     take.restype = take_backward.restype = None
     library.caller = ctypes.PYFUNCTYPE(ctypes.py_object, ctypes.c_int, text, text, ctypes.py_object)(caller)
     return library
@@ -116,7 +118,10 @@ def take(text: str, spec: AttentionSpec, function: Function) -> None:
 def take_backward(text: str, spec: AttentionSpec, function: Function, call: BackwardCall) -> None:
     """As ``take``, where that was called for ``text``, for calls of the backward pass like ``call``."""
     for library in _loaded:
-        lists = [x for numbers in (call.wanted, call.sizes, call.destinations) for x in (len(numbers), _numbers(numbers))]
+        shapes = [n for shape in call.shapes for n in (len(shape), *shape)]
+        lists = [
+            x for numbers in (call.wanted, call.sizes, call.destinations, shapes) for x in (len(numbers), _numbers(numbers))
+        ]
         library.fuse_take_backward(text.encode(), *_pointer(function), *lists, lse_dtype(spec).encode())
 
 

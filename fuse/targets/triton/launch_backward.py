@@ -89,7 +89,7 @@ class TritonBackward:
         self, plan: TritonBackwardPlan, grad_out: Tensor, operands: Sequence[Tensor], sizes: Sequence[int], out: Tensor,
         lse: Tensor, grad_lse: Tensor | None,
     ) -> list[Tensor]:  # fmt: skip
-        gradients = self._gradients.zeros(operands, sizes)
+        gradients = self._gradients.made(operands, sizes)
         *batch, q_len, kv_len = sizes[: self._spec.batch + 2]
         if math.prod((*batch, q_len, kv_len)):
             known = self._arguments.of(operands, sizes) | strided("grad_out", grad_out) | {"lse": lse}

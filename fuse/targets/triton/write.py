@@ -139,13 +139,15 @@ class TritonWriter:
         op, source = node.op, node.operands[0].dtype
         if op == "cast":
             return self._cast(node, args[0])
+        of_numbers = self.real == "tl.float64" and all(isinstance(a, Const) for a in node.operands[op == "where" :])
         if op == "where":
-            return f"tl.where({', '.join(args)})"
+            chosen = map(self._scalar, args[1:]) if of_numbers and node.dtype in FLOATS else args[1:]
+            return f"tl.where({', '.join((args[0], *chosen))})"
         if op == "not":
             return f"{args[0]} == 0" if source == "bool" else f"~{args[0]}"
         if source not in (*FLOATS, "bool"):
             args = self._widened(node, args)
-        elif self.real == "tl.float64" and all(isinstance(a, Const) for a in node.operands):
+        elif of_numbers:
             args = [self._scalar(a) for a in args]  # of numbers alone Triton computes in float32
         elif op == "pow" and isinstance(node.operands[0], Const):
             args[0] = self._scalar(args[0])  # libdevice takes no number first
