@@ -33,13 +33,12 @@ class GradientBuffers:
         return self._apart_in[key]
 
     def whole(self, sizes: Sequence[int]) -> dict[str, tuple[int, ...]]:
-        """The destinations that are all of an operand's gradient, and the shape of which each writes every element."""
+        """The destinations that may write each element of an operand, and the shape of one of which they do."""
         key = tuple(sizes)
         if key not in self._whole_in:
-            operands = [to.load.operand for to in self._destinations]
-            alone = [to for to in self._destinations if to.kind == "matrix" and operands.count(to.load.operand) == 1]
             leaves = self._leaves(dict(zip(self._spec.symbols, sizes, strict=True)))
-            found = {} if 0 in sizes else {to.name: _shape_written(to.load, leaves) for to in alone}  # no kernel runs then
+            matrices = [to for to in self._destinations if to.kind == "matrix" and 0 not in sizes]  # else no kernel runs
+            found = {to.name: _shape_written(to.load, leaves) for to in matrices}
             self._whole_in = {key: {name: shape for name, shape in found.items() if shape is not None}}
         return self._whole_in[key]
 
@@ -116,9 +115,8 @@ def _shape_written(load: Load, leaves: Leaves) -> tuple[int, ...] | None:
         if not isinstance(of, Index):
             return None
         axes.append(of.axis)
-    ranges = [range_of(coord, leaves) for coord in load.coords]
-    covered = len(axes) == len(set(axes)) and all(r.low == 0 for r in ranges)
-    return tuple(int(r.high) + 1 for r in ranges) if covered else None
+    distinct = len(axes) == len(set(axes))
+    return tuple(int(range_of(coord, leaves).high) + 1 for coord in load.coords) if distinct else None
 
 
 def _inverse(order: Sequence[int]) -> list[int]:
