@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import random
 import statistics
 import time
 from collections.abc import Callable
@@ -53,11 +54,14 @@ class Repeated:
 
 
 def measure(runs: dict[str, Run], seconds: float, enough: float = float("inf")) -> dict[str, Times]:
-    """Rounds over all ways until ``seconds`` are over, at least three; a way that has taken ``enough`` seconds sits out."""
+    """Rounds over all ways until ``seconds`` are over, at least three; a way that has taken ``enough`` seconds sits out.
+
+    Each round has an order of its own: who comes after much memory was given back has it to fetch again.
+    """
     taken: dict[str, list[tuple[float, float]]] = {name: [] for name in runs}
-    start = time.perf_counter()
+    start, order = time.perf_counter(), random.Random(0)
     while time.perf_counter() - start < seconds or len(taken["fuse"]) < 3:
-        for name, run in runs.items():
+        for name, run in order.sample(list(runs.items()), len(runs)):
             if name == "fuse" or sum(wall for _, wall in taken[name]) < enough:
                 if isinstance(run, Repeated):
                     run.run()

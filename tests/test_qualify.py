@@ -368,6 +368,18 @@ def test_a_decision_that_is_not_whole_is_made_again(qualified: Path, damage: str
     assert read(case) == Verdict("kept")
 
 
+@pytest.mark.parametrize("wanted", [(True, False, True), (False, False, False)])
+def test_sdpa_is_timed_as_inductor_calls_it(wanted: tuple[bool, ...]) -> None:
+    """Kernels are called without autograd there, and so is what they are beside: it is half of a short call's time."""
+    matrices = [torch.randn(1, 2, 9, 8) for _ in range(3)]
+    direct, called = (made(F.scaled_dot_product_attention, matrices, wanted) for made in (faster._operators, faster.way))
+    torch.testing.assert_close(direct(), called())
+    with torch.profiler.profile() as run:
+        direct()
+    names = {event.name for event in run.events()}
+    assert any("scaled_dot_product" in name for name in names) and not any("Backward" in name for name in names)
+
+
 def apart(x: Tensor) -> Tensor:
     """The same as a part of a larger tensor: twice as far from row to row."""
     return torch.empty(*x.shape[:-1], 2 * x.shape[-1], device="meta")[..., : x.shape[-1]]

@@ -21,6 +21,7 @@ from fuse.ops.written import caller
 from fuse.passes.find import ATTENTION
 from fuse.qualify.problem import Problem, whole
 from fuse.qualify.torchs_own import rival
+from fuse.torch_private import make_fx
 
 SDPA, PLAIN, PRODUCTS = ATTENTION, "plain operations", "two products"
 _MARGIN = 1.05  # by how much a kernel has to lose: benchmarks/never_slower.py asks for no less
@@ -58,9 +59,10 @@ def times(call: ExpectedCall, wanted: Sequence[bool], called: bool, traced: bool
     found = rival(problem, wanted, bool(call.weights))
     if found is None:
         return None
-    ours = (_traced if traced and not call.weights else _called)(call, problem, wanted)
-    theirs = way(found.attend, found.matrices, found.wanted)
+    direct = traced and not call.weights
     with nullcontext() if called else sdpa_kernel(SDPBackend.MATH):
+        ours = (_traced if direct else _called)(call, problem, wanted)
+        theirs = (_operators if direct else way)(found.attend, found.matrices, found.wanted)
         for _ in range(TRIALS):
             mine, other = in_turn((ours, theirs), call.device)
             measured = Times(mine, other, SDPA if called else PLAIN)
@@ -97,27 +99,43 @@ def _traced(call: ExpectedCall, problem: Problem, wanted: Sequence[bool]) -> Cal
     return run
 
 
-def way(attend: Callable[..., Tensor], tensors: Sequence[Tensor], wanted: Sequence[bool]) -> Call:
+def way(attend: Callable[..., Tensor], tensors: Sequence[Tensor], wanted: Sequence[bool]) -> partial[Any]:
     """A call, with its gradients where they are wanted."""
     leaves = [t.detach().requires_grad_(w) for t, w in zip(tensors, wanted, strict=True)]
     if not any(wanted):
         return partial(torch.no_grad()(attend), *leaves)
-    grad = torch.ones_like(attend(*leaves))
-    wanting = [t for t in leaves if t.requires_grad]
-    return lambda: torch.autograd.grad(attend(*leaves), wanting, grad)
+    return partial(_step, attend, torch.ones_like(attend(*leaves)), *leaves)
+
+
+def _operators(attend: Callable[..., Tensor], tensors: Sequence[Tensor], wanted: Sequence[bool]) -> Call:
+    """As ``way``, by the operators that Inductor calls for it, in which no autograd is left."""
+    call = way(attend, tensors, wanted)
+    if not any(wanted):
+        return call
+    leaves = call.args[2:]
+    graph = make_fx(partial(_step, *call.args[:2]))(*leaves)
+    return partial(torch.no_grad()(graph.forward), *leaves)
+
+
+def _step(attend: Callable[..., Tensor], grad: Tensor, *leaves: Tensor) -> Sequence[Tensor]:
+    return torch.autograd.grad(attend(*leaves), [t for t in leaves if t.requires_grad], grad)
 
 
 def in_turn(ways: Sequence[Call], device: torch.device) -> tuple[float, ...]:
-    """The shortest time of each: what else runs on the machine only ever adds to it. Fuse, the first, may win at once."""
+    """The shortest time of each: what else runs on the machine only ever adds to it. Fuse, the first, may win at once.
+
+    Rounds go forth and back: who comes after much memory was given back has it to fetch again.
+    """
     seconds = _on_gpu if device.type == "cuda" else _on_cpu
     for way in ways:
         seconds(way, 1)
-    best = tuple(seconds(way, 1) for way in ways)
-    for _ in range(_ROUNDS):
+    best = [seconds(way, 1) for way in ways]
+    for turn in range(_ROUNDS):
         if best[0] * _CLEAR < min(best[1:], default=0.0):
             break
-        best = tuple(min(b, seconds(way, max(1, int(_LEAST / b)))) for b, way in zip(best, ways, strict=True))
-    return best
+        for i in range(len(ways))[:: -1 if turn % 2 else 1]:
+            best[i] = min(best[i], seconds(ways[i], max(1, int(_LEAST / best[i]))))
+    return tuple(best)
 
 
 def _on_cpu(call: Call, count: int) -> float:

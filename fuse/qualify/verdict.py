@@ -78,7 +78,7 @@ class Case(Subject):
 
 @dataclass(frozen=True)
 class Step(Subject):
-    """A step of training by a whole graph on a CPU: its code, its inputs in words, and what may change how long it takes."""
+    """A call of a whole graph on a CPU: its code, its inputs in words, and what may change how long it takes."""
 
     code: str
     inputs: tuple[str, ...]
@@ -92,7 +92,8 @@ class Step(Subject):
 
 def step_of(code: str, inputs: Sequence[torch.Tensor], compiler: str) -> Step:
     """``compiler``: what else the compiled graph depends on."""
-    words = tuple(f"{t.dtype} {tuple(t.shape)} {t.stride()} {t.requires_grad}" for t in inputs)
+    trained = torch.is_grad_enabled()
+    words = tuple(f"{t.dtype} {tuple(t.shape)} {t.stride()} {trained and t.requires_grad}" for t in inputs)
     return Step(code, words, device_name(torch.device("cpu")), f"{_versions()}, {compiler}")
 
 
