@@ -5,6 +5,7 @@ problem = of_operators("ints", "query", "float32")
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from functools import reduce
 
@@ -51,6 +52,19 @@ def _bools(x: Expr, n: Expr) -> list[Expr]:
     ]
 
 
+def _extremes(x: Expr, n: Expr) -> list[Expr]:
+    """At infinities too; a result that is one, or NaN, is a number of its own. No finite one is beyond float32."""
+    far = op("where", op("gt", n, 5), math.inf, op("where", op("lt", n, -5), -math.inf, op("mul", op("tanh", x), 80.0)))
+    size = op("abs", far)
+    found = [op(name, far) for name in ("neg", "exp", "exp2", "expm1", "tanh", "sigmoid", "erf", "sign", "reciprocal")]
+    found += [op(name, size) for name in ("log", "log2", "log1p", "sqrt", "rsqrt", "abs")]
+    found += [op(name, far, 0.5) for name in ("minimum", "maximum", "add", "div")] + [op("sub", far, far)]
+    nan, infinite = ([expr.apply(name, y, dtype="bool") for y in found] for name in ("isnan", "isinf"))
+    told = [op("where", odd, 2.0, op("sign", y)) for odd, y in zip(infinite, found, strict=True)]
+    finite = [op("where", op("or", a, b), 0.0, y) for a, b, y in zip(nan, infinite, found, strict=True)]
+    return [*finite, *(op("where", odd, 3.0, y) for odd, y in zip(nan, told, strict=True))]
+
+
 def _sum(terms: list[Expr]) -> Expr:
     return reduce(lambda a, b: op("add", a, b), terms)
 
@@ -67,6 +81,7 @@ def of_operators(kind: str, level: str, dtype: str = "float32") -> Problem:
 
 KINDS: dict[str, Callable[[Expr, Expr], list[Expr]]] = {
     "floats": lambda x, n: _floats(x),
+    "extremes": _extremes,
     "ints": lambda x, n: _ints(n),
     "narrow_ints": lambda x, n: _ints(op("sub", op("mul", cast(cast(n, "int32"), "int64"), 1), 1)),
     "bools": _bools,
