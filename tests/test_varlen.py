@@ -17,7 +17,8 @@ from torch.nn.attention import varlen
 from torch.nn.attention.varlen import AuxRequest, varlen_attn
 
 import fuse
-from fuse.report.reasons import ProbabilitiesUsed
+from fuse.passes.read.varlen import varlen_as_products
+from fuse.report.reasons import Declined, ProbabilitiesUsed
 
 Attend = Callable[..., Any]
 ENDS = (0, 70, 70, 75, 160, 190)  # the second sequence is empty
@@ -404,3 +405,15 @@ def test_a_log_sum_exp_that_is_read_before_the_result_leaves_the_call_as_it_was(
     fused, report = fuse.transform(traced, *Packed().tensors(), cumulative(ENDS))
     assert [type(site.reason) for site in report.sites] == [ProbabilitiesUsed]
     assert [n.target for n in fused.graph.nodes if n.op != "call_module"] == [n.target for n in traced.graph.nodes]
+
+
+@pytest.mark.parametrize(("given", "read"), [({"num_splits": 2}, True), ({"backend": 1}, True), ({"unheard_of": 1}, False)])
+def test_what_only_says_how_it_is_computed_is_no_matter(given: dict[str, Any], read: bool) -> None:
+    """From torch 2.15 on the operator is told which of torch's kernels computes it."""
+    ends = cumulative(ENDS)
+    tensors = dict(zip(("query", "key", "value"), Packed().tensors(), strict=True))
+    if read:
+        assert varlen_as_products(**tensors, cu_seq_q=ends, cu_seq_k=ends, **given)[0].shape == tensors["query"].shape
+    else:
+        with pytest.raises(Declined, match="unheard_of"):
+            varlen_as_products(**tensors, cu_seq_q=ends, cu_seq_k=ends, **given)

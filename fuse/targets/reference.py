@@ -261,9 +261,8 @@ def check_mask(spec: AttentionSpec, operands: Sequence[Tensor], sizes: Sequence[
     _require(bool((low | torch.isclose(found, visible, equal_nan=True)).all()), "visible is not the score")
     hidden = score[~predicate]
     highest = mask.fill + (FILL_SLACK if mask.fill == -math.inf else max(FILL_SLACK, -mask.fill / 128))
-    _require(
-        bool(((hidden <= highest) | hidden.isnan()).all()), "a masked score exceeds fill"
-    )  # NaN is not looked at: numerics
+    unseen = hidden.isnan() | (hidden == math.inf)  # which is not looked at: docs/numerics.md
+    _require(bool(((hidden <= highest) | unseen).all()), "a masked score exceeds fill")
     claimed = torch.ones_like(predicate) if mask.residual is None else entries(mask.residual)
     position = torch.arange(call.kv_len, device=call.device)
     for name, bound in (("lower", mask.lower), ("upper", mask.upper)):

@@ -18,7 +18,8 @@ from fuse.torch_private import OpOverload, OpOverloadPacket, packet_name, safe_s
 
 VARLEN = "_varlen_attn"
 VARLEN_OUT = "_varlen_attn_out"
-_NO_MATTER = ("max_q", "max_k", "enable_gqa", "num_splits")  # bounds of lengths, a permission, an order of sums
+# Bounds of lengths, a permission, an order of sums, and which of torch's kernels computes it
+_NO_MATTER = ("max_q", "max_k", "enable_gqa", "num_splits", "backend")
 VARLEN_LSE: Calls = (
     (torch.ops.aten.nan_to_num.default, (math.nan, math.inf, math.inf)),  # infinity where nothing is seen
     (torch.ops.aten.to.dtype, (torch.float32,)),
