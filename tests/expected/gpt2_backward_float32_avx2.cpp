@@ -421,7 +421,7 @@ F_UNARY(f_sqrt, R(sqrt(x)))
 INLINE R f_exp(R x) { return R(exp(x)); }
 INLINE R f_exp2(R x) { return R(exp2(x)); }
 INLINE R f_tanh(R x) { return R(tanh(x)); }
-INLINE VR f_exp2(VR x) { return x > R(127.99999) ? real(bits(x) * 0 + bits(vr(R(INFINITY)))) * (x - x + R(1)) : exp2_lanes(x); }
+INLINE VR f_exp2(VR x) { return x > R(127.99999) ? vr(R(INFINITY)) : exp2_lanes(x); }
 INLINE VR f_exp(VR x) {
     if constexpr (sizeof(R) == 8) return lanewise(x, [](R y) { return R(exp(y)); });
     const VR y = x * R(1.44269504088896341);

@@ -420,7 +420,7 @@ F_UNARY(f_sqrt, R(sqrt(x)))
 INLINE R f_exp(R x) { return R(exp(x)); }
 INLINE R f_exp2(R x) { return R(exp2(x)); }
 INLINE R f_tanh(R x) { return R(tanh(x)); }
-INLINE VR f_exp2(VR x) { return x > R(127.99999) ? real(bits(x) * 0 + bits(vr(R(INFINITY)))) * (x - x + R(1)) : exp2_lanes(x); }
+INLINE VR f_exp2(VR x) { return x > R(127.99999) ? vr(R(INFINITY)) : exp2_lanes(x); }
 INLINE VR f_exp(VR x) {
     if constexpr (sizeof(R) == 8) return lanewise(x, [](R y) { return R(exp(y)); });
     const VR y = x * R(1.44269504088896341);
@@ -1126,17 +1126,19 @@ template <int N> static void load_queries(const InPlace&, const BatchIndex& b, L
 
 // Sums of products over the features, W keys at a time: their partial sums are transposed and added.
 template <int N> static void score_product(const InPlace::Part& part, LaneScratch& w, int nq, int nk) {
-    for (int q = 0; q < nq; q++)
-        for (int k0 = 0; k0 < nk; k0 += W) {
+    for (int k0 = 0; k0 < nk; k0 += W)
+        for (int q = 0; q < nq; q++) {
             VR x[W];
             const int keys = nk - k0 < W ? nk - k0 : W;
             for (int k = 0; k < W; k++) {
-                x[k] = VR{};
+                VR products = {};  // in a register, where an element of x would not be
                 const Bf16* row = part.key + (k0 + (k < keys ? k : 0)) * part.key_row;
+#pragma GCC unroll 8
                 for (int d = 0; d < D; d += W) {
                     if (sizeof *row == 4) __builtin_prefetch(row + AHEAD * part.key_row + d);
-                    x[k] += features<D>(row, d) * load(w.query_rows + q * DR + d);
+                    products += features<D>(row, d) * load(w.query_rows + q * DR + d);
                 }
+                x[k] = products;
             }
             transpose(x);
             VR sum = x[0];
@@ -1147,8 +1149,8 @@ template <int N> static void score_product(const InPlace::Part& part, LaneScratc
 
 template <int N> static void value_product(const InPlace::Part& part, LaneScratch& w, int nq, int nk, const VR* alpha) {
     constexpr int CHUNK = 4 * W;  // results kept in registers
-    for (int q = 0; q < nq; q++)
-        for (int e0 = 0; e0 < DVR; e0 += CHUNK) {
+    for (int e0 = 0; e0 < DVR; e0 += CHUNK)
+        for (int q = 0; q < nq; q++) {
             R* out = w.out_rows + q * DVR + e0;
             VR sum[4];
 #pragma GCC unroll 4
