@@ -62,7 +62,7 @@ def times(call: ExpectedCall, wanted: Sequence[bool], called: bool, traced: bool
     direct = traced and not call.weights
     with nullcontext() if called else sdpa_kernel(SDPBackend.MATH):
         ours = (_traced if direct else _called)(call, problem, wanted)
-        theirs = (_operators if direct else way)(found.attend, found.matrices, found.wanted)
+        theirs = way(found.attend, found.matrices, found.wanted, direct)
         for _ in range(TRIALS):
             mine, other = in_turn((ours, theirs), call.device)
             measured = Times(mine, other, SDPA if called else PLAIN)
@@ -99,22 +99,14 @@ def _traced(call: ExpectedCall, problem: Problem, wanted: Sequence[bool]) -> Cal
     return run
 
 
-def way(attend: Callable[..., Tensor], tensors: Sequence[Tensor], wanted: Sequence[bool]) -> partial[Any]:
-    """A call, with its gradients where they are wanted."""
+def way(attend: Callable[..., Tensor], tensors: Sequence[Tensor], wanted: Sequence[bool], direct: bool = False) -> Call:
+    """A call, with its gradients where they are wanted; ``direct``: by the operators that Inductor calls for them, in which no
+    autograd is left."""
     leaves = [t.detach().requires_grad_(w) for t, w in zip(tensors, wanted, strict=True)]
     if not any(wanted):
         return partial(torch.no_grad()(attend), *leaves)
-    return partial(_step, attend, torch.ones_like(attend(*leaves)), *leaves)
-
-
-def _operators(attend: Callable[..., Tensor], tensors: Sequence[Tensor], wanted: Sequence[bool]) -> Call:
-    """As ``way``, by the operators that Inductor calls for it, in which no autograd is left."""
-    call = way(attend, tensors, wanted)
-    if not any(wanted):
-        return call
-    leaves = call.args[2:]
-    graph = make_fx(partial(_step, *call.args[:2]))(*leaves)
-    return partial(torch.no_grad()(graph.forward), *leaves)
+    step: Callable[..., object] = partial(_step, attend, torch.ones_like(attend(*leaves)))
+    return partial(torch.no_grad()(make_fx(step)(*leaves).forward) if direct else step, *leaves)
 
 
 def _step(attend: Callable[..., Tensor], grad: Tensor, *leaves: Tensor) -> Sequence[Tensor]:
