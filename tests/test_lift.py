@@ -41,6 +41,17 @@ def test_of_heads_and_positions_that_share_a_value_the_positions_are_the_queries
     assert to_text(spec.query).endswith("[b0, b1, q, d]") and to_text(spec.key).endswith("[b0, k, d]")
 
 
+@pytest.mark.parametrize("view", [lambda x: torch.einsum("qkhb->bhqk", x), lambda x: x.permute(3, 2, 0, 1)])
+def test_an_einsum_of_one_operand_is_the_view_that_it_is(view: Callable[[Tensor], Tensor]) -> None:
+    """Though torch's functionalize takes it for a copy."""
+
+    def program(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
+        return (q @ k.mT + view(bias)).softmax(-1) @ v
+
+    spec = pass_over(program, *heads(), torch.randn(9, 9, 3, 2)).spec
+    assert to_text(spec.score) == "score + operand0[q, b1, b0, k]"  # of a copy whose keys lie side by side
+
+
 def test_a_packed_projection_is_one_operand() -> None:
     def program(x: Tensor) -> Tensor:
         q, k, v = x.view(2, 9, 3, 4, 16).permute(2, 0, 3, 1, 4).unbind(0)

@@ -83,7 +83,8 @@ def test_products_and_sums_become_one_instruction_whatever_tritons_default(found
 
 
 def test_a_launch_costs_little_on_the_host(found: dict[str, Any]) -> None:
-    assert found["microseconds"] < 100  # 10 on an idle machine; Triton's own way took 16
+    """By what Python calls for it, which does not depend on the machine as its time does."""
+    assert found["calls"] < 120
 
 
 def test_tritons_own_launcher_gives_the_driver_every_parameter_in_its_place(tmp_path: Path) -> None:

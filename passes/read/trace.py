@@ -163,7 +163,8 @@ def trace(
         for node in nodes:
             recorder.running = node
             with _autocast(state_of[node].autocast):
-                env[node] = _sharing(node, _run_node(node, env), env)
+                ran = _run_node(node, env)
+                env[node] = _sharing(node, ran, env) if storage_of(node) in written else ran
             if node in roots and storage_of(node) in written:
                 before[node] = env[node].clone()
         return [x if isinstance(x := before.get(n, env[n]), torch.Tensor) else None for n in nodes]
@@ -314,8 +315,9 @@ def _given(node: Node) -> Any:
 def _sharing(node: Node, result: Any, env: Mapping[Node, Any]) -> Any:
     """``result``, or the argument that it is: torch's functionalize takes some operators that may return it (type_as,
     atleast_2d, broadcast_tensors) for copies, so that what is written to one of both would not be seen in the other.
+    Declines where it is another view of the argument's memory.
     """
-    if not isinstance(result, torch.Tensor) or storage_of(node) is None:
+    if not isinstance(result, torch.Tensor):
         return result
     several = [n for n in node.all_input_nodes if tensor_of(n) is None]  # it takes one of their results
     arguments = [*node.all_input_nodes, *(n for of in several for n in of.all_input_nodes)]
