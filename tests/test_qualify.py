@@ -380,6 +380,23 @@ def test_sdpa_is_timed_as_inductor_calls_it(wanted: tuple[bool, ...]) -> None:
     assert any("scaled_dot_product" in name for name in names) and not any("Backward" in name for name in names)
 
 
+@pytest.mark.parametrize("moments", [{5: 0.5, 9: 0.3}, {4: 0.4, 6: 3.0, 7: 3.0}, dict.fromkeys(range(6, 10), 4.0)])
+def test_a_moment_in_which_the_machine_is_faster_or_slower_decides_nothing(
+    moments: dict[int, float], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """``moments``: what measurements, by number, take of their time."""
+    taken = iter(range(100))
+    monkeypatch.setattr(faster, "_on_cpu", lambda way, count: way() * moments.get(next(taken), 1.0))
+    ours, other = faster.in_turn([lambda: 1.2, lambda: 1.0], torch.device("cpu"))
+    assert ours == pytest.approx(1.2 * other) and next(taken) == 2 * (2 + faster._ROUNDS)
+
+
+def test_one_way_takes_what_it_takes_in_the_middle_of_its_rounds(monkeypatch: pytest.MonkeyPatch) -> None:
+    times = iter([9.0, 9.0, 5.0, 1.0, 2.0, 4.0, 3.0])
+    monkeypatch.setattr(faster, "_on_cpu", lambda way, count: next(times))
+    assert faster.in_turn([lambda: None], torch.device("cpu")) == (3.0,)
+
+
 def apart(x: Tensor) -> Tensor:
     """The same as a part of a larger tensor: twice as far from row to row."""
     return torch.empty(*x.shape[:-1], 2 * x.shape[-1], device="meta")[..., : x.shape[-1]]

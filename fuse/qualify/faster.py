@@ -26,7 +26,8 @@ from fuse.torch_private import make_fx
 SDPA, PLAIN, PRODUCTS = ATTENTION, "plain operations", "two products"
 _MARGIN = 1.05  # by how much a kernel has to lose: benchmarks/never_slower.py asks for no less
 _CLEAR = 2.0  # by how much it may win at once
-_ROUNDS, _LEAST, TRIALS = 5, 2e-3, 2  # in turn; seconds of one round; measurements, all of which it has to lose
+_ROUNDS, _LEAST, TRIALS = 5, 2e-3, 2  # in turn; seconds of one way in a round; measurements, all of which it has to lose
+_SHORT = 5e-3  # seconds of a call to which it matters what another way has left in the caches
 _MEMORY = 0.25  # of what is free: more than that is not taken to hold scores
 Call = Callable[[], object]
 
@@ -113,21 +114,26 @@ def _step(attend: Callable[..., Tensor], grad: Tensor, *leaves: Tensor) -> Seque
     return torch.autograd.grad(attend(*leaves), [t for t in leaves if t.requires_grad], grad)
 
 
-def in_turn(ways: Sequence[Call], device: torch.device) -> tuple[float, ...]:
-    """The shortest time of each: what else runs on the machine only ever adds to it. Fuse, the first, may win at once.
+def in_turn(ways: Sequence[Call], device: torch.device, rounds: int = _ROUNDS) -> tuple[float, ...]:
+    """Seconds of each in one round: that in the middle, by the first's over the fastest of the others. A machine that others
+    use too is at times faster and at times slower for all that a round calls, but the shortest time of one way may be of
+    another moment than that of the other. Fuse, the first, may win at once.
 
     Rounds go forth and back: who comes after much memory was given back has it to fetch again.
     """
     seconds = _on_gpu if device.type == "cuda" else _on_cpu
     for way in ways:
         seconds(way, 1)
-    best = [seconds(way, 1) for way in ways]
-    for turn in range(_ROUNDS):
-        if best[0] * _CLEAR < min(best[1:], default=0.0):
-            break
+    first = [seconds(way, 1) for way in ways]
+    if first[0] * _CLEAR < min(first[1:], default=0.0):
+        return tuple(first)
+    found = []
+    for turn in range(rounds):
+        taken = list(first)
         for i in range(len(ways))[:: -1 if turn % 2 else 1]:
-            best[i] = min(best[i], seconds(ways[i], max(1, int(_LEAST / best[i]))))
-    return tuple(best)
+            taken[i] = seconds(ways[i], max(2 if first[i] < _SHORT else 1, int(_LEAST / first[i])))
+        found.append(tuple(taken))
+    return sorted(found, key=lambda round: round[0] / min(round[1:], default=1.0))[rounds // 2]
 
 
 def _on_cpu(call: Call, count: int) -> float:

@@ -24,7 +24,7 @@ from fuse.torch_private import disable_current_modes, saves_by_hooks
 log = logging.getLogger(__name__)
 _BYTES = 4 * 2**20  # of all inputs: a graph with more has work that outweighs what it costs by itself
 _LITTLE = 1e-2  # seconds of a call, of which what a graph costs by itself is too little to be told from noise
-_TRIALS = 4  # the first calls of what has just been compiled take half as long again
+_ROUNDS = 25  # more than at a site: the first calls of what has just been compiled take half as long again
 Graph = Callable[..., Sequence[Any]]
 
 
@@ -85,7 +85,7 @@ class Contest:
         with disable_current_modes(), torch.random.fork_rng(devices=[]):
             inputs = [x.detach().clone().requires_grad_(x.requires_grad) for x in args]
             ways = [partial(_step, graph, inputs) for graph in (self.compiled, self.plain.forward)]
-            ours, others = map(min, zip(*(faster.in_turn(ways, torch.device("cpu")) for _ in range(_TRIALS)), strict=True))
+            ours, others = faster.in_turn(ways, torch.device("cpu"), _ROUNDS)
         times = faster.Times(ours, others, "its graph, operator by operator")
         return Verdict("slower" if times.lost and others <= _LITTLE else "kept", str(times))
 
