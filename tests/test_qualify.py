@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import subprocess
 import sys
 import time
@@ -366,6 +367,20 @@ def test_a_decision_that_is_not_whole_is_made_again(qualified: Path, damage: str
     assert read(case) is None
     write(case, Verdict("kept"))
     assert read(case) == Verdict("kept")
+
+
+@pytest.mark.parametrize(
+    ("found", "exact", "eager", "wrong"),
+    [
+        (True, True, True, False), (True, True, False, True), (True, False, True, False), (True, False, False, True),
+        (False, True, True, True), (False, True, False, False), (False, False, True, False), (False, False, False, False),
+    ],
+)  # fmt: skip
+def test_nan_is_asked_for_where_eager_and_float64_have_it_and_allowed_where_eager_has(
+    found: bool, exact: bool, eager: bool, wrong: bool
+) -> None:
+    tensors = (torch.tensor(math.nan if nan else 1.0) for nan in (found, exact, eager))
+    assert bool(right.misplaced_nan(*tensors)) == wrong
 
 
 @pytest.mark.parametrize("wanted", [(True, False, True), (False, False, False)])
