@@ -162,6 +162,23 @@ def test_a_program_is_packaged_and_runs_in_a_new_process(tmp_path: Path) -> None
     assert in_cpp(tmp_path, fused, x, model(x).detach()) < 1e-5
 
 
+class InBfloat16(nn.Module):
+    """Nothing but attention: what else asks the system for a matrix unit would have asked for its kernels too."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        heads = x.bfloat16().unflatten(-1, (4, 16)).transpose(1, 2)
+        return scaled_dot_product_attention(heads, heads, heads).transpose(1, 2).flatten(2).float()
+
+
+@pytest.mark.compiler
+def test_a_package_in_bfloat16_runs_without_python(tmp_path: Path) -> None:
+    """Whose kernels may need a matrix unit, for which a process has to ask."""
+    model, x = InBfloat16(), torch.randn(2, 77, 64)
+    fused, _ = fuse.transform(export(model, (x,)))
+    torch._inductor.aoti_compile_and_package(fused, package_path=str(tmp_path / "package.pt2"))
+    assert in_cpp(tmp_path, fused, x, model(x)) < 0.05
+
+
 def in_cpp(folder: Path, fused: ExportedProgram, x: Tensor, expected: Tensor) -> float:
     """How far the package's result is from ``expected`` in a process without Python, with the library of its kernels."""
     library = fuse.save_library(fused, folder / "attention")

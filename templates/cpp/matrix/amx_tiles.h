@@ -1,3 +1,10 @@
+#include <sys/syscall.h>
+#include <unistd.h>
+
+// Linux grants tiles to a process that asks, and ends others at the first use (Documentation/arch/x86/xstate.rst). Python has
+// asked before it chose them; a program that loads a kernel without Python, or is made of it, asks here.
+static const long tiles_asked = syscall(SYS_arch_prctl, 0x1023 /* ARCH_REQ_XCOMP_PERM */, 18 /* XTILEDATA */);
+
 // The tile instructions the matrix core needs. Inline asm, because gcc 12's intrinsics are unsafe: _tile_loadconfig
 // declares 8 of the 64 bytes it reads, and _tile_loadd has no memory clobber, so that earlier stores may sink below it.
 INLINE void tile_configure(const TileConfig& config) { asm volatile("ldtilecfg %0" ::"m"(config)); }
