@@ -9,26 +9,24 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import pytest
-import torch
 from fuzz.known import KNOWN, Known
 from fuzz.profiles import SHARES, Part, Share, least, parts
 from fuzz.program import Program
 from fuzz.run import Verdict, verdicts
+from problems import own_products
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore"),
     pytest.mark.filterwarnings("error:fuse .* attention without its kernels"),
 ]
+TIERS = {"triton": [pytest.mark.triton], "reference": []}  # by target; the others need a compiler
 
 
 @pytest.fixture(autouse=True)
 def products() -> Iterator[None]:
-    """Not by oneDNN, which with AMX carries NaN of a row into the row before it in bfloat16, in eager as in the reference."""
-    with torch.backends.mkldnn.flags(enabled=False):
+    """In eager as in the reference."""
+    with own_products():
         yield
-
-
-TIERS = {"triton": [pytest.mark.triton], "reference": []}  # by target; the others need a compiler
 
 
 def tier(share: Share) -> list[pytest.MarkDecorator]:

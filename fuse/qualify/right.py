@@ -194,7 +194,7 @@ def _compared(part: _Part, found: Tensor, allowed: float, size: float) -> Findin
 def misplaced_nan(found: Tensor, exact: Tensor, eager: Tensor) -> Tensor:
     """Where ``found`` is NaN and eager is not, or is not where both eager and float64 are.
 
-    Eager may have more: with AMX, torch's products in bfloat16 of an odd number of terms, such as keys, let NaN of a row into
-    the row before (torch 2.13).
+    Eager may have more: with AMX, torch's products in bfloat16 let NaN of a row into the row before, where the number of their
+    terms, such as keys, is odd, and at many beyond 32 (torch 2.13).
     """
     return found.isnan() & ~eager.isnan() | ~found.isnan() & eager.isnan() & exact.isnan()
