@@ -181,6 +181,15 @@ def local_keys(kv_len: int) -> Problem:
     return Problem(spec, [base.operands[0], key, value], base.sizes)
 
 
+def unfolded_keys(kv_len: int) -> Problem:
+    """Keys are the windows of a vector at each 8th element, which share half of it."""
+    base = problem("float32", batch=(), q_len=8, kv_len=kv_len)
+    operands = (base.spec.operands[0], Operand(1, "float32"), base.spec.operands[2])
+    vector = rand(16 + 8 * (kv_len - 1), seed=2)
+    spec = replace(base.spec, operands=operands, key=load(vector, 1, op("add", op("mul", K, 8), D)))
+    return Problem(spec, [base.operands[0], vector, base.operands[2]], base.sizes)
+
+
 def amid_nan(p: Problem) -> Problem:
     """Every operand of floats is a part of a tensor that holds no numbers around it."""
 

@@ -18,6 +18,7 @@ from problems import (
     B0,
     B1,
     CASES,
+    KV_LEN,
     Q_LEN,
     RANDOM_CASES,
     D,
@@ -219,6 +220,18 @@ def flat_rows(dtype: str) -> Problem:
 @case
 def flat_rows_of_any_length(dtype: str) -> Problem:
     return _flat(dtype, Q_LEN)
+
+
+@case
+def views_of_vectors(dtype: str) -> Problem:
+    """Rows one after the other in the query and the value, features in the key."""
+    base = problem(dtype, batch=())
+    width = base.spec.qk_dim
+    places = [op("add", op("mul", Q, width), D), op("add", op("mul", D, KV_LEN), K), op("add", op("mul", K, width), E)]
+    vectors = [base.operands[0].flatten(), base.operands[1].T.flatten(), base.operands[2].flatten()]
+    parts = [load(t, i, at) for i, (t, at) in enumerate(zip(vectors, places, strict=True))]
+    spec = replace(base.spec, operands=(Operand(1, dtype),) * 3, query=parts[0], key=parts[1], value=parts[2])
+    return Problem(spec, vectors, base.sizes)
 
 
 @case

@@ -29,6 +29,7 @@ from problems import (
     op,
     problem,
     rand,
+    unfolded_keys,
 )
 from specs import CASES, RANDOM_CASES
 
@@ -47,7 +48,7 @@ from fuse.targets.triton.launch_backward import TritonBackward  # noqa: E402
 # Each a path of its own: shapes and strides, tiles that are skipped, rows that are computed again, what terms are summed over.
 GRADIENTS = (
     "no_batch", "one_query", "one_key", "empty_batch", "head_dim_80", "value_narrower_than_key", "grouped_query",
-    "features_strided", "packed_qkv", "packed_qkv_head_dim_24", "flat_rows", "flat_rows_of_any_length",
+    "features_strided", "packed_qkv", "packed_qkv_head_dim_24", "flat_rows", "flat_rows_of_any_length", "views_of_vectors",
     "one_query_and_one_key_without_their_indices", "causal_long", "causal_offset",
     "causal_more_queries_than_keys", "window", "padding", "left_padding_and_causal", "documents", "dense_additive",
     "shard_of_a_window",
@@ -233,7 +234,9 @@ def test_heads_share_keys_and_values_crosswise() -> None:
     check(p, run(p, kernel(p)), floats(p))
 
 
-@pytest.mark.parametrize("p, left", [(local_keys(8), False), (local_keys(16), True), (one_key_for_all(20), True)])
+@pytest.mark.parametrize(
+    "p, left", [(local_keys(8), False), (local_keys(16), True), (one_key_for_all(20), True), (unfolded_keys(9), True)]
+)
 def test_calls_with_overlapping_keys_are_left_to_the_reference(p: Problem, left: bool) -> None:
     backward = kernel(p)
     check(p, run(p, backward), floats(p))

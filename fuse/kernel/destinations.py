@@ -50,7 +50,7 @@ def destinations(spec: AttentionSpec, wanted: Sequence[bool]) -> tuple[Destinati
     loads = {"query": spec.query, "key": spec.key, "value": spec.value}
     found = [Destination(name, x, "matrix", tuple(range(len(x.coords)))) for name, x in loads.items() if wanted[x.operand]]
     if shared := overlapping(found, spec):
-        raise Unsupported(f"batch indices share parts of {', '.join(shared)}")
+        raise Unsupported(f"batch indices or positions share parts of {', '.join(shared)}")
     found += [_term(f"term{i}", term) for i, term in enumerate(of.terms)]
     for to in found:
         inner = [n for c in to.load.coords for n in expr.walk(c) if isinstance(n, Load)]
@@ -76,15 +76,35 @@ def _separate(to: Destination, extents: Mapping[str, int], sizes: Mapping[str, i
         if not inner:
             continue
         terms = _terms_of(coord)
-        moved = [x for x in terms if expr.axes(x) & inner]
-        if len(moved) != 1 or not isinstance(moved[0], Index):
+        steps = [_step(x, sizes) for x in terms if expr.axes(x) & inner]
+        if None in steps:
             return False
+        reach = 0.0  # how far indices with smaller steps than the next one get
+        for size, axis in sorted(filter(None, steps)):
+            seen.append(axis)
+            if extents[axis] > 1:
+                if size <= reach < math.inf:
+                    return False
+                reach += size * (extents[axis] - 1)
         # x + m f(batch): other batch indices are elsewhere where x is less than m
         step = math.gcd(*(_multiple(x, sizes) for x in terms if expr.axes(x) - inner))
-        if 0 < step < extents[moved[0].axis]:
+        if 0 < step <= reach < math.inf:
             return False
-        seen.append(moved[0].axis)
     return len(seen) == len(set(seen)) and all(extents[axis] <= 1 for axis in to.once)
+
+
+def _step(node: Expr, sizes: Mapping[str, int]) -> tuple[float, str] | None:
+    """How far apart neighbours along an index are, and the index; infinity by a size that is not known. None: otherwise."""
+    if isinstance(node, Index):
+        return 1, node.axis
+    if not isinstance(node, Apply) or node.op != "mul" or not any(isinstance(a, Index) for a in node.operands):
+        return None
+    axis, by = sorted(node.operands, key=lambda a: not isinstance(a, Index))
+    if not isinstance(axis, Index) or not _of_sizes(by):
+        return None
+    known = sizes.keys() >= set(expr.symbols(by))
+    size = int(Grid.over({}, sizes, ()).evaluate(by)) if known else math.inf
+    return (size, axis.axis) if size > 0 else None
 
 
 def _terms_of(node: Expr) -> list[Expr]:
@@ -99,8 +119,12 @@ def _multiple(node: Expr, sizes: Mapping[str, int]) -> int:
         return math.prod(_multiple(a, sizes) for a in node.operands)
     if isinstance(node, Symbol):
         return sizes.get(node.name, 0)
-    of_sizes = all(isinstance(n, (Apply, Const, Symbol)) for n in expr.walk(node)) and sizes.keys() >= set(expr.symbols(node))
-    return int(Grid.over({}, sizes, ()).evaluate(node)) if of_sizes else 1
+    known = _of_sizes(node) and sizes.keys() >= set(expr.symbols(node))
+    return int(Grid.over({}, sizes, ()).evaluate(node)) if known else 1
+
+
+def _of_sizes(node: Expr) -> bool:
+    return all(isinstance(n, (Apply, Const, Symbol)) for n in expr.walk(node))
 
 
 def _term(name: str, term: Term) -> Destination:

@@ -14,7 +14,7 @@ _SAYS: dict[Part, str] = {
     "weights": "fuse computes attention weights without its kernels, slowly",
     "tile map": "fuse finds the tiles of masks without its kernels, slowly",
 }
-OVERLAPPING = "calls in which batch indices share parts of a gradient"
+OVERLAPPING = "calls in which batch indices or positions share parts of a gradient"
 _warned: set[tuple[Part, bool]] = set()
 _lock = threading.Lock()
 
