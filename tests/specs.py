@@ -235,6 +235,18 @@ def views_of_vectors(dtype: str) -> Problem:
 
 
 @case
+def heads_between_rows(dtype: str) -> Problem:
+    """One vector of each position and head, (position * head, features), and of each head and feature one after the other."""
+    base, heads = problem(dtype, batch=(3,)), 3
+    queries, keys, values = base.operands
+    place = {x: op("add", op("mul", x, heads), B0) for x in (Q, E)}
+    query, value = queries.transpose(0, 1).flatten(0, 1), values.permute(1, 2, 0).flatten(1)
+    spec = replace(base.spec, operands=(Operand(2, dtype), base.spec.operands[1], Operand(2, dtype)),
+                   query=load(query, 0, place[Q], D), value=load(value, 2, K, place[E]))  # fmt: skip
+    return Problem(spec, [query, keys, value], base.sizes)
+
+
+@case
 def one_query_and_one_key_without_their_indices(dtype: str) -> Problem:
     base = problem(dtype, q_len=1, kv_len=1, qk_dim=1)
     parts = [replace(x, coords=(B0, B1, const(0), const(0))) for x in (base.spec.query, base.spec.key, base.spec.value)]

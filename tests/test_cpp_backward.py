@@ -87,7 +87,7 @@ def kernel(p: Problem, wanted: Sequence[bool], isa: str) -> CppBackward:
 GRADIENTS = (
     "no_batch", "three_batch_dimensions", "one_query", "one_key", "empty_batch", "vit_length", "head_dim_80", "head_dim_256",
     "value_narrower_than_key", "grouped_query", "features_strided", "packed_qkv", "flat_rows", "flat_rows_of_any_length",
-    "views_of_vectors", "head_dim_7", "shared_keys_and_own_values",
+    "views_of_vectors", "heads_between_rows", "head_dim_7", "shared_keys_and_own_values",
     "one_query_and_one_key_without_their_indices", "causal_long", "causal_offset",
     "causal_more_queries_than_keys", "window", "shard_of_a_window", "left_padding_and_causal", "documents", "dense_additive",
     "integer_mask_product", "masked_rows_infinite_fill", "masked_rows_added_fill", "row_of_a_low_bias", "masked_rows_are_zero",
@@ -115,8 +115,8 @@ CHOSEN += [("left_padding_and_causal", "float32", isa) for isa in ("avx2", "sse"
 CHOSEN += [("flat_rows", "bfloat16", LANES), ("one_query_and_one_key_without_their_indices", "bfloat16", LANES)]
 # The matrix core: tails of queries, keys and features, masks, groups, strides, logits without a value, rows computed again.
 MATRIX = ("vit_length", "head_dim_7", "grouped_query", "shared_keys_and_own_values", "features_strided", "causal_long",
-          "views_of_vectors", "window", "documents", "soft_cap_causal", "masked_rows_are_zero", "weight_masked_after_softmax",
-          "no_keys",
+          "views_of_vectors", "heads_between_rows", "window", "documents", "soft_cap_causal", "masked_rows_are_zero",
+          "weight_masked_after_softmax", "no_keys",
           "masked_rows_with_low_sinks", "sigmoid_attention", "retention", "linear_attention_causal", "weight_without_a_softmax",
           "padding_without_a_softmax",
           "positions_in_bfloat16", "score_in_bfloat16_decides", "result_in_float32",

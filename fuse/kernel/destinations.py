@@ -10,9 +10,11 @@ from fuse.ir import expr
 from fuse.ir.expr import Apply, Const, Expr, Index, Load, Symbol
 from fuse.ir.gradient import Term, gradient
 from fuse.ir.grid import Grid
+from fuse.ir.interval import Leaves, Range, in_call, range_of
 from fuse.ir.spec import AttentionSpec
 
 _AXES = {"query": "qd", "key": "kd", "value": "ke"}
+_POSITIONS = {"q", "k", "d", "e"}
 
 
 class Unsupported(ValueError):
@@ -64,63 +66,68 @@ def overlapping(found: Sequence[Destination], spec: AttentionSpec, sizes: Mappin
 
     sizes  of a call; without them what is so in every call
     """
-    extents = {"d": spec.qk_dim, "e": spec.v_dim}
-    extents |= {"q": 1, "k": 1} if sizes is None else {"q": sizes["q_len"], "k": sizes["kv_len"]}
-    return [str(s.load) for s in found if s.kind == "matrix" and not _separate(s, extents, sizes or {})]
+    features = {"d": spec.qk_dim, "e": spec.v_dim}
+    leaves = in_call({"q_len": 1, "kv_len": 1} if sizes is None else sizes, features)
+    return [str(s.load) for s in found if s.kind == "matrix" and not _separate(s, leaves, sizes)]
 
 
-def _separate(to: Destination, extents: Mapping[str, int], sizes: Mapping[str, int]) -> bool:
+def _separate(to: Destination, leaves: Leaves, sizes: Mapping[str, int] | None) -> bool:
     seen: list[str] = []
     for coord in to.load.coords:
-        inner = expr.axes(coord) & {"q", "k", "d", "e"}
+        inner = expr.axes(coord) & _POSITIONS
         if not inner:
             continue
-        terms = _terms_of(coord)
-        steps = [_step(x, sizes) for x in terms if expr.axes(x) & inner]
-        if None in steps:
+        terms = _operands_of("add", coord)
+        moved = [_digit(x, leaves, sizes) for x in terms if expr.axes(x) & inner]
+        rest = [_digit(x, leaves, sizes) for x in terms if expr.axes(x) - inner]
+        reach, step = _reach(moved), math.gcd(*(x.multiple for x in rest))
+        if reach is None or not all(isinstance(x.of, Index) for x in moved):
             return False
-        reach = 0.0  # how far indices with smaller steps than the next one get
-        for size, axis in sorted(filter(None, steps)):
-            seen.append(axis)
-            if extents[axis] > 1:
-                if size <= reach < math.inf:
-                    return False
-                reach += size * (extents[axis] - 1)
-        # x + m f(batch): other batch indices are elsewhere where x is less than m
-        step = math.gcd(*(_multiple(x, sizes) for x in terms if expr.axes(x) - inner))
-        if 0 < step <= reach < math.inf:
+        # x + m f(batch): other batch indices are elsewhere where x is less than m, or where x's terms are digits beside theirs
+        if 0 < step <= reach < math.inf and _reach([*moved, *rest]) is None:
             return False
-    return len(seen) == len(set(seen)) and all(extents[axis] <= 1 for axis in to.once)
+        seen += [x.of.axis for x in moved if isinstance(x.of, Index)]
+    return len(seen) == len(set(seen)) and all(leaves(expr.index(axis)).high < 1 for axis in to.once)
 
 
-def _step(node: Expr, sizes: Mapping[str, int]) -> tuple[float, str] | None:
-    """How far apart neighbours along an index are, and the index; infinity by a size that is not known. None: otherwise."""
-    if isinstance(node, Index):
-        return 1, node.axis
-    if not isinstance(node, Apply) or node.op != "mul" or not any(isinstance(a, Index) for a in node.operands):
-        return None
-    axis, by = sorted(node.operands, key=lambda a: not isinstance(a, Index))
-    if not isinstance(axis, Index) or not _of_sizes(by):
-        return None
-    known = sizes.keys() >= set(expr.symbols(by))
-    size = int(Grid.over({}, sizes, ()).evaluate(by)) if known else math.inf
-    return (size, axis.axis) if size > 0 else None
+@dataclass(frozen=True)
+class _Digit:
+    """A term of a place: ``step`` times ``of``, whose values are at most ``width`` apart. What is not known is infinite.
+
+    multiple  what divides the term in every call; 0, which everything divides, for a size that is not known
+    """
+
+    of: Expr
+    step: float
+    width: float
+    multiple: int
 
 
-def _terms_of(node: Expr) -> list[Expr]:
-    if isinstance(node, Apply) and node.op == "add":
-        return [x for a in node.operands for x in _terms_of(a)]
-    return [node]
+def _digit(term: Expr, leaves: Leaves, sizes: Mapping[str, int] | None) -> _Digit:
+    factors = _operands_of("mul", term)
+    by, of = [x for x in factors if _of_sizes(x)], [x for x in factors if not _of_sizes(x)]
+    if len(of) != 1:
+        by, of = [], [term]
+    known = sizes is not None or not any(expr.symbols(x) for x in by)
+    step = math.prod(int(Grid.over({}, sizes or {}, ()).evaluate(x)) for x in by) if known else 0
+    there = range_of(of[0], leaves) if sizes is not None or expr.axes(of[0]) <= _POSITIONS else Range(0, math.inf)
+    return _Digit(of[0], step if known else math.inf, float(there.high - there.low), step)
 
 
-def _multiple(node: Expr, sizes: Mapping[str, int]) -> int:
-    """What divides every value of ``node``; 0, which everything divides, for a size that is not known."""
-    if isinstance(node, Apply) and node.op == "mul":
-        return math.prod(_multiple(a, sizes) for a in node.operands)
-    if isinstance(node, Symbol):
-        return sizes.get(node.name, 0)
-    known = _of_sizes(node) and sizes.keys() >= set(expr.symbols(node))
-    return int(Grid.over({}, sizes, ()).evaluate(node)) if known else 1
+def _reach(digits: Sequence[_Digit]) -> float | None:
+    """The largest difference of two sums of them, where no two choices of their values have the same sum; else None."""
+    reach = 0.0
+    for x in sorted(digits, key=lambda x: x.step):
+        if x.width > 0:
+            if x.step <= reach < math.inf:
+                return None
+            reach += x.step * x.width
+    return reach
+
+
+def _operands_of(op: str, node: Expr) -> list[Expr]:
+    """Of a sum or a product."""
+    return [x for a in node.operands for x in _operands_of(op, a)] if isinstance(node, Apply) and node.op == op else [node]
 
 
 def _of_sizes(node: Expr) -> bool:
