@@ -772,6 +772,19 @@ private:
 // Operands of products of bfloat16: pairs of neighbours along the summed axis lie together, columns follow.
 constexpr int round_up(int x, int to) { return (x + to - 1) / to * to; }
 
+// Zeros in the first n columns, rounded up to half vectors, of each of ``rows`` rows that are ``ld`` elements apart.
+template <class T> static void clear_rows(T* to, int rows, int64_t ld, int n) {
+    constexpr int HALF = 32 / sizeof(T);
+    __m256i zeros = _mm256_setzero_si256();
+    __asm__("" : "+x"(zeros));  // else the compiler makes each short row a "rep stos", which takes longer to begin than to do
+    for (int i = 0; i < rows; i++, to += ld)
+        for (int j = 0; j < n; j += HALF) _mm256_storeu_si256((__m256i*)(to + j), zeros);
+}
+
+// Of n keys: whole vectors of them, as columns, and whole steps, as what is summed over. What lies behind is not read.
+constexpr int columns_of(int64_t n) { return round_up(int(n), W); }
+constexpr int summed_of(int64_t n) { return round_up(int(n), 32); }
+
 INLINE __mmask16 first_lanes(int n) { return n >= 16 ? 0xffff : n <= 0 ? 0 : (1 << n) - 1; }
 INLINE __m512i widen(const Bf16* p, int n) { return _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(first_lanes(n), p)); }
 
@@ -1276,11 +1289,11 @@ struct PackedKeys {
 
 static void pack_keys(const Call& c, const BatchIndex& b, char* memory, int64_t k0) {
     KeyTile& p = PackedKeys(c, memory).tile(k0);
-    const int n = int(min64(BK, c.kv_len - k0));
+    const int n = int(min64(BK, c.kv_len - k0)), columns = columns_of(n);
     const Bf16 *key = b.key.data + k0 * b.key.row, *value = b.value.data + k0 * b.value.row;
-    pack_column_pairs<D, DPAIRS>(p.key, BK, key, b.key.row, b.key.column, n, BK);
-    pack_column_pairs<DV, EPAIRS>(p.value, BK, value, b.value.row, b.value.column, n, BK);
-    for (int k = 0; k < BK; k += 2)
+    pack_column_pairs<D, DPAIRS>(p.key, BK, key, b.key.row, b.key.column, n, columns);
+    pack_column_pairs<DV, EPAIRS>(p.value, BK, value, b.value.row, b.value.column, n, columns);
+    for (int k = 0; k < summed_of(n); k += 2)
         for (int d = 0; d < DC; d += W) {
             const Bf16* low = key + k * b.key.row + d * b.key.column;
             interleave_rows(p.key_pairs + k / 2 * DC + d, k < n ? low : nullptr, k + 1 < n ? low + b.key.row : nullptr,
@@ -1307,19 +1320,23 @@ static int filled(int nq) {
 template <int WIDTH, int PAIRS, int ROWS> static void pack_both(Bf16* rows, Bf16* lanes, const View<Bf16>& view, int64_t q0,
     int nq) {
     const Bf16* from = view.data + q0 * view.row;
-    memset(rows, 0, sizeof(Bf16) * filled(nq) * 2 * PAIRS);
+    const int vectors = round_up(nq, W);
+    memset(rows + nq * 2 * PAIRS, 0, sizeof(Bf16) * (vectors - nq) * 2 * PAIRS);
     for (int i = 0; i < nq; i++) {
+        memset(rows + i * 2 * PAIRS + WIDTH, 0, sizeof(Bf16) * (2 * PAIRS - WIDTH));
         if (view.column == 1) memcpy(rows + i * 2 * PAIRS, from + i * view.row, sizeof(Bf16) * WIDTH);
         else for (int d = 0; d < WIDTH; d++) rows[i * 2 * PAIRS + d] = from[i * view.row + d * view.column];
     }
-    for (int d = 0; d < ROWS; d++) memset(lanes + d * BQ, 0, sizeof(Bf16) * filled(nq));
+    clear_rows(lanes + WIDTH * BQ, ROWS - WIDTH, BQ, filled(nq));
     uint32_t pairs[PAIRS * W];
     for (int q = 0; q < nq; q += W) {
         pack_rows_of_pairs<2 * PAIRS, PAIRS>(pairs, W, rows + q * 2 * PAIRS, 2 * PAIRS, W);
+        const bool half = q + W == vectors && vectors < filled(nq);  // of a step: the rest of it is zeros
         for (int d = 0; d < WIDTH; d++) {
             const __m512i pair = _mm512_loadu_si512(pairs + d / 2 * W);
-            _mm256_storeu_si256((__m256i*)(lanes + d * BQ + q), _mm512_cvtepi32_epi16(d % 2 ? _mm512_srli_epi32(pair, 16)
-                : pair));
+            Bf16* to = lanes + d * BQ + q;
+            _mm256_storeu_si256((__m256i*)to, _mm512_cvtepi32_epi16(d % 2 ? _mm512_srli_epi32(pair, 16) : pair));
+            if (half) _mm256_storeu_si256((__m256i*)(to + W), _mm256_setzero_si256());
         }
     }
 }
@@ -1422,7 +1439,7 @@ struct QueryBlock {
 
     // The rows from … to, the first of which is a whole number of steps along the rows.
     template <class Entries> void tile(const KeyTile& keys, R* d_key, R* d_value, int from, int to, int64_t k0, int nk) {
-        const int columns = round_up(nk, 32);
+        const int columns = columns_of(nk);
         runs.find(c, b, k0, nk);
         score_step(keys, from, to, 0, columns);
         matrix.flush();
@@ -1440,7 +1457,7 @@ struct QueryBlock {
         multiply<true, Matrix::kCols>(packed.query_lanes + from, BQ, w.grad_pairs + first * BK, BK, d_key, BK, D, columns,
             last - first);
         multiply<true, kCols>(w.grad_rows + from * BK, BK, keys.key_pairs, DC, d_query + from * DC, DC, to - from, DC,
-            columns / 2);
+            summed_of(nk) / 2);
         matrix.flush();
     }
 };
@@ -1478,7 +1495,7 @@ static void block(const KeyPart& part, const PackedKeys& keys, char* queries, Sc
     const int nq = int(min64(BQ, c.q_len - q0));
     R* d_query = QueryGradients::block(gradients, q0);
     QueryBlock block = {c, b, PackedQueries::at(queries, q0), w, d_query, q0, nq, {}, {}};
-    memset(d_query, 0, sizeof(R) * filled(nq) * DC);
+    memset(d_query, 0, sizeof(R) * nq * DC);
     int64_t begin = 0, end = c.kv_len, full_begin = 0, full_end = c.kv_len;
     end = clamp64(upper_key(c, b, q0 + nq - 1), 0, c.kv_len), full_end = upper_key(c, b, q0);
     begin = max64(begin - begin % BK, first), end = min64(end, last);
@@ -1508,13 +1525,17 @@ static void block(const KeyPart& part, const PackedKeys& keys, char* queries, Sc
 template <int WIDTH, int ROWS, int COLUMNS, class T> static void write_tiles(const Target<T>& to, const R* from, Scratch& w,
     int64_t first, int64_t last, R scale) {
     for (int64_t k0 = first; k0 < last; k0 += BK, from += BK * ROWS) {
-        copy_transposed(w.rows, COLUMNS, from, BK, 1, WIDTH, BK);
-        write_rows<COLUMNS>(to, w.rows, WIDTH, k0, min64(k0 + BK, last), scale);
+        const int64_t n = min64(BK, last - k0);
+        copy_transposed(w.rows, COLUMNS, from, BK, 1, WIDTH, columns_of(n));
+        write_rows<COLUMNS>(to, w.rows, WIDTH, k0, k0 + n, scale);
     }
 }
-static void clear_key(Scratch& w, int64_t keys) { memset(w.key, 0, sizeof(R) * round_up(int(keys), BK) * DROWS); }
+template <int ROWS> static void clear_tiles(R* sums, int64_t keys) {
+    for (; keys > 0; keys -= BK, sums += BK * ROWS) clear_rows(sums, ROWS, BK, columns_of(min64(BK, keys)));
+}
+static void clear_key(Scratch& w, int64_t keys) { clear_tiles<DROWS>(w.key, keys); }
 static void clear_value(Scratch& w, int64_t keys) {
-    memset(w.value, 0, sizeof(R) * round_up(int(keys), BK) * EROWS);
+    clear_tiles<EROWS>(w.value, keys);
     memset(w.exact.lanes.key, 0, sizeof(R) * (keys + SLACK) * DC);
     memset(w.exact.lanes.value, 0, sizeof(R) * (keys + SLACK) * EC);
 }

@@ -656,6 +656,19 @@ private:
 // Operands of products of bfloat16: pairs of neighbours along the summed axis lie together, columns follow.
 constexpr int round_up(int x, int to) { return (x + to - 1) / to * to; }
 
+// Zeros in the first n columns, rounded up to half vectors, of each of ``rows`` rows that are ``ld`` elements apart.
+template <class T> static void clear_rows(T* to, int rows, int64_t ld, int n) {
+    constexpr int HALF = 32 / sizeof(T);
+    __m256i zeros = _mm256_setzero_si256();
+    __asm__("" : "+x"(zeros));  // else the compiler makes each short row a "rep stos", which takes longer to begin than to do
+    for (int i = 0; i < rows; i++, to += ld)
+        for (int j = 0; j < n; j += HALF) _mm256_storeu_si256((__m256i*)(to + j), zeros);
+}
+
+// Of n keys: whole vectors of them, as columns, and whole steps, as what is summed over. What lies behind is not read.
+constexpr int columns_of(int64_t n) { return round_up(int(n), W); }
+constexpr int summed_of(int64_t n) { return round_up(int(n), 32); }
+
 INLINE __mmask16 first_lanes(int n) { return n >= 16 ? 0xffff : n <= 0 ? 0 : (1 << n) - 1; }
 INLINE __m512i widen(const Bf16* p, int n) { return _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(first_lanes(n), p)); }
 
@@ -738,8 +751,8 @@ constexpr int packed_key(int i) { return i / 8 * 4 + i % 4 + (i % 8 < 4 ? 0 : 16
 static void pack(const Call& c, const BatchIndex& b, const Packed& packed, int64_t k0) {
     const int n = int(min64(BK, c.kv_len - k0));
     uint32_t *key = packed.key + k0 * PAIRS, *value = packed.value + k0 / 2 * VALUE_COLS;
-    pack_column_pairs<D, PAIRS>(key, BK, b.key.data + k0 * b.key.row, b.key.row, b.key.column, n, BK);
-    for (int i = 0; i < BK; i += 2) {
+    pack_column_pairs<D, PAIRS>(key, BK, b.key.data + k0 * b.key.row, b.key.row, b.key.column, n, columns_of(n));
+    for (int i = 0; i < summed_of(n); i += 2) {
         const int k = i / 32 * 32 + packed_key(i % 32);
         const Bf16* low = b.value.data + (k0 + k) * b.value.row;
         for (int e = 0; e < VALUE_COLS; e += W) {
@@ -1302,7 +1315,7 @@ struct alignas(64) Scratch {
     Bf16* weight(int side, int row) { return weights[side] + row * BK; }
 
     void clear(int nq) {
-        memset(out, 0, sizeof(float) * round_up(nq, Matrix::kRows) * VALUE_COLS);
+        memset(out, 0, sizeof(float) * nq * VALUE_COLS);
         memset(l, 0, sizeof(float) * nq * W);
         for (int i = 0; i < nq; i++) reference[i] = INFINITY, skipped[i] = -INFINITY;
     }
@@ -1412,7 +1425,7 @@ struct QueryBlock {
         int nk;      // keys
         int side;    // buffer of scores and weights
         bool full;   // no entry is masked
-        int columns() const { return round_up(nk, 32); }
+        int columns() const { return columns_of(nk); }
     };
 
     static constexpr int kValueSteps = (VALUE_COLS + Matrix::kCols - 1) / Matrix::kCols;
@@ -1435,7 +1448,7 @@ struct QueryBlock {
         const int cols = VALUE_COLS - column;
         matrix.step<true>(w.weight(t.side, row), BK, packed.value + t.k0 / 2 * VALUE_COLS + column, VALUE_COLS, w.out + row
             * VALUE_COLS + column,
-                          VALUE_COLS, nq - row, cols < kValueCols ? cols : kValueCols, t.columns() / 2);
+                          VALUE_COLS, nq - row, cols < kValueCols ? cols : kValueCols, summed_of(t.nk) / 2);
     }
     void all_values(const KeyTile& t) {
         for (int i = 0; i < value_steps(); i++) value_step(t, i);
@@ -1454,13 +1467,12 @@ struct QueryBlock {
     }
 
     void load_queries() const {
-        for (int i = 0; i < round_up(nq, Matrix::kRows); i++) {
+        for (int i = 0; i < nq; i++) {  // what a step reads behind them makes rows that nobody reads
             Bf16* to = w.query + i * QUERY_COLS;
             const Bf16* from = b.query.data + (q0 + i) * b.query.row;
-            if (i >= nq) memset(to, 0, QUERY_COLS * sizeof(Bf16));
-            else if (b.query.column == 1) memcpy(to, from, D * sizeof(Bf16));
+            if (b.query.column == 1) memcpy(to, from, D * sizeof(Bf16));
             else for (int d = 0; d < D; d++) to[d] = from[d * b.query.column];
-            if (i < nq && QUERY_COLS > D) memset(to + D, 0, (QUERY_COLS - D) * sizeof(Bf16));
+            if (QUERY_COLS > D) memset(to + D, 0, (QUERY_COLS - D) * sizeof(Bf16));
         }
     }
 

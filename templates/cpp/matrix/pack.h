@@ -17,8 +17,8 @@ constexpr int packed_key(int i) { return i / 8 * 4 + i % 4 + (i % 8 < 4 ? 0 : 16
 static void pack(const Call& c, const BatchIndex& b, const Packed& packed, int64_t k0) {
     const int n = int(min64(BK, c.kv_len - k0));
     uint32_t *key = packed.key + k0 * PAIRS, *value = packed.value + k0 / 2 * VALUE_COLS;
-    pack_column_pairs<D, PAIRS>(key, BK, b.key.data + k0 * b.key.row, b.key.row, b.key.column, n, BK);
-    for (int i = 0; i < BK; i += 2) {
+    pack_column_pairs<D, PAIRS>(key, BK, b.key.data + k0 * b.key.row, b.key.row, b.key.column, n, columns_of(n));
+    for (int i = 0; i < summed_of(n); i += 2) {
         const int k = i / 32 * 32 + packed_key(i % 32);
         const Bf16* low = b.value.data + (k0 + k) * b.value.row;
         for (int e = 0; e < VALUE_COLS; e += W) {

@@ -1,6 +1,19 @@
 // Operands of products of bfloat16: pairs of neighbours along the summed axis lie together, columns follow.
 constexpr int round_up(int x, int to) { return (x + to - 1) / to * to; }
 
+// Zeros in the first n columns, rounded up to half vectors, of each of ``rows`` rows that are ``ld`` elements apart.
+template <class T> static void clear_rows(T* to, int rows, int64_t ld, int n) {
+    constexpr int HALF = 32 / sizeof(T);
+    __m256i zeros = _mm256_setzero_si256();
+    __asm__("" : "+x"(zeros));  // else the compiler makes each short row a "rep stos", which takes longer to begin than to do
+    for (int i = 0; i < rows; i++, to += ld)
+        for (int j = 0; j < n; j += HALF) _mm256_storeu_si256((__m256i*)(to + j), zeros);
+}
+
+// Of n keys: whole vectors of them, as columns, and whole steps, as what is summed over. What lies behind is not read.
+constexpr int columns_of(int64_t n) { return round_up(int(n), W); }
+constexpr int summed_of(int64_t n) { return round_up(int(n), 32); }
+
 INLINE __mmask16 first_lanes(int n) { return n >= 16 ? 0xffff : n <= 0 ? 0 : (1 << n) - 1; }
 INLINE __m512i widen(const Bf16* p, int n) { return _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(first_lanes(n), p)); }
 
