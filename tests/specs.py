@@ -235,6 +235,14 @@ def views_of_vectors(dtype: str) -> Problem:
 
 
 @case
+def queries_on_a_diagonal(dtype: str) -> Problem:
+    base = problem(dtype, batch=())
+    query = rand(37, 37, 16, dtype=dtype)
+    spec = replace(base.spec, operands=(Operand(3, dtype), *base.spec.operands[1:]), query=load(query, 0, Q, Q, D))
+    return Problem(spec, [query, *base.operands[1:]], base.sizes)
+
+
+@case
 def heads_between_rows(dtype: str) -> Problem:
     """One vector of each position and head, (position * head, features), and of each head and feature one after the other."""
     base, heads = problem(dtype, batch=(3,)), 3

@@ -87,7 +87,7 @@ def kernel(p: Problem, wanted: Sequence[bool], isa: str) -> CppBackward:
 GRADIENTS = (
     "no_batch", "three_batch_dimensions", "one_query", "one_key", "empty_batch", "vit_length", "head_dim_80", "head_dim_256",
     "value_narrower_than_key", "grouped_query", "features_strided", "packed_qkv", "flat_rows", "flat_rows_of_any_length",
-    "views_of_vectors", "heads_between_rows", "head_dim_7", "shared_keys_and_own_values",
+    "views_of_vectors", "queries_on_a_diagonal", "heads_between_rows", "head_dim_7", "shared_keys_and_own_values",
     "one_query_and_one_key_without_their_indices", "causal_long", "causal_offset",
     "causal_more_queries_than_keys", "window", "shard_of_a_window", "left_padding_and_causal", "documents", "dense_additive",
     "integer_mask_product", "masked_rows_infinite_fill", "masked_rows_added_fill", "row_of_a_low_bias", "masked_rows_are_zero",

@@ -49,7 +49,7 @@ from fuse.targets.triton.launch_backward import TritonBackward  # noqa: E402
 GRADIENTS = (
     "no_batch", "one_query", "one_key", "empty_batch", "head_dim_80", "value_narrower_than_key", "grouped_query",
     "features_strided", "packed_qkv", "packed_qkv_head_dim_24", "flat_rows", "flat_rows_of_any_length",
-    "views_of_vectors", "heads_between_rows",
+    "views_of_vectors", "queries_on_a_diagonal", "heads_between_rows",
     "one_query_and_one_key_without_their_indices", "causal_long", "causal_offset",
     "causal_more_queries_than_keys", "window", "padding", "left_padding_and_causal", "documents", "dense_additive",
     "shard_of_a_window",

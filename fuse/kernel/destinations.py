@@ -72,7 +72,6 @@ def overlapping(found: Sequence[Destination], spec: AttentionSpec, sizes: Mappin
 
 
 def _separate(to: Destination, leaves: Leaves, sizes: Mapping[str, int] | None) -> bool:
-    seen: list[str] = []
     for coord in to.load.coords:
         inner = expr.axes(coord) & _POSITIONS
         if not inner:
@@ -86,8 +85,7 @@ def _separate(to: Destination, leaves: Leaves, sizes: Mapping[str, int] | None) 
         # x + m f(batch): other batch indices are elsewhere where x is less than m, or where x's terms are digits beside theirs
         if 0 < step <= reach < math.inf and _reach([*moved, *rest]) is None:
             return False
-        seen += [x.of.axis for x in moved if isinstance(x.of, Index)]
-    return len(seen) == len(set(seen)) and all(leaves(expr.index(axis)).high < 1 for axis in to.once)
+    return all(leaves(expr.index(axis)).high < 1 for axis in to.once)
 
 
 @dataclass(frozen=True)
