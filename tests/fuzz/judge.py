@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch._dynamo.exc import TorchDynamoException
+from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
 from fuzz.program import Program
 
 Function = Callable[..., Any]
+_OF_SCORES = ("exp", "exp_", "softmax", "log_softmax", "softmin", "logsumexp")
+_HIDES = 1e3  # the least of the numbers that masks fill in
 _ASTRAY = 16.0  # times eager's error, where that is so large that it is one draw of many
 
 
@@ -25,12 +30,25 @@ class Outcome:
     named    the results, the inputs as they were left, and the gradients of all that wants one, or None
     facts    what must be eager's exactly: dtypes, whether gradients flow, who shares memory with whom, who was written to
     error    that was raised, if any; ``backward``: by autograd
+    score    the largest number of which an exponential or a softmax was taken, but for what hides an entry
     """
 
     named: dict[str, Tensor | None] = field(default_factory=dict)
     facts: dict[str, Any] = field(default_factory=dict)
     error: Exception | None = None
     backward: bool = False
+    score: float = 0.0
+
+
+class _Scores(TorchFunctionMode):
+    """Keeps the largest score of the calls within it."""
+
+    largest = 0.0
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if getattr(func, "__name__", "") in _OF_SCORES and args and isinstance(args[0], Tensor):
+            self.largest = max(self.largest, _largest(args[0].detach(), _HIDES))
+        return func(*args, **(kwargs or {}))
 
 
 def called(function: Function, program: Program, lengths: tuple[int, int], wide: bool = False) -> Outcome:
@@ -39,9 +57,9 @@ def called(function: Function, program: Program, lengths: tuple[int, int], wide:
     modules = {f"parameter {n}": t for x in inputs if isinstance(x, nn.Module) for n, t in x.named_parameters()}
     leaves = {n: x.requires_grad_(program.training) for n, x in (tensors | modules).items() if x.is_floating_point()}
     given = [x.clone() if isinstance(x, Tensor) else x for x in inputs]  # leaves must not be written to
-    before = _versions(given)
+    before, scores = _versions(given), _Scores()
     try:
-        with torch.set_grad_enabled(program.training):
+        with torch.set_grad_enabled(program.training), scores if wide else nullcontext():
             found = [x for x in tree_leaves(function(*given)) if isinstance(x, Tensor)]
     except Exception as error:
         return Outcome(error=error)
@@ -56,7 +74,7 @@ def called(function: Function, program: Program, lengths: tuple[int, int], wide:
     except Exception as error:
         return Outcome(error=error, backward=True)
     named = {f"the gradient of {n}": g for n, g in zip(leaves, gradients, strict=False)}
-    return Outcome({n: x.detach() for n, x in (results | left).items()} | named, facts)
+    return Outcome({n: x.detach() for n, x in (results | left).items()} | named, facts, score=scores.largest)
 
 
 def _versions(inputs: Sequence[Any]) -> list[int]:
@@ -128,7 +146,8 @@ class _Bars:
         # Beside finfo.min, of float64 too, eager's log-sum-exp loses the number of keys: docs/numerics.md
         self._lost = "logsumexp" in program.text and "finfo" in program.text
         # A score of 100 is rounded by as much as 50 eps, and so is the logarithm of its weight
-        self._score = 100.0 if "s + 100" in program.text else 0.0
+        self._score = exact.score
+        self._factors = {f"the gradient of input {n}" for n in re.findall(r"s = s \* x(\d+)", program.text)}
         gradients = [x for n, x in exact.named.items() if "gradient" in n and x is not None]
         self._gradients = max([1.0, *(_largest(x) for x in gradients)])
         self._entries = max([1, *(x.numel() for x in exact.named.values() if x is not None)])
@@ -154,14 +173,16 @@ class _Bars:
         if of_gradient and self._lost:
             return ""
         # Gradients take the mean of a row from the result, sum(grad * out), whose rounding adds up over a table's rows
-        terms = self._score + (max(64.0, math.sqrt(self._entries / max(1, x.numel()))) if of_gradient else 32.0)
+        terms = max(64.0, math.sqrt(self._entries / max(1, x.numel()))) if of_gradient else 32.0
+        # … each times the score, where that is what the gradient's tensor is a factor of
+        terms = self._score + terms * (max(1.0, self._score) if name in self._factors else 1.0)
         error, allowed = _distance(x, e), 2 * _distance(s, e) + terms * self._eps * scale
         return "" if error <= allowed else f"error {error:.3g}, allowed {allowed:.3g}"
 
 
-def _largest(x: Tensor) -> float:
+def _largest(x: Tensor, below: float = 1e6) -> float:
     finite = x.double()[x.isfinite()].abs()
-    return float(finite[finite < 1e6].max()) if (finite < 1e6).any() else 0.0
+    return float(finite[finite < below].max()) if (finite < below).any() else 0.0
 
 
 def _distance(x: Tensor, e: Tensor) -> float:
