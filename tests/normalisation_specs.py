@@ -62,6 +62,12 @@ def divided_by_its_sum(dtype: str) -> Problem:
 
 
 @case
+def small_weights_divided_by_themselves(dtype: str) -> Problem:
+    """Of about 1e-6, of which float16 has one digit; what is divided by them has all of them."""
+    return problem(dtype, q_len=1, normalisation="sum", score=lambda s: op("sigmoid", op("sub", s, 14.0)))
+
+
+@case
 def window_without_a_softmax(dtype: str) -> Problem:
     seen = both(op("le", K, Q), op("lt", op("sub", Q, K), 9))
     lower, upper = op("sub", Q, 8), op("add", Q, 1)

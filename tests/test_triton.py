@@ -25,6 +25,7 @@ BY_DTYPE = (
     "left_padding_and_causal", "masked_rows_lowest_fill", "masked_rows_added_fill", "two_lowest_masks_overflow",
     "raised_to_the_largest_number",
     "score_before_and_after_cast", "weight_masked_after_softmax", "result_in_float32",
+    "small_weights_divided_by_themselves",
 )  # fmt: skip
 CHOSEN = [(name, "float32") for name in CASES] + [(n, d) for n in BY_DTYPE for d in ("bfloat16", "float16", "float64")]
 

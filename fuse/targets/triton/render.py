@@ -219,6 +219,7 @@ def call_context(source: TritonSource, plan: TritonPlan) -> dict[str, object]:
         "recomputed": None if threshold is None else source.program(spec.score, 1.0, ["k_ok"], as_eager=True),
         "weight": source.weight(), "extras": [source.extra(x) for x in spec.extra_logits], "factor": repr(factor),
         "threshold": repr(threshold), "empty_row": spec.empty_row, "normalisation": spec.normalisation, "softmax": spec.softmax,
+        "wide_weights": spec.normalisation == "sum" and spec.value.dtype == "float16",
         "hidden": '-float("inf")' if spec.softmax else "0.0", "per_batch": source.per_batch, "per_row": source.per_row,
         "out_strides": strides("out", spec.batch + 2), "out_at": _out_at(spec),
     }  # fmt: skip
