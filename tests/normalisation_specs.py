@@ -68,6 +68,11 @@ def small_weights_divided_by_themselves(dtype: str) -> Problem:
 
 
 @case
+def small_weights_in_float64_divided_by_themselves(dtype: str) -> Problem:
+    return problem(dtype, q_len=1, normalisation="sum", score=lambda s: op("sigmoid", op("sub", cast(s, "float64"), 14.0)))
+
+
+@case
 def window_without_a_softmax(dtype: str) -> Problem:
     seen = both(op("le", K, Q), op("lt", op("sub", Q, K), 9))
     lower, upper = op("sub", Q, 8), op("add", Q, 1)

@@ -28,6 +28,7 @@ BY_DTYPE = (
     "small_weights_divided_by_themselves",
 )  # fmt: skip
 CHOSEN = [(name, "float32") for name in CASES] + [(n, d) for n in BY_DTYPE for d in ("bfloat16", "float16", "float64")]
+CHOSEN += [("small_weights_in_float64_divided_by_themselves", "float16")]
 
 
 @pytest.mark.filterwarnings("ignore:.*encountered in.*:RuntimeWarning")

@@ -965,6 +965,7 @@ constexpr int DPAIRS = round_up(D, Matrix::kDepth) / 2, EPAIRS = round_up(DV, Ma
 constexpr int DROWS = round_up(D, Matrix::kRows), EROWS = round_up(DV, Matrix::kRows);
 constexpr int DC = round_up(D, W), EC = round_up(DV, W);
 static_assert(BQ % Matrix::kRows == 0 && Matrix::kRows % Matrix::kDepth == 0 && BK % 32 == 0, "blocks are whole steps");
+static_assert(Matrix::kRows <= 2 * W, "a step has at most a vector of queries behind the last one");
 
 // Exact rows take the lanes core, in float: keys and values are packed a tile at a time.
 constexpr int NV = 1, MR = 8, DP = round_up(D, MR);
@@ -1311,12 +1312,12 @@ struct PackedQueries {
     static PackedQueries& at(char* p, int64_t q0) { return ((PackedQueries*)p)[q0 / BQ]; }
 };
 
-// Of nq queries: whole steps and whole vectors of them. What lies behind is not read.
+// Of nq queries: whole steps and whole vectors of them, as what is summed over. What lies behind is not read.
 static int filled(int nq) {
     return round_up(nq, Matrix::kRows) > round_up(nq, W) ? round_up(nq, Matrix::kRows) : round_up(nq, W);
 }
 
-// rows [BQ][2 * PAIRS] and lanes [ROWS][BQ] of nq rows, zeros beyond.
+// lanes [ROWS][BQ] of nq rows, zeros beyond, and rows [BQ][2 * PAIRS], of which a step makes results that nobody reads beyond.
 template <int WIDTH, int PAIRS, int ROWS> static void pack_both(Bf16* rows, Bf16* lanes, const View<Bf16>& view, int64_t q0,
     int nq) {
     const Bf16* from = view.data + q0 * view.row;
